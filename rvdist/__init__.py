@@ -1,0 +1,3 @@
+"""rvdist: move a skill between large models by weight arithmetic, and know whether it worked."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,154 @@
+"""The weight point: a name for a model that need not exist.
+
+    θ_base + Σ_k α_k (m_k ⊙ v_k)        v_k = plus_k − minus_k
+
+A point says which checkpoints and which coefficients; it knows nothing of bytes, tensors,
+Ray or vLLM. The merge path writes points as checkpoints, the fleet path scores them in place.
+Source: task vectors (arXiv 2509.01363, section 3; arXiv 2212.04089).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to: the first all-digit component of its dotted name."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The paper's m: a coefficient for each tensor, from its name and its layer.
+
+    `include` and `exclude` are regular expressions matched against the whole tensor name; an empty
+    `include` means every name. `layers` are inclusive ranges; when any is given, tensors outside
+    the layers (embeddings, final norm) are masked out too. Raises ValueError for a bad pattern or
+    range.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in (*self.include, *self.exclude):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"mask pattern {pattern!r} is not a regular expression: {error}") from None
+        for span in self.layers:
+            if len(span) != 2 or not 0 <= span[0] <= span[1]:
+                raise ValueError(f"mask layers {list(span)} is not a range [first, last] with 0 <= first <= last")
+
+    def coefficient(self, name: str) -> float:
+        if self.include and not any(re.fullmatch(p, name) for p in self.include):
+            return 0.0
+        if any(re.fullmatch(p, name) for p in self.exclude):
+            return 0.0
+        if self.layers:
+            layer = layer_of(name)
+            if layer is None or not any(first <= layer <= last for first, last in self.layers):
+                return 0.0
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Vector:
+    """v = plus − minus, named by its two donors (directories or repositories)."""
+
+    plus: str
+    minus: str
+
+
+@dataclass(frozen=True)
+class Term:
+    """α · (m ⊙ v). Raises ValueError unless α is a finite number."""
+
+    alpha: float
+    vector: Vector
+    mask: Mask = Mask()
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha={self.alpha} is not a finite number")
+
+
+@dataclass(frozen=True)
+class WeightPoint:
+    """θ_base + Σ_k α_k (m_k ⊙ v_k). No terms: the checkpoint `base` itself."""
+
+    base: str
+    terms: tuple[Term, ...] = ()
+
+    @cached_property
+    def active_terms(self) -> tuple[Term, ...]:
+        """The terms that can change a weight. α = 0 names the base itself, to the bit."""
+        return tuple(term for term in self.terms if term.alpha != 0)
+
+    def sources(self) -> Iterator[str]:
+        """Every checkpoint the point is made of, base first, each once."""
+        seen = dict.fromkeys([self.base])
+        for term in self.active_terms:
+            seen |= dict.fromkeys([term.vector.plus, term.vector.minus])
+        return iter(seen)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WeightPoint:
+        terms = tuple(
+            Term(
+                alpha=float(term["alpha"]),
+                vector=Vector(**term["vector"]),
+                mask=Mask(
+                    include=tuple(term["mask"]["include"]),
+                    exclude=tuple(term["mask"]["exclude"]),
+                    layers=tuple((first, last) for first, last in term["mask"]["layers"]),
+                ),
+            )
+            for term in data["terms"]
+        )
+        return cls(base=data["base"], terms=terms)
+
+    def digest(self, contents: Mapping[str, str]) -> str:
+        """A hash of what the point is made of: `contents` maps each source to a digest of its bytes,
+        so that neither a path nor the order of the files on disk matters. 32 hexadecimal digits."""
+        made_of = {
+            "base": contents[self.base],
+            "terms": [
+                {
+                    "alpha": term.alpha,
+                    "plus": contents[term.vector.plus],
+                    "minus": contents[term.vector.minus],
+                    "mask": asdict(term.mask),
+                }
+                for term in self.active_terms
+            ],
+        }
+        return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of an experiment: a weight point asked in one prompt style.
+
+    `alpha` is set when the point is the target plus α times the one vector (0 for the baseline),
+    None otherwise (a donor, a composition).
+    """
+
+    name: str
+    point: WeightPoint
+    prompt: str = "plain"
+    alpha: float | None = None
