@@ -1,0 +1,1 @@
+"""Tensors in, tensors out. Knows nothing of files, Ray or vLLM."""

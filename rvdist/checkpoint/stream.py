@@ -1,0 +1,71 @@
+"""Tensor bytes in and out of files, a chunk at a time, in buffers that are used again.
+
+pread, not mmap: a truncated file or a read error is an exception here, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.header import TensorSpec
+from rvdist.errors import BadInput
+
+TORCH_DTYPE = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+class TensorFiles:
+    """Reads ranges of tensors of one checkpoint, with one open descriptor a file. Not thread-safe."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.bytes_read = 0
+        self._descriptors: dict[str, int] = {}
+
+    def read(self, spec: TensorSpec, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements [start, stop) of a tensor in C order: a 1-d view, in the stored dtype, of `buffer`, a 1-d
+        uint8 tensor. Raises BadInput, naming the file, where it ends too early or cannot be read."""
+        itemsize = TORCH_DTYPE[spec.dtype].itemsize
+        view = buffer[: (stop - start) * itemsize]
+        path = self.checkpoint.path / spec.file
+        try:
+            if spec.file not in self._descriptors:
+                self._descriptors[spec.file] = os.open(path, os.O_RDONLY)
+            read_exactly(self._descriptors[spec.file], spec.offset + start * itemsize, view)
+        except EOFError:
+            raise BadInput(f"{path}: ends inside tensor {spec.name}; it changed or was truncated") from None
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        self.bytes_read += view.numel()
+        return view.view(TORCH_DTYPE[spec.dtype])
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def read_exactly(descriptor: int, offset: int, view: torch.Tensor) -> None:
+    """Fills a 1-d uint8 tensor from a file. Raises EOFError where the file is too short."""
+    memory = view.numpy().data
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
+        if count == 0:
+            raise EOFError
+        memory, offset = memory[count:], offset + count
+
+
+def write_exactly(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
+    """Writes a 1-d tensor's bytes at `offset`. Raises OSError."""
+    memory = tensor.view(torch.uint8).numpy().data
+    while memory:
+        count = os.pwrite(descriptor, memory, offset)
+        memory, offset = memory[count:], offset + count
