@@ -1,0 +1,212 @@
+"""May these vectors be applied to this base? A report with reasons, from headers, configs and tokenizers.
+
+The paper asks for identical layer structure and shapes, the same vocabulary and token ids, and the same
+pre-trained origin (arXiv 2509.01363, section 3). What cannot work is refused; what works with a loss is
+listed. Only a few sampled kilobytes of tensor data are read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rvdist.checkpoint.directory import Checkpoint, read_json
+from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.errors import BadInput
+from rvdist.point import Vector, WeightPoint
+
+REFUSED_DISTANCE = 0.9
+_SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+
+_STRUCTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "num_experts", "num_experts_per_tok", "num_local_experts",
+)  # fmt: skip
+_FORWARD = (
+    "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "sliding_window",
+    "use_sliding_window", "attention_bias", "tie_word_embeddings", "logits_scaling", "final_logit_softcapping",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """`exceptions`: what applies only in part, or was not checked, one sentence each; empty means identical.
+    `refusals`: why the point must not be computed. `distances`: sampled ‖base − minus‖ / ‖base‖ a vector."""
+
+    exceptions: tuple[str, ...]
+    refusals: tuple[str, ...]
+    distances: dict[Vector, float]
+
+    @property
+    def level(self) -> str:
+        return "refused" if self.refusals else "applies with exceptions" if self.exceptions else "identical"
+
+
+def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = False) -> Compatibility:
+    """Judges every term of `point`. Raises BadInput for what arithmetic cannot do at all (another shape,
+    a tensor one donor lacks, nothing left under the mask) and, unless `force`, for the first refusal."""
+    base = sources[point.base]
+    exceptions: list[str] = []
+    refusals: list[str] = []
+    distances: dict[Vector, float] = {}
+    for term in point.terms:
+        plus, minus = sources[term.vector.plus], sources[term.vector.minus]
+        _require_same_tensors(plus, minus)
+        exceptions += _coverage(base, plus, minus)
+        if not any(term.mask.coefficient(name) for name in base.tensors if name in plus.tensors):
+            raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
+        for donor in (plus, minus):
+            for finding in (_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)):
+                refusals += finding.refusals
+                exceptions += finding.exceptions
+        if term.vector not in distances:
+            distance = distances[term.vector] = sampled_distance(base, minus)
+            if distance > REFUSED_DISTANCE:
+                refusals.append(
+                    f"{minus.path} is not from the same pre-training as {base.path}: their sampled relative distance "
+                    f"is {distance:.2f} (siblings are well below {REFUSED_DISTANCE}, unrelated models near 1.41)"
+                )
+    report = Compatibility(tuple(dict.fromkeys(exceptions)), tuple(dict.fromkeys(refusals)), distances)
+    if report.refusals and not force:
+        raise BadInput(f"{report.refusals[0]}; compat.force=true applies the vector all the same")
+    return report
+
+
+@dataclass(frozen=True)
+class _Finding:
+    exceptions: list[str]
+    refusals: list[str]
+
+
+def _require_same_tensors(plus: Checkpoint, minus: Checkpoint) -> None:
+    for have, lack in ((plus, minus), (minus, plus)):
+        if missing := have.tensors.keys() - lack.tensors.keys():
+            raise BadInput(
+                f"{lack.path}: lacks tensor {min(missing)}, which {have.path} has; "
+                "a vector needs two donors with the same tensors"
+            )
+    for name, spec in plus.tensors.items():
+        _require_same_shape(spec, plus, minus)
+        if spec.dtype.startswith("F8") or minus.tensors[name].dtype.startswith("F8"):
+            raise BadInput(
+                f"{plus.path}: tensor {name} is stored in {spec.dtype}; convert the checkpoint to bf16 first"
+            )
+
+
+def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint) -> None:
+    shape = other.tensors[spec.name].shape
+    if shape != spec.shape:
+        raise BadInput(
+            f"{other.path}: tensor {spec.name} has shape {list(shape)} where {one.path} has {list(spec.shape)}; "
+            "weight arithmetic needs equal shapes"
+        )
+
+
+def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint) -> Iterator[str]:
+    shared = [name for name in base.tensors if name in plus.tensors]
+    if not shared:
+        raise BadInput(f"{plus.path}: has no tensor in common with {base.path}; it belongs to another architecture")
+    for name in shared:
+        _require_same_shape(plus.tensors[name], plus, base)
+        for checkpoint in (base, plus, minus):
+            if checkpoint.tensors[name].dtype.startswith("F8"):
+                raise BadInput(f"{checkpoint.path}: tensor {name} is stored in fp8; convert it to bf16 first")
+        if base.tensors[name].dtype not in _FLOATS:
+            yield f"tensor {name} is not floating-point and stays as the target has it"
+    yield from _listed("the vector lacks {} of the target's tensors, which stay as they are", base, plus)
+    yield from _listed("{} of the vector's tensors are not in the target and were skipped", plus, base)
+
+
+def _listed(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[str]:
+    names = sorted(have.tensors.keys() - lack.tensors.keys())
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        yield f"{sentence.format(len(names))}: {shown}"
+
+
+def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
+    if not base.config or not donor.config:
+        lacking = donor if base.config else base
+        return _Finding([f"{lacking.path.name} has no config.json: its architecture was not compared"], [])
+
+    def differing(keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+        for key in keys:
+            ours, theirs = base.config.get(key), donor.config.get(key)
+            if ours != theirs and ours is not None and theirs is not None:
+                yield key, ours, theirs
+
+    return _Finding(
+        [f"{key} is {o} in the target and {t} in {donor.path.name}" for key, o, t in differing(_FORWARD)],
+        [f"{donor.path}: its config has {key}={t} where the target has {o}" for key, o, t in differing(_STRUCTURE)],
+    )
+
+
+def _compare_tokenizers(base: Path, donor: Path) -> _Finding:
+    ours, theirs = token_ids(base), token_ids(donor)
+    if ours is None or theirs is None:
+        lacking = base if ours is None else donor
+        return _Finding([f"{lacking.name} has no tokenizer.json or vocab.json: token ids were not compared"], [])
+    theirs_by_id = {number: token for token, number in theirs.items()}
+    for token, number in ours.items():
+        if theirs.get(token, number) != number:
+            reason = f"token {token!r} has id {theirs[token]} where the target has {number}"
+        elif theirs_by_id.get(number, token) != token:
+            reason = f"id {number} is token {theirs_by_id[number]!r} where the target has {token!r}"
+        else:
+            continue
+        return _Finding([], [f"{donor}: its tokenizer differs from the target's ({reason})"])
+    if ours != theirs:
+        return _Finding([f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], [])
+    return _Finding([], [])
+
+
+def token_ids(path: Path) -> dict[str, int] | None:
+    """token → id from tokenizer.json, or vocab.json, with added tokens; None where there is neither."""
+    if (path / "tokenizer.json").exists():
+        tokenizer = read_json(path / "tokenizer.json")
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        return dict(vocabulary) | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    if (path / "vocab.json").exists():
+        added = read_json(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
+        return read_json(path / "vocab.json") | added
+    return None
+
+
+def sampled_distance(base: Checkpoint, other: Checkpoint) -> float:
+    """‖base − other‖ / ‖base‖ over samples of the largest shared tensors. About √2 for unrelated models,
+    far below 1 for fine-tunes of one initialisation."""
+    shared = [
+        spec
+        for name, spec in base.tensors.items()
+        if spec.dtype in _FLOATS and name in other.tensors and other.tensors[name].dtype in _FLOATS
+    ]
+    matrices = [spec for spec in shared if len(spec.shape) > 1] or shared
+    chosen = sorted(matrices, key=lambda spec: -spec.numel)[:_SAMPLED_TENSORS]
+    difference = norm = 0.0
+    for spec in chosen:
+        ours, theirs = _sample(base, spec), _sample(other, other.tensors[spec.name])
+        count = min(len(ours), len(theirs))
+        difference += float(np.square(ours[:count] - theirs[:count]).sum())
+        norm += float(np.square(ours[:count]).sum())
+    return math.sqrt(difference / norm) if norm else 0.0
+
+
+def _sample(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Elements from the middle of a tensor, widened. Same place for same shape, whatever the dtype."""
+    count = min(spec.numel, _SAMPLED_BYTES // 8)
+    start = (spec.numel - count) // 2
+    itemsize = ITEMSIZE[spec.dtype]
+    with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
+        raw = os.pread(file.fileno(), count * itemsize, spec.offset + start * itemsize)
+    if spec.dtype == "BF16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[spec.dtype]).astype(np.float64)
