@@ -1,0 +1,60 @@
+"""The row of `summary.json`: the contract between the statistics and everything that shows them.
+
+Knows the fields and how they are written to disk; computes nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score of one arm, and its difference to the baseline arm.
+
+    `n` counts documents. `seed` is the arm's sampling seed, None where several seeds are pooled. The
+    fields from `delta` on are None for the baseline itself and without a baseline; an interval end is
+    None where the data say nothing about it (one document of an unbounded metric, say).
+    """
+
+    arm: str
+    point: str
+    alpha: float | None
+    prompt: str
+    task: str
+    metric: str
+    filter: str
+    primary: bool
+    higher_is_better: bool
+    seed: int | None
+    value: float
+    stderr: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    delta: float | None = None
+    delta_ci_low: float | None = None
+    delta_ci_high: float | None = None
+    p_value: float | None = None
+    p_adjusted: float | None = None
+    verdict: str | None = None
+
+
+def baseline_of(rows: Sequence[Row]) -> str | None:
+    """The arm the others are compared with; None when nothing is compared."""
+    if all(row.p_value is None for row in rows):
+        return None
+    return next(row.arm for row in rows if row.p_value is None)
+
+
+def write_summary(path: Path, rows: Sequence[Row]) -> None:
+    """Write `path` as a JSON list and the same rows as CSV beside it."""
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)

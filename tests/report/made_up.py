@@ -1,0 +1,71 @@
+"""Made-up experiments: what the fleet would have written, small enough to reason about."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from rvdist.point import Arm, Term, Vector, WeightPoint
+from rvdist.record import Record, TaskInfo
+
+VECTOR = Vector(plus="org/grpo", minus="org/sft")
+
+
+def make_arm(name: str, alpha: float | None = None, prompt: str = "plain") -> Arm:
+    point = WeightPoint("org/grpo") if alpha is None else WeightPoint("org/target", (Term(alpha, VECTOR),))
+    return Arm(name, point, prompt, alpha)
+
+
+def make_task(name: str = "gsm8k", metric: str = "exact_match", higher_is_better: bool = True) -> TaskInfo:
+    return TaskInfo(name, "3", ((metric, "none"),), (metric, "none"), {metric: higher_is_better})
+
+
+def make_records(
+    arm: str,
+    scores: Sequence[float | Sequence[float]],
+    task: str = "gsm8k",
+    metric: str = "exact_match",
+    response: str = "So the answer is 5.",
+    prompt_text: str = "Q: what is 2 + 3?\nA:",
+) -> list[Record]:
+    """One document a score; a sequence of scores is a document asked once under each seed."""
+    return [
+        Record(
+            arm=arm,
+            point=f"{zlib.crc32(arm.encode()):08x}",
+            alpha=None,
+            prompt="plain",
+            task=task,
+            filter="none",
+            seed=seed,
+            doc_id=doc_id,
+            doc=f"{task}-{doc_id:05d}",
+            metrics={metric: float(score)},
+            prompt_text=prompt_text,
+            target="5",
+            response=response,
+            filtered="5",
+        )
+        for doc_id, repeats in enumerate(scores)
+        for seed, score in enumerate(repeats if isinstance(repeats, Sequence) else [repeats])
+    ]
+
+
+def make_experiment(
+    alphas: Sequence[float] = (-1.0, 0.0, 0.5, 1.0), tasks: int = 2, n: int = 120, **text: str
+) -> tuple[list[Arm], list[Record], list[TaskInfo]]:
+    """An α sweep, a donor and a think arm on several tasks, with scores drawn so that some arms differ."""
+    rng = np.random.default_rng(5)
+    arms = [make_arm("baseline" if a == 0 else f"α={a:g}", a) for a in alphas]
+    arms += [make_arm("donor + think", None, "think"), make_arm("α=1 + think", 1.0, "think")]
+    infos = [make_task(f"task_{i}") for i in range(tasks)]
+    records = []
+    for info in infos:
+        ease = rng.random(n)
+        for arm in arms:
+            skill = 0.55 + 0.12 * (arm.alpha if arm.alpha is not None else 1.2) + 0.03 * (arm.prompt == "think")
+            scores = [float(e + 0.1 * rng.standard_normal() < skill) for e in ease]
+            records += make_records(arm.name, scores, info.name, **text)
+    return arms, records, infos

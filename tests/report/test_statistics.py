@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict, fields
+
+import numpy as np
+import pytest
+from made_up import make_arm, make_experiment, make_records, make_task
+from scipy.stats import binom, binomtest, bootstrap, multinomial
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from rvdist.record import TaskInfo
+from rvdist.report.statistics import (
+    Row,
+    baseline_of,
+    compare_discordant,
+    detectable_effects,
+    minimal_detectable_effect,
+    summarise,
+    write_summary,
+)
+
+BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)
+
+
+def compare(ours, theirs, task=None) -> Row:
+    task = task or make_task()
+    metric = task.primary[0]
+    records = make_records("baseline", theirs, metric=metric) + make_records("α=1", ours, metric=metric)
+    return summarise([BASE, ARM], records, [task], "baseline")[1]
+
+
+def agrees(row: Row) -> bool:
+    excludes = row.delta_ci_low > 0 or row.delta_ci_high < 0
+    return excludes == (row.p_value < 0.05) == (row.verdict != "no detectable difference")
+
+
+def test_row_is_the_contract_of_summary_json():
+    assert [field.name for field in fields(Row)] == [
+        "arm",
+        "point",
+        "alpha",
+        "prompt",
+        "task",
+        "metric",
+        "filter",
+        "primary",
+        "higher_is_better",
+        "seed",
+        "value",
+        "stderr",
+        "ci_low",
+        "ci_high",
+        "n",
+        "delta",
+        "delta_ci_low",
+        "delta_ci_high",
+        "p_value",
+        "p_adjusted",
+        "verdict",
+    ]
+
+
+def test_single_score_is_wilson():
+    scores = [1.0] * 37 + [0.0] * 13
+    [row] = summarise([BASE], make_records("baseline", scores), [make_task()], None)
+    assert (row.value, row.n, row.seed) == (0.74, 50, 0)
+    assert (row.ci_low, row.ci_high) == pytest.approx(proportion_confint(37, 50, method="wilson"))
+    assert row.stderr == pytest.approx(np.std(scores, ddof=1) / math.sqrt(50))
+    assert row.delta is row.p_value is row.p_adjusted is row.verdict is None
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_scores_that_do_not_vary_keep_an_honest_interval(score):
+    for scores in ([score] * 20, [[score] * 4] * 20):
+        [row] = summarise([BASE], make_records("baseline", scores), [make_task()], None)
+        assert row.ci_high - row.ci_low > 0.1
+
+
+def test_repeats_of_a_document_are_one_cluster():
+    scores = [[1.0] * 8] * 10 + [[0.0] * 8] * 10
+    [repeated] = summarise([BASE], make_records("baseline", scores), [make_task()], None)
+    [once] = summarise([BASE], make_records("baseline", [s[0] for s in scores]), [make_task()], None)
+    assert (repeated.n, repeated.value, repeated.stderr) == (once.n, once.value, once.stderr)
+    assert repeated.ci_high - repeated.ci_low == pytest.approx(once.ci_high - once.ci_low, rel=0.15)
+    assert (repeated.seed, once.seed) == (None, 0)
+
+
+def test_value_is_the_mean_over_records_and_delta_their_difference_however_often_a_document_is_asked():
+    theirs, ours = [[1.0, 0.0], [1.0], [0.0], [1.0]], [[1.0] * 3, [0.0], [1.0], [1.0]]
+    records = make_records("baseline", theirs) + make_records("α=1", ours)
+    base, row = summarise([BASE, ARM], records, [make_task()], "baseline")
+    assert base.value == pytest.approx(3 / 5) and row.value == pytest.approx(5 / 6)
+    assert row.delta == pytest.approx(row.value - base.value)
+
+
+def test_bootstrap_interval_is_scipys_stretched_by_t():
+    values = np.random.default_rng(1).gamma(2.0, size=300)
+    [row] = summarise([BASE], make_records("baseline", list(values)), [make_task()], None)
+    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=9999).confidence_interval
+    assert (row.ci_low, row.ci_high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+@pytest.mark.parametrize("b,c", [(0, 0), (1, 0), (5, 0), (6, 0), (3, 9), (30, 30), (30, 48)])
+def test_mcnemar_is_statsmodels(b, c):
+    ours = [1.0] * b + [0.0] * c + [1.0] * 20 + [0.0] * 20
+    theirs = [0.0] * b + [1.0] * c + [1.0] * 20 + [0.0] * 20
+    row = compare(ours, theirs)
+    expected = mcnemar([[20, c], [b, 20]], exact=True).pvalue if b + c else 1.0
+    assert row.p_value == pytest.approx(expected)
+    if b + c:
+        assert row.p_value == pytest.approx(binomtest(b, b + c).pvalue)
+    assert row.delta == pytest.approx((b - c) / len(ours)) == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert row.delta_ci_low <= row.delta <= row.delta_ci_high
+    assert agrees(row)
+
+
+def test_no_discordant_pair_still_has_an_interval():
+    row = compare([1.0] * 30, [1.0] * 30)
+    assert (row.delta, row.p_value) == (0.0, 1.0)
+    # The most discordance that shows none among 30 pairs once in forty times.
+    assert row.delta_ci_high == -row.delta_ci_low == pytest.approx(1 - 0.025 ** (1 / 30))
+
+
+def test_mcnemar_and_its_interval_never_disagree():
+    for n in (1, 7, 12, 25, 400):
+        for discordant in range(min(n, 25) + 1):
+            for b in range(discordant + 1):
+                x = compare_discordant(b, discordant - b, n)
+                assert (x.low > 0 or x.high < 0) == (x.p_value < 0.05), (b, discordant, n)
+                assert -1 <= x.low <= x.delta <= x.high <= 1
+    for discordant in (100, 333, 1000):
+        for b in range(discordant + 1):
+            x = compare_discordant(b, discordant - b, 1319)
+            assert (x.low > 0 or x.high < 0) == (x.p_value < 0.05), (b, discordant)
+
+
+def test_mcnemar_interval_covers_exactly():
+    n = 40
+    outcomes = [(b, c) for b in range(n + 1) for c in range(n + 1 - b)]
+    counts = np.array([(b, c, n - b - c) for b, c in outcomes])
+    intervals = np.array([(x.low, x.high) for x in (compare_discordant(b, c, n) for b, c in outcomes)])
+    for better, worse in [(0.0, 0.0), (0.02, 0.01), (0.1, 0.1), (0.3, 0.05), (0.25, 0.25), (0.5, 0.5), (0.6, 0.0)]:
+        chance = multinomial.pmf(counts, n, [better, worse, 1 - better - worse])
+        delta = better - worse
+        covered = (intervals[:, 0] <= delta + 1e-12) & (delta - 1e-12 <= intervals[:, 1])
+        assert chance[covered].sum() >= 0.95, (better, worse)
+
+
+def test_wilson_covers_on_average():
+    n = 60
+    k = np.arange(n + 1)
+    low, high = proportion_confint(k, n, method="wilson")
+    chances = np.linspace(0.1, 0.9, 33)
+    coverage = [binom.pmf(k, n, p)[(low <= p) & (p <= high)].sum() for p in chances]
+    assert min(coverage) >= 0.92 and np.mean(coverage) >= 0.945
+
+
+def test_bootstrap_covers_and_never_disagrees():
+    """40 documents asked four times in two arms, an effect of 8 points in some of them."""
+    rng = np.random.default_rng(0)
+    replicates, n = 500, 40
+    score_hits = delta_hits = 0
+    for _ in range(replicates):
+        ease = rng.choice([0.2, 0.6, 0.9], n)
+        theirs = (rng.random((n, 4)) < ease[:, None]).astype(float)
+        ours = (rng.random((n, 4)) < ease[:, None] + 0.08).astype(float)
+        row = compare(ours.tolist(), theirs.tolist())
+        assert agrees(row)
+        score_hits += row.ci_low <= np.mean([0.28, 0.68, 0.98]) <= row.ci_high
+        delta_hits += row.delta_ci_low <= 0.08 <= row.delta_ci_high
+    assert score_hits / replicates >= 0.93
+    assert delta_hits / replicates >= 0.93
+
+
+def test_bootstrap_does_not_cry_wolf_when_few_documents_change():
+    """The plain percentile bootstrap calls four changed documents significant; six are needed, as in McNemar."""
+    for changed, verdict in [(0, False), (1, False), (3, False), (4, False), (5, False), (7, True)]:
+        row = compare([[1.0, 0.0]] * changed + [[0.0, 0.0]] * (100 - changed), [[0.0, 0.0]] * 100)
+        assert agrees(row)
+        assert (row.verdict == "better") == verdict, changed
+        assert row.delta_ci_low < row.delta_ci_high
+
+
+def test_bootstrap_rejects_a_true_null_about_one_time_in_twenty():
+    rng = np.random.default_rng(2)
+    rejected = 0
+    for _ in range(300):
+        theirs, ours = rng.exponential(size=(2, 25))
+        rejected += compare(ours.tolist(), theirs.tolist(), make_task(metric="loss")).p_value < 0.05
+    assert rejected / 300 < 0.08
+
+
+@pytest.mark.parametrize("ours,theirs", [([2.5], [1.5]), ([0.3, 0.3], [0.3, 0.3]), ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])])
+def test_degenerate_differences_claim_nothing(ours, theirs):
+    row = compare(ours, theirs)
+    assert row.verdict == "no detectable difference" and row.p_value > 0.05
+    json.dumps(asdict(row), allow_nan=False)
+
+
+def test_verdict_respects_direction():
+    up, down = [1.0] * 40, [0.0] * 30 + [1.0] * 10
+    lower = make_task(metric="error", higher_is_better=False)
+    assert compare(up, down).verdict == "better"
+    assert compare(down, up).verdict == "worse"
+    assert compare(up, down, lower).verdict == "worse"
+    assert compare(down, up, lower).verdict == "better"
+    smooth = np.random.default_rng(0).random(50)
+    assert compare(list(smooth + 1), list(smooth[::-1]), lower).verdict == "worse"
+
+
+def test_holm_keeps_two_families():
+    task = TaskInfo("t", "1", (("acc", "none"), ("norm", "none")), ("acc", "none"))
+    base = make_arm("baseline", 0.0)
+    arms = [base, make_arm("a", 0.5), make_arm("b", 1.0)]
+    right = {"baseline": 10, "a": 19, "b": 18}
+    records = []
+    for arm, k in right.items():
+        for acc, r in zip([1.0] * k + [0.0] * (30 - k), make_records(arm, [0.0] * 30, "t"), strict=True):
+            records.append(type(r)(**{**asdict(r), "metrics": {"acc": acc, "norm": acc}}))
+    rows = [row for row in summarise(arms, records, [task], "baseline") if row.p_value is not None]
+    assert [row.primary for row in rows] == [True, True, False, False]
+    for family in (rows[:2], rows[2:]):
+        small, large = sorted(row.p_value for row in family)
+        assert sorted(row.p_adjusted for row in family) == pytest.approx([2 * small, max(2 * small, large)])
+
+
+def test_missing_documents_are_refused_in_one_sentence():
+    for ours, theirs, said in [(9, 10, "1 are missing in the arm"), (10, 9, "0 are missing in the arm")]:
+        with pytest.raises(ValueError, match=said) as error:
+            compare([1.0] * ours, [1.0] * theirs)
+        assert "\n" not in str(error.value) and "gsm8k" in str(error.value)
+    with pytest.raises(ValueError, match="no record"):
+        compare([], [1.0])
+    with pytest.raises(ValueError, match="none of the arms"):
+        summarise([ARM], [], [make_task()], "baseline")
+    with pytest.raises(ValueError, match="no finite"):
+        compare([math.nan], [1.0])
+
+
+def test_rows_do_not_depend_on_the_order_of_records():
+    arms, records, tasks = make_experiment(n=30)
+    records += [
+        type(r)(**{**asdict(r), "seed": 1, "metrics": {"exact_match": float(i % 3 > 0)}}) for i, r in enumerate(records)
+    ]
+    assert summarise(arms, records, tasks, "baseline") == summarise(arms, records[::-1], tasks, "baseline")
+
+
+def test_minimal_detectable_effect_has_its_power():
+    """Exact power of the exact test at the effect: near 80 %, a little less because the test is discrete."""
+    for n, discordance in [(150, 0.2), (300, 0.1), (60, 0.5)]:
+        effect = minimal_detectable_effect(n, discordance)
+        better = (discordance + effect) / 2 / discordance
+        power = 0.0
+        for m in range(n + 1):
+            b = np.arange(m + 1)
+            tail = np.minimum(1, 2 * binom.cdf(np.minimum(b, m - b), m, 0.5)) < 0.05
+            power += binom.pmf(m, n, discordance) * binom.pmf(b, m, better)[tail].sum()
+        assert 0.7 < power < 0.85
+    assert minimal_detectable_effect(3, 0.5) == 1.0
+    effects = [minimal_detectable_effect(n, 0.2) for n in (10, 100, 1000, 10000)]
+    assert effects == sorted(effects, reverse=True)
+
+
+def test_detectable_effects_use_the_observed_discordance():
+    records = make_records("baseline", [1.0] * 100) + make_records("α=1", [1.0] * 80 + [0.0] * 20)
+    assert detectable_effects(records, [make_task()], "baseline") == {"gsm8k": minimal_detectable_effect(100, 0.2)}
+    assert (
+        detectable_effects(make_records("baseline", [0.5]) + make_records("a", [0.1]), [make_task()], "baseline") == {}
+    )
+
+
+def test_summary_files(tmp_path):
+    arms, records, tasks = make_experiment(n=20)
+    rows = summarise(arms, records, tasks, "baseline")
+    assert baseline_of(rows) == "baseline"
+    write_summary(tmp_path / "summary.json", rows)
+    assert [Row(**row) for row in json.loads((tmp_path / "summary.json").read_text())] == rows
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(rows) and list(table[0]) == [field.name for field in fields(Row)]
+    assert table[0]["arm"] == rows[0].arm and float(table[0]["value"]) == rows[0].value
