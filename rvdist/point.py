@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -97,11 +97,18 @@ class WeightPoint:
         return tuple(term for term in self.terms if term.alpha != 0)
 
     def sources(self) -> Iterator[str]:
-        """Every checkpoint the point is made of, base first, each once."""
+        """Every checkpoint the point names, base first, each once."""
         seen = dict.fromkeys([self.base])
-        for term in self.active_terms:
+        for term in self.terms:
             seen |= dict.fromkeys([term.vector.plus, term.vector.minus])
         return iter(seen)
+
+    def relocated(self, places: Mapping[str, str]) -> WeightPoint:
+        """The same point with each source replaced by the place where it was found."""
+        terms = tuple(
+            replace(term, vector=Vector(places[term.vector.plus], places[term.vector.minus])) for term in self.terms
+        )
+        return WeightPoint(places[self.base], terms)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,147 @@
+"""An output directory that appears whole or not at all.
+
+Everything is written under `OUTPUT.partial`, made durable, and renamed once. A lock on a file in it keeps
+a second writer out and is released by the kernel when its owner dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rvdist.checkpoint.directory import INDEX, Checkpoint
+from rvdist.checkpoint.header import TensorSpec
+from rvdist.errors import BadInput
+
+_LOCK = "lock"
+_CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class Staging:
+    """One output under construction. Raises BadInput when the output exists (unless `overwrite`) or another
+    process is writing it; what an interrupted run left behind is cleared."""
+
+    def __init__(self, output: Path, overwrite: bool = False) -> None:
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self._overwrite = overwrite
+        require_free(output, overwrite)
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
+        self._lock: int | None = self._take_lock()
+        for entry in self.partial.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+    def _take_lock(self) -> int:
+        path = self.partial / _LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(descriptor)
+        raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
+
+    def allocate(self, name: str, header: bytes, size: int) -> None:
+        """Makes a weight file of its final size with its header in place, so that a full disk is found first."""
+        with open(self.partial / name, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            file.write(header)
+
+    def write_text(self, name: str, text: str) -> None:
+        (self.partial / name).write_text(text, encoding="utf-8")
+
+    def commit(self) -> None:
+        """Makes everything durable and gives it its name in one rename."""
+        for entry in self.partial.rglob("*"):
+            _sync(entry)
+        _sync(self.partial)
+        (self.partial / _LOCK).unlink()
+        require_free(self.output, self._overwrite)
+        if self.output.exists():
+            _exchange(self.partial, self.output)
+            shutil.rmtree(self.partial)
+        else:
+            self.partial.rename(self.output)
+        _sync(self.output.parent)
+        self._release()
+
+    def abandon(self) -> None:
+        """Removes what was staged, if it was not committed."""
+        if self._lock is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def require_free(output: Path, overwrite: bool) -> None:
+    """Raises BadInput where `output` exists and must not be replaced, or is no directory of a checkpoint."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise BadInput(f"{output}: already exists; choose another output or set overwrite=true")
+    if output.is_symlink() or not output.is_dir():
+        raise BadInput(f"{output}: is not a directory, and overwrite=true only replaces directories")
+    if any(output.iterdir()) and not any(output.glob("*.safetensors")):
+        raise BadInput(f"{output}: is not a checkpoint, and overwrite=true only replaces checkpoints")
+
+
+def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
+    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template)."""
+    for entry in sorted(base.path.iterdir()):
+        if entry.is_file() and entry.suffix in _CARRIED and not entry.name.endswith(".index.json"):
+            shutil.copyfile(entry, staging.partial / entry.name)
+    if (templates := base.path / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, staging.partial / templates.name)
+    if dtype is not None and base.config:
+        key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+        staging.write_text("config.json", json.dumps(base.config | {key: dtype}, indent=2) + "\n")
+
+
+def write_index(staging: Staging, tensors: Mapping[str, TensorSpec], files: Sequence[str]) -> None:
+    """`model.safetensors.index.json`, where there is more than one file or its name is not the default."""
+    if list(files) == ["model.safetensors"]:
+        return
+    index = {
+        "metadata": {"total_size": sum(spec.nbytes for spec in tensors.values())},
+        "weight_map": {name: spec.file for name, spec in sorted(tensors.items())},
+    }
+    staging.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps two directories in one step where the file system can; else there is a moment without `other`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if done == 0:
+        return
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(ctypes.get_errno(), f"{other}: could not be replaced")
+    aside = other.with_name(other.name + ".old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)

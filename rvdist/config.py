@@ -1,0 +1,228 @@
+"""The schema of a run: every key, its type and its default, and what Hydra cannot check by itself.
+
+`conf/` holds the same tree as YAML, for people; this module refuses what does not fit it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from rvdist.errors import BadInput
+from rvdist.point import Arm, Mask, Term, Vector, WeightPoint
+
+STAGES = ("plan", "merge", "evaluate", "report")
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class MaskConfig:
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class VectorConfig:
+    plus: str | None = None
+    minus: str | None = None
+    mask: MaskConfig = field(default_factory=MaskConfig)
+
+
+@dataclass
+class WeightedVectorConfig(VectorConfig):
+    alpha: float = 1.0
+
+
+@dataclass
+class MergeConfig:
+    workers: int | None = None
+    threads: int = 1
+
+
+@dataclass
+class SweepConfig:
+    alphas: list[float] | None = None
+
+
+@dataclass
+class BenchmarksConfig:
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = True
+    allow_truncation: bool = False
+
+
+@dataclass
+class EngineConfig:
+    count: int | None = None
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: int = 1
+    enforce_eager: bool = True
+    seed: int = 0
+    slice_size: int = 128
+
+
+@dataclass
+class ClusterConfig:
+    address: str = "local"
+
+
+@dataclass
+class CompatConfig:
+    force: bool = False
+
+
+@dataclass
+class CacheConfig:
+    dir: str = "~/.cache/rvdist"
+
+
+@dataclass
+class Config:
+    target: str = MISSING
+    vector: VectorConfig = field(default_factory=VectorConfig)
+    vectors: list[WeightedVectorConfig] = field(default_factory=list)
+    alpha: Any = 1.0
+    stages: list[str] | None = None
+    output: str | None = None
+    overwrite: bool = False
+    max_shard_size: Any = None
+    dtype: str | None = None
+    allow_nonfinite: bool = False
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    compat: CompatConfig = field(default_factory=CompatConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+def stages(config: Config) -> list[str]:
+    """The stages to run, in their order. Raises BadInput."""
+    if config.stages is None:
+        chosen = ["merge"] * (config.output is not None) + ["evaluate", "report"] * bool(config.benchmarks.tasks)
+        if not chosen:
+            raise BadInput("nothing to do; set output=DIRECTORY to merge, or benchmarks=… to evaluate")
+        return chosen
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise BadInput(f"stages: {stage!r} is not one of {', '.join(STAGES)}")
+    chosen = [stage for stage in STAGES if stage in config.stages]
+    if "merge" in chosen and config.output is None:
+        raise BadInput("output is not set; the merge stage needs output=DIRECTORY")
+    if "evaluate" in chosen and not config.benchmarks.tasks:
+        raise BadInput("benchmarks.tasks is empty; the evaluate stage needs benchmarks=… or benchmarks.tasks=[…]")
+    if "report" in chosen and "evaluate" not in chosen:
+        raise BadInput("stages: report needs evaluate")
+    return chosen
+
+
+def alphas(value: Any, key: str = "alpha") -> list[float]:
+    """One finite number or a list of them. Raises BadInput, naming `key`."""
+    numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise BadInput(f"{key}: {number!r} is not a finite number")
+    if not numbers:
+        raise BadInput(f"{key} is an empty list; give at least one number")
+    return [float(number) for number in numbers]
+
+
+def spell(alpha: float) -> str:
+    """The shortest spelling of α: 1, −1, 0.25."""
+    return str(int(alpha)) if alpha.is_integer() else repr(alpha)
+
+
+def point(config: Config, alpha: float) -> WeightPoint:
+    """target + alpha · (the vector, or the weighted sum of `vectors`). Raises BadInput."""
+    weighted = list(config.vectors)
+    if config.vector.plus or config.vector.minus:
+        if weighted:
+            raise BadInput("vector and vectors are both set; put every vector into vectors=[…]")
+        weighted = [WeightedVectorConfig(config.vector.plus, config.vector.minus, config.vector.mask)]
+    terms = []
+    for number, vector in enumerate(weighted):
+        key = f"vectors[{number}]" if config.vectors else "vector"
+        if vector.plus is None or vector.minus is None:
+            lacking = "plus" if vector.plus is None else "minus"
+            raise BadInput(f"{key}.{lacking} is not set; a vector needs both donors, plus and minus")
+        try:
+            mask = Mask(
+                tuple(vector.mask.include),
+                tuple(vector.mask.exclude),
+                tuple((span[0], span[1]) for span in vector.mask.layers if _is_pair(span, key)),
+            )
+            terms.append(Term(alpha * vector.alpha, Vector(vector.plus, vector.minus), mask))
+        except ValueError as error:
+            raise BadInput(f"{key}: {error}") from None
+    return WeightPoint(config.target, tuple(terms))
+
+
+def _is_pair(span: Sequence[int], key: str) -> bool:
+    if len(span) != 2:
+        raise BadInput(f"{key}.mask.layers: {list(span)} is not a range [first, last]")
+    return True
+
+
+def outputs(config: Config) -> dict[Path, WeightPoint]:
+    """What the merge stage writes: directory → point. Raises BadInput where a vector or a placeholder lacks
+    or two points would share a directory."""
+    assert config.output is not None
+    found: dict[Path, WeightPoint] = {}
+    for alpha in alphas(config.alpha):
+        merged = point(config, alpha)
+        if not merged.terms:
+            raise BadInput("vector.plus and vector.minus are not set; a merge needs a vector")
+        target = Path(config.target).name
+        directory = Path(config.output.replace("{alpha}", spell(alpha)).replace("{target}", target)).absolute()
+        if directory in found:
+            raise BadInput(f"output: several points would be written to {directory}; put {{alpha}} into it")
+        found[directory] = merged
+    return found
+
+
+def arms(config: Config) -> list[Arm]:
+    """What the evaluate stage scores: the baseline (the target itself), then every α. Raises BadInput."""
+    baseline = Arm("baseline", WeightPoint(config.target), alpha=0.0)
+    if not point(config, 1.0).terms:
+        return [baseline]
+    values = alphas(config.alpha) if config.sweep.alphas is None else alphas(config.sweep.alphas, "sweep.alphas")
+    scored = []
+    for alpha in sorted(set(values) - {0.0}):
+        scaled = point(config, alpha)
+        single = scaled.terms[0].alpha if len(scaled.terms) == 1 else None
+        scored.append(Arm(f"alpha={spell(alpha)}", scaled, alpha=single))
+    return [baseline, *scored]
+
+
+def size(value: Any, key: str) -> int | None:
+    """Bytes from a number or a text such as 5GB or 512MiB; None stays None. Raises BadInput."""
+    text = str(value).strip().upper()
+    if value is None:
+        return None
+    for suffix, factor in _UNITS.items():
+        if text.endswith(suffix) and text.removesuffix(suffix).strip().replace(".", "", 1).isdigit():
+            return max(1, int(float(text.removesuffix(suffix)) * factor))
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise BadInput(f"{key}: {value!r} is not a size; write it as 5GB or 512MiB")
+
+
+def output_dtype(config: Config) -> str | None:
+    """The safetensors dtype of the output, None to keep the target's. Raises BadInput."""
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise BadInput(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[config.dtype] if config.dtype else None

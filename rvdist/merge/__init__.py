@@ -1,0 +1,1 @@
+"""Points → sharded checkpoints, on Ray."""

