@@ -1,0 +1,72 @@
+"""What an engine is asked and what it answers. Plain data: no tokens, no vLLM, no lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue `prompt` by at most `max_tokens` tokens, until one of the strings in `stop` (which is cut off) or
+    the tokenizer's end of text. Temperature 0 is greedy; `seed` makes a sampled completion repeatable."""
+
+    prompt: str
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @classmethod
+    def from_lm_eval(cls, prompt: str, kwargs: Mapping[str, Any], default_max_tokens: int = 256) -> Generate:
+        """The request for lm-eval's `generate_until` arguments. Greedy unless `do_sample` is true or a positive
+        temperature is given without `do_sample`. Raises ValueError for an argument nobody here knows."""
+        left = dict(kwargs)
+        until = left.pop("until", None) or ()
+        lengths = [left.pop(key, None) for key in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+        max_tokens = next((int(length) for length in lengths if length is not None), default_max_tokens)
+        do_sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+        if do_sample is False or (do_sample is None and temperature is None):
+            temperature = 0.0
+        known = {key: left.pop(key) for key in ("top_p", "top_k", "min_p", "repetition_penalty", "seed") if key in left}
+        if left:
+            raise ValueError(f"generation_kwargs {sorted(left)} are not supported; leave them out")
+        return cls(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            stop=(until,) if isinstance(until, str) else tuple(until),
+            temperature=1.0 if temperature is None else float(temperature),
+            **known,
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`text` without its stop string; `finish` is "stop" or "length"; both counts are in tokens."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How likely is `continuation` after `context`?"""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Loglikelihood:
+    """`logprob` in nats, summed over the continuation's `tokens`; `greedy` when each of them was the likeliest."""
+
+    logprob: float
+    greedy: bool
+    tokens: int

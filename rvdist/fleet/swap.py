@@ -1,0 +1,97 @@
+"""The swap: gives a live vLLM engine the weights of another point, in place and to the bit.
+
+Runs inside every vLLM rank, as vLLM's `worker_extension_cls`. Each rank streams the point into vLLM's own
+reload path, so that fused and tensor-parallel layouts stay vLLM's business; only the point's JSON travels.
+vLLM merely warns about weights it did not get, and its CPU build keeps packed copies that a reload misses:
+here the first is an error and the second is repaired. Facts and proofs: docs/vllm.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rvdist.checkpoint.source import open_source
+from rvdist.point import WeightPoint
+from rvdist.reader import read_point
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    Worker = object
+
+
+class SwapExtension(Worker):
+    """Mixed into vLLM's worker class; names are prefixed because vLLM refuses an attribute it already has."""
+
+    def rvdist_swap(self, point: str, mirrored: bool) -> None:
+        """Loads the weights of `point` (the JSON of a WeightPoint), or their mirror image (`mirror`).
+
+        Raises RuntimeError naming the tensors when one that the engine was started with does not come, or
+        does not arrive in vLLM. After any error the weights of this rank are undefined.
+        """
+        tensors = read_point(WeightPoint.from_json(json.loads(point)))
+        if mirrored:
+            tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size)
+        self._rvdist_reload(self._rvdist_complete(tensors))
+        _repair_packed_copies(self.model_runner.get_model())
+
+    def _rvdist_complete(self, tensors: Tensors) -> Tensors:
+        """The same tensors; raises at their end when one of the engine's own checkpoint was not among them."""
+        missing = set(open_source(self.model_config.model).tensors)
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            missing.discard("lm_head.weight")
+        for name, tensor in tensors:
+            missing.discard(name)
+            yield name, tensor
+        missing = {name for name in missing if not name.endswith("rotary_emb.inv_freq")}
+        if missing:
+            raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
+
+    def _rvdist_reload(self, tensors: Tensors) -> None:
+        model = self.model_runner.get_model()
+        expected = {name for name, _ in model.named_parameters()}
+        loaded: set[str] | None = None
+        load_weights = model.load_weights
+
+        def recording(weights: Tensors) -> set[str] | None:
+            nonlocal loaded
+            loaded = load_weights(weights)
+            return loaded
+
+        model.load_weights = recording
+        try:
+            self.reload_weights(weights_iterator=tensors)
+        finally:
+            del model.load_weights
+        if loaded is not None and (stale := expected - loaded):
+            raise RuntimeError(f"vLLM did not load these parameters of the weight point: {_some(stale)}")
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def _repair_packed_copies(model: Any) -> None:
+    """Packs anew what vLLM's CPU build packed at start and its reload leaves as it was: a tied lm_head, which
+    owns a packed copy of the embedding but no weight of its own, and the experts of a mixture."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            experts.process_weights_after_loading(layer)
