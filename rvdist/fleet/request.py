@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,7 @@ class Loglikelihood:
     logprob: float
     greedy: bool
     tokens: int
+
+
+Request: TypeAlias = Generate | Choice
+Answer: TypeAlias = Completion | Loglikelihood

@@ -1,0 +1,211 @@
+"""lm-eval as a library: task names → requests for an engine, an arm's answers → records and a results file.
+
+Which documents are asked, how prompts are built, filtered and scored is lm-eval's alone. Knows nothing of
+weights, engines or Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rvdist.errors import BadInput
+from rvdist.fleet.request import Answer, Choice, Completion, Generate, Loglikelihood, Request
+from rvdist.point import Arm
+from rvdist.record import Record, TaskInfo
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
+
+POCKET_TASKS = Path(__file__).resolve().parent.parent / "pocket" / "tasks"
+_FEWSHOT_SEED = 1234  # lm-eval's own default
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Loaded tasks and how they are asked. `load` makes one."""
+
+    loaded: Mapping[str, Any]
+    limit: int | None
+    chat: bool
+
+    @classmethod
+    def load(
+        cls,
+        names: Sequence[str],
+        include_path: Path | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        chat: bool = True,
+    ) -> Suite:
+        """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
+
+        `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
+        prompts into the model's chat template. Raises BadInput for an unknown task or data that cannot be had.
+        """
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        paths = [str(path) for path in (POCKET_TASKS, include_path) if path is not None]
+        manager = TaskManager(include_path=paths, include_defaults=False)
+        if not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=paths)
+        for name in names:
+            if name not in manager.all_tasks:
+                close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+                hint = f"did you mean {close[0]}?" if close else "set benchmarks.include_path for tasks of your own"
+                raise BadInput(f"benchmarks.tasks: there is no task {name!r}; {hint}")
+        try:
+            loaded = manager.load(list(names))
+        except Exception as error:  # whatever a data set's loader raises
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BadInput(f"benchmarks.tasks: {', '.join(names)} could not be loaded ({reason})") from None
+        for task in loaded["tasks"].values():
+            shots = task.get_config("num_fewshot")
+            if shots is None or (num_fewshot is not None and shots != 0):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            if getattr(task, "UNSAFE_CODE", False):
+                raise BadInput(f"benchmarks.tasks: {task.task_name} runs generated code, which is not supported yet")
+        return cls(loaded, limit, chat)
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """lm-eval's Task objects by name, groups unfolded."""
+        return dict(self.loaded["tasks"])
+
+    def requests(self, tokenizer: Any) -> list[Request]:
+        """What every arm with this tokenizer is asked, in lm-eval's order, each document's repeats together."""
+        self._reseed()
+        model = _lm(tokenizer, {})
+        asked: list[Request] = []
+        for task in self.tasks.values():
+            task.build_all_requests(
+                limit=self.limit,
+                apply_chat_template=self.chat,
+                fewshot_as_multiturn=self.chat,
+                chat_template=model.apply_chat_template if self.chat else None,
+                tokenizer_name=model.tokenizer_name if self.chat else "",
+            )
+            for instance in task.instances:
+                asked += [_request(instance)] * instance.repeats
+        return asked
+
+    def score(
+        self, arm: Arm, digest: str, tokenizer: Any, requests: Sequence[Request], answers: Sequence[Answer], seed: int
+    ) -> tuple[dict[str, Any], list[Record]]:
+        """lm-eval's results (in the layout of its results files) and the records of one arm."""
+        from lm_eval.evaluator import evaluate
+
+        given: dict[Hashable, deque[Answer]] = defaultdict(deque)
+        for request, answer in zip(requests, answers, strict=True):
+            given[request].append(answer)
+        self._reseed()
+        results = evaluate(
+            lm=_lm(tokenizer, given),
+            task_dict=self.loaded,
+            limit=self.limit,
+            bootstrap_iters=0,
+            apply_chat_template=self.chat,
+            fewshot_as_multiturn=self.chat,
+        )
+        samples = results.pop("samples")
+        records = [_record(arm, digest, task, entry, seed) for task, entries in samples.items() for entry in entries]
+        return results, records
+
+    def infos(self, records: Sequence[Record]) -> list[TaskInfo]:
+        """What the statistics must know of each task, given one arm's records."""
+        found = []
+        for name, task in self.tasks.items():
+            pairs = dict.fromkeys((metric, r.filter) for r in records if r.task == name for metric in r.metrics)
+            if pairs:
+                metrics = tuple(pairs)
+                better = {metric: bool(task.higher_is_better().get(metric, True)) for metric, _ in metrics}
+                found.append(TaskInfo(name, str(task.VERSION), metrics, metrics[0], better))
+        return found
+
+    def _reseed(self) -> None:
+        """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
+        for task in self.tasks.values():
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+def _request(instance: Any) -> Request:
+    prompt, *rest = instance.args
+    if instance.request_type == "generate_until":
+        try:
+            return Generate.from_lm_eval(prompt, rest[0])
+        except ValueError as error:
+            raise BadInput(f"task {instance.task_name}: {error}") from None
+    if instance.request_type == "loglikelihood":
+        return Choice(prompt, rest[0])
+    raise BadInput(f"task {instance.task_name}: {instance.request_type} requests are not supported yet")
+
+
+def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
+    """An lm-eval model that has `given` answers and nothing else. lm-eval is imported only when it is used."""
+    from lm_eval.api.model import LM
+
+    class Given(LM):  # type: ignore[misc]
+        def _take(self, instances: Sequence[Any]) -> Iterator[Answer]:
+            return (given[_request(instance)].popleft() for instance in instances)
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            return [answer.text for answer in self._take(requests) if isinstance(answer, Completion)]
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            return [(a.logprob, a.greedy) for a in self._take(requests) if isinstance(a, Loglikelihood)]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+            raise AssertionError("refused when the requests were built")
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            text: str = tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+            return text
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(tokenizer.name_or_path).replace("/", "__")
+
+    return Given()
+
+
+def _record(arm: Arm, digest: str, task: str, entry: Mapping[str, Any], seed: int) -> Record:
+    metrics = {name: float(entry[name]) for name in entry["metrics"] if isinstance(entry[name], int | float)}
+    arguments, responses = entry["arguments"], entry["resps"]
+    if len(arguments) == 1:
+        response, filtered = str(responses[0][0]), str(entry["filtered_resps"][0])
+    else:
+        response = "\n".join(
+            f"{logprob:.4f} {args[1]}" for args, ((logprob, _),) in zip(arguments, responses, strict=True)
+        )
+        best = max(range(len(arguments)), key=lambda k: responses[k][0][0])
+        filtered = str(arguments[best][1]).strip()
+    target = entry["target"]
+    if len(arguments) > 1 and isinstance(target, int) and 0 <= target < len(arguments):
+        target = str(arguments[target][1]).strip()
+    return Record(
+        arm=arm.name,
+        point=digest,
+        alpha=arm.alpha,
+        prompt=arm.prompt,
+        task=task,
+        filter=str(entry["filter"]),
+        seed=seed,
+        doc_id=int(entry["doc_id"]),
+        doc=str(entry["doc_hash"]),
+        metrics=metrics,
+        prompt_text=str(arguments[0][0]),
+        target=str(target),
+        response=response,
+        filtered=filtered,
+    )
