@@ -20,7 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
-from rvdist.report.summary import Row, baseline_of, write_summary
+from rvdist.report.summary import LEVEL, Row, baseline_of, write_summary
 
 __all__ = [
     "Comparison",
@@ -33,7 +33,6 @@ __all__ = [
     "write_summary",
 ]
 
-LEVEL = 0.05
 RESAMPLES = 9999
 # The order statistic at which the bootstrap interval ends: with the add-one p value 2(1+k)/(RESAMPLES+1),
 # p < LEVEL exactly when fewer than TAIL resamples lie on the far side of zero.

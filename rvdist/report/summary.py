@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+LEVEL = 0.05  # of every test; the intervals are its complement, 95 %
+
 
 @dataclass(frozen=True)
 class Row:

@@ -1,0 +1,146 @@
+"""Numbers, claims and formulas in words, the same on the terminal, in the page and on the card.
+
+Knows rows and points; knows no markup, so whoever shows the words escapes them. Only the standard library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rvdist.point import WeightPoint
+from rvdist.report.summary import LEVEL, Row, baseline_of
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
+MARK = "†"
+MARK_NOTE = f"{MARK} significant alone, but does not survive Holm's correction for the number of comparisons."
+
+
+def printable(text: str) -> str:
+    """One line without control or bidirectional formatting characters, for terminals and pictures."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
+def by_task(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """The primary scores, task by task."""
+    return [(task, list(group)) for task, group in groupby((r for r in rows if r.primary), lambda row: row.task)]
+
+
+class Scale:
+    """How the numbers of one task are written: percent when the score is a share, else as they are."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        ends = [x for row in rows for x in (row.value, row.ci_low, row.ci_high) if x is not None]
+        self.percent = all(0 <= x <= 1 for x in ends)
+        self.unit = "%" if self.percent else ""
+
+    def number(self, x: float | None, sign: bool = False) -> str:
+        if x is None:
+            return "?"
+        text = f"{100 * x:+.1f}" if self.percent else f"{x:+.4g}"
+        return (text if sign else text.removeprefix("+")).replace("-", "−")
+
+    def score(self, row: Row) -> str:
+        return f"{self.number(row.value)} [{self.number(row.ci_low)}, {self.number(row.ci_high)}]"
+
+    def delta(self, row: Row) -> str:
+        if row.delta is None:
+            return ""
+        low, high = self.number(row.delta_ci_low, sign=True), self.number(row.delta_ci_high, sign=True)
+        return f"{self.number(row.delta, sign=True)} [{low}, {high}]"
+
+    def amount(self, x: float) -> str:
+        return f"{self.number(abs(x))} points" if self.percent else self.number(abs(x))
+
+
+def p_text(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def significant(row: Row) -> bool:
+    return row.p_value is not None and row.p_value < LEVEL
+
+
+def survives(row: Row) -> bool:
+    return row.p_adjusted is not None and row.p_adjusted < LEVEL
+
+
+def verdict_text(row: Row) -> str:
+    return (row.verdict or "baseline" * (row.delta is None)) + MARK * (significant(row) and not survives(row))
+
+
+def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
+    """What changed in the primary scores and whether it survives the correction: a sentence for the whole,
+    then one for each difference found, the surest first."""
+    baseline = baseline_of(rows)
+    compared = [row for row in rows if row.primary and row.p_value is not None]
+    if baseline is None or not compared:
+        return ["Nothing was compared: the run has no baseline arm."]
+    total = f"{len(compared)} comparisons" if len(compared) > 1 else "one comparison"
+    found = sorted(filter(significant, compared), key=lambda row: (row.p_adjusted or 0.0, row.p_value or 0.0))
+    if not found:
+        return [f"In {total} with “{baseline}”, no difference can be told from chance."]
+    firm = sum(map(survives, found))
+    how_many = f"{len(found)} {'shows a difference' if len(found) == 1 else 'show a difference'}"
+    of_those = {0: "none survives", len(found): "all survive" if firm > 1 else "it survives"}.get(
+        firm, f"{firm} survive"
+    )
+    if len(compared) == 1:
+        sentences = [f"In the one comparison with “{baseline}”, there is a difference."]
+    else:
+        sentences = [f"Of {total} with “{baseline}”, {how_many}; {of_those} the correction for having made so many (Holm)."]
+    scales = {task: Scale(group) for task, group in by_task(rows)}
+    for row in found[:most]:
+        scale = scales[row.task]
+        low, high = scale.number(row.delta_ci_low, sign=True), scale.number(row.delta_ci_high, sign=True)
+        sentences.append(
+            f"{row.task} {'rose' if (row.delta or 0) > 0 else 'fell'} by {scale.amount(row.delta or 0)} with "
+            f"“{row.arm}” (95 % interval {low} to {high}; adjusted p {p_text(row.p_adjusted)}): {row.verdict}"
+            f"{'.' if survives(row) else ', but this does not survive the correction.'}"
+        )
+    if len(found) > most:
+        sentences.append(f"{len(found) - most} more are in the table.")
+    return sentences
+
+
+def footnotes(rows: Sequence[Row], detectable: Mapping[str, float]) -> list[str]:
+    """What the reader of the table must know: the mark, and what was too small to be seen."""
+    notes = []
+    if any(row.primary and significant(row) and not survives(row) for row in rows):
+        notes.append(MARK_NOTE)
+    for task, group in by_task(rows):
+        note = f"{task}: {group[0].n} documents"
+        if task in detectable:
+            note += (
+                f"; differences under about {Scale(group).amount(detectable[task])} will often go unseen (power 80 %)"
+            )
+        notes.append(note + ".")
+    return notes
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source names a Hub repository (`org/name`, perhaps `@revision`) rather than a directory."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+
+
+def source_name(source: str) -> str:
+    """What to call a checkpoint in public: its Hub id, or the last component of its path."""
+    return source if is_hub_id(source) else Path(source).name or Path(source).resolve().name
+
+
+def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
+    """The point as the paper writes it: target + 0.5 · m ⊙ (plus − minus)."""
+
+    def name(source: str) -> str:
+        return names[source] if names else source_name(source)
+
+    text = name(point.base)
+    for term in point.terms:
+        mask = "" if term.mask == type(term.mask)() else "m ⊙ "
+        sign = "−" if term.alpha < 0 else "+"
+        text += f" {sign} {abs(term.alpha):g} · {mask}({name(term.vector.plus)} − {name(term.vector.minus)})"
+    return text
