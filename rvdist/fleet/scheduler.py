@@ -68,7 +68,7 @@ class Fleet:
         environment = {"OMP_NUM_THREADS": str(threads)}
         if gpus == 0 and settings.tensor_parallel_size == 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine binds to the same cores
-        self._start = lambda: (
+        self._start: Callable[[], Any] = lambda: (
             ray.remote(EngineActor)
             .options(num_cpus=0 if gpus else threads, num_gpus=gpus, runtime_env={"env_vars": environment})
             .remote(base, settings)
@@ -97,7 +97,7 @@ class Fleet:
         waiting = {point: deque(cut(point, requests, slice_size)) for point in dict.fromkeys(points)}
         attempts: dict[Slice, int] = {}
         answers: dict[WeightPoint, dict[int, Answer]] = {point: {} for point in waiting}
-        at: dict[Any, WeightPoint | None] = {engine: None for engine in self._engines}
+        at: dict[Any, WeightPoint | None] = dict.fromkeys(self._engines)
         running: dict[Any, tuple[Any, Slice]] = {}
 
         def feed(engine: Any) -> None:
