@@ -6,8 +6,11 @@
   const PAGE = 20;
   let page = 0;
 
-  // Characters that are invisible or reorder the line are named, so that no answer can pretend to be another.
-  const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+  // Characters that are invisible, reorder the line or are half a pair are named, so that no answer can
+  // pretend to be another.
+  const hidden = new RegExp(
+    "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff]"
+    + "|[\\ud800-\\udbff](?![\\udc00-\\udfff])|(?<![\\ud800-\\udbff])[\\udc00-\\udfff]", "g");
   const visible = (text) =>
     text.replace(hidden, (c) => "⟨U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩");
 
@@ -88,7 +91,7 @@
     const left = task().left_out[arm()];
     const omitted = [[left.flipped, "that flipped"], [left.same, "that did not"]].filter(([count]) => count);
     find("count").textContent = some.length + (some.length === 1 ? " document" : " documents")
-      + (omitted.length ? " here; in samples/ only: " + omitted.map((part) => part.join(" ")).join(" and ") : "");
+      + (omitted.length ? "; in samples/ but not here: " + omitted.map((part) => part.join(" ")).join(", ") : "");
     find("list").replaceChildren(...some.slice(page * PAGE, (page + 1) * PAGE).map(sample));
     find("where").textContent = `${page + 1} of ${pages}`;
     find("previous").disabled = page === 0;

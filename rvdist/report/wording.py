@@ -92,7 +92,7 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
     if len(compared) == 1:
         sentences = [f"In the one comparison with “{baseline}”, there is a difference."]
     else:
-        sentences = [f"Of {total} with “{baseline}”, {how_many}; {of_those} the correction for having made so many (Holm)."]
+        sentences = [f"Of {total} with “{baseline}”, {how_many}; {of_those} correction for their number (Holm)."]
     scales = {task: Scale(group) for task, group in by_task(rows)}
     for row in found[:most]:
         scale = scales[row.task]

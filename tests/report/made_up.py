@@ -34,7 +34,7 @@ def make_records(
     return [
         Record(
             arm=arm,
-            point=f"{zlib.crc32(arm.encode()):08x}",
+            point=f"{zlib.crc32(arm.encode(errors='replace')):08x}",
             alpha=None,
             prompt="plain",
             task=task,

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from made_up import make_arm, make_experiment, make_records, make_task
+from rich.console import Console
+
+from rvdist.report.statistics import detectable_effects, summarise
+from rvdist.report.table import print_summary
+
+
+def show(arms, records, tasks, terminal: bool, width: int = 100) -> str:
+    out = io.StringIO()
+    rows = summarise(arms, records, tasks, "baseline" if any(a.name == "baseline" for a in arms) else None)
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
+    print_summary(rows, detectable_effects(records, tasks, "baseline"), console)
+    return out.getvalue()
+
+
+def scores(right: int, wrong: int) -> list[float]:
+    return [1.0] * right + [0.0] * wrong
+
+
+def test_numbers_on_the_line():
+    arms = [make_arm("baseline", 0.0), make_arm("α=1", 1.0)]
+    records = make_records("baseline", scores(20, 30)) + make_records("α=1", scores(36, 14))
+    for terminal in (True, False):
+        text = show(arms, records, [make_task()], terminal)
+        [line] = [line for line in text.splitlines() if "α=1" in line and "[" in line]
+        assert "72.0 [58.3, 82.5]" in line and "+32.0 [" in line and "<0.001" in line and line.split()[-1] == "better"
+        assert "gsm8k rose by 32.0 points with “α=1”" in text.replace("\n", " ")
+        assert "differences under about" in text
+
+
+def test_fits_a_hundred_columns():
+    text = show(*make_experiment(), terminal=True)
+    table = text.split("\n\n")[1]
+    assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
+    assert "…" not in table and table.count("\n") == 2 * 7  # no number is cut and no line is folded
+
+
+def test_what_holm_takes_back_is_marked():
+    arms = [make_arm("baseline", 0.0)] + [make_arm(f"α={i}", float(i)) for i in range(1, 6)]
+    records = make_records("baseline", scores(20, 30)) + make_records("α=1", scores(27, 23))
+    for i in range(2, 6):
+        records += make_records(f"α={i}", scores(20, 30))
+    text = show(arms, records, [make_task()], terminal=False)
+    [line] = [line for line in text.splitlines() if line.startswith("gsm8k  α=1")]
+    assert line.endswith("better†")
+    assert "† significant alone" in text and "none survives" in text and "does not survive" in text
+
+
+def test_without_a_baseline_there_is_no_claim():
+    text = show([make_arm("α=1", 1.0)], make_records("α=1", scores(5, 5)), [make_task()], terminal=False)
+    assert "no baseline" in text and "50.0 [" in text and "better" not in text
+
+
+def test_a_metric_that_is_no_share_is_not_percent():
+    arms = [make_arm("baseline", 0.0), make_arm("α=1", 1.0)]
+    records = make_records("baseline", [11.5, 12.5, 13.0], metric="ppl") + make_records(
+        "α=1", [11.0, 12.0, 12.0], metric="ppl"
+    )
+    text = show(arms, records, [make_task(metric="ppl")], terminal=False)
+    assert "12.33 [" in text and "%" not in text.split("\n\n")[1].replace("95 %", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_are_text_not_markup_nor_escapes(terminal):
+    name = "[bold]x[/bold] \x1b[31mred\x1b[0m \u202egnp \x00"
+    arms = [make_arm("baseline", 0.0), make_arm(name, 1.0)]
+    records = make_records("baseline", scores(1, 3), "[red]t") + make_records(name, scores(2, 2), "[red]t")
+    text = show(arms, records, [make_task("[red]t")], terminal, width=200)
+    assert "[bold]x[/bold] �[31mred�[0m �gnp �" in text and "[red]t" in text
+    assert not {"\x1b[31m", "\u202e", "\x00"} & {c for c in ("\x1b[31m", "\u202e", "\x00") if c in text}
