@@ -18,7 +18,7 @@ from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import require_free
 from rvdist.config import Config
 from rvdist.merge.plan import Output, Plan, build_plan
-from rvdist.point import WeightPoint
+from rvdist.point import Arm, WeightPoint
 from rvdist.progress import Bar
 from rvdist.record import Record, TaskInfo, write_records
 from rvdist.timing import Timing, seconds_since_process_start
@@ -54,18 +54,19 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     written = config.outputs(settings) if settings.output and {"plan", "merge"} & set(stages) else {}
     arms = config.arms(settings) if "evaluate" in stages else []
 
-    ray = _RayStart(settings.cluster.address, run.timing) if {"merge", "evaluate"} & set(stages) else None
+    with run.timing.phase("index"):
+        _index(run, [*written.values(), *(arm.point for arm in arms)])
+        for output in written:
+            require_free(output, settings.overwrite)
+    with run.timing.phase("plan"):
+        plan = _plan(run, written)
+    if "plan" in stages:
+        _print_plan(run, plan)
+    if not {"merge", "evaluate"} & set(stages):
+        return None
+
+    ray = _RayStart(settings.cluster.address, run.timing)
     try:
-        with run.timing.phase("index"):
-            _index(run, [*written.values(), *(arm.point for arm in arms)])
-            for output in written:
-                require_free(output, settings.overwrite)
-        with run.timing.phase("plan"):
-            plan = _plan(run, written)
-        if "plan" in stages:
-            _print_plan(run, plan)
-        if ray is None:
-            return None
         with run.timing.phase("tasks"):
             suite = _suite(run) if arms else None
         resources = ray.resources()
@@ -78,14 +79,13 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
             _report(run, arms, scores)
         return objective(scores.rows)
     finally:
-        if ray is not None:
-            with run.timing.phase("ray_shutdown"):
-                ray.stop()
+        with run.timing.phase("ray_shutdown"):
+            ray.stop()
         run.timing.write(directory / "timing.json")
 
 
 class _RayStart:
-    """Ray takes seconds to start: it does so beside indexing and planning.
+    """Ray takes seconds to start: it does so while the tasks are loaded.
 
     Its thread lives until `stop`: the kernel ends Ray's processes with the thread that started them.
     """
