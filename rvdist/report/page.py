@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_page(
         sentence=sentence,
         claims=details,
         primary=[_task_table(group) for _, group in by_task(rows)],
-        others=[_task_table([row]) for row in rows if not row.primary],
+        others=[_task_table(list(group)) for score, group in groupby(rows, _score_of) if not score[0]],
         footnotes=footnotes(rows, detectable_effects(records, tasks, baseline) if baseline else {}),
         arms=[
             {
@@ -79,6 +80,10 @@ def write_page(
         script_hash=_csp_hash(script),
     )
     path.write_bytes(html.encode("utf-8", "replace"))  # names may hold lone surrogates
+
+
+def _score_of(row: Row) -> tuple[bool, str, str, str]:
+    return row.primary, row.task, row.metric, row.filter
 
 
 def _task_table(rows: Sequence[Row]) -> dict[str, Any]:
