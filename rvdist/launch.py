@@ -52,7 +52,20 @@ def run(composed: DictConfig) -> float | None:
     assert isinstance(config, Config)
     from rvdist.stages import run_stages
 
-    return run_stages(config, Path(HydraConfig.get().runtime.output_dir), sys.argv[1:])
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return run_stages(config, directory, sys.argv[1:])
+    except BadInput:
+        _remove_empty(directory)
+        raise
+
+
+def _remove_empty(directory: Path) -> None:
+    """Hydra made the run directory before anything was checked: bad input leaves nothing behind."""
+    for path in (directory, *directory.parents):
+        if path == Path.cwd() or any(path.iterdir()):
+            return
+        path.rmdir()
 
 
 def _sentence(error: Exception) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from rvdist import cluster, compat, config
@@ -65,6 +66,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     if not {"merge", "evaluate"} & set(stages):
         return None
 
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
     ray = _RayStart(settings.cluster.address, run.timing)
     try:
         with run.timing.phase("tasks"):

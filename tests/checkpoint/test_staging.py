@@ -1,0 +1,77 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import tensors, write_checkpoint
+
+from rvdist.checkpoint.staging import Staging
+from rvdist.errors import BadInput
+
+
+def stage(output, text, overwrite=False):
+    staging = Staging(output, overwrite)
+    staging.allocate("model.safetensors", b"head", 100)
+    staging.write_text("config.json", text)
+    return staging
+
+
+def test_an_output_appears_whole_or_not_at_all(tmp_path):
+    staging = stage(tmp_path / "out", "one")
+    assert not (tmp_path / "out").exists()
+    staging.commit()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == 100
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_abandoning_leaves_nothing(tmp_path):
+    stage(tmp_path / "out", "one").abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_kept_unless_overwrite(tmp_path):
+    stage(tmp_path / "out", "one").commit()
+    with pytest.raises(BadInput, match="already exists"):
+        Staging(tmp_path / "out")
+    stage(tmp_path / "out", "two", overwrite=True).commit()
+    assert (tmp_path / "out" / "config.json").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_never_replaces_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(BadInput, match="is not a checkpoint"):
+        Staging(tmp_path / "home", overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match="not a directory"):
+        Staging(tmp_path / "file", overwrite=True)
+
+
+def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
+    output = tmp_path / "out"
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from rvdist.checkpoint.staging import Staging\n"
+            "s = Staging(Path(sys.argv[1])); s.write_text('left', 'over'); print('held', flush=True); sys.stdin.read()",
+            str(output),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(BadInput, match="being written by another run"):
+        Staging(output)
+    assert (tmp_path / "out.partial" / "left").exists(), "a refused writer touches nothing"
+    holder.kill()
+    holder.wait()
+    stage(output, "mine").commit()
+    assert not (output / "left").exists()
+
+
+def test_a_full_name_in_the_way_is_one_sentence(tmp_path):
+    write_checkpoint(tmp_path / "c", tensors(0))
+    with pytest.raises(BadInput, match="cannot be created"):
+        Staging(tmp_path / "c" / "config.json" / "out")

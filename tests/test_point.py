@@ -1,0 +1,61 @@
+import math
+
+import pytest
+
+from rvdist.point import Mask, Term, Vector, WeightPoint, layer_of
+
+POINT = WeightPoint(
+    "t", (Term(0.5, Vector("p", "m"), Mask(("a.*",), (r".*bias",), ((0, 3),))), Term(-1.0, Vector("q", "m")))
+)
+
+
+def test_layer_is_the_first_number_in_the_name():
+    assert layer_of("model.layers.12.experts.3.w1") == 12
+    assert layer_of("model.embed_tokens.weight") is None
+    assert layer_of("h.0.attn2.c_attn") == 0
+
+
+def test_mask_matches_whole_names_and_inclusive_layers():
+    mask = Mask(include=(r".*proj.*",), exclude=(r".*up_proj.*",), layers=((1, 2),))
+    assert mask.coefficient("layers.1.q_proj.weight") == 1
+    assert mask.coefficient("layers.2.q_proj.weight") == 1
+    assert mask.coefficient("layers.3.q_proj.weight") == 0
+    assert mask.coefficient("layers.1.up_proj.weight") == 0
+    assert mask.coefficient("proj") == 0, "a tensor of no layer is outside every layer range"
+    assert Mask(include=("embed",)).coefficient("model.embed") == 0, "a pattern matches the whole name"
+    assert Mask().coefficient("anything") == 1
+
+
+@pytest.mark.parametrize("bad", [{"include": ("(",)}, {"layers": ((3, 1),)}, {"layers": ((-1, 1),)}])
+def test_bad_masks_are_refused(bad):
+    with pytest.raises(ValueError, match="mask"):
+        Mask(**bad)
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
+def test_alpha_must_be_finite(alpha):
+    with pytest.raises(ValueError, match="finite"):
+        Term(alpha, Vector("p", "m"))
+
+
+def test_json_round_trip_and_sources():
+    assert WeightPoint.from_json(POINT.to_json()) == POINT
+    assert list(POINT.sources()) == ["t", "p", "m", "q"]
+    moved = POINT.relocated({s: f"/x/{s}" for s in POINT.sources()})
+    assert list(moved.sources()) == ["/x/t", "/x/p", "/x/m", "/x/q"]
+    assert moved.terms[0].mask == POINT.terms[0].mask
+
+
+def test_digest_follows_contents_not_paths():
+    contents = {"t": "1", "p": "2", "m": "3", "q": "4"}
+    moved = POINT.relocated({s: f"/x/{s}" for s in POINT.sources()})
+    assert POINT.digest(contents) == moved.digest({f"/x/{s}": d for s, d in contents.items()})
+    assert POINT.digest(contents) != POINT.digest(contents | {"q": "5"})
+    reversed_terms = WeightPoint("t", POINT.terms[::-1])
+    assert POINT.digest(contents) != reversed_terms.digest(contents), "terms are rounded in listed order"
+
+
+def test_alpha_zero_is_the_base_itself():
+    still = WeightPoint("t", (Term(0.0, Vector("p", "m")),))
+    contents = {"t": "1", "p": "2", "m": "3"}
+    assert still.digest(contents) == WeightPoint("t").digest(contents)
