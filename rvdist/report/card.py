@@ -21,13 +21,13 @@ _PATH = re.compile(r"(?<![\w/.~-])(?!//)(?:file://)?~?/(?:[^\s/\"'`]+/)*([^\s/\"
 def model_card(
     point: WeightPoint,
     *,
-    digest: str,
+    digest: str | None,
     sources: Mapping[str, str],
     dtype: str,
     notes: Sequence[str],
     versions: Mapping[str, str],
 ) -> str:
-    """`sources` says of each checkpoint of the point where it came from: a revision, a content digest.
+    """`digest` is the point's, None where the contents of its checkpoints were not hashed. `sources` says of each checkpoint of the point where it came from: a revision, a content digest.
     `notes` is what the reader must know: what was skipped, forced or rounded."""
     names = _public_names(point)
 
@@ -45,7 +45,7 @@ def model_card(
         "| checkpoint | part | from |\n|---|---|---|\n"
         + "\n".join(f"| {names[s]} | {_part(point, s)} | {public(sources.get(s, ''))} |" for s in names),
     ]
-    masks = [(i, term.mask) for i, term in enumerate(point.terms, 1) if term.mask != Mask()]
+    masks = [(i, term.mask) for i, term in enumerate(point.active_terms, 1) if term.mask != Mask()]
     if masks:
         sections += ["## Masks", "\n".join(f"- Term {i}, m = 1 on {_mask(mask)}; 0 elsewhere." for i, mask in masks)]
     if notes:
@@ -57,8 +57,8 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
         "tokenizer = AutoTokenizer.from_pretrained(path)\n```",
         "## Reproduce",
-        "Written by rvdist as the weight point below. Its digest depends on the contents of the checkpoints and on "
-        f"the coefficients, not on names: `{_line(digest)}`.",
+        "Written by rvdist as the weight point below."
+        + (f" Its digest, `{digest}`, depends on contents and coefficients, not on names." if digest else ""),
         f"```json\n{json.dumps(_renamed(point.to_json(), names), indent=2)}\n```",
         "Versions: " + ", ".join(f"{_line(name)} {_line(version)}" for name, version in versions.items()) + ".",
     ]
@@ -86,11 +86,11 @@ def _public_names(point: WeightPoint) -> dict[str, str]:
 
 def _part(point: WeightPoint, source: str) -> str:
     parts = ["base"] if source == point.base else []
-    for i, term in enumerate(point.terms, 1):
-        which = "" if len(point.terms) == 1 else f" of term {i}"
+    for i, term in enumerate(point.active_terms, 1):
+        which = "" if len(point.active_terms) == 1 else f" of term {i}"
         parts += [f"plus{which}"] if source == term.vector.plus else []
         parts += [f"minus{which}"] if source == term.vector.minus else []
-    return ", ".join(parts)
+    return ", ".join(parts) or "α = 0"
 
 
 def _mask(mask: Mask) -> str:

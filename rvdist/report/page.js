@@ -89,7 +89,7 @@
     const pages = Math.max(1, Math.ceil(some.length / PAGE));
     page = Math.min(Math.max(page, 0), pages - 1);
     const left = task().left_out[arm()];
-    const omitted = [[left.flipped, "that flipped"], [left.same, "that did not"]].filter(([count]) => count);
+    const omitted = [[left.flipped, "that flipped"], [left.same, "that did not flip"]].filter(([count]) => count);
     find("count").textContent = some.length + (some.length === 1 ? " document" : " documents")
       + (omitted.length ? "; in samples/ but not here: " + omitted.map((part) => part.join(" ")).join(", ") : "");
     find("list").replaceChildren(...some.slice(page * PAGE, (page + 1) * PAGE).map(sample));

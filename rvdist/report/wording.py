@@ -139,7 +139,7 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
         return names[source] if names else source_name(source)
 
     text = name(point.base)
-    for term in point.terms:
+    for term in point.active_terms:
         mask = "" if term.mask == type(term.mask)() else "m ⊙ "
         sign = "−" if term.alpha < 0 else "+"
         text += f" {sign} {abs(term.alpha):g} · {mask}({name(term.vector.plus)} − {name(term.vector.minus)})"

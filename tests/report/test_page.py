@@ -93,6 +93,7 @@ def test_says_what_changed_and_how_it_was_made(tmp_path):
     html = write(tmp_path / "report.html", arms, records, tasks, notes=["Three prompts were refused."])
     text = re.sub(r"<[^>]*>", "", html)
     assert "comparisons with “baseline”" in text and "rose by" in text
+    assert "θ = org/target\n" in text  # α = 0 is the target itself
     assert "θ = org/target + 0.5 · (org/grpo − org/sft)" in text and "θ = org/grpo" in text
     for said in (
         "python -m rvdist.launch",
