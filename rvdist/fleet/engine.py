@@ -6,32 +6,46 @@ Knows nothing of Ray, tasks or arms. One engine a process: vLLM is configured th
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rvdist.checkpoint.source import open_source
+from rvdist.errors import BadInput
 from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
-from rvdist.point import WeightPoint
+from rvdist.fleet.swap import mirror_obstacle
+from rvdist.point import Term, WeightPoint
 
-# setdefault: a user who exports one of these has a reason
+# Set before vLLM is imported; whoever exports one of these keeps his value.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: no second import of vLLM
-    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+_ENVIRONMENT_CPU_EAGER = {
+    "TORCH_COMPILE_DISABLE": "1",  # else the first log-probability waits seconds for a C++ compiler
+}
+
+
+_PROBE = "12 + 34 = 46, and the sum of 5 and 6 is 11."
+_PROBE_TOLERANCE = 1e-3  # nats: only the order in which a normaliser is summed may differ
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """How every engine of a run is started; two settings may give different text for one request.
 
-    `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs,
-    `kv_cache_gib` (GiB for each rank) on CPUs. `truncate`: cut prompts that do not fit from the left
-    instead of raising.
+    `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs; `kv_cache_gib`
+    (GiB a rank, zeroed at start: two seconds a GiB) and `cpu_threads` on CPUs, where a thread too many on a busy
+    machine costs far more than one too few. `truncate`: cut prompts that do not fit from the left, not raise.
     """
 
     tensor_parallel_size: int = 1
@@ -39,41 +53,71 @@ class EngineSettings:
     dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float = 1.0
+    cpu_threads: int = 1
     enforce_eager: bool = True
     max_num_seqs: int | None = None
     seed: int = 0
     truncate: bool = False
 
 
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """No garbage collection while modules load, nor ever after of what they loaded: a third of vLLM's import
+    and half of its start on a CPU."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
 class Engine:
-    """vLLM started on the checkpoint `base` (a directory or Hub repository). Takes seconds; see `info`."""
+    """vLLM started on the checkpoint `base` (a directory or Hub repository). Takes seconds; see `info`.
+
+    Raises BadInput for a base that cannot be read or is quantized.
+    """
 
     def __init__(self, base: str, settings: EngineSettings = EngineSettings()) -> None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        self._checkpoint = open_source(base)
+        if "quantization_config" in self._checkpoint.config:
+            raise BadInput(f"{base}: is quantized, and weights are only swapped exactly when they are not")
         begin = time.perf_counter()
-        from vllm import LLM
-        from vllm.platforms import current_platform
+        os.environ.update(_ENVIRONMENT | os.environ)
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
+        with _paused_collector(), warnings.catch_warnings(action="ignore"):
+            import torch
 
+            on_cpu = not torch.cuda.is_available()
+            if on_cpu and settings.enforce_eager:
+                os.environ.update(_ENVIRONMENT_CPU_EAGER | os.environ)
+            from vllm import LLM
         imported = time.perf_counter()
+        if on_cpu and settings.cpu_threads != torch.get_num_threads():
+            torch.set_num_threads(settings.cpu_threads)
         self.settings = settings
         self.truncated = 0
-        self._device = current_platform.device_type
-        self._llm = LLM(
-            model=str(open_source(base).path),
-            tensor_parallel_size=settings.tensor_parallel_size,
-            max_model_len=settings.max_model_len,
-            dtype=settings.dtype,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if self._device == "cpu" else None,
-            enforce_eager=settings.enforce_eager,
-            max_num_seqs=settings.max_num_seqs,
-            seed=settings.seed,
-            trust_remote_code=False,
-            generation_config="vllm",  # sampling parameters come from the request alone
-            enable_prefix_caching=False,  # hits are not bitwise reproducible, and stale after a swap
-            worker_extension_cls="rvdist.fleet.swap.SwapExtension",
-        )
+        self._device = "cpu" if on_cpu else "cuda"
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            self._llm = LLM(
+                model=str(self._checkpoint.path),
+                tensor_parallel_size=settings.tensor_parallel_size,
+                max_model_len=settings.max_model_len,
+                dtype=settings.dtype,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if on_cpu else None,
+                enforce_eager=settings.enforce_eager,
+                max_num_seqs=settings.max_num_seqs,
+                seed=settings.seed,
+                trust_remote_code=False,
+                generation_config="vllm",  # sampling parameters come from the request alone
+                enable_prefix_caching=False,  # hits are not bitwise reproducible, and stale after a swap
+                worker_extension_cls="rvdist.fleet.swap.SwapExtension",
+                use_tqdm_on_load=False,
+            )
+        self._llm.collective_rpc("rvdist_ready")
         self._seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len
@@ -81,7 +125,8 @@ class Engine:
         bos = self._tokenizer.bos_token_id
         self._prefix: int = self._tokenizer.eos_token_id if bos is None else bos
         self._prefix_text: str = self._tokenizer.decode(self._prefix)
-        self._at: tuple[Any, ...] | None = (base, ())
+        self._at: tuple[str, tuple[Term, ...]] | None = (base, ())
+        self._probe: str | None = None
 
     def info(self) -> dict[str, Any]:
         """What this engine is: part of what names a cached sample, and of the timing report."""
@@ -94,29 +139,58 @@ class Engine:
             "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch."),
             "max_model_len": self._max_len,
             "truncated": self.truncated,
+            "probe": self._probe or "not run",
             **self._seconds,
         }
 
     def swap(self, point: WeightPoint) -> None:
-        """Takes on the weights of `point`; does nothing when they are there already.
+        """Takes on the weights of `point`; does nothing when they are there already. The first swap of an engine
+        also runs the probe.
 
-        Raises RuntimeError naming the tensors when they do not all arrive; the engine is then unusable.
+        Raises RuntimeError when tensors do not arrive (naming them) or the probe fails: the engine is then
+        unusable.
         """
         goal = (point.base, point.active_terms)
-        if self._at != goal:
-            self._load(point)
-            self._at = goal
+        self._require_weights()
+        if self._at == goal:
+            return
+        if self._probe is None:
+            self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
+        self._load(point)
+        self._at = goal
 
-    def _load(self, point: WeightPoint, mirrored: bool = False) -> None:
-        self._at = None
-        self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), mirrored))
+    def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
+        self._at = None  # undefined, should the next line fail
+        self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
         self._llm.reset_prefix_cache()
+
+    def _run_probe(self) -> str:
+        """Swaps in a mirror image of the base (swap.mirror), whose log-probabilities are known: those of the base.
+        Any weight left behind anywhere, as a vLLM of another version or build might, gives others."""
+        tokens = self._encode(_PROBE)[: self._max_len - 1]
+        one, other, *_ = dict.fromkeys(tokens)
+        exchange = {one: other, other: one}
+        (before,) = self._candidates([tokens])
+        self._load(WeightPoint(str(self._checkpoint.path)), (one, other))
+        (after,) = self._candidates([[exchange.get(token, token) for token in tokens]])
+        off = max(
+            abs(after[i][exchange.get(token, token)].logprob - before[i][token].logprob)
+            for i, token in enumerate(tokens)
+            if i > 0
+        )
+        if not off < _PROBE_TOLERANCE:
+            raise RuntimeError(
+                f"the probe failed: after a swap a log-probability is {off:.3g} nats from what it must be, so this "
+                f"vLLM keeps some of the old weights; score written checkpoints instead"
+            )
+        return "passed"
 
     def generate(self, requests: Sequence[Generate]) -> list[Completion]:
         """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
         but not on their order. Raises ValueError for a prompt that is empty or does not fit."""
         from vllm import SamplingParams
 
+        self._require_weights()
         prompts = [
             self._fit(self._encode(request.prompt), self._max_len - request.max_tokens, request.max_tokens)
             for request in requests
@@ -139,7 +213,8 @@ class Engine:
         ]
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), requests[i].prompt))
         completions: dict[int, Completion] = {}
-        for i, answer in zip(order, self._run([prompts[i] for i in order], [parameters[i] for i in order]), strict=True):
+        answers = self._run([prompts[i] for i in order], [parameters[i] for i in order])
+        for i, answer in zip(order, answers, strict=True):
             output = answer.outputs[0]
             text = output.text
             for stop in filter(None, stops[i]):
@@ -149,8 +224,7 @@ class Engine:
 
     def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
         """One score a request, in order; one batch, as `generate`. Raises ValueError as `generate`."""
-        from vllm import SamplingParams
-
+        self._require_weights()
         prompts, starts = [], []
         for request in requests:
             context, continuation = self._encode_pair(request)
@@ -159,27 +233,35 @@ class Engine:
             starts.append(len(prompts[-1]) - len(continuation))
             if starts[-1] < 1:
                 raise ValueError(f"a continuation of {len(continuation)} tokens leaves no room for its context")
-        parameters = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), prompts[i]))
-        scores: dict[int, Loglikelihood] = {}
-        for i, answer in zip(order, self._run([prompts[i] for i in order], parameters), strict=True):
+        answers = dict(zip(order, self._candidates([prompts[i] for i in order]), strict=True))
+        scores = []
+        for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             logprob, greedy = 0.0, True
-            tokens = prompts[i][starts[i] :]
-            for token, candidates in zip(tokens, answer.prompt_logprobs[starts[i] :], strict=True):
+            for token, candidates in zip(prompt[start:], answers[i][start:], strict=True):
                 logprob += candidates[token].logprob
-                # lm-eval's rule, in which a token that ties with the likeliest is greedy; vLLM's rank says otherwise
+                # lm-eval's rule: a token that ties with the likeliest is greedy, whatever vLLM's rank says
                 greedy &= all(candidates[token].logprob >= other.logprob for other in candidates.values())
-            scores[i] = Loglikelihood(logprob, greedy, len(tokens))
-        return [scores[i] for i in range(len(requests))]
+            scores.append(Loglikelihood(logprob, greedy, len(prompt) - start))
+        return scores
 
-    def _run(self, prompts: list[list[int]], parameters: Any) -> list[Any]:
-        if self._at is None:
-            raise RuntimeError("this engine's weights are undefined since a swap failed; start a new engine")
+    def _candidates(self, prompts: Sequence[list[int]]) -> list[Any]:
+        """For each prompt a list over its positions: what vLLM says of the token there and of the likeliest."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+        return [answer.prompt_logprobs for answer in self._run(prompts, parameters)]
+
+    def _run(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
         from vllm import TokensPrompt
 
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         answers: list[Any] = self._llm.generate(inputs, parameters, use_tqdm=False)
         return answers
+
+    def _require_weights(self) -> None:
+        if self._at is None:
+            raise RuntimeError("this engine's weights are undefined since a swap failed; start a new engine")
 
     def _fit(self, tokens: list[int], room: int, to_generate: int) -> list[int]:
         """`tokens`, at most `room` of them."""

@@ -9,9 +9,8 @@ here the first is an error and the second is repaired. Facts and proofs: docs/vl
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -21,24 +20,30 @@ from rvdist.reader import read_point
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
-if TYPE_CHECKING:
-    from vllm.v1.worker.gpu_worker import Worker
-else:
-    Worker = object
 
-
-class SwapExtension(Worker):
+class SwapExtension:
     """Mixed into vLLM's worker class; names are prefixed because vLLM refuses an attribute it already has."""
 
-    def rvdist_swap(self, point: str, mirrored: bool) -> None:
-        """Loads the weights of `point` (the JSON of a WeightPoint), or their mirror image (`mirror`).
+    model_config: Any  # these three are the worker's
+    model_runner: Any
+    reload_weights: Any
+
+    def rvdist_ready(self) -> None:
+        """Call once after start. vLLM's CPU kernels use AMX tiles, but in eager mode nothing asks the kernel
+        for them, and a first batch of one token dies of an illegal instruction."""
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+
+    def rvdist_swap(self, point: str, exchanged: list[int]) -> None:
+        """Loads the weights of `point` (the JSON of a WeightPoint), or the mirror image of them (see `mirror`)
+        when there are tokens to be exchanged.
 
         Raises RuntimeError naming the tensors when one that the engine was started with does not come, or
         does not arrive in vLLM. After any error the weights of this rank are undefined.
         """
         tensors = read_point(WeightPoint.from_json(json.loads(point)))
-        if mirrored:
-            tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size)
+        if exchanged:
+            tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
         self._rvdist_reload(self._rvdist_complete(tensors))
         _repair_packed_copies(self.model_runner.get_model())
 
@@ -95,3 +100,48 @@ def _repair_packed_copies(model: Any) -> None:
         experts = getattr(kernel, "fused_experts", None)
         if isinstance(experts, CPUUnquantizedExperts):
             experts.process_weights_after_loading(layer)
+
+
+# Modules by what they do with the residual stream: a column, or a row, of their weight for each of its channels.
+_READ_RESIDUAL = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate", "shared_expert_gate"}
+_WRITE_RESIDUAL = {"o_proj", "down_proj"}
+_VOCABULARY = {"embed_tokens", "lm_head"}
+
+
+def mirror(tensors: Tensors, hidden: int, exchanged: list[int]) -> Tensors:
+    """Other weights for the same function, for the engine's probe.
+
+    A fixed random half of the `hidden` channels of the residual stream changes its sign wherever a weight
+    reads or writes it, queries, keys and values change theirs, and the two tokens `exchanged` change places.
+    Signs and places are exact in floating point: every matrix is another one, and the logits are the same to
+    the bit, for a prompt with those tokens exchanged.
+    """
+    signs = torch.randint(0, 2, (hidden,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for name, tensor in tensors:
+        module, kind = name.split(".")[-2:]
+        sign = signs.to(tensor.dtype)
+        if module in _WRITE_RESIDUAL:
+            tensor = tensor * (sign[:, None] if kind == "weight" else sign)
+        elif module in _READ_RESIDUAL | _VOCABULARY and kind == "weight":
+            tensor = tensor * sign
+        if module in ("q_proj", "k_proj", "v_proj") or name.endswith("o_proj.weight"):
+            tensor = -tensor
+        if module in _VOCABULARY:
+            tensor[exchanged] = tensor[exchanged[::-1]]
+        yield name, tensor
+
+
+def mirror_obstacle(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Why a model of these tensors has no known mirror image; None when it has one."""
+    if "rms_norm_eps" not in config:
+        return "its norm is not a root mean square"
+    for name in names:
+        module, kind = ("", *name.split("."))[-2:]
+        known = (
+            (module in _READ_RESIDUAL | _WRITE_RESIDUAL and kind in ("weight", "bias"))
+            or (module in _VOCABULARY and kind == "weight")
+            or (module.endswith("norm") and kind == "weight")
+        )
+        if not known:
+            return f"nothing is known of tensor {name}"
+    return None
