@@ -27,8 +27,10 @@ def model_card(
     notes: Sequence[str],
     versions: Mapping[str, str],
 ) -> str:
-    """`digest` is the point's, None where the contents of its checkpoints were not hashed. `sources` says of each checkpoint of the point where it came from: a revision, a content digest.
-    `notes` is what the reader must know: what was skipped, forced or rounded."""
+    """`digest` is the point's, None where the contents of its checkpoints were not hashed. `sources` says of
+    each checkpoint of the point where it came from. `notes` is what the reader must know: what was skipped,
+    forced or rounded.
+    """
     names = _public_names(point)
 
     def public(text: str) -> str:

@@ -245,12 +245,14 @@ def _compare(sample: Sample, reference: Sample, seed: int) -> Comparison:
 def _bootstrap_means(values: Floats, informative: int, seed: int) -> Floats:
     """The sorted bootstrap distribution of the mean, stretched about the mean as Student's t is wider than
     the normal (Hesterberg 2015, the expanded percentile interval), or few documents would look too sure."""
+    # Scores take few distinct values: drawing how often each one comes up is the same and much faster.
+    distinct, counts = np.unique(values, return_counts=True)
     n = len(values)
     rng = np.random.default_rng(seed)
-    batch = max(1, 2_000_000 // n)
+    batch = max(1, 2_000_000 // len(distinct))
     means = np.concatenate(
         [
-            values[rng.integers(n, size=(min(batch, RESAMPLES - start), n))].mean(axis=1)
+            rng.multinomial(n, counts / n, size=min(batch, RESAMPLES - start)) @ distinct / n
             for start in range(0, RESAMPLES, batch)
         ]
     )
