@@ -44,30 +44,29 @@ class SwapExtension:
         tensors = read_point(WeightPoint.from_json(json.loads(point)))
         if exchanged:
             tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
-        self._rvdist_reload(self._rvdist_complete(tensors))
+        came: set[str] = set()
+        loaded = self._rvdist_reload(_noting(came, tensors))
+        if missing := self._rvdist_expected() - came:
+            raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
+        if stale := {name for name, _ in self.model_runner.get_model().named_parameters()} - loaded:
+            raise RuntimeError(f"vLLM did not load these parameters of the weight point: {_some(stale)}")
         _repair_packed_copies(self.model_runner.get_model())
 
-    def _rvdist_complete(self, tensors: Tensors) -> Tensors:
-        """The same tensors; raises at their end when one of the engine's own checkpoint was not among them."""
-        missing = set(open_source(self.model_config.model).tensors)
+    def _rvdist_expected(self) -> set[str]:
+        """The tensors that the engine was started with, but for those that vLLM reads over."""
+        names = set(open_source(self.model_config.model).tensors)
         if self.model_config.hf_text_config.tie_word_embeddings:
-            missing.discard("lm_head.weight")
-        for name, tensor in tensors:
-            missing.discard(name)
-            yield name, tensor
-        missing = {name for name in missing if not name.endswith("rotary_emb.inv_freq")}
-        if missing:
-            raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
+            names.discard("lm_head.weight")
+        return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
 
-    def _rvdist_reload(self, tensors: Tensors) -> None:
+    def _rvdist_reload(self, tensors: Tensors) -> set[str]:
+        """Hands the tensors to vLLM; returns the parameters it says it loaded, of which it keeps no record."""
         model = self.model_runner.get_model()
-        expected = {name for name, _ in model.named_parameters()}
-        loaded: set[str] | None = None
+        loaded: set[str] = set()
         load_weights = model.load_weights
 
-        def recording(weights: Tensors) -> set[str] | None:
-            nonlocal loaded
-            loaded = load_weights(weights)
+        def recording(weights: Tensors) -> set[str]:
+            loaded.update(load_weights(weights))
             return loaded
 
         model.load_weights = recording
@@ -75,8 +74,13 @@ class SwapExtension:
             self.reload_weights(weights_iterator=tensors)
         finally:
             del model.load_weights
-        if loaded is not None and (stale := expected - loaded):
-            raise RuntimeError(f"vLLM did not load these parameters of the weight point: {_some(stale)}")
+        return loaded
+
+
+def _noting(names: set[str], tensors: Tensors) -> Tensors:
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
 
 
 def _some(names: set[str]) -> str:
