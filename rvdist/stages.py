@@ -6,14 +6,16 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from rvdist import cluster, compat, config
+from rvdist import __version__, cluster, compat, config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import require_free
@@ -42,6 +44,7 @@ class Run:
     timing: Timing = field(default_factory=Timing)
     sources: dict[str, Checkpoint] = field(default_factory=dict)
     notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
+    digests: dict[WeightPoint, str] = field(default_factory=dict)
 
 
 def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> float | None:
@@ -63,6 +66,9 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
         plan = _plan(run, written)
     if "plan" in stages:
         _print_plan(run, plan)
+    if arms:
+        with run.timing.phase("digest"):
+            _digest(run)
     if not {"merge", "evaluate"} & set(stages):
         return None
 
@@ -129,6 +135,15 @@ def _index(run: Run, points: Sequence[WeightPoint]) -> None:
         run.console.print(f"note: {note}", markup=False)
 
 
+def _digest(run: Run) -> None:
+    """Names every point by what it is made of; reads all sources once and remembers."""
+    from rvdist.checkpoint.digest import checkpoint_digest
+
+    cache = Path(run.settings.cache.dir).expanduser() / "digests"
+    contents = {name: checkpoint_digest(source, cache) for name, source in run.sources.items()}
+    run.digests |= {point: point.digest(contents) for point in run.notes}
+
+
 def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
     by_base: dict[str, dict[Path, WeightPoint]] = {}
     for directory, point in written.items():
@@ -157,7 +172,7 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
         stats = merge(
             plan,
             run.sources,
-            lambda point: f"{point}",
+            lambda point: _card(run, point),
             workers=settings.merge.workers or max(1, resources.cpus // settings.merge.threads),
             threads=settings.merge.threads,
             dtype=config.output_dtype(settings),
@@ -175,6 +190,28 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
             run.console.print(f"wrote {directory}", markup=False, soft_wrap=True)
 
 
+def _card(run: Run, point: WeightPoint) -> str:
+    from rvdist.report.card import model_card
+
+    return model_card(
+        point,
+        digest=run.digests.get(point),
+        sources={source: str(run.sources[source].path) for source in point.sources()},
+        dtype=run.settings.dtype or "the target's own dtypes",
+        notes=run.notes[point],
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    """The versions that decide bytes and text, of what is installed."""
+    found = {"rvdist": __version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def _suite(run: Run) -> Suite:
     from rvdist.fleet.harness import Suite
 
@@ -190,18 +227,16 @@ def _suite(run: Run) -> Suite:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the evaluate stage found: records, what they mean, and which weights they are of."""
+    """What the evaluate stage found: records and what they mean."""
 
     rows: list[Row]
     records: list[Record]
     tasks: list[TaskInfo]
-    digests: dict[str, str]
 
 
 def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Resources) -> Scores:
     from transformers import AutoTokenizer
 
-    from rvdist.checkpoint.digest import checkpoint_digest
     from rvdist.fleet.engine import EngineSettings
     from rvdist.fleet.scheduler import Fleet
     from rvdist.report.statistics import summarise
@@ -233,9 +268,6 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Re
     with run.timing.phase("requests"):
         tokenizer = AutoTokenizer.from_pretrained(base)
         requests = suite.requests(tokenizer)
-        cache = Path(run.settings.cache.dir).expanduser() / "digests"
-        contents = {name: checkpoint_digest(source, cache) for name, source in run.sources.items()}
-        digests = {arm.name: arm.point.digest(contents) for arm in arms}
     with run.timing.phase("engine_start"):
         fleet.info()
     with (
@@ -253,7 +285,7 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Re
             (run.directory / part).mkdir(exist_ok=True)
         for arm in arms:
             results, scored = suite.score(
-                arm, digests[arm.name], tokenizer, requests, answers[points[arm.name]], engine.seed
+                arm, run.digests[arm.point], tokenizer, requests, answers[points[arm.name]], engine.seed
             )
             (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
             write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
@@ -261,7 +293,7 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Re
         tasks = suite.infos([record for record in records if record.arm == arms[0].name])
         rows = summarise(arms, records, tasks, baseline=arms[0].name)
         write_summary(run.directory / "summary.json", rows)
-    return Scores(rows, records, tasks, digests)
+    return Scores(rows, records, tasks)
 
 
 def objective(rows: Sequence[Row]) -> float | None:
@@ -272,10 +304,27 @@ def objective(rows: Sequence[Row]) -> float | None:
 
 
 def _report(run: Run, arms: Sequence[Arm], scores: Scores) -> None:
+    from rvdist.report.page import write_page
     from rvdist.report.plot import alpha_plot
     from rvdist.report.statistics import detectable_effects
     from rvdist.report.table import print_summary
 
     with run.timing.phase("report"):
         print_summary(scores.rows, detectable_effects(scores.records, scores.tasks, arms[0].name), run.console)
-        (run.directory / "alpha.png").write_bytes(alpha_plot(scores.rows))
+        plot = alpha_plot(scores.rows)
+        (run.directory / "alpha.png").write_bytes(plot)
+        write_page(
+            run.directory / "report.html",
+            title=f"{Path(run.settings.target).name}: {', '.join(task.name for task in scores.tasks)}",
+            command=run.command,
+            rows=scores.rows,
+            arms=arms,
+            digests={arm.name: run.digests[arm.point] for arm in arms},
+            records=scores.records,
+            tasks=scores.tasks,
+            plot_png=plot,
+            versions=_versions(),
+            timing=run.timing.phases,
+            notes=list(dict.fromkeys(note for notes in run.notes.values() for note in notes)),
+        )
+    run.console.print(f"report: {run.directory / 'report.html'}", markup=False, soft_wrap=True)

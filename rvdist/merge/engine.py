@@ -94,7 +94,8 @@ def _run_units(
         for output, staged in zip(plan.outputs, stagings, strict=True)
     ]
     arguments = (ray.put(partial), ray.put(dict(sources)), dtype, threads)
-    actor_class = ray.remote(MergeWorker).options(num_cpus=threads)
+    share = ray.cluster_resources().get("CPU", 1) / workers  # more workers than cores must not wait for ever
+    actor_class = ray.remote(MergeWorker).options(num_cpus=min(threads, int(share * 1000) / 1000))
 
     def start() -> Any:
         return actor_class.remote(*arguments)

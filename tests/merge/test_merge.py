@@ -1,0 +1,163 @@
+"""Merges on a real Ray cluster against whole tensors computed in fp64 and rounded once."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_checkpoint, near, tensors, write_checkpoint
+
+from rvdist.checkpoint.source import open_source
+from rvdist.errors import BadInput
+from rvdist.merge import plan as planning
+from rvdist.merge.engine import merge
+from rvdist.merge.plan import Output, build_plan
+from rvdist.point import Mask, Term, Vector, WeightPoint
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def run(points, outputs, workers=1, dtype=None, max_shard_size=None, **options):
+    sources = {s: open_source(s) for point in points for s in point.sources()}
+    plan = build_plan([Output(tuple(points), tuple(outputs))], sources, dtype, max_shard_size)
+    return merge(plan, sources, lambda point: "card\n", workers=workers, dtype=dtype, **options)
+
+
+def shifted(paths, alpha=1.0, mask=None):
+    return WeightPoint(
+        str(paths["target"]), (Term(alpha, Vector(str(paths["plus"]), str(paths["minus"])), mask or Mask()),)
+    )
+
+
+def digests(path):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("alpha", [1.0, -0.7])
+def test_equals_fp64_rounded_once(family, tmp_path, dtype, alpha):
+    paths = family(dtype, shards=2)
+    run([shifted(paths, alpha)], [tmp_path / "out"])
+    target, plus, minus, out = (load_checkpoint(p) for p in (*paths.values(), tmp_path / "out"))
+    assert out.keys() == target.keys()
+    off = total = 0
+    for name, tensor in out.items():
+        exact = (target[name].double() + alpha * (plus[name].double() - minus[name].double())).to(dtype)
+        assert tensor.dtype == dtype and tensor.shape == exact.shape
+        off += int((tensor != exact).sum())
+        total += tensor.numel()
+    assert off == 0 if dtype == torch.float32 else off < total / 10_000
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
+    point = shifted(family(shards=3), 0.5)
+    run([point], [tmp_path / "one"], workers=1)
+    run([point], [tmp_path / "four"], workers=4)
+    assert digests(tmp_path / "one") == digests(tmp_path / "four")
+    assert "model.safetensors.index.json" in digests(tmp_path / "one")
+
+
+def test_one_pass_writes_many_points(family, tmp_path):
+    paths = family()
+    points = [shifted(paths, alpha) for alpha in (-1.0, 0.0, 2.0)]
+    stats = run(points, [tmp_path / str(k) for k in range(3)])
+    assert stats.bytes_read == sum(open_source(str(p)).nbytes for p in paths.values())
+    assert stats.bytes_written == 3 * open_source(str(paths["target"])).nbytes
+    for k, point in enumerate(points):
+        run([point], [tmp_path / f"alone{k}"])
+        assert digests(tmp_path / str(k)) == digests(tmp_path / f"alone{k}")
+    target, still = load_checkpoint(paths["target"]), load_checkpoint(tmp_path / "1")
+    assert all(torch.equal(still[name], target[name]) for name in target)
+
+
+def test_masks_and_several_vectors(family, tmp_path):
+    paths = family()
+    base = load_checkpoint(paths["target"])
+    other = write_checkpoint(tmp_path / "other", near(base, 9))
+    mask = Mask(include=(r".*self_attn.*",), layers=((1, 2),))
+    vectors = [Vector(str(paths["plus"]), str(paths["minus"])), Vector(str(other), str(paths["minus"]))]
+    run([WeightPoint(str(paths["target"]), (Term(0.75, vectors[0], mask), Term(-0.25, vectors[1])))], [tmp_path / "out"])
+    plus, minus, second, out = (load_checkpoint(p) for p in (paths["plus"], paths["minus"], other, tmp_path / "out"))
+    for name, tensor in out.items():
+        exact = base[name].double() - 0.25 * (second[name].double() - minus[name].double())
+        exact += 0.75 * mask.coefficient(name) * (plus[name].double() - minus[name].double())
+        assert torch.equal(tensor, exact.bfloat16()), name
+
+
+def test_dtype_and_shard_size_of_the_output(family, tmp_path):
+    paths = family()
+    run([shifted(paths)], [tmp_path / "out"], dtype="F32", max_shard_size=40_000)
+    out, target, plus, minus = (load_checkpoint(p) for p in (tmp_path / "out", *paths.values()))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    for name, tensor in out.items():
+        assert torch.equal(tensor, (target[name].double() + plus[name].double() - minus[name].double()).float())
+    assert '"dtype": "float32"' in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_what_stands_beside_the_weights_is_carried_over(family, tmp_path):
+    paths = family()
+    run([shifted(paths)], [tmp_path / "out"])
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (paths["target"] / name).read_bytes()
+    assert (tmp_path / "out" / "README.md").read_text() == "card\n"
+
+
+def test_nonfinite_results_are_refused_and_leave_nothing(tmp_path):
+    base = {"w": torch.full((8,), 60000.0).half()}
+    paths = {"target": base, "plus": {"w": torch.full((8,), 9000.0).half()}, "minus": {"w": torch.zeros(8).half()}}
+    paths = {name: write_checkpoint(tmp_path / name, weights) for name, weights in paths.items()}
+    with pytest.raises(BadInput, match="8 results in model.safetensors.*infinite or not a number"):
+        run([shifted(paths)], [tmp_path / "out"])
+    assert not list(tmp_path.glob("out*"))
+    run([shifted(paths)], [tmp_path / "out"], allow_nonfinite=True)
+    assert load_checkpoint(tmp_path / "out")["w"].isinf().all()
+
+
+def test_a_source_that_changes_underneath_stops_the_merge(family, tmp_path):
+    paths = family()
+    point = shifted(paths)
+    sources = {s: open_source(s) for s in point.sources()}
+    plan = build_plan([Output((point,), (tmp_path / "out",))], sources)
+    file = paths["plus"] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(BadInput, match="plus/model.safetensors: ends inside tensor"):
+        merge(plan, sources, lambda point: "", workers=1)
+    file.write_bytes(bytes(sources[str(paths["plus"])].stamps["model.safetensors"].size))
+    with pytest.raises(BadInput, match="plus/model.safetensors: changed while it was being read"):
+        merge(plan, sources, lambda point: "", workers=1)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_killed_worker_costs_its_units_in_flight_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "UNIT_BYTES", 1 << 20)
+    base = {f"layers.{k}.w": v for k in range(12) for v in [tensors(k)["model.embed_tokens.weight"].repeat(120, 1)]}
+    paths = {
+        name: write_checkpoint(tmp_path / name, weights)
+        for name, weights in {"target": base, "plus": near(base, 1), "minus": near(base, 2)}.items()
+    }
+    run([shifted(paths)], [tmp_path / "undisturbed"])
+    killed = []
+
+    def kill_a_worker():
+        while not killed:
+            for process in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError):
+                    name = Path(f"/proc/{process}/cmdline").read_text()
+                    if name.startswith("ray::MergeWorker.run"):
+                        os.kill(int(process), signal.SIGKILL)
+                        killed.append(process)
+                        return
+            time.sleep(0.001)
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    run([shifted(paths)], [tmp_path / "disturbed"], workers=2)
+    killer.join(5)
+    assert killed, "the merge was over before a worker could be killed"
+    assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")

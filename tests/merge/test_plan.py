@@ -1,0 +1,59 @@
+from collections import defaultdict
+
+import pytest
+import torch
+from conftest import tensors, write_checkpoint
+
+from rvdist.checkpoint.directory import open_checkpoint
+from rvdist.merge import plan as planning
+from rvdist.merge.plan import Output, build_plan
+from rvdist.point import Term, Vector, WeightPoint
+
+
+def planned(tmp_path, shards=1, **options):
+    path = write_checkpoint(tmp_path / "t", tensors(0), shards)
+    sources = {s: open_checkpoint(path) for s in ("t", "p", "m")}
+    points = tuple(WeightPoint("t", (Term(a, Vector("p", "m")),)) for a in (1.0, 2.0))
+    return sources["t"], build_plan([Output(points, (tmp_path / "a", tmp_path / "b"))], sources, **options)
+
+
+@pytest.mark.parametrize("unit_bytes", [64, 1000, 1 << 25])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_units_cover_every_byte_once(tmp_path, monkeypatch, unit_bytes, shards):
+    monkeypatch.setattr(planning, "UNIT_BYTES", unit_bytes)
+    base, plan = planned(tmp_path, shards)
+    covered = defaultdict(list)
+    for unit in plan.units:
+        assert unit.nbytes <= unit_bytes
+        assert unit.nbytes == sum((s.stop - s.start) * 2 for s in unit.segments)
+        for segment in unit.segments:
+            covered[unit.file].append((segment.offset, segment.offset + (segment.stop - segment.start) * 2))
+    (layout,) = plan.layouts
+    for file, (header, size) in layout.files.items():
+        end = len(header)
+        for begin, stop in sorted(covered[file]):
+            assert begin == end
+            end = stop
+        assert end == size
+    assert plan.bytes_read == 3 * base.nbytes, "two points over one base read it once"
+
+
+def test_sharding_follows_the_base_unless_a_size_is_set(tmp_path):
+    base, plan = planned(tmp_path, shards=3)
+    assert list(plan.layouts[0].files) == base.files
+    limit = 20_000
+    plan = build_plan(plan.outputs, {"t": base, "p": base, "m": base}, max_shard_size=limit)
+    (layout,) = plan.layouts
+    names = list(layout.files)
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors" and len(names) > 1
+    for file in names:
+        specs = [spec for spec in layout.tensors.values() if spec.file == file]
+        assert len(specs) == 1 or sum(spec.nbytes for spec in specs) <= limit
+
+
+def test_output_dtype_changes_floating_point_tensors_alone(tmp_path):
+    weights = tensors(0) | {"ids": torch.arange(5)}
+    base = open_checkpoint(write_checkpoint(tmp_path / "t", weights))
+    plan = build_plan([Output((WeightPoint("t"),), (tmp_path / "o",))], {"t": base}, dtype="F32")
+    dtypes = {spec.name: spec.dtype for spec in plan.layouts[0].tensors.values()}
+    assert dtypes.pop("ids") == "I64" and set(dtypes.values()) == {"F32"}
