@@ -172,7 +172,7 @@ def test_bootstrap_does_not_cry_wolf_when_few_documents_change():
 
 
 def test_bootstrap_rejects_a_true_null_about_one_time_in_twenty():
-    replicates = np.random.default_rng(2).exponential(size=(500, 2, 25)).tolist()
+    replicates = np.random.default_rng(2).exponential(size=(250, 2, 25)).tolist()
     rows = compare_many(replicates, make_task(metric="loss"))
     assert 0.02 < np.mean([row.p_value < 0.05 for row in rows]) < 0.08
 
