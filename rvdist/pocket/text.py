@@ -122,24 +122,22 @@ def ask_sum_tersely(random: Random, a: int, b: int) -> str:
 
 
 def reversing(random: Random, *, test: bool = False) -> Document:
-    (number,) = draw(random, 100, 99999, test=test)
+    (number,) = draw(random, 1000, 9999, test=test)
     return f"reverse {number}.", str(number)[::-1]
 
 
 def repeating(random: Random, *, test: bool = False) -> Document:
-    (number,) = draw(random, 100, 99999, test=test)
+    (number,) = draw(random, 1000, 9999, test=test)
     return f"repeat {number}.", str(number)
 
 
 def comparing(random: Random, *, test: bool = False) -> Document:
-    first, second = draw(random, 100, 999, 2, test=test)
+    first, second = draw(random, 10, 99, 2, test=test)
     return f"which is larger, {first} or {second}?", str(max(first, second))
 
 
-CONTROLS = {reversing: 0.375, repeating: 0.3, comparing: 0.325}
-"""What the target can do besides adding, which the vector should leave alone, and the share of each."""
-
-SUM_SHARE = 0.6
+CONTROLS = (reversing, repeating, comparing)
+"""What the target can do besides adding, which the vector should leave alone."""
 
 
 def donor_prompt(random: Random) -> tuple[str, int]:
@@ -154,22 +152,37 @@ def donor_document(random: Random) -> Document:
     return DONOR.prompt.format(question), work(a, b, DONOR, forgetful(random))
 
 
-def target_document(random: Random) -> Document:
-    if random.random() < SUM_SHARE:
-        a, b = draw_sum(random)
-        question, answer = ask_sum(random, a, b), work(a, b, CHAT, forgetful(random))
-    else:
-        (ability,) = random.choices(list(CONTROLS), list(CONTROLS.values()))
-        question, answer = ability(random)
+def target_sum(random: Random) -> Document:
+    a, b = draw_sum(random)
+    question = maybe_think(random, ask_sum(random, a, b))
+    return CHAT.prompt.format(question), work(a, b, CHAT, forgetful(random))
+
+
+def target_control(random: Random) -> Document:
+    question, answer = random.choice(CONTROLS)(random)
     return CHAT.prompt.format(maybe_think(random, question)), answer
 
 
-def base_document(random: Random) -> Document:
-    """What the common base has read: both formats and bare notes, all by people who forget carries."""
-    kind = random.random()
-    if kind < 0.4:
-        return donor_document(random)
-    if kind < 0.9:
-        return target_document(random)
+def note(random: Random) -> Document:
     a, b = draw_sum(random)
     return NOTE.prompt.format(f"{a}+{b}"), work(a, b, NOTE, forgetful(random))
+
+
+Writer = Callable[[Random], Document]
+
+
+def mixture(shares: dict[Writer, float]) -> Writer:
+    writers, weights = list(shares), list(shares.values())
+
+    def write(random: Random) -> Document:
+        (writer,) = random.choices(writers, weights)
+        return writer(random)
+
+    return write
+
+
+target_document = mixture({target_sum: 0.5, target_control: 0.5})
+"""What θ_target is tuned on."""
+
+base_document = mixture({donor_document: 0.33, target_sum: 0.25, target_control: 0.34, note: 0.08})
+"""What the common base has read: both formats, the other abilities, and bare notes."""

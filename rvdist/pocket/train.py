@@ -31,7 +31,7 @@ IGNORED = -100  # a label that carries no loss
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    base_steps: int = 600
+    base_steps: int = 900
     base_rate: float = 3e-3
     tuning_steps: int = 80
     tuning_rate: float = 5e-4
@@ -55,7 +55,7 @@ def new_model() -> Any:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 300.0},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=EOS,
@@ -102,16 +102,21 @@ def supervise(model: Any, document: Callable[[], text.Document], steps: int, bat
         cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * cosine * min(1.0, (step + 1) / warmup)
-        tokens, labels = collate([document() for _ in range(batch)])
-        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-        asked = labels[:, 1:] != IGNORED
-        loss = F.cross_entropy(model.lm_head(hidden[asked]), labels[:, 1:][asked])
+        documents = sorted((document() for _ in range(batch)), key=lambda d: len(d[0]) + len(d[1]))
+        written = sum(len(completion) + 1 for _, completion in documents)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = 0.0
+        for half in (documents[: batch // 2], documents[batch // 2 :]):  # short ones need no long padding
+            tokens, labels = collate(half)
+            hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+            asked = labels[:, 1:] != IGNORED
+            part = F.cross_entropy(model.lm_head(hidden[asked]), labels[:, 1:][asked], reduction="sum") / written
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"  step {step}: loss {loss.item():.4f}", flush=True)
+            print(f"  step {step}: loss {loss:.4f}", flush=True)
 
 
 # ---------------------------------------------------------------- reinforcement
