@@ -47,7 +47,13 @@ class _Request:
 
 
 @pytest.fixture(scope="module")
-def lm_eval_backend(families: dict[str, Family]) -> Any:
+def tied(families: dict[str, Family]) -> Engine:
+    return start(WeightPoint(str(families["tied"].target)))
+
+
+@pytest.fixture(scope="module")
+def lm_eval_backend(families: dict[str, Family], tied: Engine) -> Any:
+    """Made after an engine: vLLM finds out that it is a CPU build from the version that is patched here."""
     import vllm
 
     real = importlib.metadata.version
@@ -64,11 +70,6 @@ def lm_eval_backend(families: dict[str, Family]) -> Any:
             enforce_eager=True,
             enable_prefix_caching=False,
         )
-
-
-@pytest.fixture(scope="module")
-def tied(families: dict[str, Family]) -> Engine:
-    return start(WeightPoint(str(families["tied"].target)))
 
 
 @pytest.mark.parametrize("kwargs", GENERATION)
