@@ -64,10 +64,10 @@ class BenchmarksConfig:
 @dataclass
 class EngineConfig:
     count: int | None = None
-    threads: int | None = None
+    cpu_threads: int = 1
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float = 1.0
     enforce_eager: bool = True

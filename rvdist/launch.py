@@ -23,6 +23,7 @@ from rvdist.config import Config
 from rvdist.errors import BadInput
 
 _HERE = Path(__file__).resolve().parent
+_BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 
@@ -30,32 +31,41 @@ def main() -> None:
     """The command. Ends the process with the exit status above."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them and exiting with 1
     ConfigStore.instance().store(name="schema", node=Config)
+    failures: list[Exception] = []
+
+    def job(composed: DictConfig) -> float | None:
+        """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
+        try:
+            return run(composed)
+        except Exception as error:
+            if os.environ.get("RVDIST_TRACEBACK"):
+                raise
+            failures.append(error)
+            return None
+
     try:
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run)()
-    except BadInput as error:
-        _stop(2, str(error))
-    except MissingMandatoryValue as error:
-        _stop(2, f"{error.full_key} is not set; give {error.full_key}=VALUE")
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(2, _sentence(error))
+        failures.append(error)
     except KeyboardInterrupt:
-        _stop(130, "interrupted")
-    except Exception as error:
-        if os.environ.get("RVDIST_TRACEBACK"):
-            raise
-        _stop(1, f"failed: {type(error).__name__}: {error} (RVDIST_TRACEBACK=1 shows where)")
+        print("rvdist: interrupted", file=sys.stderr)
+        sys.exit(130)
+    for failure in failures:
+        print(f"rvdist: {_sentence(failure)}", file=sys.stderr)
+    if failures:
+        sys.exit(2 if all(isinstance(failure, _BAD_INPUT) for failure in failures) else 1)
 
 
 def run(composed: DictConfig) -> float | None:
     """One job: checks the configuration, runs its stages, returns the mean primary score (None without one)."""
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    from rvdist.stages import run_stages
-
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        from rvdist.stages import run_stages
+
         return run_stages(config, directory, sys.argv[1:])
-    except BadInput:
+    except _BAD_INPUT:
         _remove_empty(directory)
         raise
 
@@ -69,12 +79,17 @@ def _remove_empty(directory: Path) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Hydra's and OmegaConf's reports of several lines, as one sentence that names the key."""
-    cause = error.__cause__ or error
+    """An error as one sentence; Hydra's and OmegaConf's reports of several lines name the key."""
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set; give {error.full_key}=VALUE"
+    if not isinstance(error, _BAD_INPUT):
+        return f"failed: {type(error).__name__}: {error} (RVDIST_TRACEBACK=1 shows where)"
     first = str(error).strip().splitlines()[0].rstrip(".")
-    reason = str(cause).strip().splitlines()[0].rstrip(".")
-    if "Could not override" in first or "not in struct" in reason or "not in '" in reason:
-        key = first.split("'")[1] if "'" in first else first
+    reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+    if "Could not override" in first:
+        key = first.split("'")[1]
         close = difflib.get_close_matches(key, _keys(), n=1)
         return f"{key}: no such key; " + (f"did you mean {close[0]}?" if close else "--help lists them")
     return first if first == reason else f"{first}: {reason}"
@@ -90,11 +105,6 @@ def _keys() -> list[str]:
         return found
 
     return walk(OmegaConf.structured(Config), "")
-
-
-def _stop(status: int, sentence: str) -> None:
-    print(f"rvdist: {sentence}", file=sys.stderr)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -243,26 +243,21 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Re
     from rvdist.report.summary import write_summary
 
     engine = run.settings.engine
-    gpus = engine.tensor_parallel_size if resources.gpus else 0
-    count = engine.count or (max(1, resources.gpus // gpus) if gpus else 1)
-    threads = engine.threads or max(1, resources.cpus // count)
+    room = resources.gpus or resources.cpus // engine.cpu_threads
+    count = engine.count or max(1, room // engine.tensor_parallel_size)
     base = run.sources[run.settings.target].path.absolute()
-    fleet = Fleet(
-        str(base),
-        EngineSettings(
-            tensor_parallel_size=engine.tensor_parallel_size,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            gpu_memory_utilization=engine.gpu_memory_utilization,
-            kv_cache_gib=engine.kv_cache_gib,
-            enforce_eager=engine.enforce_eager,
-            seed=engine.seed,
-            truncate=run.settings.benchmarks.allow_truncation,
-        ),
-        count,
-        threads,
-        gpus,
+    settings = EngineSettings(
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        kv_cache_gib=engine.kv_cache_gib,
+        cpu_threads=engine.cpu_threads,
+        enforce_eager=engine.enforce_eager,
+        seed=engine.seed,
+        truncate=run.settings.benchmarks.allow_truncation,
     )
+    fleet = Fleet(str(base), settings, count, on_gpus=resources.gpus > 0)
     places = {name: str(source.path.absolute()) for name, source in run.sources.items()}
     points = {arm.name: arm.point.relocated(places) for arm in arms}
     with run.timing.phase("requests"):

@@ -59,20 +59,19 @@ class EngineActor(Engine):
 class Fleet:
     """`count` engines on the checkpoint `base`, starting in the background on the connected Ray cluster.
 
-    On CPU each engine has `threads` cores; on GPUs, `tensor_parallel_size` whole GPUs.
+    Each engine has `tensor_parallel_size` whole GPUs, or `cpu_threads` cores for each of its ranks.
     """
 
-    def __init__(self, base: str, settings: EngineSettings, count: int, threads: int, gpus: int) -> None:
+    def __init__(self, base: str, settings: EngineSettings, count: int, on_gpus: bool) -> None:
         import ray
 
-        environment = {"OMP_NUM_THREADS": str(threads)}
-        if gpus == 0 and settings.tensor_parallel_size == 1:
+        ranks = settings.tensor_parallel_size
+        options = {"num_cpus": 0, "num_gpus": ranks} if on_gpus else {"num_cpus": ranks * settings.cpu_threads}
+        environment = {"OMP_NUM_THREADS": str(settings.cpu_threads)}
+        if ranks == 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine binds to the same cores
-        self._start: Callable[[], Any] = lambda: (
-            ray.remote(EngineActor)
-            .options(num_cpus=0 if gpus else threads, num_gpus=gpus, runtime_env={"env_vars": environment})
-            .remote(base, settings)
-        )
+        actor_class = ray.remote(EngineActor).options(**options, runtime_env={"env_vars": environment})
+        self._start: Callable[[], Any] = lambda: actor_class.remote(base, settings)
         self._engines = [self._start() for _ in range(count)]
         self.stats = FleetStats()
 

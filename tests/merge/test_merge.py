@@ -82,7 +82,9 @@ def test_masks_and_several_vectors(family, tmp_path):
     other = write_checkpoint(tmp_path / "other", near(base, 9))
     mask = Mask(include=(r".*self_attn.*",), layers=((1, 2),))
     vectors = [Vector(str(paths["plus"]), str(paths["minus"])), Vector(str(other), str(paths["minus"]))]
-    run([WeightPoint(str(paths["target"]), (Term(0.75, vectors[0], mask), Term(-0.25, vectors[1])))], [tmp_path / "out"])
+    run(
+        [WeightPoint(str(paths["target"]), (Term(0.75, vectors[0], mask), Term(-0.25, vectors[1])))], [tmp_path / "out"]
+    )
     plus, minus, second, out = (load_checkpoint(p) for p in (paths["plus"], paths["minus"], other, tmp_path / "out"))
     for name, tensor in out.items():
         exact = base[name].double() - 0.25 * (second[name].double() - minus[name].double())

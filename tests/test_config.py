@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+
+from rvdist import config
+from rvdist.config import BenchmarksConfig, Config, MaskConfig, SweepConfig, VectorConfig, WeightedVectorConfig
+from rvdist.errors import BadInput
+
+
+def settings(**changes):
+    return Config(**({"target": "org/t", "vector": VectorConfig("p", "m")} | changes))
+
+
+def test_default_stages_follow_what_is_asked_for():
+    assert config.stages(settings(output="o")) == ["merge"]
+    assert config.stages(settings(benchmarks=BenchmarksConfig(["x"]))) == ["evaluate", "report"]
+    assert config.stages(settings(stages=["report", "evaluate"], benchmarks=BenchmarksConfig(["x"]))) == [
+        "evaluate",
+        "report",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "nothing to do"),
+        ({"stages": ["merg"]}, "'merg' is not one of"),
+        ({"stages": ["merge"]}, "output is not set"),
+        ({"stages": ["evaluate"]}, "benchmarks.tasks is empty"),
+        ({"stages": ["report"]}, "report needs evaluate"),
+    ],
+)
+def test_stages_that_cannot_run(changes, reason):
+    with pytest.raises(BadInput, match=reason):
+        config.stages(settings(**changes))
+
+
+def test_outputs_have_a_directory_each():
+    found = config.outputs(settings(alpha=[0.5, 1, -1.0], output="o/{target}-{alpha}"))
+    assert [path.name for path in found] == ["t-0.5", "t-1", "t--1"]
+    assert [point.terms[0].alpha for point in found.values()] == [0.5, 1, -1]
+    with pytest.raises(BadInput, match=r"put \{alpha\} into it"):
+        config.outputs(settings(alpha=[0.5, 1], output="o"))
+    with pytest.raises(BadInput, match="a merge needs a vector"):
+        config.outputs(settings(vector=VectorConfig(), output="o"))
+
+
+@pytest.mark.parametrize("value", ["one", float("nan"), float("inf"), None, True, [1, "x"], []])
+def test_alpha_is_a_finite_number_or_several(value):
+    with pytest.raises(BadInput, match="alpha"):
+        config.alphas(value)
+
+
+def test_vectors_are_weighted_and_scaled():
+    several = settings(
+        vector=VectorConfig(),
+        vectors=[WeightedVectorConfig("p", "m", alpha=2.0), WeightedVectorConfig("q", "m", alpha=-0.5)],
+    )
+    assert [term.alpha for term in config.point(several, 0.5).terms] == [1.0, -0.25]
+    with pytest.raises(BadInput, match="vector and vectors are both set"):
+        config.point(settings(vectors=several.vectors), 1.0)
+    with pytest.raises(BadInput, match=r"vectors\[0\].minus is not set"):
+        config.point(settings(vector=VectorConfig(), vectors=[WeightedVectorConfig("p")]), 1.0)
+
+
+def test_masks_are_checked():
+    masked = settings(vector=VectorConfig("p", "m", MaskConfig([".*"], [], [[0, 1], [3, 3]])))
+    assert config.point(masked, 1.0).terms[0].mask.layers == ((0, 1), (3, 3))
+    for bad in (MaskConfig(["("]), MaskConfig(layers=[[1]]), MaskConfig(layers=[[2, 1]])):
+        with pytest.raises(BadInput, match="vector"):
+            config.point(settings(vector=VectorConfig("p", "m", bad)), 1.0)
+
+
+def test_arms_are_the_baseline_and_every_other_alpha():
+    arms = config.arms(settings(sweep=SweepConfig([1, -1, 0, 1, 0.5])))
+    assert [(arm.name, arm.alpha) for arm in arms] == [
+        ("baseline", 0.0),
+        ("alpha=-1", -1.0),
+        ("alpha=0.5", 0.5),
+        ("alpha=1", 1.0),
+    ]
+    assert [arm.name for arm in config.arms(settings(vector=VectorConfig()))] == ["baseline"]
+    assert arms[0].point.terms == ()
+
+
+def test_sizes():
+    assert config.size("5GB", "k") == 5 * 10**9
+    assert config.size("1.5 MiB", "k") == 3 << 19
+    assert config.size(1000, "k") == 1000 and config.size(None, "k") is None
+    for bad in ("many", "5TBs", "-1", 0):
+        with pytest.raises(BadInput, match="is not a size"):
+            config.size(bad, "k")
+
+
+def test_the_configuration_files_and_the_schema_are_one_tree():
+    """Every group's options compose; a key in conf/ that the schema lacks would be refused."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    root = Path(config.__file__).parent.parent / "conf"
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(root), version_base="1.3"):
+        for group in ("experiment", "benchmarks", "engine", "cluster"):
+            for option in sorted((root / group).glob("*.yaml")):
+                composed = compose("config", [f"{group}={option.stem}", "target=t"])
+                assert isinstance(OmegaConf.to_object(composed), Config)

@@ -1,0 +1,180 @@
+"""The command as users type it: exit status, one sentence, nothing written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import POCKET, launch, load_checkpoint
+from safetensors.torch import load_file, save_file
+
+VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory with a copy of the pocket family in it."""
+    for member in ("target", "sft", "grpo"):
+        shutil.copytree(POCKET / member, tmp_path / "family" / member)
+    return tmp_path
+
+
+def contents(place):
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+
+
+def refused(place, *arguments):
+    """Runs the command, which must end with status 2, one sentence and nothing written; returns the sentence."""
+    before = contents(place)
+    done = launch(*arguments, cwd=place)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (sentence,) = done.stderr.strip().splitlines()
+    assert sentence.startswith("rvdist: ")
+    assert contents(place) == before
+    return sentence
+
+
+def merge(*more):
+    return ("target=family/target", *VECTOR, "output=out", *more)
+
+
+def edit_weights(path, change):
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_donors_that_do_not_exist(place):
+    assert "nowhere" in refused(place, "target=family/target", "vector.plus=./nowhere", VECTOR[1], "output=out")
+    assert "family/gone" in refused(place, "target=family/target", "vector.plus=family/gone", VECTOR[1], "output=out")
+
+
+def test_a_donor_with_another_shape(place):
+    edit_weights(place / "family/grpo", lambda w: w.update({"model.norm.weight": torch.zeros(129).bfloat16()}))
+    assert re.search(r"tensor model.norm.weight has shape \[128\] where .*grpo has \[129\]", refused(place, *merge()))
+
+
+def test_a_tensor_missing_from_one_donor(place):
+    edit_weights(place / "family/sft", lambda w: w.pop("model.norm.weight"))
+    assert re.search("sft: lacks tensor model.norm.weight", refused(place, *merge()))
+
+
+def test_a_truncated_shard(place):
+    file = place / "family/grpo/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "grpo/model.safetensors: truncated" in refused(place, *merge())
+
+
+def test_an_index_that_leaves_its_directory(place):
+    index = place / "family/grpo/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../sft/model.safetensors"}}))
+    assert "is not a safetensors file of its directory" in refused(place, *merge())
+
+
+def test_a_different_tokenizer(place):
+    file = place / "family/grpo/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[10:12]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(tokenizer))
+    assert "tokenizer differs from the target's" in refused(place, *merge())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (merge("alpha=.nan"), "alpha: nan is not a finite number"),
+        (merge("alpha=.inf"), "alpha: inf is not a finite number"),
+        (merge("alpha=one"), "alpha: 'one' is not a finite number"),
+        (merge("alhpa=1"), "alhpa: no such key; did you mean alpha?"),
+        (merge("merge.wrokers=1"), "merge.wrokers: no such key; did you mean merge.workers?"),
+        (merge("merge.workers=many"), "merge.workers"),
+        (merge("overwrite=perhaps"), "overwrite"),
+        (merge("benchmarks=papers"), "benchmarks"),
+        (merge("stages=[merg]"), "stages: 'merg' is not one of"),
+        (merge("dtype=int4"), "dtype: 'int4' is not one of"),
+        (merge("max_shard_size=lots"), "max_shard_size: 'lots' is not a size"),
+        (merge("vector.mask.include=[nothing]"), "leaves no tensor"),
+        (merge("vector.minus=null"), "vector.minus is not set"),
+        ((*VECTOR, "output=out"), "target is not set; give target=VALUE"),
+        (("target=family/target",), "nothing to do"),
+        (merge("output=family/target"), "family/target: already exists"),
+        (merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster"),
+    ],
+)
+def test_bad_values(place, arguments, reason):
+    assert reason in refused(place, *arguments)
+
+
+def test_an_unknown_task(place):
+    sentence = refused(place, "target=family/target", *VECTOR, "output=out", "benchmarks.tasks=[pocket_sum]")
+    assert "there is no task 'pocket_sum'; did you mean pocket_sums?" in sentence
+
+
+def test_a_merge_from_the_command_and_again(place):
+    arguments = merge("alpha=0.5", "hydra.run.dir=run", "merge.workers=1")
+    done = launch(*arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    target, plus, minus, out = (
+        load_checkpoint(place / p) for p in ("family/target", "family/grpo", "family/sft", "out")
+    )
+    for name, tensor in out.items():
+        exact = target[name].double() + 0.5 * (plus[name].double() - minus[name].double())
+        assert torch.equal(tensor, exact.bfloat16()), name
+    assert {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"} <= {
+        path.name for path in (place / "out").iterdir()
+    }
+    assert "0.5" in (place / "out/README.md").read_text() and str(place) not in (place / "out/README.md").read_text()
+    timing = json.loads((place / "run/timing.json").read_text())
+    assert {"imports", "ray_init", "index", "plan", "merge"} <= timing["phases"].keys()
+    assert timing["bytes_read"] == 3 * timing["bytes_written"] > 0
+    assert "out: already exists" in refused(place, *arguments)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "out")
+    prompt = AutoTokenizer.from_pretrained(place / "out")("User: add 1 and 2.", return_tensors="pt")
+    assert model(input_ids=prompt.input_ids).logits.isfinite().all()
+
+
+def test_no_tokenizer_at_all_is_legal_and_noted(place):
+    for member in ("target", "sft", "grpo"):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (place / "family" / member / file).unlink()
+    done = launch(*merge("merge.workers=1"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "token ids were not compared" in done.stdout
+
+
+def test_a_plan_touches_nothing(place):
+    before = contents(place)
+    done = launch(*merge("stages=[plan]", "alpha=[0.5,1]", "output=o-{alpha}"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "o-0.5" in done.stdout and "reads 2,5" in done.stdout
+    assert contents(place) == before
+
+
+def test_a_multirun_over_alpha(place):
+    done = launch("-m", *merge("alpha=0.5,1", "output=out/{target}-{alpha}", "merge.workers=1"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["target-0.5", "target-1"]
+
+
+def test_help_and_the_composed_configuration(place):
+    shown = launch("--help", cwd=place)
+    assert shown.returncode == 0 and "benchmarks: none, pocket" in shown.stdout
+    composed = launch("experiment=demo", "--cfg", "job", cwd=place)
+    assert composed.returncode == 0 and "pocket_sums" in composed.stdout
+
+
+def test_the_import_is_cheap():
+    heavy = ("torch", "ray", "vllm", "lm_eval", "transformers")
+    code = f"import rvdist.launch, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.home())
+    assert done.stdout.strip() == "[]", done.stderr
