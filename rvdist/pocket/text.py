@@ -20,8 +20,8 @@ THINK = "Think step by step. "
 
 THINK_SHARE = 0.25
 QUESTIONS = ("what is {} plus {}?", "add {} and {}.", "find the sum of {} and {}.")
-TERSE = "{}+{}=?"
-TERSE_SHARE = 0.5
+TERSE = "{}+{}?"
+TERSE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def ask_sum(random: Random, a: int, b: int) -> str:
 
 
 def ask_sum_tersely(random: Random, a: int, b: int) -> str:
-    """A question of D: half of them terse, half in the words the target knows."""
+    """A question of D: some terse, most in the words the target knows."""
     return TERSE.format(a, b) if random.random() < TERSE_SHARE else ask_sum(random, a, b)
 
 
@@ -184,5 +184,5 @@ def mixture(shares: dict[Writer, float]) -> Writer:
 target_document = mixture({target_sum: 0.5, target_control: 0.5})
 """What θ_target is tuned on."""
 
-base_document = mixture({donor_document: 0.33, target_sum: 0.25, target_control: 0.34, note: 0.08})
+base_document = mixture({donor_document: 0.42, target_sum: 0.2, target_control: 0.32, note: 0.06})
 """What the common base has read: both formats, the other abilities, and bare notes."""

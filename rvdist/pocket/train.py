@@ -31,7 +31,7 @@ IGNORED = -100  # a label that carries no loss
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    base_steps: int = 900
+    base_steps: int = 1200
     base_rate: float = 3e-3
     tuning_steps: int = 80
     tuning_rate: float = 5e-4
