@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 from rvdist.errors import BadInput
@@ -22,6 +23,7 @@ def connect(address: str = "local") -> Resources:
     import ray
 
     if not ray.is_initialized():
+        _require_listener(address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             ray.init(
@@ -34,6 +36,17 @@ def connect(address: str = "local") -> Resources:
             raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
     total = ray.cluster_resources()
     return Resources(cpus=int(total.get("CPU", 0)), gpus=int(total.get("GPU", 0)))
+
+
+def _require_listener(address: str) -> None:
+    """Ray waits for minutes where nobody answers: ask first."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
 
 
 def disconnect() -> None:

@@ -31,6 +31,7 @@ def main() -> None:
     """The command. Ends the process with the exit status above."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them and exiting with 1
     ConfigStore.instance().store(name="schema", node=Config)
+    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     failures: list[Exception] = []
 
     def job(composed: DictConfig) -> float | None:
@@ -65,13 +66,18 @@ def run(composed: DictConfig) -> float | None:
         from rvdist.stages import run_stages
 
         return run_stages(config, directory, sys.argv[1:])
-    except _BAD_INPUT:
+    finally:
         _remove_empty(directory)
-        raise
+
+
+def _quoted(argument: str) -> str:
+    """`output=out/{alpha}` as Hydra's grammar wants it: braces of a placeholder would open a dictionary there."""
+    key, _, value = argument.partition("=")
+    return f"{key}='{value}'" if key == "output" and "{" in value and value[0] not in "'\"" else argument
 
 
 def _remove_empty(directory: Path) -> None:
-    """Hydra made the run directory before anything was checked: bad input leaves nothing behind."""
+    """Hydra makes the run directory before anything is checked: bad input and plans leave nothing behind."""
     for path in (directory, *directory.parents):
         if path == Path.cwd() or any(path.iterdir()):
             return

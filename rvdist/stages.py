@@ -72,24 +72,22 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     if not {"merge", "evaluate"} & set(stages):
         return None
 
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
     ray = _RayStart(settings.cluster.address, run.timing)
     try:
         with run.timing.phase("tasks"):
             suite = _suite(run) if arms else None
         resources = ray.resources()
+        (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
         if "merge" in stages:
             _merge(run, plan, resources)
-        if suite is None:
-            return None
-        scores = _evaluate(run, arms, suite, resources)
-        if "report" in stages:
+        scores = _evaluate(run, arms, suite, resources) if suite else None
+        if scores and "report" in stages:
             _report(run, arms, scores)
-        return objective(scores.rows)
     finally:
         with run.timing.phase("ray_shutdown"):
             ray.stop()
-        run.timing.write(directory / "timing.json")
+    run.timing.write(directory / "timing.json")
+    return objective(scores.rows) if scores else None
 
 
 class _RayStart:

@@ -89,8 +89,8 @@ def test_a_different_tokenizer(place):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (merge("alpha=.nan"), "alpha: nan is not a finite number"),
-        (merge("alpha=.inf"), "alpha: inf is not a finite number"),
+        (merge("alpha=nan"), "alpha: nan is not a finite number"),
+        (merge("alpha=inf"), "alpha: inf is not a finite number"),
         (merge("alpha=one"), "alpha: 'one' is not a finite number"),
         (merge("alhpa=1"), "alhpa: no such key; did you mean alpha?"),
         (merge("merge.wrokers=1"), "merge.wrokers: no such key; did you mean merge.workers?"),
