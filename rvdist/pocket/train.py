@@ -1,7 +1,7 @@
 """Trains a pocket family from nothing: base → target, base → SFT on D → GRPO on D.
 
 `python -m rvdist.pocket.train OUT_DIR --seed N` writes OUT_DIR/{target,sft,grpo} in bf16 and training.json; about
-five minutes on one core. Owns the hyperparameters and the two training loops. Texts come from `text`, which keeps
+six minutes on one core. Owns the hyperparameters and the two training loops. Texts come from `text`, which keeps
 the held-out problems out of reach; nothing here writes to the shipped checkpoints unless told their directory.
 Sources: GRPO, arXiv 2402.03300 (one on-policy update a batch, no KL term, no clipping: the ratio is 1).
 """

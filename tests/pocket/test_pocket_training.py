@@ -1,4 +1,4 @@
-"""Retrains a family from nothing with a seed that is not the shipped one (about five minutes)."""
+"""Retrains a family from nothing with a seed that is not the shipped one (about six minutes)."""
 
 import json
 
