@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist import compat
 from rvdist.checkpoint.directory import open_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import POCKET, launch, load_checkpoint
+from checkpoints import POCKET, launch, load_checkpoint
 from safetensors.torch import load_file, save_file
 
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import torch
-from conftest import load_checkpoint
+from checkpoints import load_checkpoint
 
 from rvdist.checkpoint.source import open_source
 from rvdist.point import Mask, Term, Vector, WeightPoint

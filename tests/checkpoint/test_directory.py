@@ -2,7 +2,7 @@ import json
 import os
 
 import pytest
-from conftest import tensors, write_checkpoint
+from checkpoints import tensors, write_checkpoint
 
 from rvdist.checkpoint.digest import checkpoint_digest, file_digest
 from rvdist.checkpoint.directory import open_checkpoint

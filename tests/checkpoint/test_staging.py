@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tensors, write_checkpoint
+from checkpoints import tensors, write_checkpoint
 
 from rvdist.checkpoint.staging import Staging
 from rvdist.errors import BadInput

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput

@@ -2,7 +2,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import tensors, write_checkpoint
+from checkpoints import tensors, write_checkpoint
 
 from rvdist.checkpoint.directory import open_checkpoint
 from rvdist.merge import plan as planning

@@ -1,0 +1,99 @@
+"""lm-eval's side of the fleet: requests in, scores out, on the pocket family's real tasks."""
+
+import pytest
+from checkpoints import POCKET
+from transformers import AutoTokenizer
+
+from rvdist.errors import BadInput
+from rvdist.fleet.harness import Suite
+from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
+from rvdist.point import Arm, WeightPoint
+from rvdist.record import read_records, write_records
+
+TASKS = ["pocket_sums", "pocket_choice", "pocket_control"]
+ARM = Arm("baseline", WeightPoint("t"), alpha=0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(POCKET / "target")
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return Suite.load(TASKS, limit=20)
+
+
+def oracle(suite, requests, wrong=()):
+    """Right answers, from the tasks' own documents, except for the documents in `wrong`."""
+    expected = []
+    for task in suite.tasks.values():
+        for doc_id, doc in enumerate(task.eval_docs):
+            if doc_id == 20:
+                break
+            right = doc_id not in wrong
+            if "choices" in doc:
+                expected += [
+                    Loglikelihood(-1.0 if (k == doc["label"]) == right else -9.0, False, 3)
+                    for k in range(len(doc["choices"]))
+                ]
+            elif task.task_name == "pocket_sums":
+                expected.append(Completion(f"work #### {int(doc['answer']) + (not right)}", "stop", 9, 9))
+            else:
+                expected.append(Completion(doc["answer"] if right else "no", "stop", 9, 9))
+    assert len(expected) == len(requests)
+    return expected
+
+
+def test_requests_are_in_the_chat_template_and_repeatable(suite, tokenizer):
+    requests = suite.requests(tokenizer)
+    assert [type(r) for r in requests] == [Generate] * 20 + [Choice] * 80 + [Generate] * 20
+    assert requests[0].prompt.startswith("User: ") and requests[0].prompt.endswith("\nAssistant: ")
+    assert requests[0].temperature == 0 and "\n" in requests[0].stop
+    assert requests == suite.requests(tokenizer)
+
+
+def test_without_a_template_the_question_stands_alone(tokenizer):
+    (request,) = Suite.load(["pocket_sums"], limit=1, chat=False).requests(tokenizer)
+    assert "User:" not in request.prompt
+
+
+@pytest.mark.parametrize(("wrong", "score"), [((), 1.0), (range(5), 0.75), (range(20), 0.0)])
+def test_lm_eval_scores_what_the_engine_answered(suite, tokenizer, wrong, score):
+    requests = suite.requests(tokenizer)
+    results, records = suite.score(ARM, "digest", tokenizer, requests, oracle(suite, requests, wrong), seed=0)
+    assert results["results"]["pocket_sums"]["exact_match,after-hashes"] == score
+    assert results["results"]["pocket_choice"]["acc,none"] == score
+    assert results["results"]["pocket_control"]["exact_match,stripped"] == score
+    assert len(records) == 60 and {r.point for r in records} == {"digest"}
+    for record in records:
+        assert set(record.metrics.values()) == {float(record.doc_id not in wrong)}
+        if not wrong:
+            assert record.filtered == record.target
+    infos = suite.infos(records)
+    assert [info.name for info in infos] == TASKS and infos[1].primary == ("acc", "none")
+    assert infos[0].higher_is_better == {"exact_match": True}
+
+
+def test_records_survive_a_file(suite, tokenizer, tmp_path):
+    requests = suite.requests(tokenizer)
+    _, records = suite.score(ARM, "digest", tokenizer, requests, oracle(suite, requests), seed=0)
+    write_records(tmp_path / "r.jsonl", records)
+    assert list(read_records(tmp_path / "r.jsonl")) == records
+
+
+def test_an_unknown_task_is_named(tmp_path):
+    with pytest.raises(BadInput, match="there is no task 'pocket_sms'; did you mean pocket_sums?"):
+        Suite.load(["pocket_sms"])
+
+
+def test_tasks_of_ones_own(tmp_path, tokenizer):
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files: {{test: {tmp_path}/mine.jsonl}}\n"
+        "doc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\ngeneration_kwargs: {until: ['.'], max_gen_toks: 5}\n"
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    (tmp_path / "mine.jsonl").write_text('{"q": "one", "a": "1"}\n{"q": "two", "a": "2"}\n')
+    requests = Suite.load(["mine"], include_path=tmp_path, chat=False).requests(tokenizer)
+    assert [r.prompt for r in requests] == ["one", "two"] and requests[0].max_tokens == 5
