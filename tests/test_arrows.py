@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "report": {"point", "record"},
     "pocket": set(),
     "stages": {
-        "checkpoint", "cluster", "compat", "config", "fleet", "merge", "point", "progress", "record", "report", "timing",
+        "checkpoint", "cluster", "compat", "config", "errors", "fleet", "merge", "point", "progress", "record",
+        "report", "timing",
     },
     "launch": {"config", "errors", "stages"},
 }  # fmt: skip
