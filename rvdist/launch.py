@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist.config import Config
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 
 _HERE = Path(__file__).resolve().parent
 _BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)
@@ -86,7 +86,7 @@ def _remove_empty(directory: Path) -> None:
 
 def _sentence(error: Exception) -> str:
     """An error as one sentence; Hydra's and OmegaConf's reports of several lines name the key."""
-    if isinstance(error, BadInput):
+    if isinstance(error, BadInput | Failed):
         return str(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; give {error.full_key}=VALUE"

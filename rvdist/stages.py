@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rvdist import __version__, cluster, compat, config
 from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import require_free
 from rvdist.config import Config
@@ -60,16 +61,18 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
 
     with run.timing.phase("index"):
         _index(run, [*written.values(), *(arm.point for arm in arms)])
-        for output in written:
-            require_free(output, settings.overwrite)
     with run.timing.phase("plan"):
         plan = _plan(run, written)
+        if complete := _complete(run, plan):
+            plan = _plan(run, {output: point for output, point in written.items() if output not in complete})
+        for output in set(written) - complete:
+            require_free(output, settings.overwrite)
     if "plan" in stages:
         _print_plan(run, plan)
     if arms:
         with run.timing.phase("digest"):
             _digest(run)
-    if not {"merge", "evaluate"} & set(stages):
+    if not arms and not ("merge" in stages and plan.outputs):
         return None
 
     ray = _RayStart(settings.cluster.address, run.timing)
@@ -78,7 +81,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
             suite = _suite(run) if arms else None
         resources = ray.resources()
         (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
-        if "merge" in stages:
+        if "merge" in stages and plan.outputs:
             _merge(run, plan, resources)
         scores = _evaluate(run, arms, suite, resources) if suite else None
         if scores and "report" in stages:
@@ -149,6 +152,18 @@ def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
     outputs = [Output(tuple(group.values()), tuple(group)) for group in by_base.values()]
     max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
     return build_plan(outputs, run.sources, config.output_dtype(run.settings), max_shard_size)
+
+
+def _complete(run: Run, plan: Plan) -> set[Path]:
+    """The outputs that an earlier run of the same plan has finished; overwriting does them again."""
+    found = set()
+    for output, digests in zip(plan.outputs, plan.digests, strict=True):
+        for directory, digest in zip(output.directories, digests, strict=True):
+            manifest = directory / MANIFEST
+            if not run.settings.overwrite and manifest.exists() and Manifest.read(directory).plan == digest:
+                run.console.print(f"{directory}: already complete", markup=False, soft_wrap=True)
+                found.add(directory)
+    return found
 
 
 def _print_plan(run: Run, plan: Plan) -> None:

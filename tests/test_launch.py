@@ -134,7 +134,9 @@ def test_a_merge_from_the_command_and_again(place):
     timing = json.loads((place / "run/timing.json").read_text())
     assert {"imports", "ray_init", "index", "plan", "merge"} <= timing["phases"].keys()
     assert timing["bytes_read"] == 3 * timing["bytes_written"] > 0
-    assert "out: already exists" in refused(place, *arguments)
+    again = launch(*arguments, cwd=place)
+    assert again.returncode == 0 and "out: already complete" in again.stdout
+    assert "out: already exists" in refused(place, *merge("alpha=0.25"))
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

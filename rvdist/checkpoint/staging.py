@@ -1,7 +1,7 @@
 """An output directory that appears whole or not at all.
 
-Everything is written under `OUTPUT.partial`, made durable, and renamed once. A lock on a file in it keeps
-a second writer out and is released by the kernel when its owner dies.
+Everything is written under `OUTPUT.partial`, journalled, made durable, and renamed once. A lock on a file in it
+keeps a second writer out and is released by the kernel when its owner dies; what the dead one finished is kept.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rvdist.checkpoint.directory import INDEX, Checkpoint
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput
+from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.errors import BadInput, Failed
 
 _LOCK = "lock"
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -25,11 +26,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Staging:
-    """One output under construction. Raises BadInput when the output exists (unless `overwrite`) or another
-    process is writing it; what an interrupted run left behind is cleared."""
+    """One output under construction, of the plan with digest `plan`.
 
-    def __init__(self, output: Path, overwrite: bool = False) -> None:
+    `claims` is what an interrupted run of the same plan has journalled; what any other run left behind is cleared.
+    Raises BadInput when the output exists (unless `overwrite`) or another process is writing it.
+    """
+
+    def __init__(self, output: Path, plan: str, overwrite: bool = False) -> None:
         self.output = output
+        self.plan = plan
         self.partial = output.with_name(output.name + ".partial")
         self._overwrite = overwrite
         require_free(output, overwrite)
@@ -38,9 +43,13 @@ class Staging:
         except OSError as error:
             raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
         self._lock: int | None = self._take_lock()
-        for entry in self.partial.iterdir():
-            if entry.name != _LOCK:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan)}
+        if not self.claims:
+            for entry in self.partial.iterdir():
+                if entry.name != _LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self._journal = Journal(self.partial, plan, self.claims.values())
+        self._written = dict(self.claims)
 
     def _take_lock(self) -> int:
         path = self.partial / _LOCK
@@ -55,16 +64,29 @@ class Staging:
         raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
 
     def allocate(self, name: str, header: bytes, size: int) -> None:
-        """Makes a weight file of its final size with its header in place, so that a full disk is found first."""
-        with open(self.partial / name, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-            file.write(header)
+        """Makes a weight file of its final size with its header in place, so that a full disk is found first.
+        Raises Failed where there is no room."""
+        try:
+            with open(self.partial / name, "r+b" if (self.partial / name).exists() else "w+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+                file.write(header)
+        except OSError as error:
+            raise Failed(f"{self.partial / name}: no {size} bytes can be had there ({error.strerror})") from None
+
+    def journal(self, written: Iterable[Written]) -> None:
+        """Records ranges of weight files that are durable."""
+        self._journal.add(written)
+        self._written |= {(w.file, w.start, w.nbytes): w for w in written}
 
     def write_text(self, name: str, text: str) -> None:
         (self.partial / name).write_text(text, encoding="utf-8")
 
     def commit(self) -> None:
-        """Makes everything durable and gives it its name in one rename."""
+        """Makes everything durable and gives it its name in one rename. The digests stay, for `verify`."""
+        manifest = Manifest(self.plan, tuple(self._written[key] for key in sorted(self._written)))
+        self.write_text(MANIFEST, manifest.to_json())
+        (self.partial / JOURNAL).unlink()
         for entry in self.partial.rglob("*"):
             _sync(entry)
         _sync(self.partial)
@@ -76,16 +98,18 @@ class Staging:
         else:
             self.partial.rename(self.output)
         _sync(self.output.parent)
-        self._release()
+        self.release()
 
     def abandon(self) -> None:
         """Removes what was staged, if it was not committed."""
         if self._lock is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
-            self._release()
+            self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Lets another run have the output; what is staged stays for it to go on from."""
         if self._lock is not None:
+            self._journal.close()
             os.close(self._lock)
             self._lock = None
 

@@ -63,9 +63,10 @@ def read_exactly(descriptor: int, offset: int, view: torch.Tensor) -> None:
         memory, offset = memory[count:], offset + count
 
 
-def write_exactly(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
-    """Writes a 1-d tensor's bytes at `offset`. Raises OSError."""
-    memory = tensor.view(torch.uint8).numpy().data
-    while memory:
-        count = os.pwrite(descriptor, memory, offset)
-        memory, offset = memory[count:], offset + count
+def write_exactly(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryview:
+    """Writes a 1-d tensor's bytes at `offset` and returns them. Raises OSError."""
+    whole = left = tensor.view(torch.uint8).numpy().data
+    while left:
+        count = os.pwrite(descriptor, left, offset)
+        left, offset = left[count:], offset + count
+    return whole

@@ -6,17 +6,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import Staging, carry_over, write_index
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 from rvdist.merge.plan import Output, Plan, Unit
 from rvdist.point import WeightPoint
+
+if TYPE_CHECKING:
+    from rvdist.merge.worker import UnitDone
 
 CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
 _ATTEMPTS = 3  # of a unit whose worker died
+_SYNC_BYTES = 1 << 30  # written by a worker before it is asked to make them durable and they are journalled
 
 
 @dataclass
@@ -45,20 +50,22 @@ def merge(
     """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected.
 
     `card` gives the README of a point; `progress` is told the bytes written since it was last told.
-    Raises BadInput where a source or an output cannot be used; then no output has appeared.
+    Raises BadInput where a source or an output cannot be used; then nothing is left of the outputs. Raises Failed
+    where the merge could not be finished; then the same call goes on from what is journalled.
     """
+    started = time.perf_counter()
     stagings: list[list[Staging]] = []
     try:
-        for output in plan.outputs:
+        for output, digests in zip(plan.outputs, plan.digests, strict=True):
             stagings.append([])
-            for directory in output.directories:
-                stagings[-1].append(Staging(directory, overwrite))
-        started = time.perf_counter()
+            for directory, digest in zip(output.directories, digests, strict=True):
+                stagings[-1].append(Staging(directory, digest, overwrite))
         for staged, layout in zip(stagings, plan.layouts, strict=True):
             for staging in staged:
                 for name, (header, size) in layout.files.items():
                     staging.allocate(name, header, size)
-        stats = _run_units(plan, stagings, sources, dtype, workers, threads, allow_nonfinite, progress)
+        crew = _Crew(plan, stagings, sources, dtype, workers, threads, allow_nonfinite, progress)
+        stats = crew.run()
         for source in sources.values():
             source.require_unchanged()
         for output, layout, staged in zip(plan.outputs, plan.layouts, stagings, strict=True):
@@ -69,81 +76,140 @@ def merge(
                 staging.commit()
         stats.phases["merge"] = time.perf_counter() - started
         return stats
-    except BaseException:
+    except BadInput:
         for staging in (s for staged in stagings for s in staged):
             staging.abandon()
         raise
+    finally:
+        for staging in (s for staged in stagings for s in staged):
+            staging.release()
 
 
-def _run_units(
-    plan: Plan,
-    stagings: list[list[Staging]],
-    sources: Mapping[str, Checkpoint],
-    dtype: str | None,
-    workers: int,
-    threads: int,
-    allow_nonfinite: bool,
-    progress: Callable[[int], None],
-) -> MergeStats:
-    import ray
+@dataclass
+class _Task:
+    """What an actor was asked: a unit for the nth time, or (no unit) to make durable what it `wrote`."""
 
-    from rvdist.merge.worker import MergeWorker
+    actor: Any
+    unit: Unit | None = None
+    attempt: int = 1
+    wrote: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
 
-    partial = [
-        Output(output.points, tuple(s.partial for s in staged))
-        for output, staged in zip(plan.outputs, stagings, strict=True)
-    ]
-    arguments = (ray.put(partial), ray.put(dict(sources)), dtype, threads)
-    share = ray.cluster_resources().get("CPU", 1) / workers  # more workers than cores must not wait for ever
-    actor_class = ray.remote(MergeWorker).options(num_cpus=min(threads, int(share * 1000) / 1000))
 
-    def start() -> Any:
-        return actor_class.remote(*arguments)
+class _Crew:
+    """The workers of one merge, what waits for them, what runs, and what is written but not yet durable."""
 
-    waiting: deque[tuple[Unit, int]] = deque((unit, 1) for unit in plan.units)
-    actors = [start() for _ in range(min(workers, max(1, len(plan.units))))]
-    running: dict[Any, tuple[Any, Unit, int]] = {}
-    stats = MergeStats()
-    cpu: dict[Any, float] = {}
+    def __init__(
+        self,
+        plan: Plan,
+        stagings: list[list[Staging]],
+        sources: Mapping[str, Checkpoint],
+        dtype: str | None,
+        workers: int,
+        threads: int,
+        allow_nonfinite: bool,
+        progress: Callable[[int], None],
+    ) -> None:
+        import ray
 
-    def feed(actor: Any) -> None:
-        if waiting:
-            unit, attempt = waiting.popleft()
-            running[actor.run.remote(unit)] = (actor, unit, attempt)
+        from rvdist.merge.worker import MergeWorker
 
-    for _ in range(_AHEAD):
-        for actor in actors:
-            feed(actor)
-    while running:
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        actor, unit, attempt = running.pop(ready)
-        try:
-            done = ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayActorError:
-            if attempt == _ATTEMPTS:
-                raise RuntimeError(f"{unit.file}: the worker died {attempt} times while writing it") from None
-            waiting.append((unit, attempt + 1))
-            if actor in actors:
-                actors[actors.index(actor)] = start()
-            for replacement in actors:
-                feed(replacement)
-            continue
-        if any(done.nonfinite) and not allow_nonfinite:
+        self._stagings, self._allow_nonfinite, self._progress = stagings, allow_nonfinite, progress
+        partial = [
+            Output(output.points, tuple(s.partial for s in staged))
+            for output, staged in zip(plan.outputs, stagings, strict=True)
+        ]
+        arguments = (ray.put(partial), ray.put(dict(sources)), dtype, threads)
+        share = ray.cluster_resources().get("CPU", 1) / workers  # more workers than cores must not wait for ever
+        actor_class = ray.remote(MergeWorker).options(num_cpus=min(threads, int(share * 1000) / 1000))
+        self._start: Callable[[], Any] = lambda: actor_class.remote(*arguments)
+        self._waiting = deque((unit, 1) for unit in plan.units)
+        self._actors = [self._start() for _ in range(min(workers, max(1, len(plan.units))))]
+        self._running: dict[Any, _Task] = {}
+        self._unsynced: dict[Any, list[tuple[Unit, tuple[str, ...]]]] = {actor: [] for actor in self._actors}
+        self._cpu: dict[Any, float] = {}
+        self._stats = MergeStats()
+
+    def run(self) -> MergeStats:
+        import ray
+
+        for _ in range(_AHEAD):
+            for actor in self._actors:
+                self._feed(actor)
+        while self._running:
+            (ready,), _ = ray.wait(list(self._running), num_returns=1)
+            task = self._running.pop(ready)
+            try:
+                done = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayActorError:
+                self._replace(task)
+                continue
+            if task.unit is None:
+                self._journal(task.wrote)
+            else:
+                self._account(task.actor, task.unit, done)
+                self._feed(task.actor)
+            if not self._waiting and all(running.unit is None for running in self._running.values()):
+                for actor in self._actors:
+                    self._sync(actor)
+        self._stats.cpu_seconds = sum(self._cpu.values())
+        for actor in self._actors:
+            ray.kill(actor)
+        return self._stats
+
+    def _feed(self, actor: Any) -> None:
+        if self._waiting:
+            unit, attempt = self._waiting.popleft()
+            key = (unit.file, unit.start, unit.nbytes)
+            claims = tuple(staging.claims.get(key) for staging in self._stagings[unit.output])
+            self._running[actor.run.remote(unit, claims)] = _Task(actor, unit, attempt)
+
+    def _account(self, actor: Any, unit: Unit, done: UnitDone) -> None:
+        if any(done.nonfinite) and not self._allow_nonfinite:
             tensors = ", ".join(segment.tensor for segment in unit.segments[:3])
             raise BadInput(
                 f"{sum(done.nonfinite)} results in {unit.file} ({tensors}, …) are infinite or not a number; "
                 "choose a smaller alpha, another dtype, or set allow_nonfinite=true"
             )
+        stats = self._stats
         stats.bytes_read += done.bytes_read
         stats.bytes_written += done.bytes_written
         stats.peak_anonymous_bytes = max(stats.peak_anonymous_bytes, done.peak_anonymous_bytes)
-        cpu[actor] = done.cpu_seconds
-        progress(done.bytes_written)
-        feed(actor)
-    stats.cpu_seconds = sum(cpu.values())
-    ray.get([actor.sync.remote() for actor in actors])
-    for actor in actors:
-        ray.kill(actor)
-    return stats
+        self._cpu[actor] = done.cpu_seconds
+        self._progress(unit.nbytes * len(done.digests))
+        if done.bytes_written:
+            self._unsynced[actor].append((unit, done.digests))
+            if sum(unit.nbytes * len(digests) for unit, digests in self._unsynced[actor]) > _SYNC_BYTES:
+                self._sync(actor)
+
+    def _sync(self, actor: Any) -> None:
+        if wrote := self._unsynced[actor]:
+            self._unsynced[actor] = []
+            self._running[actor.sync.remote()] = _Task(actor, wrote=wrote)
+
+    def _journal(self, wrote: list[tuple[Unit, tuple[str, ...]]]) -> None:
+        """Each output's journal learns what is durable in it now."""
+        durable: dict[Staging, list[Written]] = {}
+        for unit, digests in wrote:
+            for staging, digest in zip(self._stagings[unit.output], digests, strict=True):
+                durable.setdefault(staging, []).append(Written(unit.file, unit.start, unit.nbytes, digest))
+        for staging, written in durable.items():
+            staging.journal(written)
+
+    def _replace(self, task: _Task) -> None:
+        """A worker died: what it was doing, and what it wrote without making it durable, is done again by another."""
+        if task.unit is not None:
+            if task.attempt == _ATTEMPTS:
+                raise Failed(
+                    f"{task.unit.file}: {_ATTEMPTS} workers died while writing it, perhaps for want of memory; "
+                    "what is done is kept, and the same command goes on from there"
+                )
+            self._waiting.append((task.unit, task.attempt + 1))
+        lost = task.wrote + self._unsynced.pop(task.actor, [])
+        self._waiting.extend((unit, 1) for unit, _ in lost)
+        if task.actor in self._actors:
+            self._actors[self._actors.index(task.actor)] = replacement = self._start()
+            self._unsynced[replacement] = []
+        for actor in self._actors:
+            self._feed(actor)

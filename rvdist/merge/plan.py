@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from rvdist.checkpoint.directory import Checkpoint
@@ -40,6 +42,10 @@ class Unit:
     segments: tuple[Segment, ...]
     nbytes: int
 
+    @property
+    def start(self) -> int:
+        return self.segments[0].offset
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,10 +57,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout an output; units largest first, so that the last ones to finish are small."""
+    """One layout an output and one digest a point of it; units largest first, so that the last ones are small."""
 
     outputs: tuple[Output, ...]
     layouts: tuple[Layout, ...]
+    digests: tuple[tuple[str, ...], ...]
     units: tuple[Unit, ...]
     bytes_read: int
     bytes_written: int
@@ -86,7 +93,19 @@ def build_plan(
         for output, layout in zip(outputs, layouts, strict=True)
         for _, size in layout.files.values()
     )
-    return Plan(tuple(outputs), tuple(layouts), tuple(units), read, written)
+    digests = tuple(
+        tuple(_digest(point, layout, sources) for point in output.points)
+        for output, layout in zip(outputs, layouts, strict=True)
+    )
+    return Plan(tuple(outputs), tuple(layouts), digests, tuple(units), read, written)
+
+
+def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint]) -> str:
+    """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
+    stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
+    files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
+    made_of = json.dumps([point.to_json(), stamps, files, UNIT_BYTES], sort_keys=True)
+    return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
 def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> Layout:

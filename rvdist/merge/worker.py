@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
-from rvdist.errors import BadInput
+from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit
 from rvdist.reader import PointReader
 
 
 @dataclass(frozen=True)
 class UnitDone:
-    """What a unit cost and how many results were not finite, one count a point."""
+    """What a unit cost; the digest of its bytes and how many results were not finite, one of each a point."""
 
+    digests: tuple[str, ...]
     bytes_read: int
     bytes_written: int
     nonfinite: tuple[int, ...]
@@ -29,7 +32,7 @@ class UnitDone:
 
 
 class MergeWorker:
-    """Owns the open files of one worker process. Errors of reading and writing come out as BadInput."""
+    """Owns the open files of one worker process. A source that cannot be read is BadInput, an output Failed."""
 
     def __init__(
         self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, threads: int
@@ -41,23 +44,19 @@ class MergeWorker:
         self._open: dict[Path, int] = {}
         self._peak = 0
 
-    def run(self, unit: Unit) -> UnitDone:
-        """Computes one unit of every point of its output and writes it in place."""
+    def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
+        """Computes one unit of every point of its output and writes it in place; does nothing where all of it is
+        there already, as `claims` (one a point) says."""
         reader = self._readers[unit.output]
-        read, nonfinite = reader.bytes_read, list(reader.nonfinite)
-        written = 0
-        targets = [self._descriptor(d / unit.file) for d in self._outputs[unit.output].directories]
-        for segment in unit.segments:
-            for begin, tensors in reader.chunks(segment.tensor, segment.start, segment.stop):
-                for target, tensor in zip(targets, tensors, strict=True):
-                    offset = segment.offset + (begin - segment.start) * tensor.itemsize
-                    try:
-                        write_exactly(target, offset, tensor)
-                    except OSError as error:
-                        raise BadInput(f"{unit.file}: cannot be written ({error.strerror})") from None
-                    written += tensor.nbytes
+        directories = self._outputs[unit.output].directories
+        read, nonfinite, written = reader.bytes_read, list(reader.nonfinite), 0
+        digests = [claim.digest for claim in claims if claim]
+        if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
+            digests = self._compute(unit, reader, [self._descriptor(path / unit.file) for path in directories])
+            written = unit.nbytes * len(directories)
         self._peak = max(self._peak, anonymous_bytes())
         return UnitDone(
+            tuple(digests),
             reader.bytes_read - read,
             written,
             tuple(now - before for now, before in zip(reader.nonfinite, nonfinite, strict=True)),
@@ -65,10 +64,25 @@ class MergeWorker:
             sum(os.times()[:2]),
         )
 
+    def _compute(self, unit: Unit, reader: PointReader, targets: Sequence[int]) -> list[str]:
+        digests = [xxhash.xxh3_128() for _ in targets]
+        for segment in unit.segments:
+            for begin, tensors in reader.chunks(segment.tensor, segment.start, segment.stop):
+                for target, digest, tensor in zip(targets, digests, tensors, strict=True):
+                    offset = segment.offset + (begin - segment.start) * tensor.itemsize
+                    try:
+                        digest.update(write_exactly(target, offset, tensor))
+                    except OSError as error:
+                        raise Failed(f"{unit.file}: cannot be written ({error.strerror})") from None
+        return [digest.hexdigest() for digest in digests]
+
     def sync(self) -> None:
-        """Makes everything this worker wrote durable."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+        """Makes everything this worker wrote durable. Raises Failed."""
+        try:
+            for descriptor in self._open.values():
+                os.fdatasync(descriptor)
+        except OSError as error:
+            raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._open:

@@ -4,12 +4,13 @@ import sys
 import pytest
 from checkpoints import tensors, write_checkpoint
 
+from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import Staging
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 
 
 def stage(output, text, overwrite=False):
-    staging = Staging(output, overwrite)
+    staging = Staging(output, "plan", overwrite)
     staging.allocate("model.safetensors", b"head", 100)
     staging.write_text("config.json", text)
     return staging
@@ -19,7 +20,7 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     staging = stage(tmp_path / "out", "one")
     assert not (tmp_path / "out").exists()
     staging.commit()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "rvdist.json"]
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == 100
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -32,7 +33,7 @@ def test_abandoning_leaves_nothing(tmp_path):
 def test_an_existing_output_is_kept_unless_overwrite(tmp_path):
     stage(tmp_path / "out", "one").commit()
     with pytest.raises(BadInput, match="already exists"):
-        Staging(tmp_path / "out")
+        Staging(tmp_path / "out", "plan")
     stage(tmp_path / "out", "two", overwrite=True).commit()
     assert (tmp_path / "out" / "config.json").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -42,10 +43,10 @@ def test_overwrite_never_replaces_what_is_no_checkpoint(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
     with pytest.raises(BadInput, match="is not a checkpoint"):
-        Staging(tmp_path / "home", overwrite=True)
+        Staging(tmp_path / "home", "plan", overwrite=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(BadInput, match="not a directory"):
-        Staging(tmp_path / "file", overwrite=True)
+        Staging(tmp_path / "file", "plan", overwrite=True)
 
 
 def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
@@ -55,7 +56,8 @@ def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
             sys.executable,
             "-c",
             "import sys; from pathlib import Path; from rvdist.checkpoint.staging import Staging\n"
-            "s = Staging(Path(sys.argv[1])); s.write_text('left', 'over'); print('held', flush=True); sys.stdin.read()",
+            "s = Staging(Path(sys.argv[1]), 'plan'); s.write_text('left', 'over')\n"
+            "print('held', flush=True); sys.stdin.read()",
             str(output),
         ],
         stdin=subprocess.PIPE,
@@ -63,7 +65,7 @@ def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
     )
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(BadInput, match="being written by another run"):
-        Staging(output)
+        Staging(output, "plan")
     assert (tmp_path / "out.partial" / "left").exists(), "a refused writer touches nothing"
     holder.kill()
     holder.wait()
@@ -74,4 +76,25 @@ def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
 def test_a_full_name_in_the_way_is_one_sentence(tmp_path):
     write_checkpoint(tmp_path / "c", tensors(0))
     with pytest.raises(BadInput, match="cannot be created"):
-        Staging(tmp_path / "c" / "config.json" / "out")
+        Staging(tmp_path / "c" / "config.json" / "out", "plan")
+
+
+def test_what_a_dead_run_of_the_same_plan_journalled_is_kept(tmp_path):
+    output = tmp_path / "out"
+    first = stage(output, "one")
+    first.journal([Written("model.safetensors", 4, 10, "d" * 32)])
+    first.release()
+    again = Staging(output, "plan")
+    assert list(again.claims) == [("model.safetensors", 4, 10)]
+    assert (output.with_name("out.partial") / "model.safetensors").stat().st_size == 100
+    again.release()
+    other = Staging(output, "another plan")
+    assert not other.claims and not (output.with_name("out.partial") / "model.safetensors").exists()
+    other.abandon()
+
+
+def test_no_room_is_one_sentence(tmp_path):
+    staging = Staging(tmp_path / "out", "plan")
+    with pytest.raises(Failed, match=r"no \d+ bytes can be had there"):
+        staging.allocate("model.safetensors", b"head", 1 << 60)
+    staging.abandon()

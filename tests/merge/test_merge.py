@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
+from rvdist.merge import engine
 from rvdist.merge import plan as planning
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import Output, build_plan
@@ -163,3 +166,59 @@ def test_a_killed_worker_costs_its_units_in_flight_and_nothing_else(tmp_path, mo
     killer.join(5)
     assert killed, "the merge was over before a worker could be killed"
     assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")
+
+
+def test_a_killed_run_is_resumed_and_redoes_only_what_the_journal_lacks(tmp_path, monkeypatch):
+    """The driver's process group dies by SIGKILL halfway; the same command goes on and the bytes are the same."""
+    base = {f"layers.{k}.w": tensors(k)["model.embed_tokens.weight"].repeat(400, 1) for k in range(8)}
+    paths = {
+        name: write_checkpoint(tmp_path / name, weights)
+        for name, weights in {"target": base, "plus": near(base, 1), "minus": near(base, 2)}.items()
+    }
+    script = tmp_path / "merge.py"
+    script.write_text(RESUMABLE)
+    command = [sys.executable, str(script), *map(str, paths.values()), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
+    killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, env=environment)
+    for line in killed.stdout:
+        if line.startswith(b"journalled"):
+            break
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "out").exists()
+    journalled = len((tmp_path / "out.partial/journal.jsonl").read_text().splitlines()) - 1
+    assert journalled > 0
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written = int(done.stdout.split("written ")[1])
+    total = open_source(str(paths["target"])).nbytes
+    assert 0 < written < total, "a part was redone, not all"
+    run([shifted(paths)], [tmp_path / "undisturbed"])
+    resumed, whole = digests(tmp_path / "out"), digests(tmp_path / "undisturbed")
+    assert resumed["model.safetensors"] == whole["model.safetensors"]
+
+
+RESUMABLE = """
+import sys
+from pathlib import Path
+from rvdist import cluster
+from rvdist.checkpoint.source import open_source
+from rvdist.checkpoint.staging import Staging
+from rvdist.merge import engine, plan as planning
+from rvdist.point import Term, Vector, WeightPoint
+
+planning.UNIT_BYTES = 4 << 20
+engine._SYNC_BYTES = 8 << 20
+journal = Staging.journal
+def telling(self, written):
+    journal(self, written)
+    print("journalled", flush=True)
+Staging.journal = telling
+
+target, plus, minus, out = sys.argv[1:]
+cluster.connect("local")
+point = WeightPoint(target, (Term(1.0, Vector(plus, minus)),))
+sources = {s: open_source(s) for s in point.sources()}
+plan = planning.build_plan([planning.Output((point,), (Path(out),))], sources)
+print("written", engine.merge(plan, sources, lambda point: "", workers=1).bytes_written)
+"""
