@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import Staging, carry_over, write_index
 from rvdist.errors import BadInput, Failed
-from rvdist.merge.plan import Output, Plan, Unit
+from rvdist.merge.plan import Output, Plan, Unit, UnitDone
 from rvdist.point import WeightPoint
-
-if TYPE_CHECKING:
-    from rvdist.merge.worker import UnitDone
 
 CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
@@ -95,6 +92,21 @@ class _Task:
     wrote: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
 
 
+class WorkerActor:
+    """A worker as a Ray actor. Imports torch where it runs: the driver has no need of it."""
+
+    def __init__(self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, threads: int):
+        from rvdist.merge.worker import MergeWorker
+
+        self._worker = MergeWorker(outputs, sources, dtype, threads)
+
+    def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
+        return self._worker.run(unit, claims)
+
+    def sync(self) -> None:
+        self._worker.sync()
+
+
 class _Crew:
     """The workers of one merge, what waits for them, what runs, and what is written but not yet durable."""
 
@@ -111,8 +123,6 @@ class _Crew:
     ) -> None:
         import ray
 
-        from rvdist.merge.worker import MergeWorker
-
         self._stagings, self._allow_nonfinite, self._progress = stagings, allow_nonfinite, progress
         partial = [
             Output(output.points, tuple(s.partial for s in staged))
@@ -120,7 +130,7 @@ class _Crew:
         ]
         arguments = (ray.put(partial), ray.put(dict(sources)), dtype, threads)
         share = ray.cluster_resources().get("CPU", 1) / workers  # more workers than cores must not wait for ever
-        actor_class = ray.remote(MergeWorker).options(num_cpus=min(threads, int(share * 1000) / 1000))
+        actor_class = ray.remote(WorkerActor).options(num_cpus=min(threads, int(share * 1000) / 1000))
         self._start: Callable[[], Any] = lambda: actor_class.remote(*arguments)
         self._waiting = deque((unit, 1) for unit in plan.units)
         self._actors = [self._start() for _ in range(min(workers, max(1, len(plan.units))))]

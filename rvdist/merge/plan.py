@@ -48,6 +48,18 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class UnitDone:
+    """What a unit cost; the digest of its bytes and how many results were not finite, one of each a point."""
+
+    digests: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    nonfinite: tuple[int, ...]
+    peak_anonymous_bytes: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
 class Layout:
     """The files of one output: name → (header, size), and where every tensor goes."""
 

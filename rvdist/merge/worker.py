@@ -1,11 +1,10 @@
-"""The worker: streams units from source files through the arithmetic into output files. Wrapped as a Ray actor."""
+"""The worker: streams units from source files through the arithmetic into output files. Knows nothing of Ray."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,20 +14,8 @@ from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
 from rvdist.errors import Failed
-from rvdist.merge.plan import Output, Unit
+from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.reader import PointReader
-
-
-@dataclass(frozen=True)
-class UnitDone:
-    """What a unit cost; the digest of its bytes and how many results were not finite, one of each a point."""
-
-    digests: tuple[str, ...]
-    bytes_read: int
-    bytes_written: int
-    nonfinite: tuple[int, ...]
-    peak_anonymous_bytes: int
-    cpu_seconds: float
 
 
 class MergeWorker:

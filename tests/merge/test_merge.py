@@ -154,7 +154,7 @@ def test_a_killed_worker_costs_its_units_in_flight_and_nothing_else(tmp_path, mo
             for process in filter(str.isdigit, os.listdir("/proc")):
                 with contextlib.suppress(OSError):
                     name = Path(f"/proc/{process}/cmdline").read_text()
-                    if name.startswith("ray::MergeWorker.run"):
+                    if name.startswith("ray::WorkerActor.run"):
                         os.kill(int(process), signal.SIGKILL)
                         killed.append(process)
                         return
