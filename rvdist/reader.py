@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from rvdist.arithmetic.linear import combine
+from rvdist.arithmetic.linear import Scratch, combine
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.source import open_source
@@ -39,6 +39,7 @@ class PointReader:
         }
         self._base_files = self._files[base]
         self._buffers: dict[str, torch.Tensor] = {}
+        self._scratch = Scratch(CHUNK)
 
     @property
     def bytes_read(self) -> int:
@@ -68,7 +69,7 @@ class PointReader:
             for k, recipe in enumerate(recipes):
                 out = self._buffer(f"out {k}")[: (end - begin) * dtype.itemsize].view(dtype)
                 differences = [(alpha, operand[plus], operand[minus]) for alpha, plus, minus in recipe]
-                self.nonfinite[k] += combine(base, differences, out)
+                self.nonfinite[k] += combine(base, differences, out, self._scratch)
                 results.append(out)
             yield begin, results
 
