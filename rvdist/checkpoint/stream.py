@@ -5,6 +5,7 @@ pread, not mmap: a truncated file or a read error is an exception here, not a SI
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
@@ -12,6 +13,9 @@ import torch
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.errors import BadInput
+
+_LIBC = ctypes.CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2
 
 TORCH_DTYPE = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -70,3 +74,9 @@ def write_exactly(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryv
         count = os.pwrite(descriptor, left, offset)
         left, offset = left[count:], offset + count
     return whole
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Asks the kernel to begin writing a range to disk and does not wait: a later fsync then has little left to do.
+    Only a hint (Linux's sync_file_range), so a file system that has no such thing is left alone."""
+    _LIBC.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)

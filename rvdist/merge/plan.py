@@ -49,7 +49,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitDone:
-    """What a unit cost; the digest of its bytes and how many results were not finite, one of each a point."""
+    """What a unit cost; the digest of its bytes and how many results were not finite, one of each a point.
+    `began` is in seconds since the epoch, `cpu_seconds` and `peak_anonymous_bytes` are the worker's so far."""
 
     digests: tuple[str, ...]
     bytes_read: int
@@ -57,6 +58,7 @@ class UnitDone:
     nonfinite: tuple[int, ...]
     peak_anonymous_bytes: int
     cpu_seconds: float
+    began: float
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import xxhash
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
-from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
+from rvdist.checkpoint.stream import TORCH_DTYPE, start_writeback, write_exactly
 from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.reader import PointReader
@@ -36,6 +37,7 @@ class MergeWorker:
         there already, as `claims` (one a point) says."""
         reader = self._readers[unit.output]
         directories = self._outputs[unit.output].directories
+        began = time.time()
         read, nonfinite, written = reader.bytes_read, list(reader.nonfinite), 0
         digests = [claim.digest for claim in claims if claim]
         if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
@@ -49,6 +51,7 @@ class MergeWorker:
             tuple(now - before for now, before in zip(reader.nonfinite, nonfinite, strict=True)),
             self._peak,
             sum(os.times()[:2]),
+            began,
         )
 
     def _compute(self, unit: Unit, reader: PointReader, targets: Sequence[int]) -> list[str]:
@@ -61,6 +64,8 @@ class MergeWorker:
                         digest.update(write_exactly(target, offset, tensor))
                     except OSError as error:
                         raise Failed(f"{unit.file}: cannot be written ({error.strerror})") from None
+        for target in targets:
+            start_writeback(target, unit.start, unit.nbytes)
         return [digest.hexdigest() for digest in digests]
 
     def sync(self) -> None:
