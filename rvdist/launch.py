@@ -91,7 +91,8 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; give {error.full_key}=VALUE"
     if not isinstance(error, _BAD_INPUT):
-        return f"failed: {type(error).__name__}: {error} (RVDIST_TRACEBACK=1 shows where)"
+        reason = " ".join(str(error).split())[:500]
+        return f"failed: {type(error).__name__}: {reason} (RVDIST_TRACEBACK=1 shows where)"
     first = str(error).strip().splitlines()[0].rstrip(".")
     reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
     if "Could not override" in first:

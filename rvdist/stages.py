@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -21,11 +21,12 @@ from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import require_free
 from rvdist.config import Config
+from rvdist.errors import BadInput
 from rvdist.merge.plan import Output, Plan, build_plan
 from rvdist.point import Arm, WeightPoint
 from rvdist.progress import Bar
 from rvdist.record import Record, TaskInfo, write_records
-from rvdist.timing import Timing, seconds_since_process_start
+from rvdist.timing import Timing, anonymous_bytes, seconds_since_process_start
 
 if TYPE_CHECKING:
     from rvdist.fleet.harness import Suite
@@ -46,6 +47,7 @@ class Run:
     sources: dict[str, Checkpoint] = field(default_factory=dict)
     notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
     digests: dict[WeightPoint, str] = field(default_factory=dict)
+    engine: dict[str, str] = field(default_factory=dict)
 
 
 def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> float | None:
@@ -79,16 +81,18 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     try:
         with run.timing.phase("tasks"):
             suite = _suite(run) if arms else None
+            tokenizer = _tokenizer(run) if arms else None
         resources = ray.resources()
         (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
         if "merge" in stages and plan.outputs:
             _merge(run, plan, resources)
-        scores = _evaluate(run, arms, suite, resources) if suite else None
+        scores = _evaluate(run, arms, suite, tokenizer, resources) if suite else None
         if scores and "report" in stages:
             _report(run, arms, scores)
     finally:
         with run.timing.phase("ray_shutdown"):
             ray.stop()
+    run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
     run.timing.write(directory / "timing.json")
     return objective(scores.rows) if scores else None
 
@@ -247,9 +251,22 @@ class Scores:
     tasks: list[TaskInfo]
 
 
-def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Resources) -> Scores:
+def _tokenizer(run: Run) -> Any:
+    """The target's tokenizer. Raises BadInput where it has none, or no chat template and one is asked for."""
     from transformers import AutoTokenizer
 
+    path = run.sources[run.settings.target].path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises what it likes for files it cannot use
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: has no tokenizer that can be loaded, and scoring needs one ({reason})") from None
+    if run.settings.benchmarks.apply_chat_template and not tokenizer.chat_template:
+        raise BadInput(f"{path}: has no chat template; set benchmarks.apply_chat_template=false")
+    return tokenizer
+
+
+def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, tokenizer: Any, resources: cluster.Resources) -> Scores:
     from rvdist.fleet.engine import EngineSettings
     from rvdist.fleet.scheduler import Fleet
     from rvdist.report.statistics import summarise
@@ -274,7 +291,6 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Re
     places = {name: str(source.path.absolute()) for name, source in run.sources.items()}
     points = {arm.name: arm.point.relocated(places) for arm in arms}
     with run.timing.phase("requests"):
-        tokenizer = AutoTokenizer.from_pretrained(base)
         requests = suite.requests(tokenizer)
     with run.timing.phase("engine_start"):
         fleet.info()
@@ -283,6 +299,10 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, resources: cluster.Re
         Bar("evaluate", len(requests) * len(set(points.values())), "requests", run.console) as bar,
     ):
         answers = fleet.answer(list(points.values()), requests, engine.slice_size, bar.advance)
+    infos = fleet.info()
+    run.engine = {key: str(infos[0][key]) for key in ("device", "dtype", "mode", "probe")}
+    if cut := sum(info["truncated"] for info in infos):
+        run.notes[arms[0].point] += (f"{cut} prompts did not fit and were cut from the left",)
     fleet.stop()
     run.timing.add("swap", fleet.stats.swap)
     run.timing.add("generate", fleet.stats.generate)
@@ -331,7 +351,7 @@ def _report(run: Run, arms: Sequence[Arm], scores: Scores) -> None:
             records=scores.records,
             tasks=scores.tasks,
             plot_png=plot,
-            versions=_versions(),
+            versions=_versions() | {f"engine {key}": value for key, value in run.engine.items()},
             timing=run.timing.phases,
             notes=list(dict.fromkeys(note for notes in run.notes.values() for note in notes)),
         )

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "cluster": {"errors"},
     "reader": {"arithmetic", "checkpoint", "point"},
     "compat": {"checkpoint", "errors", "point"},
-    "merge": {"checkpoint", "errors", "point", "reader"},
+    "merge": {"checkpoint", "errors", "point", "reader", "timing"},
     "fleet": {"checkpoint", "errors", "point", "reader", "record"},
     "report": {"point", "record"},
     "pocket": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
         "checkpoint", "cluster", "compat", "config", "errors", "fleet", "merge", "point", "progress", "record",
         "report", "timing",
     },
+    "verify": {"arithmetic", "checkpoint", "errors"},
     "launch": {"config", "errors", "stages"},
 }  # fmt: skip
 

@@ -117,6 +117,24 @@ def test_an_unknown_task(place):
     assert "there is no task 'pocket_sum'; did you mean pocket_sums?" in sentence
 
 
+def test_scoring_needs_a_tokenizer_and_its_template(place):
+    arguments = ("target=family/target", *VECTOR, "output=out", "benchmarks=pocket")
+    (place / "family/target/chat_template.jinja").unlink()
+    assert "target: has no chat template; set benchmarks.apply_chat_template=false" in refused(place, *arguments)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "family/target" / file).unlink()
+    assert "target: has no tokenizer that can be loaded" in refused(place, *arguments)
+
+
+def test_an_engine_that_cannot_start_is_one_sentence(place):
+    for member in ("target", "grpo", "sft"):
+        file = place / "family" / member / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    done = launch("target=family/target", *VECTOR, "benchmarks=pocket", "benchmarks.limit=1", cwd=place)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "an engine could not start" in done.stderr and "quantized" in done.stderr
+
+
 def test_a_merge_from_the_command_and_again(place):
     arguments = merge("alpha=0.5", "hydra.run.dir=run", "merge.workers=1")
     done = launch(*arguments, cwd=place)
@@ -143,6 +161,19 @@ def test_a_merge_from_the_command_and_again(place):
     model = AutoModelForCausalLM.from_pretrained(place / "out")
     prompt = AutoTokenizer.from_pretrained(place / "out")("User: add 1 and 2.", return_tensors="pt")
     assert model(input_ids=prompt.input_ids).logits.isfinite().all()
+
+
+def test_several_masked_vectors_from_the_command(place):
+    first = "{plus: family/grpo, minus: family/sft, alpha: 0.5, mask: {layers: [[1, 1]]}}"
+    second = "{plus: family/sft, minus: family/grpo, alpha: 0.25, mask: {exclude: ['.*embed.*']}}"
+    done = launch("target=family/target", f"vectors=[{first},{second}]", "output=out", "merge.workers=1", cwd=place)
+    assert done.returncode == 0, done.stderr
+    places = ("family/target", "family/grpo", "family/sft", "out")
+    target, grpo, sft, out = (load_checkpoint(place / p) for p in places)
+    for name, tensor in out.items():
+        difference = grpo[name].double() - sft[name].double()
+        factor = 0.5 * (".layers.1." in name) - 0.25 * ("embed" not in name)
+        assert torch.equal(tensor, (target[name].double() + factor * difference).bfloat16()), name
 
 
 def test_no_tokenizer_at_all_is_legal_and_noted(place):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import Engine, EngineSettings
 from rvdist.fleet.request import Answer, Choice, Generate, Request
 from rvdist.point import WeightPoint
@@ -44,15 +45,19 @@ class EngineActor(Engine):
     """An engine as a Ray actor answers a whole slice in one call."""
 
     def answer(self, point: WeightPoint, requests: Sequence[Request]) -> tuple[list[Answer], float, float]:
-        """The answers, the seconds the swap took and the seconds the answering took."""
+        """The answers, the seconds the swap took and the seconds the answering took. Raises BadInput for a prompt
+        that does not fit."""
         begin = time.perf_counter()
         self.swap(point)
         swapped = time.perf_counter()
         answers: list[Answer] = []
-        if isinstance(requests[0], Generate):
-            answers += self.generate([r for r in requests if isinstance(r, Generate)])
-        else:
-            answers += self.loglikelihood([r for r in requests if isinstance(r, Choice)])
+        try:
+            if isinstance(requests[0], Generate):
+                answers += self.generate([r for r in requests if isinstance(r, Generate)])
+            else:
+                answers += self.loglikelihood([r for r in requests if isinstance(r, Choice)])
+        except ValueError as error:
+            raise BadInput(f"engine.max_model_len, benchmarks.allow_truncation: {error}") from None
         return answers, swapped - begin, time.perf_counter() - swapped
 
 
@@ -76,10 +81,13 @@ class Fleet:
         self.stats = FleetStats()
 
     def info(self) -> list[dict[str, Any]]:
-        """Waits until every engine is up; what each one is. Raises what starting it raised."""
+        """Waits until every engine is up; what each one is. Raises Failed where one cannot start."""
         import ray
 
-        found: list[dict[str, Any]] = ray.get([engine.info.remote() for engine in self._engines])
+        try:
+            found: list[dict[str, Any]] = ray.get([engine.info.remote() for engine in self._engines])
+        except ray.exceptions.RayActorError as error:
+            raise Failed(f"an engine could not start: {str(error).strip().splitlines()[-1].strip()}") from None
         self.stats.start = max(i["import_seconds"] + i["start_seconds"] for i in found)
         return found
 
@@ -118,7 +126,7 @@ class Fleet:
             except ray.exceptions.RayActorError:
                 attempts[work] = attempts.get(work, 0) + 1
                 if attempts[work] == _ATTEMPTS:
-                    raise RuntimeError(
+                    raise Failed(
                         f"{_ATTEMPTS} engines died while answering the same {len(work.indices)} requests; "
                         "look at the engine's log, or lower engine.slice_size"
                     ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rvdist.checkpoint.stream import TORCH_DTYPE, start_writeback, write_exactly
 from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.reader import PointReader
+from rvdist.timing import anonymous_bytes
 
 
 class MergeWorker:
@@ -80,9 +80,3 @@ class MergeWorker:
         if path not in self._open:
             self._open[path] = os.open(path, os.O_WRONLY)
         return self._open[path]
-
-
-def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process: what is not backed by a file."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10  # type: ignore[index]

@@ -12,6 +12,7 @@ import pytest
 from checkpoints import POCKET
 from transformers import AutoTokenizer
 
+from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import EngineSettings
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Choice, Generate
@@ -93,6 +94,13 @@ def test_a_dead_engine_gives_its_slice_back(alone, requests):
     fleet.stop()
 
 
+def test_a_prompt_that_does_not_fit_is_bad_input(ray_local):
+    fleet = Fleet(TARGET.base, SETTINGS, count=1, on_gpus=False)
+    with pytest.raises(BadInput, match="max_model_len.*a prompt of 300 tokens and 8 to generate exceed"):
+        fleet.answer([TARGET], [Generate("x" * 300, 8)], slice_size=4)
+    fleet.stop()
+
+
 def test_requests_that_kill_every_engine_are_reported(ray_local, requests):
     fleet = Fleet(TARGET.base, SETTINGS, count=1, on_gpus=False)
     fleet.info()
@@ -109,7 +117,7 @@ def test_requests_that_kill_every_engine_are_reported(ray_local, requests):
     killer = threading.Thread(target=kill_all_engines, daemon=True)
     killer.start()
     try:
-        with pytest.raises(RuntimeError, match="2 engines died while answering the same 40 requests"):
+        with pytest.raises(Failed, match="2 engines died while answering the same 40 requests"):
             fleet.answer([TARGET], requests[:40], slice_size=64)
     finally:
         over.set()

@@ -1,0 +1,87 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import POCKET, load_checkpoint
+from safetensors.torch import load_file, save_file
+
+from rvdist.checkpoint.source import open_source
+from rvdist.merge.engine import merge
+from rvdist.merge.plan import Output, build_plan
+from rvdist.point import Term, Vector, WeightPoint
+from rvdist.verify import verify
+
+
+@pytest.fixture(scope="module")
+def merged(ray_local, tmp_path_factory):
+    path = tmp_path_factory.mktemp("verify") / "out"
+    point = WeightPoint(str(POCKET / "target"), (Term(1.0, Vector(str(POCKET / "grpo"), str(POCKET / "sft"))),))
+    sources = {s: open_source(s) for s in point.sources()}
+    merge(build_plan([Output((point,), (path,))], sources), sources, lambda point: "", workers=1)
+    return path
+
+
+@pytest.fixture
+def copy(merged, tmp_path):
+    shutil.copytree(merged, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def rewrite(path, change):
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    (path / "rvdist.json").unlink()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_a_merge_wrote_is_sound(copy):
+    verdict = verify(copy)
+    assert verdict.problems == [] and verdict.unchecked == []
+    assert verdict.tensors == len(load_checkpoint(copy))
+
+
+def test_one_changed_bit_is_found(copy):
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    (problem,) = verify(copy).problems
+    assert "model.safetensors: bytes" in problem and "are not what was written" in problem
+
+
+def test_another_file_under_the_same_name_is_found(copy):
+    manifest = (copy / "rvdist.json").read_text()
+    rewrite(copy, lambda w: w.update({"extra": torch.zeros(8)}))
+    (copy / "rvdist.json").write_text(manifest)
+    assert any("does not speak of every byte" in problem for problem in verify(copy).problems)
+
+
+def test_infinite_values_wrong_shapes_and_missing_tensors_are_found(copy):
+    def harm(weights):
+        weights["model.norm.weight"] = torch.full((130,), float("inf")).bfloat16()
+        weights.pop("model.layers.1.mlp.up_proj.weight")
+
+    rewrite(copy, harm)
+    verdict = verify(copy)
+    text = "\n".join(verdict.problems)
+    assert "model.norm.weight has 130 values that are infinite" in text
+    assert "model.norm.weight has shape [130] where the config says [128]" in text
+    assert "model.layers.1.mlp.up_proj.weight is missing" in text
+    assert any("digests were not checked" in line for line in verdict.unchecked)
+
+
+def test_the_command_and_its_exit_status(copy, tmp_path):
+    def command(*arguments):
+        return subprocess.run([sys.executable, "-m", "rvdist.verify", *arguments], capture_output=True, text=True)
+
+    sound = command(str(copy), "--json")
+    assert sound.returncode == 0 and json.loads(sound.stdout)["problems"] == []
+    (copy / "config.json").write_text('{"model_type": "unheard-of"}')
+    unknown = command(str(copy))
+    assert unknown.returncode == 0 and "names were not compared" in unknown.stdout
+    (copy / "model.safetensors").write_bytes(b"short")
+    broken = command(str(copy))
+    assert broken.returncode == 2 and broken.stderr.startswith("rvdist: ") and "Traceback" not in broken.stderr
