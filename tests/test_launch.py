@@ -123,7 +123,7 @@ def test_scoring_needs_a_tokenizer_and_its_template(place):
     assert "target: has no chat template; set benchmarks.apply_chat_template=false" in refused(place, *arguments)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (place / "family/target" / file).unlink()
-    assert "target: has no tokenizer that can be loaded" in refused(place, *arguments)
+    assert "target: has no tokenizer, and scoring needs one" in refused(place, *arguments)
 
 
 def test_an_engine_that_cannot_start_is_one_sentence(place):
