@@ -197,6 +197,7 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,
             progress=bar.advance,
+            say=lambda sentence: run.console.print(sentence, markup=False, soft_wrap=True),
         )
     run.timing.phases |= stats.phases
     run.timing.bytes_read += stats.bytes_read
@@ -278,6 +279,11 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, tokenizer: Any, resou
     engine = run.settings.engine
     room = resources.gpus or resources.cpus // engine.cpu_threads
     count = engine.count or max(1, room // engine.tensor_parallel_size)
+    if resources.gpus and count * engine.tensor_parallel_size > resources.gpus:
+        raise BadInput(
+            f"engine.count={count} times engine.tensor_parallel_size={engine.tensor_parallel_size} needs more GPUs "
+            f"than the cluster's {resources.gpus}; lower one of them"
+        )
     base = run.sources[run.settings.target].path.absolute()
     settings = EngineSettings(
         tensor_parallel_size=engine.tensor_parallel_size,

@@ -28,7 +28,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 class Staging:
     """One output under construction, of the plan with digest `plan`.
 
-    `claims` is what an interrupted run of the same plan has journalled; what any other run left behind is cleared.
+    `claims` is what an interrupted run of the same plan has journalled; what any other run left behind is cleared,
+    and `restarted` says so.
     Raises BadInput when the output exists (unless `overwrite`) or another process is writing it.
     """
 
@@ -44,6 +45,7 @@ class Staging:
             raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
         self._lock: int | None = self._take_lock()
         self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan)}
+        self.restarted = not self.claims and (self.partial / JOURNAL).exists()
         if not self.claims:
             for entry in self.partial.iterdir():
                 if entry.name != _LOCK:

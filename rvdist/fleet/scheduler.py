@@ -71,7 +71,9 @@ class Fleet:
         import ray
 
         ranks = settings.tensor_parallel_size
-        options = {"num_cpus": 0, "num_gpus": ranks} if on_gpus else {"num_cpus": ranks * settings.cpu_threads}
+        share = ray.cluster_resources().get("CPU", 1) / count  # more engines than cores must not wait for ever
+        cores = min(ranks * settings.cpu_threads, int(share * 1000) / 1000)
+        options = {"num_cpus": 0, "num_gpus": ranks} if on_gpus else {"num_cpus": cores}
         environment = {"OMP_NUM_THREADS": str(settings.cpu_threads)}
         if ranks == 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine binds to the same cores

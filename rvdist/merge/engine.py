@@ -46,10 +46,12 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
+    say: Callable[[str], None] = print,
 ) -> MergeStats:
     """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected.
 
-    `card` gives the README of a point; `progress` is told the bytes written since it was last told.
+    `card` gives the README of a point; `progress` is told the bytes written since it was last told, `say` what
+    a user should know.
     Raises BadInput where a source or an output cannot be used; then nothing is left of the outputs. Raises Failed
     where the merge could not be finished; then the same call goes on from what is journalled.
     """
@@ -64,6 +66,8 @@ def merge(
             for staging in staged:
                 for name, (header, size) in layout.files.items():
                     staging.allocate(name, header, size)
+        for staging in (s for staged in stagings for s in staged if s.restarted):
+            say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
         crew = _Crew(plan, stagings, sources, dtype, workers, threads, allow_nonfinite, progress)
         stats = crew.run()
         for source in sources.values():

@@ -85,11 +85,11 @@ def test_what_a_dead_run_of_the_same_plan_journalled_is_kept(tmp_path):
     first.journal([Written("model.safetensors", 4, 10, "d" * 32)])
     first.release()
     again = Staging(output, "plan")
-    assert list(again.claims) == [("model.safetensors", 4, 10)]
+    assert list(again.claims) == [("model.safetensors", 4, 10)] and not again.restarted
     assert (output.with_name("out.partial") / "model.safetensors").stat().st_size == 100
     again.release()
     other = Staging(output, "another plan")
-    assert not other.claims and not (output.with_name("out.partial") / "model.safetensors").exists()
+    assert other.restarted and not other.claims and not (output.with_name("out.partial") / "model.safetensors").exists()
     other.abandon()
 
 
