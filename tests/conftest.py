@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,22 @@ import torch
 from checkpoints import near, tensors, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Python needs most of a minute to take down a process in which vLLM engines lived, and tests nothing with it."""
+    if "vllm" in sys.modules and _STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[_STATUS])
+
 
 Family = Callable[..., dict[str, Path]]
 
