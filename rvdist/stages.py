@@ -69,6 +69,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
         if complete := _complete(run, plan):
             plan = _plan(run, {output: point for output, point in written.items() if output not in complete})
         for output in set(written) - complete:
+            _require_no_source(run, output)
             require_free(output, settings.overwrite)
     if "plan" in stages:
         _print_plan(run, plan)
@@ -169,6 +170,16 @@ def _complete(run: Run, plan: Plan) -> set[Path]:
                 run.console.print(f"{directory}: already complete", markup=False, soft_wrap=True)
                 found.add(directory)
     return found
+
+
+def _require_no_source(run: Run, output: Path) -> None:
+    """Overwriting must never replace what is being read."""
+    for name, source in run.sources.items():
+        path = source.path.resolve()
+        if run.settings.overwrite and output.resolve() in (path, *path.parents):
+            raise BadInput(
+                f"output: {output} is or holds the source {name}, which would be lost; choose another output"
+            )
 
 
 def _print_plan(run: Run, plan: Plan) -> None:

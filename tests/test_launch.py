@@ -105,6 +105,8 @@ def test_a_different_tokenizer(place):
         ((*VECTOR, "output=out"), "target is not set; give target=VALUE"),
         (("target=family/target",), "nothing to do"),
         (merge("output=family/target"), "family/target: already exists"),
+        (merge("output=family/target", "overwrite=true"), "holds the source family/target, which would be lost"),
+        (merge("output=family", "overwrite=true"), "holds the source family/target, which would be lost"),
         (merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster"),
     ],
 )

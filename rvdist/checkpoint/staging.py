@@ -39,6 +39,8 @@ class Staging:
         self.partial = output.with_name(output.name + ".partial")
         self._overwrite = overwrite
         require_free(output, overwrite)
+        if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / _LOCK).exists():
+            raise BadInput(f"{self.partial}: is in the way and not ours to clear; move it or choose another output")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:

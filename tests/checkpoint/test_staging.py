@@ -49,6 +49,14 @@ def test_overwrite_never_replaces_what_is_no_checkpoint(tmp_path):
         Staging(tmp_path / "file", "plan", overwrite=True)
 
 
+def test_a_partial_directory_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years")
+    with pytest.raises(BadInput, match="not ours to clear"):
+        Staging(tmp_path / "out", "plan")
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years"
+
+
 def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
     output = tmp_path / "out"
     holder = subprocess.Popen(
