@@ -39,7 +39,8 @@ class Staging:
         self.partial = output.with_name(output.name + ".partial")
         self._overwrite = overwrite
         require_free(output, overwrite)
-        if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / _LOCK).exists():
+        ours = any((self.partial / name).exists() for name in (_LOCK, MANIFEST))  # a commit removes the lock last
+        if self.partial.is_dir() and any(self.partial.iterdir()) and not ours:
             raise BadInput(f"{self.partial}: is in the way and not ours to clear; move it or choose another output")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,16 @@ def test_a_partial_directory_that_is_not_ours_is_left_alone(tmp_path):
     assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years"
 
 
+def test_a_run_that_died_just_before_its_rename_is_started_over(tmp_path):
+    staging = stage(tmp_path / "out", "one")
+    staging.release()
+    (tmp_path / "out.partial" / "rvdist.json").write_text("{}")
+    for name in ("lock", "journal.jsonl"):
+        (tmp_path / "out.partial" / name).unlink()
+    stage(tmp_path / "out", "two").commit()
+    assert (tmp_path / "out" / "config.json").read_text() == "two"
+
+
 def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
     output = tmp_path / "out"
     holder = subprocess.Popen(
