@@ -204,7 +204,6 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
             lambda point: _card(run, point),
             workers=settings.merge.workers or max(1, resources.cpus // settings.merge.threads),
             threads=settings.merge.threads,
-            dtype=config.output_dtype(settings),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,
             progress=bar.advance,

@@ -30,14 +30,11 @@ class Slice:
 
 @dataclass
 class FleetStats:
-    """Seconds the engines spent, summed over engines; `start` of the slowest."""
+    """Seconds the engines spent, summed over engines, and the requests each of them answered."""
 
-    start: float = 0.0
     swap: float = 0.0
     generate: float = 0.0
-    swaps: int = 0
     requests: int = 0
-    tokens: int = 0
     by_engine: dict[int, int] = field(default_factory=dict)
 
 
@@ -90,7 +87,6 @@ class Fleet:
             found: list[dict[str, Any]] = ray.get([engine.info.remote() for engine in self._engines])
         except ray.exceptions.RayActorError as error:
             raise Failed(f"an engine could not start: {str(error).strip().splitlines()[-1].strip()}") from None
-        self.stats.start = max(i["import_seconds"] + i["start_seconds"] for i in found)
         return found
 
     def answer(
@@ -148,10 +144,8 @@ class Fleet:
     def _count(self, engine: Any, work: Slice, answered: Sequence[Answer], swap: float, generate: float) -> None:
         stats, number = self.stats, self._engines.index(engine)
         stats.swap += swap
-        stats.swaps += swap > 1e-3
         stats.generate += generate
         stats.requests += len(answered)
-        stats.tokens += sum(answer.tokens for answer in answered)
         stats.by_engine[number] = stats.by_engine.get(number, 0) + len(answered)
 
     def stop(self) -> None:

@@ -42,7 +42,6 @@ def merge(
     *,
     workers: int,
     threads: int = 1,
-    dtype: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
@@ -68,13 +67,13 @@ def merge(
                     staging.allocate(name, header, size)
         for staging in (s for staged in stagings for s in staged if s.restarted):
             say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
-        crew = _Crew(plan, stagings, sources, dtype, workers, threads, allow_nonfinite, progress)
+        crew = _Crew(plan, stagings, sources, workers, threads, allow_nonfinite, progress)
         stats = crew.run()
         for source in sources.values():
             source.require_unchanged()
         for output, layout, staged in zip(plan.outputs, plan.layouts, stagings, strict=True):
             for point, staging in zip(output.points, staged, strict=True):
-                carry_over(sources[point.base], staging, CONFIG_DTYPE[dtype] if dtype else None)
+                carry_over(sources[point.base], staging, CONFIG_DTYPE[plan.dtype] if plan.dtype else None)
                 write_index(staging, layout.tensors, list(layout.files))
                 staging.write_text("README.md", card(point))
                 staging.commit()
@@ -122,7 +121,6 @@ class _Crew:
         plan: Plan,
         stagings: list[list[Staging]],
         sources: Mapping[str, Checkpoint],
-        dtype: str | None,
         workers: int,
         threads: int,
         allow_nonfinite: bool,
@@ -135,7 +133,7 @@ class _Crew:
             Output(output.points, tuple(s.partial for s in staged))
             for output, staged in zip(plan.outputs, stagings, strict=True)
         ]
-        arguments = (ray.put(partial), ray.put(dict(sources)), dtype, threads)
+        arguments = (ray.put(partial), ray.put(dict(sources)), plan.dtype, threads)
         share = ray.cluster_resources().get("CPU", 1) / workers  # more workers than cores must not wait for ever
         actor_class = ray.remote(WorkerActor).options(num_cpus=min(threads, int(share * 1000) / 1000))
         self._start: Callable[[], Any] = lambda: actor_class.remote(*arguments)

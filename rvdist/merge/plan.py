@@ -71,9 +71,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout an output and one digest a point of it; units largest first, so that the last ones are small."""
+    """One layout an output and one digest a point of it; units largest first, so that the last ones are small.
+    `dtype` is the safetensors dtype of floating-point outputs, None where the base's own is kept."""
 
     outputs: tuple[Output, ...]
+    dtype: str | None
     layouts: tuple[Layout, ...]
     digests: tuple[tuple[str, ...], ...]
     units: tuple[Unit, ...]
@@ -111,7 +113,7 @@ def build_plan(
         tuple(_digest(point, layout, sources) for point in output.points)
         for output, layout in zip(outputs, layouts, strict=True)
     )
-    return Plan(tuple(outputs), tuple(layouts), digests, tuple(units), read, written)
+    return Plan(tuple(outputs), dtype, tuple(layouts), digests, tuple(units), read, written)
 
 
 def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint]) -> str:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 def run(points, outputs, workers=1, dtype=None, max_shard_size=None, **options):
     sources = {s: open_source(s) for point in points for s in point.sources()}
     plan = build_plan([Output(tuple(points), tuple(outputs))], sources, dtype, max_shard_size)
-    return merge(plan, sources, lambda point: "card\n", workers=workers, dtype=dtype, **options)
+    return merge(plan, sources, lambda point: "card\n", workers=workers, **options)
 
 
 def shifted(paths, alpha=1.0, mask=None):
