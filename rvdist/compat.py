@@ -19,7 +19,7 @@ import numpy as np
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.errors import BadInput
-from rvdist.point import Vector, WeightPoint
+from rvdist.point import Vector, WeightPoint, layer_count
 
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
@@ -57,16 +57,18 @@ def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = F
     refusals: list[str] = []
     distances: dict[Vector, float] = {}
     for term in point.terms:
-        plus, minus = sources[term.vector.plus], sources[term.vector.minus]
+        plus = sources[term.vector.plus]
+        minus = sources[term.vector.minus] if term.vector.minus else plus
         _require_same_tensors(plus, minus)
         exceptions += _coverage(base, plus, minus)
-        if not any(term.mask.coefficient(name) for name in base.tensors if name in plus.tensors):
+        layers = layer_count(base.tensors)
+        if not any(term.mask.coefficient(name, layers) for name in base.tensors if name in plus.tensors):
             raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
         for donor in (plus, minus):
             for finding in (_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)):
                 refusals += finding.refusals
                 exceptions += finding.exceptions
-        if term.vector not in distances:
+        if term.vector.minus and term.vector not in distances:
             distance = distances[term.vector] = sampled_distance(base, minus)
             if distance > REFUSED_DISTANCE:
                 refusals.append(

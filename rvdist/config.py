@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from rvdist.errors import BadInput
-from rvdist.point import Arm, Mask, Term, Vector, WeightPoint
+from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 
 STAGES = ("plan", "merge", "evaluate", "report")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -26,12 +26,14 @@ class MaskConfig:
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     layers: list[list[int]] = field(default_factory=list)
+    depth: list[float] = field(default_factory=list)
 
 
 @dataclass
 class VectorConfig:
     plus: str | None = None
     minus: str | None = None
+    path: str | None = None
     mask: MaskConfig = field(default_factory=MaskConfig)
 
 
@@ -44,6 +46,9 @@ class WeightedVectorConfig(VectorConfig):
 class MergeConfig:
     workers: int | None = None
     threads: int = 1
+    method: str = "linear"
+    density: float = 1.0
+    seed: int = 0
 
 
 @dataclass
@@ -150,14 +155,17 @@ def spell(alpha: float) -> str:
 def point(config: Config, alpha: float) -> WeightPoint:
     """target + alpha · (the vector, or the weighted sum of `vectors`). Raises BadInput."""
     weighted = list(config.vectors)
-    if config.vector.plus or config.vector.minus:
+    own = config.vector
+    if own.plus or own.minus or own.path:
         if weighted:
             raise BadInput("vector and vectors are both set; put every vector into vectors=[…]")
-        weighted = [WeightedVectorConfig(config.vector.plus, config.vector.minus, config.vector.mask)]
+        weighted = [WeightedVectorConfig(own.plus, own.minus, own.path, own.mask)]
     terms = []
     for number, vector in enumerate(weighted):
         key = f"vectors[{number}]" if config.vectors else "vector"
-        if vector.plus is None or vector.minus is None:
+        if vector.path and (vector.plus or vector.minus):
+            raise BadInput(f"{key}.path is a vector by itself; set it, or plus and minus, but not both")
+        if not vector.path and (vector.plus is None or vector.minus is None):
             lacking = "plus" if vector.plus is None else "minus"
             raise BadInput(f"{key}.{lacking} is not set; a vector needs both donors, plus and minus")
         try:
@@ -165,11 +173,14 @@ def point(config: Config, alpha: float) -> WeightPoint:
                 tuple(vector.mask.include),
                 tuple(vector.mask.exclude),
                 tuple((span[0], span[1]) for span in vector.mask.layers if _is_pair(span, key)),
+                tuple(vector.mask.depth),
             )
-            terms.append(Term(alpha * vector.alpha, Vector(vector.plus, vector.minus), mask))
+            named = Vector(vector.path) if vector.path else Vector(str(vector.plus), vector.minus)
+            terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
-    return WeightPoint(config.target, tuple(terms))
+    method = MethodSpec(config.merge.method, config.merge.density, config.merge.seed)
+    return WeightPoint(config.target, tuple(terms), method)
 
 
 def _is_pair(span: Sequence[int], key: str) -> bool:
@@ -186,7 +197,7 @@ def outputs(config: Config) -> dict[Path, WeightPoint]:
     for alpha in alphas(config.alpha):
         merged = point(config, alpha)
         if not merged.terms:
-            raise BadInput("vector.plus and vector.minus are not set; a merge needs a vector")
+            raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
         target = Path(config.target).name
         directory = Path(config.output.replace("{alpha}", spell(alpha)).replace("{target}", target)).absolute()
         if directory in found:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,19 +27,26 @@ def layer_of(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def layer_count(names: Iterable[str]) -> int:
+    """How many layers these tensor names speak of: one more than the highest."""
+    return max((layer for name in names if (layer := layer_of(name)) is not None), default=-1) + 1
+
+
 @dataclass(frozen=True)
 class Mask:
     """The paper's m: a coefficient for each tensor, from its name and its layer.
 
     `include` and `exclude` are regular expressions matched against the whole tensor name; an empty
     `include` means every name. `layers` are inclusive ranges; when any is given, tensors outside
-    the layers (embeddings, final norm) are masked out too. Raises ValueError for a bad pattern or
-    range.
+    the layers (embeddings, final norm) are masked out too. `depth` lists coefficients from the first
+    layer to the last, interpolated linearly in between; tensors outside the layers keep 1. Raises
+    ValueError for a bad pattern, range or number.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
+    depth: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern in (*self.include, *self.exclude):
@@ -50,25 +57,37 @@ class Mask:
         for span in self.layers:
             if len(span) != 2 or not 0 <= span[0] <= span[1]:
                 raise ValueError(f"mask layers {list(span)} is not a range [first, last] with 0 <= first <= last")
+        for number in self.depth:
+            if not math.isfinite(number):
+                raise ValueError(f"mask depth {list(self.depth)}: {number} is not a finite number")
 
-    def coefficient(self, name: str) -> float:
+    def coefficient(self, name: str, layers: int) -> float:
+        """m of the tensor `name` of a checkpoint with so many `layers`."""
         if self.include and not any(re.fullmatch(p, name) for p in self.include):
             return 0.0
         if any(re.fullmatch(p, name) for p in self.exclude):
             return 0.0
-        if self.layers:
-            layer = layer_of(name)
-            if layer is None or not any(first <= layer <= last for first, last in self.layers):
-                return 0.0
-        return 1.0
+        layer = layer_of(name)
+        if self.layers and (layer is None or not any(first <= layer <= last for first, last in self.layers)):
+            return 0.0
+        if not self.depth or layer is None:
+            return 1.0
+        at = layer / max(1, layers - 1) * (len(self.depth) - 1)
+        low = min(int(at), len(self.depth) - 1)
+        high = min(low + 1, len(self.depth) - 1)
+        return self.depth[low] + (at - low) * (self.depth[high] - self.depth[low])
 
 
 @dataclass(frozen=True)
 class Vector:
-    """v = plus − minus, named by its two donors (directories or repositories)."""
+    """v = plus − minus, named by its two donors (directories or repositories). Without `minus`, `plus` is
+    itself a difference: a stored vector, or a LoRA adapter."""
 
     plus: str
-    minus: str
+    minus: str | None = None
+
+    def sources(self) -> tuple[str, ...]:
+        return (self.plus,) if self.minus is None else (self.plus, self.minus)
 
 
 @dataclass(frozen=True)
@@ -85,11 +104,22 @@ class Term:
 
 
 @dataclass(frozen=True)
+class MethodSpec:
+    """How the terms are combined: `linear` (their sum), `ties` or `dare`. `density` is the share of each vector
+    that is kept, `seed` what its random choice begins with; linear has no use for either."""
+
+    name: str = "linear"
+    density: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class WeightPoint:
-    """θ_base + Σ_k α_k (m_k ⊙ v_k). No terms: the checkpoint `base` itself."""
+    """θ_base + Σ_k α_k (m_k ⊙ v_k), or another method's combination of these terms. No terms: `base` itself."""
 
     base: str
     terms: tuple[Term, ...] = ()
+    method: MethodSpec = MethodSpec()
 
     @cached_property
     def active_terms(self) -> tuple[Term, ...]:
@@ -100,15 +130,15 @@ class WeightPoint:
         """Every checkpoint the point names, base first, each once."""
         seen = dict.fromkeys([self.base])
         for term in self.terms:
-            seen |= dict.fromkeys([term.vector.plus, term.vector.minus])
+            seen |= dict.fromkeys(term.vector.sources())
         return iter(seen)
 
     def relocated(self, places: Mapping[str, str]) -> WeightPoint:
         """The same point with each source replaced by the place where it was found."""
         terms = tuple(
-            replace(term, vector=Vector(places[term.vector.plus], places[term.vector.minus])) for term in self.terms
+            replace(term, vector=Vector(*(places[source] for source in term.vector.sources()))) for term in self.terms
         )
-        return WeightPoint(places[self.base], terms)
+        return replace(self, base=places[self.base], terms=terms)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,11 +153,12 @@ class WeightPoint:
                     include=tuple(term["mask"]["include"]),
                     exclude=tuple(term["mask"]["exclude"]),
                     layers=tuple((first, last) for first, last in term["mask"]["layers"]),
+                    depth=tuple(term["mask"]["depth"]),
                 ),
             )
             for term in data["terms"]
         )
-        return cls(base=data["base"], terms=terms)
+        return cls(base=data["base"], terms=terms, method=MethodSpec(**data["method"]))
 
     def digest(self, contents: Mapping[str, str]) -> str:
         """A hash of what the point is made of: `contents` maps each source to a digest of its bytes,
@@ -137,12 +168,12 @@ class WeightPoint:
             "terms": [
                 {
                     "alpha": term.alpha,
-                    "plus": contents[term.vector.plus],
-                    "minus": contents[term.vector.minus],
+                    "vector": [contents[source] for source in term.vector.sources()],
                     "mask": asdict(term.mask),
                 }
                 for term in self.active_terms
             ],
+            "method": asdict(self.method),
         }
         return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -1,6 +1,6 @@
 """Reads weight points: the one place where bytes meet arithmetic, shared by the merge and the fleet.
 
-Streams in chunks; never holds a model. Several points over one base share every byte read.
+Streams in chunks; never holds a model. Several points share every byte they read.
 """
 
 from __future__ import annotations
@@ -9,18 +9,31 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from rvdist.arithmetic.linear import Scratch, combine
+from rvdist.arithmetic.method import Place, Scratch, combine, subtract, working_dtype
+from rvdist.arithmetic.registry import build
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
-from rvdist.point import WeightPoint
+from rvdist.point import Vector, WeightPoint, layer_count
 
-CHUNK = 128 * 1024  # elements: three bf16 operands and two fp32 intermediates stay in a core's cache
+CHUNK = 128 * 1024  # elements: the operands and the result of a chunk stay in a core's cache
+
+Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
+
+
+def recipe(point: WeightPoint, name: str, sources: Mapping[str, Checkpoint], layers: int) -> Recipe:
+    """The terms that change tensor `name` of the point's base, which has so many `layers`."""
+    base = sources[point.base]
+    if not TORCH_DTYPE[base.tensors[name].dtype].is_floating_point:
+        return []
+    weighted = [(term.alpha * term.mask.coefficient(name, layers), term.vector) for term in point.active_terms]
+    return [(alpha, vector) for alpha, vector in weighted if alpha != 0 and name in sources[vector.plus].tensors]
 
 
 class PointReader:
-    """Computes the tensors of `points`, which share one base, from opened `sources` (by source name).
+    """Computes the tensors of `points` from opened `sources` (by source name). Their bases have the same tensors,
+    by name, dtype and shape.
 
     `dtype` is the output dtype of floating-point tensors; None keeps the base's own. Integer and boolean
     tensors are the base's.
@@ -29,15 +42,17 @@ class PointReader:
     def __init__(
         self, points: Sequence[WeightPoint], sources: Mapping[str, Checkpoint], dtype: torch.dtype | None = None
     ) -> None:
-        (base,) = {point.base for point in points}
         self.points = points
-        self.base = sources[base]
+        self.base = sources[points[0].base]
         self.nonfinite = [0] * len(points)
         self._dtype = dtype
+        self._sources = sources
+        self._layers = layer_count(self.base.tensors)
         self._files = {
-            source: TensorFiles(sources[source]) for source in {s for point in points for s in point.sources()}
+            source: TensorFiles(sources[source])
+            for source in dict.fromkeys(s for point in points for s in point.sources())
         }
-        self._base_files = self._files[base]
+        self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
         self._buffers: dict[str, torch.Tensor] = {}
         self._scratch = Scratch(CHUNK)
 
@@ -54,36 +69,64 @@ class PointReader:
         The tensors are valid until the next chunk is asked for."""
         spec = self.base.tensors[name]
         dtype = self.output_dtype(spec)
-        recipes = [self._differences(point, name) for point in self.points]
-        donors = {source for recipe in recipes for _, plus, minus in recipe for source in (plus, minus)}
-        for begin in range(start, stop, CHUNK):
-            end = min(begin + CHUNK, stop)
-            base = self._base_files.read(spec, begin, end, self._buffer("base"))
+        recipes = [recipe(point, name, self._sources, self._layers) for point in self.points]
+        for method, terms in zip(self._methods, recipes, strict=True):
+            if method.whole_tensors and terms:
+                assert (start, stop) == (0, spec.numel)
+                method.survey(Place(name, spec.numel), lambda terms=terms: self._differences(name, terms))  # type: ignore[misc]
+        wanted = dict.fromkeys(
+            [point.base for point in self.points]
+            + [source for terms in recipes for _, vector in terms for source in vector.sources()]
+        )
+        for begin, end in self._cuts(name, start, stop, list(wanted)):
             operand = {
-                donor: self._files[donor].read(
-                    self._files[donor].checkpoint.tensors[name], begin, end, self._buffer(f"donor {donor}")
-                )
-                for donor in donors
+                source: tensor for source in wanted if (tensor := self._read(source, name, begin, end)) is not None
             }
             results = []
-            for k, recipe in enumerate(recipes):
+            for k, (point, terms) in enumerate(zip(self.points, recipes, strict=True)):
                 out = self._buffer(f"out {k}")[: (end - begin) * dtype.itemsize].view(dtype)
-                differences = [(alpha, operand[plus], operand[minus]) for alpha, plus, minus in recipe]
-                self.nonfinite[k] += combine(base, differences, out, self._scratch)
+                differences = [
+                    (alpha, operand[vector.plus], operand[vector.minus] if vector.minus else None)
+                    for alpha, vector in terms
+                    if vector.plus in operand
+                ]
+                place = Place(name, spec.numel, begin)
+                self.nonfinite[k] += combine(
+                    self._methods[k], operand[point.base], differences, out, self._scratch, place
+                )
                 results.append(out)
             yield begin, results
 
-    def _differences(self, point: WeightPoint, name: str) -> list[tuple[float, str, str]]:
-        """(α·m, plus, minus) of every term that changes this tensor."""
-        if not TORCH_DTYPE[self.base.tensors[name].dtype].is_floating_point:
-            return []
-        found = []
-        for term in point.active_terms:
-            vector = term.vector
-            coefficient = term.alpha * term.mask.coefficient(name)
-            if coefficient != 0 and name in self._files[vector.plus].checkpoint.tensors:
-                found.append((coefficient, vector.plus, vector.minus))
-        return found
+    def _cuts(self, name: str, start: int, stop: int, wanted: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """Chunks of [start, stop), none of them across the end of a source with fewer rows than the base."""
+        ends = sorted({self._sources[source].tensors[name].numel for source in wanted})
+        begin = start
+        while begin < stop:
+            end = min([begin + CHUNK, stop, *(e for e in ends if e > begin)])
+            yield begin, end
+            begin = end
+
+    def _read(self, source: str, name: str, begin: int, end: int) -> torch.Tensor | None:
+        """Elements [begin, end), or None where the source's tensor ends before them."""
+        files = self._files[source]
+        spec = files.checkpoint.tensors[name]
+        return files.read(spec, begin, end, self._buffer(source)) if end <= spec.numel else None
+
+    def _differences(self, name: str, terms: Recipe) -> Iterator[list[torch.Tensor]]:
+        """Streams a whole tensor: for each chunk the difference of every term in working precision."""
+        spec = self.base.tensors[name]
+        used = dict.fromkeys(source for _, vector in terms for source in vector.sources())
+        dtypes = [TORCH_DTYPE[self._sources[source].tensors[name].dtype] for source in used]
+        work = working_dtype([TORCH_DTYPE[spec.dtype], self.output_dtype(spec), *dtypes])
+        for begin, end in self._cuts(name, 0, spec.numel, list(used)):
+            operand = {source: self._read(source, name, begin, end) for source in used}
+            subtrahend = self._scratch(1, end - begin, work)
+            found = []
+            for k, (_, vector) in enumerate(terms):
+                plus, minus = operand[vector.plus], operand[vector.minus] if vector.minus else None
+                difference = self._scratch(2 + k, end - begin, work)
+                found.append(difference.zero_() if plus is None else subtract(difference, plus, minus, subtrahend))
+            yield found
 
     def _buffer(self, key: str) -> torch.Tensor:
         if key not in self._buffers:

@@ -186,7 +186,7 @@ def _print_plan(run: Run, plan: Plan) -> None:
     for output, layout in zip(plan.outputs, plan.layouts, strict=True):
         for point, directory in zip(output.points, output.directories, strict=True):
             terms = " ".join(
-                f"{t.alpha:+g}·({Path(t.vector.plus).name} − {Path(t.vector.minus).name})" for t in point.terms
+                f"{t.alpha:+g}·({' − '.join(Path(source).name for source in t.vector.sources())})" for t in point.terms
             )
             run.console.print(f"{directory}: {Path(point.base).name} {terms}", markup=False, soft_wrap=True)
         run.console.print(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")

@@ -69,7 +69,7 @@ def _digests(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
 def _nonfinite(checkpoint: Checkpoint) -> Iterator[str]:
     import torch
 
-    from rvdist.arithmetic.linear import Scratch, count_nonfinite
+    from rvdist.arithmetic.method import Scratch, count_nonfinite
     from rvdist.checkpoint.stream import TensorFiles
 
     files, buffer, scratch = TensorFiles(checkpoint), torch.empty(_CHUNK * 8, dtype=torch.uint8), Scratch(_CHUNK)

@@ -64,11 +64,11 @@ def test_vectors_are_weighted_and_scaled():
 
 
 def test_masks_are_checked():
-    masked = settings(vector=VectorConfig("p", "m", MaskConfig([".*"], [], [[0, 1], [3, 3]])))
+    masked = settings(vector=VectorConfig("p", "m", None, MaskConfig([".*"], [], [[0, 1], [3, 3]])))
     assert config.point(masked, 1.0).terms[0].mask.layers == ((0, 1), (3, 3))
     for bad in (MaskConfig(["("]), MaskConfig(layers=[[1]]), MaskConfig(layers=[[2, 1]])):
         with pytest.raises(BadInput, match="vector"):
-            config.point(settings(vector=VectorConfig("p", "m", bad)), 1.0)
+            config.point(settings(vector=VectorConfig("p", "m", None, bad)), 1.0)
 
 
 def test_arms_are_the_baseline_and_every_other_alpha():

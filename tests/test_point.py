@@ -17,13 +17,24 @@ def test_layer_is_the_first_number_in_the_name():
 
 def test_mask_matches_whole_names_and_inclusive_layers():
     mask = Mask(include=(r".*proj.*",), exclude=(r".*up_proj.*",), layers=((1, 2),))
-    assert mask.coefficient("layers.1.q_proj.weight") == 1
-    assert mask.coefficient("layers.2.q_proj.weight") == 1
-    assert mask.coefficient("layers.3.q_proj.weight") == 0
-    assert mask.coefficient("layers.1.up_proj.weight") == 0
-    assert mask.coefficient("proj") == 0, "a tensor of no layer is outside every layer range"
-    assert Mask(include=("embed",)).coefficient("model.embed") == 0, "a pattern matches the whole name"
-    assert Mask().coefficient("anything") == 1
+    assert mask.coefficient("layers.1.q_proj.weight", 4) == 1
+    assert mask.coefficient("layers.2.q_proj.weight", 4) == 1
+    assert mask.coefficient("layers.3.q_proj.weight", 4) == 0
+    assert mask.coefficient("layers.1.up_proj.weight", 4) == 0
+    assert mask.coefficient("proj", 4) == 0, "a tensor of no layer is outside every layer range"
+    assert Mask(include=("embed",)).coefficient("model.embed", 4) == 0, "a pattern matches the whole name"
+    assert Mask().coefficient("anything", 4) == 1
+
+
+def test_a_list_over_depth_is_interpolated_from_the_first_layer_to_the_last():
+    mask = Mask(depth=(0.0, 1.0, 0.5), exclude=("layers.3.*",))
+    found = [mask.coefficient(f"layers.{layer}.w", 5) for layer in range(5)]
+    assert found == [0.0, 0.5, 1.0, 0.0, 0.5]
+    assert mask.coefficient("embed", 5) == 1, "a tensor of no layer is left alone"
+    assert Mask(depth=(0.3,)).coefficient("layers.4.w", 5) == 0.3
+    assert Mask(depth=(0.3, 1.0)).coefficient("layers.0.w", 1) == 0.3
+    with pytest.raises(ValueError, match="nan"):
+        Mask(depth=(float("nan"),))
 
 
 @pytest.mark.parametrize("bad", [{"include": ("(",)}, {"layers": ((3, 1),)}, {"layers": ((-1, 1),)}])

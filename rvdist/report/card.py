@@ -76,7 +76,7 @@ def _front_matter(hub: Sequence[str]) -> str:
 
 def _public_names(point: WeightPoint) -> dict[str, str]:
     """A name for each checkpoint of the point; a counter tells apart directories that end alike."""
-    mentioned = [point.base, *(s for term in point.terms for s in (term.vector.plus, term.vector.minus))]
+    mentioned = [point.base, *(s for term in point.terms for s in term.vector.sources())]
     names: dict[str, str] = {}
     for source in dict.fromkeys(mentioned):
         name, count = _line(source_name(source)), 2
@@ -101,6 +101,8 @@ def _mask(mask: Mask) -> str:
         said.append("but not " + _patterns(mask.exclude))
     if mask.layers:
         said.append("in layers " + ", ".join(f"{first}–{last}" for first, last in mask.layers))
+    if mask.depth:
+        said.append("times " + ", ".join(f"{number:g}" for number in mask.depth) + " from the first layer to the last")
     return " ".join(said)
 
 
@@ -109,9 +111,7 @@ def _patterns(patterns: Sequence[str]) -> str:
 
 
 def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    terms = [
-        {**term, "vector": {side: names[source] for side, source in term["vector"].items()}} for term in data["terms"]
-    ]
+    terms = [{**term, "vector": {k: v and names[v] for k, v in term["vector"].items()}} for term in data["terms"]]
     return {**data, "base": names[data["base"]], "terms": terms}
 
 

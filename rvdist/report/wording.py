@@ -142,5 +142,6 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
     for term in point.active_terms:
         mask = "" if term.mask == type(term.mask)() else "m ⊙ "
         sign = "−" if term.alpha < 0 else "+"
-        text += f" {sign} {abs(term.alpha):g} · {mask}({name(term.vector.plus)} − {name(term.vector.minus)})"
-    return text
+        vector = " − ".join(name(source) for source in term.vector.sources())
+        text += f" {sign} {abs(term.alpha):g} · {mask}({vector})"
+    return text if point.method.name == "linear" else f"{point.method.name}({text})"

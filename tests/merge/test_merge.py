@@ -91,7 +91,7 @@ def test_masks_and_several_vectors(family, tmp_path):
     plus, minus, second, out = (load_checkpoint(p) for p in (paths["plus"], paths["minus"], other, tmp_path / "out"))
     for name, tensor in out.items():
         exact = base[name].double() - 0.25 * (second[name].double() - minus[name].double())
-        exact += 0.75 * mask.coefficient(name) * (plus[name].double() - minus[name].double())
+        exact += 0.75 * mask.coefficient(name, 3) * (plus[name].double() - minus[name].double())
         assert torch.equal(tensor, exact.bfloat16()), name
 
 
