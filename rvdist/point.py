@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -112,6 +112,11 @@ class MethodSpec:
     density: float = 1.0
     seed: int = 0
 
+    @property
+    def whole_tensors(self) -> bool:
+        """Whether all of a tensor must be seen before any of it can be computed."""
+        return self.name == "ties"
+
 
 @dataclass(frozen=True)
 class WeightPoint:
@@ -125,6 +130,12 @@ class WeightPoint:
     def active_terms(self) -> tuple[Term, ...]:
         """The terms that can change a weight. α = 0 names the base itself, to the bit."""
         return tuple(term for term in self.terms if term.alpha != 0)
+
+    def recipe(self, name: str, layers: int, has: Callable[[str], bool]) -> list[tuple[float, Vector]]:
+        """(α·m, v) of every term that changes the floating-point tensor `name` of a base with so many `layers`;
+        `has` says whether a source has that tensor."""
+        weighted = [(term.alpha * term.mask.coefficient(name, layers), term.vector) for term in self.active_terms]
+        return [(alpha, vector) for alpha, vector in weighted if alpha != 0 and has(vector.plus)]
 
     def sources(self) -> Iterator[str]:
         """Every checkpoint the point names, base first, each once."""

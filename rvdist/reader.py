@@ -22,15 +22,6 @@ CHUNK = 128 * 1024  # elements: the operands and the result of a chunk stay in a
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
 
 
-def recipe(point: WeightPoint, name: str, sources: Mapping[str, Checkpoint], layers: int) -> Recipe:
-    """The terms that change tensor `name` of the point's base, which has so many `layers`."""
-    base = sources[point.base]
-    if not TORCH_DTYPE[base.tensors[name].dtype].is_floating_point:
-        return []
-    weighted = [(term.alpha * term.mask.coefficient(name, layers), term.vector) for term in point.active_terms]
-    return [(alpha, vector) for alpha, vector in weighted if alpha != 0 and name in sources[vector.plus].tensors]
-
-
 class PointReader:
     """Computes the tensors of `points` from opened `sources` (by source name). Their bases have the same tensors,
     by name, dtype and shape.
@@ -69,7 +60,7 @@ class PointReader:
         The tensors are valid until the next chunk is asked for."""
         spec = self.base.tensors[name]
         dtype = self.output_dtype(spec)
-        recipes = [recipe(point, name, self._sources, self._layers) for point in self.points]
+        recipes = [self._recipe(point, name) for point in self.points]
         for method, terms in zip(self._methods, recipes, strict=True):
             if method.whole_tensors and terms:
                 assert (start, stop) == (0, spec.numel)
@@ -96,6 +87,11 @@ class PointReader:
                 )
                 results.append(out)
             yield begin, results
+
+    def _recipe(self, point: WeightPoint, name: str) -> Recipe:
+        if not self._sources[point.base].tensors[name].is_floating_point:
+            return []
+        return point.recipe(name, self._layers, lambda source: name in self._sources[source].tensors)
 
     def _cuts(self, name: str, start: int, stop: int, wanted: Sequence[str]) -> Iterator[tuple[int, int]]:
         """Chunks of [start, stop), none of them across the end of a source with fewer rows than the base."""

@@ -44,6 +44,10 @@ class TensorSpec:
     def nbytes(self) -> int:
         return self.numel * ITEMSIZE[self.dtype]
 
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -61,6 +65,17 @@ class Stamp:
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
+@dataclass(frozen=True)
+class HubStamp:
+    """What the Hub says of a file at a commit: the hash of its contents, and its size."""
+
+    etag: str
+    size: int
+
+
+Header = tuple[list[TensorSpec], dict[str, str], Stamp | HubStamp]
+
+
 def read_header(path: Path) -> tuple[list[TensorSpec], dict[str, str], Stamp]:
     """The tensors of one file in the order of their bytes, the file's metadata, and its stamp.
 
@@ -70,34 +85,44 @@ def read_header(path: Path) -> tuple[list[TensorSpec], dict[str, str], Stamp]:
         with open(path, "rb") as file:
             stamp = Stamp.of(file.fileno())
             prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, stamp.size - 8):
-                raise BadInput(f"{path}: not a whole safetensors file ({stamp.size} bytes); download or copy it again")
-            raw = file.read(length)
+            prefix += file.read(header_end(str(path), prefix, stamp.size) - 8)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    return *parse_header(str(path), path.name, prefix, stamp.size), stamp
+
+
+def header_end(where: str, prefix: bytes, size: int) -> int:
+    """Where the data begin, from the first 8 bytes of a file of `size` bytes. Raises BadInput, naming `where`."""
+    length = int.from_bytes(prefix[:8], "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise BadInput(f"{where}: not a whole safetensors file ({size} bytes); download or copy it again")
+    return 8 + length
+
+
+def parse_header(where: str, file: str, prefix: bytes, size: int) -> tuple[list[TensorSpec], dict[str, str]]:
+    """The tensors and the metadata of a file of `size` bytes, from its bytes up to the data at least; `where` is what
+    errors call it. Raises BadInput."""
+    data_start = header_end(where, prefix, size)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+        header = json.loads(prefix[8:data_start], object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", {})
-        tensors = [_spec(name, entry, path.name, 8 + length) for name, entry in header.items()]
+        tensors = [_spec(name, entry, file, data_start) for name, entry in header.items()]
         if not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("its metadata is not a map of strings")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path}: its safetensors header is damaged ({error}); download or copy it again") from None
+        raise BadInput(f"{where}: its safetensors header is damaged ({error}); download or copy it again") from None
 
     tensors.sort(key=lambda spec: (spec.offset, spec.nbytes))
-    end = 8 + length
+    end = data_start
     for spec in tensors:
         if spec.offset != end:
             what = "overlaps the tensor before it" if spec.offset < end else "leaves a hole before it"
-            raise BadInput(f"{path}: tensor {spec.name} {what}; the file is damaged, download or copy it again")
+            raise BadInput(f"{where}: tensor {spec.name} {what}; the file is damaged, download or copy it again")
         end += spec.nbytes
-    if end != stamp.size:
-        what = "truncated" if end > stamp.size else "followed by unknown bytes"
-        raise BadInput(
-            f"{path}: {what} (its header promises {end} bytes, it has {stamp.size}); download or copy it again"
-        )
-    return tensors, metadata, stamp
+    if end != size:
+        what = "truncated" if end > size else "followed by unknown bytes"
+        raise BadInput(f"{where}: {what} (its header promises {end} bytes, it has {size}); download or copy it again")
+    return tensors, metadata
 
 
 def _spec(name: str, entry: Mapping[str, Any], file: str, data_start: int) -> TensorSpec:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header
-from rvdist.point import WeightPoint
+from rvdist.point import WeightPoint, layer_count
 
 UNIT_BYTES = 32 << 20
+_MOST_UNITS = 4096
 
 
 @dataclass(frozen=True)
 class Output:
-    """Points over one base that are written in one pass, and the directory each is written to."""
+    """Points whose files are laid out alike and are written in one pass, and the directory each is written to."""
 
     points: tuple[WeightPoint, ...]
     directories: tuple[Path, ...]
@@ -70,57 +72,121 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class OutputFile:
+    """One file of every point of one output: what a node owns, since a file is never split between nodes.
+    `needs` is what its units read: (source, source file) → bytes; `bytes_written` counts every point."""
+
+    units: tuple[Unit, ...]
+    needs: dict[tuple[str, str], int]
+    bytes_written: int
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.needs.values())
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One layout an output and one digest a point of it; units largest first, so that the last ones are small.
+    """One layout an output and one digest a point of it; files largest first, so that the last ones are small.
     `dtype` is the safetensors dtype of floating-point outputs, None where the base's own is kept."""
 
     outputs: tuple[Output, ...]
     dtype: str | None
     layouts: tuple[Layout, ...]
     digests: tuple[tuple[str, ...], ...]
-    units: tuple[Unit, ...]
-    bytes_read: int
-    bytes_written: int
+    files: tuple[OutputFile, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for file in self.files for unit in file.units]
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self.files)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.bytes_written for file in self.files)
+
+    def needed(self, source: str) -> dict[str, int]:
+        """How many bytes of each file of a source are read."""
+        found: dict[str, int] = {}
+        for file in self.files:
+            for (name, part), nbytes in file.needs.items():
+                if name == source:
+                    found[part] = found.get(part, 0) + nbytes
+        return found
 
 
 def build_plan(
-    outputs: Sequence[Output],
+    written: Mapping[Path, WeightPoint],
     sources: Mapping[str, Checkpoint],
     dtype: str | None = None,
     max_shard_size: int | None = None,
 ) -> Plan:
-    """`dtype`: the safetensors dtype of floating-point outputs, None to keep the base's; `max_shard_size` in
-    bytes, None to keep the base's own sharding."""
-    layouts = []
-    units: list[Unit] = []
-    read = 0
-    for number, output in enumerate(outputs):
-        base = sources[output.points[0].base]
-        layout = _layout(base, dtype, max_shard_size)
-        layouts.append(layout)
-        units += _units(number, layout)
-        read += base.nbytes
-        donors = {s for point in output.points for s in point.sources()} - {output.points[0].base}
-        for donor in donors:
-            read += sum(spec.nbytes for name, spec in sources[donor].tensors.items() if name in base.tensors)
-    units.sort(key=lambda unit: -unit.nbytes)
-    written = sum(
-        size * len(output.points)
-        for output, layout in zip(outputs, layouts, strict=True)
-        for _, size in layout.files.values()
-    )
+    """Plans one pass that writes each point to its directory. Points whose files are laid out alike, whatever
+    their bases, make one output and share every byte they read.
+
+    `dtype`: the safetensors dtype of floating-point outputs, None to keep the base's; `max_shard_size` in
+    bytes, None to keep the base's own sharding.
+    """
+    laid_out: dict[str, Layout] = {}
+    groups: dict[tuple[object, ...], dict[Path, WeightPoint]] = {}
+    for directory, point in written.items():
+        if point.base not in laid_out:
+            laid_out[point.base] = _layout(sources[point.base], dtype, max_shard_size)
+        alike = (point.method.whole_tensors, *laid_out[point.base].files.items())
+        groups.setdefault(alike, {})[directory] = point
+    outputs = [Output(tuple(group.values()), tuple(group)) for group in groups.values()]
+    layouts = [laid_out[output.points[0].base] for output in outputs]
+    files: list[OutputFile] = []
+    for number, (output, layout) in enumerate(zip(outputs, layouts, strict=True)):
+        whole = any(point.method.whole_tensors for point in output.points)
+        reads = _reads(output.points, layout, sources)
+        by_file: dict[str, list[TensorSpec]] = {file: [] for file in layout.files}
+        for spec in layout.tensors.values():
+            by_file[spec.file].append(spec)
+        for file, specs in by_file.items():
+            needs: Counter[tuple[str, str]] = Counter()
+            for spec in specs:
+                needs.update(reads[spec.name])
+            units = _units(number, file, specs, unit_bytes(layout), whole)
+            files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
+    files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
     digests = tuple(
         tuple(_digest(point, layout, sources) for point in output.points)
         for output, layout in zip(outputs, layouts, strict=True)
     )
-    return Plan(tuple(outputs), dtype, tuple(layouts), digests, tuple(units), read, written)
+    return Plan(tuple(outputs), dtype, tuple(layouts), digests, tuple(files))
+
+
+def unit_bytes(layout: Layout) -> int:
+    """How large a unit is: UNIT_BYTES, and more where there would be more units than a driver hands out in time."""
+    return max(UNIT_BYTES, sum(size for _, size in layout.files.values()) // _MOST_UNITS)
+
+
+def _reads(
+    points: Sequence[WeightPoint], layout: Layout, sources: Mapping[str, Checkpoint]
+) -> dict[str, dict[tuple[str, str], int]]:
+    """What each tensor of an output reads: (source, source file) → bytes."""
+    layers = layer_count(layout.tensors)
+    found = {}
+    for name in layout.tensors:
+        wanted = {point.base for point in points}
+        for point in points:
+            if sources[point.base].tensors[name].is_floating_point:
+                changing = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
+                wanted.update(source for _, vector in changing for source in vector.sources())
+        specs = {source: sources[source].tensors[name] for source in sorted(wanted)}
+        found[name] = {(source, spec.file): spec.nbytes for source, spec in specs.items()}
+    return found
 
 
 def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint]) -> str:
     """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
-    made_of = json.dumps([point.to_json(), stamps, files, UNIT_BYTES], sort_keys=True)
+    made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout)], sort_keys=True)
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
@@ -164,23 +230,26 @@ def _reshard(
     return shards
 
 
-def _units(output: int, layout: Layout) -> list[Unit]:
-    """Cuts every file into ranges of at most UNIT_BYTES, between elements."""
+def _units(output: int, file: str, specs: Sequence[TensorSpec], limit: int, whole: bool) -> list[Unit]:
+    """Cuts a file into ranges of at most `limit` bytes, between elements; between tensors where they must stay
+    `whole`, so that only a single tensor may be larger."""
     units = []
-    for file in layout.files:
-        segments: list[Segment] = []
-        nbytes = 0
-        for spec in (s for s in layout.tensors.values() if s.file == file):
-            itemsize = ITEMSIZE[spec.dtype]
-            start = 0
-            while start < spec.numel:
-                stop = min(spec.numel, start + (UNIT_BYTES - nbytes) // itemsize)
-                segments.append(Segment(spec.name, start, stop, spec.offset + start * itemsize))
-                nbytes += (stop - start) * itemsize
-                start = stop
-                if nbytes > UNIT_BYTES - 8:
-                    units.append(Unit(output, file, tuple(segments), nbytes))
-                    segments, nbytes = [], 0
-        if segments:
+    segments: list[Segment] = []
+    nbytes = 0
+    for spec in specs:
+        itemsize = ITEMSIZE[spec.dtype]
+        if whole and segments and nbytes + spec.nbytes > limit:
             units.append(Unit(output, file, tuple(segments), nbytes))
+            segments, nbytes = [], 0
+        start = 0
+        while start < spec.numel:
+            stop = spec.numel if whole else min(spec.numel, start + (limit - nbytes) // itemsize)
+            segments.append(Segment(spec.name, start, stop, spec.offset + start * itemsize))
+            nbytes += (stop - start) * itemsize
+            start = stop
+            if nbytes > limit - 8:
+                units.append(Unit(output, file, tuple(segments), nbytes))
+                segments, nbytes = [], 0
+    if segments:
+        units.append(Unit(output, file, tuple(segments), nbytes))
     return units
