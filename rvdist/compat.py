@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,10 @@ def sampled_distance(base: Checkpoint, other: Checkpoint) -> float:
     matrices = [spec for spec in shared if len(spec.shape) > 1] or shared
     chosen = sorted(matrices, key=lambda spec: -spec.numel)[:_SAMPLED_TENSORS]
     difference = norm = 0.0
-    for spec in chosen:
-        ours, theirs = _sample(base, spec), _sample(other, other.tensors[spec.name])
+    with ThreadPoolExecutor(_SAMPLED_TENSORS) as pool:  # a sample from the Hub is a wait and little else
+        ours_all = pool.map(lambda spec: _sample(base, spec), chosen)
+        theirs_all = pool.map(lambda spec: _sample(other, other.tensors[spec.name]), chosen)
+    for ours, theirs in zip(ours_all, theirs_all, strict=True):
         count = min(len(ours), len(theirs))
         difference += float(np.square(ours[:count] - theirs[:count]).sum())
         norm += float(np.square(ours[:count]).sum())
@@ -203,8 +206,14 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray[Any, np.dtyp
     count = min(spec.numel, _SAMPLED_BYTES // 8)
     start = (spec.numel - count) // 2
     itemsize = ITEMSIZE[spec.dtype]
-    with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-        raw = os.pread(file.fileno(), count * itemsize, spec.offset + start * itemsize)
+    offset = spec.offset + start * itemsize
+    if checkpoint.hub:
+        from rvdist.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
+
+        raw = read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
+    else:
+        with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), count * itemsize, offset)
     if spec.dtype == "BF16":
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[spec.dtype]).astype(np.float64)

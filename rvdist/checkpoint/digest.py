@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 
 from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.header import Stamp
+from rvdist.checkpoint.header import HubStamp, Stamp
 
 _BLOCK = 4 << 20
 
@@ -38,8 +38,14 @@ def file_digest(path: Path, cache: Path | None = None) -> str:
 
 
 def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
-    """A digest of a checkpoint's weights and configuration: of contents, never of names or paths."""
-    files = sorted(file_digest(checkpoint.path / name, cache) for name in checkpoint.files)
+    """A digest of a checkpoint's weights and configuration: of contents, never of names or paths.
+
+    The weights of a Hub source are not fetched for it: the hashes that the Hub has of them count. So a local copy of
+    the same files has another digest."""
+    if checkpoint.hub:
+        files = sorted(stamp.etag for stamp in checkpoint.stamps.values() if isinstance(stamp, HubStamp))
+    else:
+        files = sorted(file_digest(checkpoint.path / name, cache) for name in checkpoint.files)
     made_of = json.dumps([files, checkpoint.config], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(made_of.encode())
 

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rvdist.checkpoint.header import Stamp, TensorSpec, read_header
+from rvdist.checkpoint.header import Header, HubStamp, Stamp, TensorSpec, read_header
 from rvdist.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class Hub:
+    """A Hub repository at a commit, which cannot change. `ranged`: the weight files that are read by ranges;
+    every other one is downloaded whole, at its first read, by the node that reads it."""
+
+    repository: str
+    commit: str
+    ranged: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.commit}"
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: every tensor by name in file order, and each weight file's metadata and stamp."""
+    """An opened checkpoint: every tensor by name in file order, and each weight file's metadata and stamp.
+
+    With `hub`, `path` is the snapshot in the cache of the machine that opened it: small files are in it, weight
+    files only where they are cached (see checkpoint.hub)."""
 
     path: Path
     tensors: dict[str, TensorSpec]
     metadata: dict[str, dict[str, str]]
-    stamps: dict[str, Stamp] = field(repr=False)
+    stamps: dict[str, Stamp | HubStamp] = field(repr=False)
+    hub: Hub | None = None
 
     @property
     def files(self) -> list[str]:
@@ -37,6 +55,8 @@ class Checkpoint:
 
     def require_unchanged(self) -> None:
         """Raises BadInput when a weight file is no longer the one whose header was read."""
+        if self.hub:
+            return
         for name, stamp in self.stamps.items():
             try:
                 now = Stamp.of(self.path / name)
@@ -50,14 +70,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Reads and checks every header of the checkpoint in the directory `path`. Raises BadInput."""
     if not path.is_dir():
         raise BadInput(f"{path}: no such checkpoint directory; check the path")
+    names = [entry.name for entry in path.iterdir()]
+    return assemble(path, names, lambda files: (read_header(path / file) for file in files))
+
+
+def assemble(
+    path: Path,
+    names: Collection[str],
+    read_headers: Callable[[Sequence[str]], Iterable[Header]],
+    hub: Hub | None = None,
+) -> Checkpoint:
+    """The checkpoint of which `path` has the index, if there is one, out of the files that have these `names`."""
     index = path / INDEX
     expected = _weight_map(index) if index.exists() else None
-    files = sorted(set(expected.values())) if expected is not None else _weight_files(path)
+    files = sorted(set(expected.values())) if expected is not None else _weight_files(path, names)
 
     tensors: dict[str, TensorSpec] = {}
-    metadata, stamps = {}, {}
-    for file in files:
-        specs, metadata[file], stamps[file] = read_header(path / file)
+    metadata: dict[str, dict[str, str]] = {}
+    stamps: dict[str, Stamp | HubStamp] = {}
+    for file, (specs, metadata[file], stamps[file]) in zip(files, read_headers(files), strict=True):
         for spec in specs:
             if spec.name in tensors:
                 raise BadInput(f"{path}: tensor {spec.name} stands in {tensors[spec.name].file} and in {file}")
@@ -69,7 +100,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if unlisted := tensors.keys() - expected.keys():
             name = min(unlisted)
             raise BadInput(f"{index}: does not list tensor {name}, which is in {tensors[name].file}")
-    return Checkpoint(path, tensors, metadata, stamps)
+    return Checkpoint(path, tensors, metadata, stamps, hub)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,15 +126,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _weight_files(path: Path) -> list[str]:
-    found = sorted(file.name for file in path.glob("*.safetensors"))
+def _weight_files(path: Path, names: Collection[str]) -> list[str]:
+    found = sorted(name for name in names if name.endswith(".safetensors"))
     if "model.safetensors" in found:
         return ["model.safetensors"]
     if len(found) == 1:
         return found
     if found:
         raise BadInput(f"{path}: has {len(found)} safetensors files and no {INDEX}; download the index")
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         raise BadInput(
             f"{path}: holds pickled weights, which can run code when opened; convert it with transformers' "
             "save_pretrained, or take a safetensors revision"

@@ -6,27 +6,17 @@ import re
 from pathlib import Path
 
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
-from rvdist.errors import BadInput
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
 def open_source(source: str) -> Checkpoint:
-    """The checkpoint a user named. A Hub repository is downloaded, or found in the local cache when
-    HF_HUB_OFFLINE=1; pickles and code are never fetched. Raises BadInput."""
+    """The checkpoint a user named, by its headers. Of a Hub repository (when there is no such path) only small files
+    and headers are fetched, or with HF_HUB_OFFLINE=1 found in the cache. Raises BadInput, Failed."""
     path = Path(source).expanduser()
-    if not path.exists() and _REPOSITORY.fullmatch(source):
-        path = _fetch(source)
-    return open_checkpoint(path)
-
-
-def _fetch(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+    if path.exists() or not _REPOSITORY.fullmatch(source):
+        return open_checkpoint(path)
+    from rvdist.checkpoint.hub import open_repository  # the Hub's client takes a while to import
 
     repository, _, revision = source.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
-    except Exception as error:  # the Hub client's errors share no base class with those of its transport
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{source}: no such directory, and not to be had from the Hub either ({reason})") from None
+    return open_repository(repository, revision or None)

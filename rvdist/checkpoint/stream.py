@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.errors import BadInput
+
+if TYPE_CHECKING:
+    from rvdist.checkpoint.hub import RangeReader
 
 _LIBC = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2
@@ -27,29 +31,49 @@ TORCH_DTYPE = {
 
 
 class TensorFiles:
-    """Reads ranges of tensors of one checkpoint, with one open descriptor a file. Not thread-safe."""
+    """Reads ranges of tensors of one checkpoint, with one open descriptor a file. Not thread-safe.
+
+    A file of a Hub checkpoint is downloaded at its first read, or is read by ranges (`Checkpoint.hub`)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.bytes_read = 0
         self._descriptors: dict[str, int] = {}
+        self._ranges: RangeReader | None = None
+        if checkpoint.hub and checkpoint.hub.ranged:
+            from rvdist.checkpoint.hub import RangeReader
+
+            self._ranges = RangeReader(checkpoint)
 
     def read(self, spec: TensorSpec, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """Elements [start, stop) of a tensor in C order: a 1-d view, in the stored dtype, of `buffer`, a 1-d
-        uint8 tensor. Raises BadInput, naming the file, where it ends too early or cannot be read."""
+        uint8 tensor. Raises BadInput, naming the file, where it ends too early or cannot be read, and Failed where the
+        Hub does not answer."""
         itemsize = TORCH_DTYPE[spec.dtype].itemsize
         view = buffer[: (stop - start) * itemsize]
+        offset = spec.offset + start * itemsize
         path = self.checkpoint.path / spec.file
         try:
-            if spec.file not in self._descriptors:
-                self._descriptors[spec.file] = os.open(path, os.O_RDONLY)
-            read_exactly(self._descriptors[spec.file], spec.offset + start * itemsize, view)
+            if self._ranges and spec.file in self._ranges.files:
+                self._ranges.read(spec, offset, view.numpy().data)
+            else:
+                read_exactly(self._descriptor(spec.file), offset, view)
         except EOFError:
             raise BadInput(f"{path}: ends inside tensor {spec.name}; it changed or was truncated") from None
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
         self.bytes_read += view.numel()
         return view.view(TORCH_DTYPE[spec.dtype])
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            path = self.checkpoint.path / file
+            if self.checkpoint.hub:
+                from rvdist.checkpoint.hub import download
+
+                path = download(self.checkpoint.hub, file)
+            self._descriptors[file] = os.open(path, os.O_RDONLY)
+        return self._descriptors[file]
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

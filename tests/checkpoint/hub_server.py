@@ -1,0 +1,215 @@
+"""A real HTTP server that answers as the Hub does, from directories, counts what it sends, and fails when told to.
+
+It speaks the part of the Hub's API that huggingface_hub 2.4 uses for models: the listing of a revision, and files
+(HEAD and GET, commit and etag in headers, weights by a redirect to another origin that serves ranges).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Request:
+    """One answered request: `nbytes` of a body were sent, of what `range` asked for."""
+
+    method: str
+    path: str
+    file: str
+    range: str
+    authorized: bool
+    nbytes: int = 0
+
+
+@dataclass
+class Failure:
+    """What goes wrong with the next `times` GET requests whose path or file contains `where`."""
+
+    where: str
+    kind: str  # stall, pause, reset, truncate, whole (no ranges), or an HTTP status
+    times: int
+    headers: dict[str, str]
+
+
+class HubServer:
+    """`publish` makes a directory a repository at a revision; `fail` injects failures; `requests` is what was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._failures: list[Failure] = []
+        self._commits: dict[tuple[str, str], Path] = {}
+        self._revisions: dict[tuple[str, str], str] = {}
+        self._blobs: dict[str, Path] = {}
+        self._lock = threading.Lock()
+        self.stopped = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.hub = self
+        self.port = self._server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.warehouse = f"http://localhost:{self.port}"  # the other origin, where weights are
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def publish(self, repository: str, path: Path, revision: str = "main") -> str:
+        """Returns the commit."""
+        files = {file: sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        made_of = json.dumps([[str(file.relative_to(path)), digest] for file, digest in files.items()])
+        commit = hashlib.sha1(made_of.encode()).hexdigest()
+        self._commits[repository, commit] = path
+        self._revisions[repository, revision] = self._revisions[repository, commit] = commit
+        self._blobs |= {digest: file for file, digest in files.items()}
+        return commit
+
+    def fail(self, where: str, kind: str, times: int = 1, **headers: str) -> None:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self._failures.append(Failure(where, kind, times, named))
+
+    def failure(self, request: Request) -> Failure | None:
+        with self._lock:
+            for failure in self._failures:
+                if failure.times and request.method == "GET" and failure.where in request.path + " " + request.file:
+                    failure.times -= 1
+                    return failure
+        return None
+
+    def sent(self, where: str) -> int:
+        """Bytes of bodies sent of files whose name contains `where`."""
+        return sum(request.nbytes for request in self.requests if where in request.file)
+
+    def asked(self, where: str, method: str = "GET") -> list[Request]:
+        return [r for r in self.requests if where in r.file and r.method == method and r.nbytes]
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def commit(self, repository: str, revision: str) -> str | None:
+        return self._revisions.get((repository, revision))
+
+    def knows(self, repository: str) -> bool:
+        return any(name == repository for name, _ in self._revisions)
+
+    def root(self, repository: str, commit: str) -> Path:
+        return self._commits[repository, commit]
+
+    def blob(self, digest: str) -> Path:
+        return self._blobs[digest]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub: HubServer = self.server.hub
+        path = unquote(urlsplit(self.path).path)
+        self.request_ = Request(self.command, path, "", self.headers.get("Range", ""), "Authorization" in self.headers)
+        hub.requests.append(self.request_)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
+            return self._listing(hub, *match.groups())
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._resolve(hub, *match.groups())
+        if match := re.fullmatch(r"/warehouse/([0-9a-f]{64})", path):
+            file = hub.blob(match[1])
+            self.request_.file = file.name
+            return self._body(hub, file.read_bytes(), {"ETag": f'"{match[1]}"'})
+        self._refuse(404)
+
+    def _listing(self, hub: HubServer, repository: str, revision: str) -> None:
+        commit = hub.commit(repository, revision)
+        if commit is None:
+            known = hub.knows(repository)
+            return self._refuse(404 if known else 401, "RevisionNotFound" if known else "RepoNotFound")
+        siblings = []
+        root = hub.root(repository, commit)
+        for file in sorted(root.rglob("*")):
+            if file.is_file():
+                entry = {"rfilename": str(file.relative_to(root)), "size": file.stat().st_size, "blobId": git_id(file)}
+                if file.suffix == ".safetensors":
+                    entry["lfs"] = {"sha256": sha256(file), "size": file.stat().st_size, "pointerSize": 130}
+                siblings.append(entry)
+        listing = {"id": repository, "modelId": repository, "sha": commit, "private": False, "siblings": siblings}
+        self._body(hub, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, hub: HubServer, repository: str, revision: str, name: str) -> None:
+        commit = hub.commit(repository, revision)
+        if commit is None:
+            return self._refuse(404, "RevisionNotFound")
+        file = hub.root(repository, commit) / name
+        if not file.is_file():
+            return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
+        common = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if file.suffix != ".safetensors":
+            self.request_.file = file.name
+            return self._body(hub, file.read_bytes(), common | {"ETag": f'"{git_id(file)}"'})
+        digest = sha256(file)
+        linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(file.stat().st_size)}
+        self._head(302, common | linked | {"Location": f"{hub.warehouse}/warehouse/{digest}", "Content-Length": "0"})
+
+    def _body(self, hub: HubServer, body: bytes, headers: dict[str, str]) -> None:
+        status = 200
+        failure = hub.failure(self.request_)
+        kind = failure.kind if failure else ""
+        if kind.isdigit():
+            return self._refuse(int(kind), headers=failure.headers)
+        if (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.request_.range)) and kind != "whole":
+            start, stop = int(asked[1]), int(asked[2] or len(body) - 1) + 1
+            headers = headers | {"Content-Range": f"bytes {start}-{min(stop, len(body)) - 1}/{len(body)}"}
+            body, status = body[start:stop], 206
+        self._head(status, headers | {"Content-Length": str(len(body))})
+        if self.command == "HEAD":
+            return
+        if kind in ("stall", "reset", "truncate"):
+            body = body[: len(body) // 2]
+            self.close_connection = True
+        if kind == "pause":
+            hub.stopped.wait(0.5)
+        try:
+            self.request_.nbytes = len(body)  # before the client can know
+            self.wfile.write(body)
+            self.wfile.flush()
+            if kind == "stall":
+                hub.stopped.wait(5)
+            if kind == "reset":
+                time.sleep(0.05)  # let what was sent arrive
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+        except OSError:
+            self.close_connection = True  # the client went away, as in a test of its patience it does
+
+    def _refuse(self, status: int, code: str = "", headers: dict[str, str] | None = None) -> None:
+        self._head(status, {"Content-Length": "0", **({"X-Error-Code": code} if code else {}), **(headers or {})})
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def git_id(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
