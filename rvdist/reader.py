@@ -14,7 +14,8 @@ from rvdist.arithmetic.registry import build
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
+from rvdist.checkpoint.stream import TORCH_DTYPE
+from rvdist.operand import open_operand
 from rvdist.point import Vector, WeightPoint, layer_count
 
 CHUNK = 128 * 1024  # elements: the operands and the result of a chunk stay in a core's cache
@@ -40,7 +41,7 @@ class PointReader:
         self._sources = sources
         self._layers = layer_count(self.base.tensors)
         self._files = {
-            source: TensorFiles(sources[source])
+            source: open_operand(sources[source])
             for source in dict.fromkeys(s for point in points for s in point.sources())
         }
         self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
@@ -104,9 +105,8 @@ class PointReader:
 
     def _read(self, source: str, name: str, begin: int, end: int) -> torch.Tensor | None:
         """Elements [begin, end), or None where the source's tensor ends before them."""
-        files = self._files[source]
-        spec = files.checkpoint.tensors[name]
-        return files.read(spec, begin, end, self._buffer(source)) if end <= spec.numel else None
+        spec = self._sources[source].tensors[name]
+        return self._files[source].read(name, begin, end, self._buffer(source)) if end <= spec.numel else None
 
     def _differences(self, name: str, terms: Recipe) -> Iterator[list[torch.Tensor]]:
         """Streams a whole tensor: for each chunk the difference of every term in working precision."""

@@ -1,0 +1,63 @@
+"""A source that is itself a difference: a LoRA adapter or a stored vector, opened by its headers.
+
+Its tensors bear the names and shapes of the model's they change. What a file holds of one may be factors, or the
+indices and values of what is not zero: this module says which, and `rvdist.operand` computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.header import TensorSpec
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every element, as it is."""
+
+    values: TensorSpec
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        return (self.values,)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale · left · right, [rows, r] and [r, columns]; the transpose of that where `transposed`."""
+
+    left: TensorSpec
+    right: TensorSpec
+    scale: float = 1.0
+    transposed: bool = False
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        return self.left, self.right
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """`values` at the flat `indices`, which ascend; 0 everywhere else."""
+
+    indices: TensorSpec
+    values: TensorSpec
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        return self.indices, self.values
+
+
+Form = Dense | LowRank | Sparse
+
+
+@dataclass(frozen=True)
+class Difference(Checkpoint):
+    """`tensors` are the differences, `forms` what is stored of each; `kind` is "adapter" or "vector".
+
+    `trained_on` is what an adapter's config names as its base. `exact_for` is what a stored vector says of itself."""
+
+    kind: str = "vector"
+    forms: dict[str, Form] = field(default_factory=dict, repr=False)
+    trained_on: str | None = None

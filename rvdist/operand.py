@@ -1,0 +1,156 @@
+"""A source's tensors as 1-d ranges of elements, whether they lie in files as they are or have to be computed.
+
+What is computed has the same bits whatever the ranges: each element is a sum in fp64 over the rank, in its order, of
+products that fp64 holds exactly, rounded once to fp32. Holds the factors of one tensor, and nothing else of a model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Protocol, overload
+
+import torch
+
+from rvdist.checkpoint.difference import Dense, Difference, LowRank, Sparse
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.header import TensorSpec
+from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
+from rvdist.errors import BadInput
+
+
+class Operand(Protocol):
+    """The tensors of `checkpoint`, read by ranges. Not thread-safe."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements [begin, end) of tensor `name` in C order: a 1-d view, in the dtype of its spec, of `buffer`, a 1-d
+        uint8 tensor. Raises BadInput where a file cannot be used, Failed where the Hub does not answer."""
+
+    def close(self) -> None: ...
+
+
+def open_operand(checkpoint: Checkpoint) -> Operand:
+    return ComputedOperand(checkpoint) if isinstance(checkpoint, Difference) else StoredOperand(checkpoint)
+
+
+class StoredOperand:
+    """Tensors that lie in files as they are."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._files = TensorFiles(checkpoint)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._files.bytes_read
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        return self._files.read(self.checkpoint.tensors[name], begin, end, buffer)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class ComputedOperand:
+    """Tensors of a difference, each in its own form."""
+
+    def __init__(self, checkpoint: Difference) -> None:
+        self.checkpoint: Checkpoint = checkpoint
+        self._difference = checkpoint
+        self._files = TensorFiles(checkpoint)
+        self._factors: tuple[str, torch.Tensor, torch.Tensor] = ("", torch.empty(0), torch.empty(0))
+
+    @property
+    def bytes_read(self) -> int:
+        return self._files.bytes_read
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        form = self._difference.forms[name]
+        if isinstance(form, Dense):
+            return self._files.read(form.values, begin, end, buffer)
+        dtype = TORCH_DTYPE[self.checkpoint.tensors[name].dtype]
+        out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
+        if isinstance(form, LowRank):
+            left, right = self._load_factors(name, form)
+            multiply(left, right, form.scale, begin, out)
+        else:
+            self._scatter(name, form, begin, end, out)
+        return out
+
+    def _load_factors(self, name: str, form: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [rows, r] and right [r, columns] of the tensor, widened exactly to fp32; kept until another is read."""
+        if self._factors[0] != name:
+            left, right = (self._whole(spec).view(spec.shape).float() for spec in form.parts)
+            if form.transposed:
+                left, right = right.T.contiguous(), left.T.contiguous()
+            self._factors = (name, left, right)
+        return self._factors[1:]
+
+    def _whole(self, spec: TensorSpec) -> torch.Tensor:
+        return self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
+
+    def _scatter(self, name: str, form: Sparse, begin: int, end: int, out: torch.Tensor) -> None:
+        indices = _Elements(self._files, form.indices)
+        first, last = bisect_left(indices, begin), bisect_left(indices, end)
+        out.zero_()
+        if first == last:
+            return
+        count = last - first
+        at = self._files.read(form.indices, first, last, torch.empty(count * 8, dtype=torch.uint8)).long()
+        values = self._files.read(form.values, first, last, torch.empty(count * 8, dtype=torch.uint8))
+        if at[0] < begin or at[-1] >= end or (at.diff() <= 0).any():
+            raise BadInput(f"{self.checkpoint.path}: the indices of tensor {name} do not ascend; save the vector again")
+        out[at - begin] = values
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, out: torch.Tensor) -> None:
+    """Fills `out`, 1-d, with the elements of scale · left · right from the flat index `begin`.
+
+    The factors have at most 24 significant bits, so that fp64 holds their products: whether a multiplication and an
+    addition are fused changes nothing."""
+    columns = right.shape[1]
+    for first, last, start, stop in _rectangles(begin, begin + out.numel(), columns):
+        total = torch.zeros(last - first, stop - start, dtype=torch.float64)
+        for k in range(right.shape[0]):
+            total.addcmul_(left[first:last, k, None].double(), right[k, None, start:stop].double())
+        offset = first * columns + start - begin
+        out[offset : offset + total.numel()] = total.mul_(scale).view(-1)
+
+
+def _rectangles(begin: int, end: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+    """Flat elements [begin, end) of a matrix as (first row, last row, first column, last column), ends exclusive: a
+    part of a row, whole rows, a part of a row."""
+    while begin < end:
+        row, column = divmod(begin, columns)
+        if column or end - begin < columns:
+            stop = min(columns, column + end - begin)
+            yield row, row + 1, column, stop
+            begin += stop - column
+        else:
+            last = end // columns
+            yield row, last, 0, columns
+            begin = last * columns
+
+
+class _Elements(Sequence[int]):
+    """An integer tensor in a file as a sequence that is not held, for searching."""
+
+    def __init__(self, files: TensorFiles, spec: TensorSpec) -> None:
+        self._files, self._spec = files, spec
+        self._buffer = torch.empty(8, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return self._spec.numel
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        assert isinstance(index, int)
+        return int(self._files.read(self._spec, index, index + 1, self._buffer))
