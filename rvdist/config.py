@@ -46,6 +46,7 @@ class WeightedVectorConfig(VectorConfig):
 class MergeConfig:
     workers: int | None = None
     threads: int = 1
+    timeout: float = 120.0
     method: str = "linear"
     density: float = 1.0
     seed: int = 0

@@ -19,10 +19,10 @@ from rvdist import __version__, cluster, compat, config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import require_free
+from rvdist.checkpoint.staging import discards, require_free
 from rvdist.config import Config
 from rvdist.errors import BadInput
-from rvdist.merge.plan import Output, Plan, build_plan
+from rvdist.merge.plan import Plan, build_plan
 from rvdist.point import Arm, WeightPoint
 from rvdist.progress import Bar
 from rvdist.record import Record, TaskInfo, write_records
@@ -68,7 +68,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
         plan = _plan(run, written)
         if complete := _complete(run, plan):
             plan = _plan(run, {output: point for output, point in written.items() if output not in complete})
-        for output in set(written) - complete:
+        for output in {output for output in set(written) - complete if not discards(output)}:
             _require_no_source(run, output)
             require_free(output, settings.overwrite)
     if "plan" in stages:
@@ -152,12 +152,8 @@ def _digest(run: Run) -> None:
 
 
 def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
-    by_base: dict[str, dict[Path, WeightPoint]] = {}
-    for directory, point in written.items():
-        by_base.setdefault(point.base, {})[directory] = point
-    outputs = [Output(tuple(group.values()), tuple(group)) for group in by_base.values()]
     max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
-    return build_plan(outputs, run.sources, config.output_dtype(run.settings), max_shard_size)
+    return build_plan(written, run.sources, config.output_dtype(run.settings), max_shard_size)
 
 
 def _complete(run: Run, plan: Plan) -> set[Path]:
@@ -194,6 +190,7 @@ def _print_plan(run: Run, plan: Plan) -> None:
 
 
 def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
+    from rvdist.merge.crew import WorkerSettings
     from rvdist.merge.engine import merge
 
     settings = run.settings
@@ -202,8 +199,11 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
             plan,
             run.sources,
             lambda point: _card(run, point),
-            workers=settings.merge.workers or max(1, resources.cpus // settings.merge.threads),
-            threads=settings.merge.threads,
+            WorkerSettings(
+                workers=settings.merge.workers or max(1, resources.cpus // settings.merge.threads),
+                threads=settings.merge.threads,
+                timeout=settings.merge.timeout,
+            ),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,
             progress=bar.advance,
@@ -216,7 +216,8 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
     run.timing.peak_anonymous_bytes["worker"] = stats.peak_anonymous_bytes
     for output in plan.outputs:
         for directory in output.directories:
-            run.console.print(f"wrote {directory}", markup=False, soft_wrap=True)
+            did = "discarded" if discards(directory) else "wrote"
+            run.console.print(f"{did} {directory}", markup=False, soft_wrap=True)
 
 
 def _card(run: Run, point: WeightPoint) -> str:

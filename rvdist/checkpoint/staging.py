@@ -20,9 +20,15 @@ from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
 from rvdist.errors import BadInput, Failed
 
+DISCARD = Path("/dev/null")
 _LOCK = "lock"
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def discards(output: Path) -> bool:
+    """Whether an output is /dev/null or stands under it: everything is computed and digested, nothing is kept."""
+    return DISCARD in (output, *output.parents)
 
 
 class Staging:
@@ -67,6 +73,10 @@ class Staging:
             pass
         os.close(descriptor)
         raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
+
+    def visible(self) -> Path:
+        """A file that whoever writes into this output must see."""
+        return self.partial / _LOCK
 
     def allocate(self, name: str, header: bytes, size: int) -> None:
         """Makes a weight file of its final size with its header in place, so that a full disk is found first.

@@ -12,6 +12,7 @@ import xxhash
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
+from rvdist.checkpoint.staging import DISCARD, discards
 from rvdist.checkpoint.stream import TORCH_DTYPE, start_writeback, write_exactly
 from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit, UnitDone
@@ -23,14 +24,26 @@ class MergeWorker:
     """Owns the open files of one worker process. A source that cannot be read is BadInput, an output Failed."""
 
     def __init__(
-        self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, threads: int
+        self,
+        outputs: Sequence[Output],
+        sources: Mapping[str, Checkpoint],
+        dtype: str | None,
+        threads: int = 1,
+        device: str = "cpu",
     ) -> None:
         torch.set_num_threads(threads)
-        self._outputs = outputs
+        self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None
         self._readers = [PointReader(output.points, sources, torch_dtype) for output in outputs]
         self._open: dict[Path, int] = {}
         self._peak = 0
+
+    def can_read(self, source: str, file: str) -> bool:
+        """Whether this node has a weight file of a source, of the size it had when it was indexed."""
+        try:
+            return os.stat(self._sources[source].path / file).st_size == self._sources[source].stamps[file].size
+        except OSError:
+            return False
 
     def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
         """Computes one unit of every point of its output and writes it in place; does nothing where all of it is
@@ -71,12 +84,14 @@ class MergeWorker:
     def sync(self) -> None:
         """Makes everything this worker wrote durable. Raises Failed."""
         try:
-            for descriptor in self._open.values():
-                os.fdatasync(descriptor)
+            for path, descriptor in self._open.items():
+                if path != DISCARD:
+                    os.fdatasync(descriptor)
         except OSError as error:
             raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
 
     def _descriptor(self, path: Path) -> int:
+        path = DISCARD if discards(path) else path
         if path not in self._open:
             self._open[path] = os.open(path, os.O_WRONLY)
         return self._open[path]

@@ -18,8 +18,9 @@ from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
 from rvdist.merge import engine
 from rvdist.merge import plan as planning
+from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
-from rvdist.merge.plan import Output, build_plan
+from rvdist.merge.plan import build_plan
 from rvdist.point import Mask, Term, Vector, WeightPoint
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 def run(points, outputs, workers=1, dtype=None, max_shard_size=None, **options):
     sources = {s: open_source(s) for point in points for s in point.sources()}
-    plan = build_plan([Output(tuple(points), tuple(outputs))], sources, dtype, max_shard_size)
-    return merge(plan, sources, lambda point: "card\n", workers=workers, **options)
+    plan = build_plan(dict(zip(outputs, points, strict=True)), sources, dtype, max_shard_size)
+    return merge(plan, sources, lambda point: "card\n", WorkerSettings(workers), **options)
 
 
 def shifted(paths, alpha=1.0, mask=None):
@@ -77,6 +78,27 @@ def test_one_pass_writes_many_points(family, tmp_path):
         assert digests(tmp_path / str(k)) == digests(tmp_path / f"alone{k}")
     target, still = load_checkpoint(paths["target"]), load_checkpoint(tmp_path / "1")
     assert all(torch.equal(still[name], target[name]) for name in target)
+
+
+def test_several_targets_share_the_bytes_of_their_donors(family, tmp_path):
+    paths = family()
+    other = write_checkpoint(tmp_path / "other", near(tensors(0), 7))
+    again = {**paths, "target": other}
+    run([shifted(paths), shifted(again)], [tmp_path / "a", tmp_path / "b"])
+    stats = run([shifted(paths), shifted(again)], [tmp_path / "c", tmp_path / "d"])
+    one = open_source(str(other)).nbytes
+    assert stats.bytes_read == 4 * one, "two targets and two donors, each once"
+    run([shifted(again)], [tmp_path / "alone"])
+    assert digests(tmp_path / "b")["model.safetensors"] == digests(tmp_path / "alone")["model.safetensors"]
+    assert digests(tmp_path / "a") == digests(tmp_path / "c")
+
+
+def test_an_output_under_dev_null_is_computed_and_not_kept(family, tmp_path):
+    paths = family()
+    stats = run([shifted(paths)], [Path("/dev/null/a")])
+    assert stats.bytes_read == 3 * stats.bytes_written == 3 * open_source(str(paths["target"])).nbytes
+    with pytest.raises(BadInput, match="infinite"):
+        run([shifted(paths, 1e9)], [Path("/dev/null")], dtype="F16")
 
 
 def test_masks_and_several_vectors(family, tmp_path):
@@ -128,14 +150,14 @@ def test_a_source_that_changes_underneath_stops_the_merge(family, tmp_path):
     paths = family()
     point = shifted(paths)
     sources = {s: open_source(s) for s in point.sources()}
-    plan = build_plan([Output((point,), (tmp_path / "out",))], sources)
+    plan = build_plan({tmp_path / "out": point}, sources)
     file = paths["plus"] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(BadInput, match="plus/model.safetensors: ends inside tensor"):
-        merge(plan, sources, lambda point: "", workers=1)
+    with pytest.raises(BadInput, match="plus/model.safetensors: it changed or was truncated"):
+        merge(plan, sources, lambda point: "", WorkerSettings(1))
     file.write_bytes(bytes(sources[str(paths["plus"])].stamps["model.safetensors"].size))
     with pytest.raises(BadInput, match="plus/model.safetensors: changed while it was being read"):
-        merge(plan, sources, lambda point: "", workers=1)
+        merge(plan, sources, lambda point: "", WorkerSettings(1))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -204,11 +226,11 @@ from pathlib import Path
 from rvdist import cluster
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import Staging
-from rvdist.merge import engine, plan as planning
+from rvdist.merge import crew, engine, plan as planning
 from rvdist.point import Term, Vector, WeightPoint
 
 planning.UNIT_BYTES = 4 << 20
-engine._SYNC_BYTES = 8 << 20
+crew._SYNC_BYTES = 8 << 20
 journal = Staging.journal
 def telling(self, written):
     journal(self, written)
@@ -219,6 +241,6 @@ target, plus, minus, out = sys.argv[1:]
 cluster.connect("local")
 point = WeightPoint(target, (Term(1.0, Vector(plus, minus)),))
 sources = {s: open_source(s) for s in point.sources()}
-plan = planning.build_plan([planning.Output((point,), (Path(out),))], sources)
-print("written", engine.merge(plan, sources, lambda point: "", workers=1).bytes_written)
+plan = planning.build_plan({Path(out): point}, sources)
+print("written", engine.merge(plan, sources, lambda point: "", crew.WorkerSettings(1)).bytes_written)
 """

@@ -6,7 +6,7 @@ from checkpoints import tensors, write_checkpoint
 
 from rvdist.checkpoint.directory import open_checkpoint
 from rvdist.merge import plan as planning
-from rvdist.merge.plan import Output, build_plan
+from rvdist.merge.plan import build_plan
 from rvdist.point import Term, Vector, WeightPoint
 
 
@@ -14,7 +14,9 @@ def planned(tmp_path, shards=1, **options):
     path = write_checkpoint(tmp_path / "t", tensors(0), shards)
     sources = {s: open_checkpoint(path) for s in ("t", "p", "m")}
     points = tuple(WeightPoint("t", (Term(a, Vector("p", "m")),)) for a in (1.0, 2.0))
-    return sources["t"], build_plan([Output(points, (tmp_path / "a", tmp_path / "b"))], sources, **options)
+    return sources["t"], build_plan(
+        dict(zip((tmp_path / "a", tmp_path / "b"), points, strict=True)), sources, **options
+    )
 
 
 @pytest.mark.parametrize("unit_bytes", [64, 1000, 1 << 25])
@@ -42,7 +44,9 @@ def test_sharding_follows_the_base_unless_a_size_is_set(tmp_path):
     base, plan = planned(tmp_path, shards=3)
     assert list(plan.layouts[0].files) == base.files
     limit = 20_000
-    plan = build_plan(plan.outputs, {"t": base, "p": base, "m": base}, max_shard_size=limit)
+    plan = build_plan(
+        {tmp_path / "a": plan.outputs[0].points[0]}, {"t": base, "p": base, "m": base}, max_shard_size=limit
+    )
     (layout,) = plan.layouts
     names = list(layout.files)
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors" and len(names) > 1
@@ -54,6 +58,6 @@ def test_sharding_follows_the_base_unless_a_size_is_set(tmp_path):
 def test_output_dtype_changes_floating_point_tensors_alone(tmp_path):
     weights = tensors(0) | {"ids": torch.arange(5)}
     base = open_checkpoint(write_checkpoint(tmp_path / "t", weights))
-    plan = build_plan([Output((WeightPoint("t"),), (tmp_path / "o",))], {"t": base}, dtype="F32")
+    plan = build_plan({tmp_path / "o": WeightPoint("t")}, {"t": base}, dtype="F32")
     dtypes = {spec.name: spec.dtype for spec in plan.layouts[0].tensors.values()}
     assert dtypes.pop("ids") == "I64" and set(dtypes.values()) == {"F32"}
