@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Protocol, overload
+from typing import overload
 
 import torch
 
@@ -19,30 +19,11 @@ from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.errors import BadInput
 
 
-class Operand(Protocol):
-    """The tensors of `checkpoint`, read by ranges. Not thread-safe."""
-
-    checkpoint: Checkpoint
-
-    @property
-    def bytes_read(self) -> int: ...
-
-    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Elements [begin, end) of tensor `name` in C order: a 1-d view, in the dtype of its spec, of `buffer`, a 1-d
-        uint8 tensor. Raises BadInput where a file cannot be used, Failed where the Hub does not answer."""
-
-    def close(self) -> None: ...
-
-
-def open_operand(checkpoint: Checkpoint) -> Operand:
-    return ComputedOperand(checkpoint) if isinstance(checkpoint, Difference) else StoredOperand(checkpoint)
-
-
-class StoredOperand:
-    """Tensors that lie in files as they are."""
+class Operand:
+    """The tensors of `checkpoint`, which lie in its files as they are. Not thread-safe."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+        self._tensors = checkpoint.tensors
         self._files = TensorFiles(checkpoint)
 
     @property
@@ -50,30 +31,27 @@ class StoredOperand:
         return self._files.bytes_read
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-        return self._files.read(self.checkpoint.tensors[name], begin, end, buffer)
+        """Elements [begin, end) of tensor `name` in C order: a 1-d view, in the dtype of its spec, of `buffer`, a 1-d
+        uint8 tensor. Raises BadInput where a file cannot be used, Failed where the Hub does not answer."""
+        return self._files.read(self._tensors[name], begin, end, buffer)
 
     def close(self) -> None:
         self._files.close()
 
 
-class ComputedOperand:
-    """Tensors of a difference, each in its own form."""
+class _Computed(Operand):
+    """The tensors of a difference, each in its own form."""
 
-    def __init__(self, checkpoint: Difference) -> None:
-        self.checkpoint: Checkpoint = checkpoint
-        self._difference = checkpoint
-        self._files = TensorFiles(checkpoint)
+    def __init__(self, difference: Difference) -> None:
+        super().__init__(difference)
+        self._difference = difference
         self._factors: tuple[str, torch.Tensor, torch.Tensor] = ("", torch.empty(0), torch.empty(0))
-
-    @property
-    def bytes_read(self) -> int:
-        return self._files.bytes_read
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
         form = self._difference.forms[name]
         if isinstance(form, Dense):
             return self._files.read(form.values, begin, end, buffer)
-        dtype = TORCH_DTYPE[self.checkpoint.tensors[name].dtype]
+        dtype = TORCH_DTYPE[self._tensors[name].dtype]
         out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
         if isinstance(form, LowRank):
             left, right = self._load_factors(name, form)
@@ -104,8 +82,14 @@ class ComputedOperand:
         at = self._files.read(form.indices, first, last, torch.empty(count * 8, dtype=torch.uint8)).long()
         values = self._files.read(form.values, first, last, torch.empty(count * 8, dtype=torch.uint8))
         if at[0] < begin or at[-1] >= end or (at.diff() <= 0).any():
-            raise BadInput(f"{self.checkpoint.path}: the indices of tensor {name} do not ascend; save the vector again")
+            raise BadInput(
+                f"{self._difference.path}: the indices of tensor {name} do not ascend; save the vector again"
+            )
         out[at - begin] = values
+
+
+def open_operand(checkpoint: Checkpoint) -> Operand:
+    return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, out: torch.Tensor) -> None:
