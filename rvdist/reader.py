@@ -71,16 +71,14 @@ class PointReader:
             + [source for terms in recipes for _, vector in terms for source in vector.sources()]
         )
         for begin, end in self._cuts(name, start, stop, list(wanted)):
-            operand = {
-                source: tensor for source in wanted if (tensor := self._read(source, name, begin, end)) is not None
-            }
+            operand = {source: self._read(source, name, begin, end) for source in wanted}
             results = []
             for k, (point, terms) in enumerate(zip(self.points, recipes, strict=True)):
                 out = self._buffer(f"out {k}")[: (end - begin) * dtype.itemsize].view(dtype)
                 differences = [
                     (alpha, operand[vector.plus], operand[vector.minus] if vector.minus else None)
                     for alpha, vector in terms
-                    if vector.plus in operand
+                    if not self._methods[k].elementwise_sum or self._reaches(vector.plus, name, end)
                 ]
                 place = Place(name, spec.numel, begin)
                 self.nonfinite[k] += combine(
@@ -103,26 +101,41 @@ class PointReader:
             yield begin, end
             begin = end
 
-    def _read(self, source: str, name: str, begin: int, end: int) -> torch.Tensor | None:
-        """Elements [begin, end), or None where the source's tensor ends before them."""
-        spec = self._sources[source].tensors[name]
-        return self._files[source].read(name, begin, end, self._buffer(source)) if end <= spec.numel else None
+    def _reaches(self, source: str, name: str, end: int) -> bool:
+        """Whether the source's tensor has elements up to `end`. A sum leaves those that no vector reaches as they
+        are, to the bit; other methods know a vector by its place in the list."""
+        return end <= self._sources[source].tensors[name].numel
+
+    def _read(self, source: str, name: str, begin: int, end: int) -> torch.Tensor:
+        """Elements [begin, end), zeros where the source's tensor ends before them."""
+        if self._reaches(source, name, end):
+            return self._files[source].read(name, begin, end, self._buffer(source))
+        dtype = TORCH_DTYPE[self._sources[source].tensors[name].dtype]
+        return self._buffer(source)[: (end - begin) * dtype.itemsize].view(dtype).zero_()
 
     def _differences(self, name: str, terms: Recipe) -> Iterator[list[torch.Tensor]]:
         """Streams a whole tensor: for each chunk the difference of every term in working precision."""
         spec = self.base.tensors[name]
-        used = dict.fromkeys(source for _, vector in terms for source in vector.sources())
-        dtypes = [TORCH_DTYPE[self._sources[source].tensors[name].dtype] for source in used]
-        work = working_dtype([TORCH_DTYPE[spec.dtype], self.output_dtype(spec), *dtypes])
-        for begin, end in self._cuts(name, 0, spec.numel, list(used)):
-            operand = {source: self._read(source, name, begin, end) for source in used}
+        dtype = {
+            source: TORCH_DTYPE[self._sources[source].tensors[name].dtype]
+            for source in dict.fromkeys(source for _, vector in terms for source in vector.sources())
+        }
+        work = working_dtype(
+            [TORCH_DTYPE[spec.dtype], self.output_dtype(spec)],
+            [(dtype[vector.plus], dtype[vector.minus] if vector.minus else None) for _, vector in terms],
+        )
+        for begin, end in self._cuts(name, 0, spec.numel, list(dtype)):
+            operand = {source: self._read(source, name, begin, end) for source in dtype}
             subtrahend = self._scratch(1, end - begin, work)
-            found = []
-            for k, (_, vector) in enumerate(terms):
-                plus, minus = operand[vector.plus], operand[vector.minus] if vector.minus else None
-                difference = self._scratch(2 + k, end - begin, work)
-                found.append(difference.zero_() if plus is None else subtract(difference, plus, minus, subtrahend))
-            yield found
+            yield [
+                subtract(
+                    self._scratch(2 + k, end - begin, work),
+                    operand[vector.plus],
+                    operand[vector.minus] if vector.minus else None,
+                    subtrahend,
+                )
+                for k, (_, vector) in enumerate(terms)
+            ]
 
     def _buffer(self, key: str) -> torch.Tensor:
         if key not in self._buffers:

@@ -6,14 +6,21 @@ to the output dtype, to nearest even: so the bytes depend neither on how tensors
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from rvdist.arithmetic import fused
+try:
+    from rvdist.arithmetic import fused
+except ModuleNotFoundError as error:  # where there is no compiler, torch's operations give the same bytes
+    if error.name != "numba":
+        raise
+    fused = None  # type: ignore[assignment]
 
+Count = int | torch.Tensor  # of elements; on a card a 0-d tensor there, since the CPU would have to wait for a number
 Difference = tuple[float, torch.Tensor, torch.Tensor | None]  # α, plus, minus; no minus: plus is the difference
 
 
@@ -58,17 +65,16 @@ class Scratch:
         return self._buffers[place][: numel * dtype.itemsize].view(dtype)
 
 
-def working_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """fp32 where every operand has at most 16 bits, else fp64."""
+def working_dtype(
+    ends: Sequence[torch.dtype], vectors: Sequence[tuple[torch.dtype, torch.dtype | None]]
+) -> torch.dtype:
+    """fp32 where every operand has at most 16 bits, else fp64. `ends` are the dtypes of the base and the output,
+    `vectors` those of plus and minus. A stored difference is already in working precision: in fp32 it asks for
+    no more than fp32."""
+    dtypes = list(ends)
+    for plus, minus in vectors:
+        dtypes += [plus, minus] if minus is not None else [plus] * (plus != torch.float32)
     return torch.float32 if all(dtype.itemsize <= 2 for dtype in dtypes) else torch.float64
-
-
-def working_dtype_of(base: torch.Tensor, differences: Sequence[Difference], out: torch.Tensor) -> torch.dtype:
-    """A stored difference is already in working precision: in fp32 it asks for no more than fp32."""
-    dtypes = [base.dtype, out.dtype]
-    for _, plus, minus in differences:
-        dtypes += [plus.dtype, minus.dtype] if minus is not None else [plus.dtype] * (plus.dtype != torch.float32)
-    return working_dtype(dtypes)
 
 
 def subtract(
@@ -86,7 +92,7 @@ def combine(
     out: torch.Tensor,
     scratch: Scratch | None = None,
     place: Place | None = None,
-) -> int:
+) -> Count:
     """out = base + the method's change, elementwise; returns how many results are not finite.
 
     All tensors are 1-d of `out`'s length and on its device; dtypes may differ and `base` is left as it is.
@@ -94,19 +100,24 @@ def combine(
     scratch = scratch or Scratch(out.numel(), out.device.type)
     if not differences:
         out.copy_(base)
-        return count_nonfinite(out, scratch)
+        return _count(out, scratch)
     pairs = [(alpha, plus, minus) for alpha, plus, minus in differences if minus is not None]
     if method.elementwise_sum and len(pairs) == len(differences):
         operands = [base, out, *(t for _, plus, minus in pairs for t in (plus, minus))]
-        if fused.applies(operands):
+        if fused and fused.applies(operands):
             return fused.linear(base, pairs, out)
-    work, n = working_dtype_of(base, differences, out), out.numel()
+    vectors = [(plus.dtype, minus.dtype if minus is not None else None) for _, plus, minus in differences]
+    work, n = working_dtype([base.dtype, out.dtype], vectors), out.numel()
     total, subtrahend = scratch(0, n, work), scratch(1, n, work)
     taken = [subtract(scratch(2 + k, n, work), p, m, subtrahend) for k, (_, p, m) in enumerate(differences)]
     total.copy_(base)
     method.add(total, [alpha for alpha, _, _ in differences], taken, place or Place("", n))
     out.copy_(total)
-    return count_nonfinite(out, scratch)
+    return _count(out, scratch)
+
+
+def _count(out: torch.Tensor, scratch: Scratch) -> Count:
+    return tally_nonfinite(out, scratch) if out.is_cuda else count_nonfinite(out, scratch)
 
 
 _EXPONENT = {  # the bits that are all set in infinities and NaNs, and in nothing else
@@ -121,7 +132,25 @@ def count_nonfinite(tensor: torch.Tensor, scratch: Scratch | None = None) -> int
     """How many elements of a 1-d tensor are infinite or not a number; 0 for dtypes that cannot be."""
     if tensor.numel() == 0 or tensor.dtype not in _EXPONENT:
         return 0
+    bits, exponent = _exponents(tensor, scratch)
+    return int((bits == exponent).sum()) if int(bits.amax()) == exponent else 0
+
+
+def tally_nonfinite(tensor: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
+    """What `count_nonfinite` counts, as a 0-d tensor on the same device: nothing waits for it."""
+    if tensor.dtype not in _EXPONENT:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    bits, exponent = _exponents(tensor, scratch)
+    return (bits == exponent).sum()
+
+
+def _exponents(tensor: torch.Tensor, scratch: Scratch | None) -> tuple[torch.Tensor, int]:
+    """The bits of the exponents, and what these are where an element is not finite."""
     integer, exponent = _EXPONENT[tensor.dtype]
     scratch = scratch or Scratch(tensor.numel(), tensor.device.type)
-    bits = torch.bitwise_and(tensor.view(integer), exponent, out=scratch(0, tensor.numel(), integer))
-    return int((bits == exponent).sum()) if int(bits.amax()) == exponent else 0
+    return torch.bitwise_and(tensor.view(integer), exponent, out=scratch(0, tensor.numel(), integer)), exponent
+
+
+def unify_nans(tensor: torch.Tensor) -> None:
+    """Makes every NaN the same one: which of them an operation gives depends on device and instruction."""
+    tensor.masked_fill_(tensor.isnan(), math.nan)

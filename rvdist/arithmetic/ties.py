@@ -15,6 +15,7 @@ paper's t + λ·τ_m. Where the election is a draw (e = 0) the element stays the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -70,7 +71,7 @@ def kth_largest(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int) ->
     first = next(chunks())
     known, rank = [0] * len(first), [kth] * len(first)
     *_, starts = _BITS[first[0].dtype]
-    for above, start in zip(starts, starts[1:], strict=False):
+    for above, start in pairwise(starts):
         size = 1 << (above - start)
         counts = torch.zeros(len(known), size, dtype=torch.int64, device=first[0].device)
         for differences in chunks():
