@@ -79,6 +79,15 @@ def download(hub: Hub, file: str) -> Path:
     return Path(path)
 
 
+def download_weights(checkpoint: Checkpoint) -> None:
+    """Puts every weight file of a Hub checkpoint into this node's cache, for who wants a directory, as an engine does.
+    Raises BadInput, Failed."""
+    hub = checkpoint.hub
+    assert hub is not None
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        list(pool.map(lambda file: download(hub, file), checkpoint.files))
+
+
 def obtainable(hub: Hub, file: str) -> bool:
     """Whether this node can have a file: it is in the cache, or may be asked for."""
     return not constants.HF_HUB_OFFLINE or _cached(hub, file) is not None

@@ -14,7 +14,7 @@ from rvdist import compat
 from rvdist.checkpoint import hub as hub_module
 from rvdist.checkpoint.digest import checkpoint_digest
 from rvdist.checkpoint.directory import INDEX, Hub, open_checkpoint
-from rvdist.checkpoint.hub import BLOCK, by_ranges, download, fetch_range, obtainable
+from rvdist.checkpoint.hub import BLOCK, by_ranges, download, download_weights, fetch_range, obtainable
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TensorFiles
 from rvdist.errors import BadInput, Failed
@@ -102,6 +102,12 @@ def test_a_worker_uses_the_cache_of_its_own_node(hub, published, tmp_path, monke
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other node"))
     assert read_all(checkpoint) == read_all(open_checkpoint(published))
     assert not (checkpoint.path / SHARD).exists() and list((tmp_path / "other node").rglob(SHARD))
+
+
+def test_an_engine_gets_a_directory(hub, published):
+    checkpoint = open_source("org/name")
+    download_weights(checkpoint)
+    assert read_all(open_checkpoint(checkpoint.path)) == read_all(open_checkpoint(published))
 
 
 def test_processes_that_want_one_file_download_it_once(hub, published):
@@ -364,6 +370,13 @@ def test_offline_works_on_what_is_cached_and_names_what_is_not(hub, published, m
     for source in ("org/name", "org/name@main", f"org/name@{checkpoint.hub.commit}"):
         assert read_all(open_source(source)) == read_all(open_checkpoint(published))
     assert len(hub.requests) == asked
+
+
+def test_a_cache_without_links_serves_too(hub, published, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    found = read_all(open_source("org/name"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_all(open_source("org/name")) == found == read_all(open_checkpoint(published))
 
 
 def test_offline_a_single_file_that_is_not_cached_is_named(hub, tmp_path, monkeypatch):
