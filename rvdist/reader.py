@@ -5,20 +5,22 @@ Streams in chunks; never holds a model. Several points share every byte they rea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 
 import torch
 
-from rvdist.arithmetic.method import Place, Scratch, combine, subtract, working_dtype
+from rvdist.arithmetic.method import Count, Place, Scratch, combine, subtract, unify_nans, working_dtype
 from rvdist.arithmetic.registry import build
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TORCH_DTYPE
 from rvdist.operand import open_operand
+from rvdist.pipeline import CHUNK, Lane, open_lanes, part
 from rvdist.point import Vector, WeightPoint, layer_count
-
-CHUNK = 128 * 1024  # elements: the operands and the result of a chunk stay in a core's cache
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
 
@@ -28,11 +30,17 @@ class PointReader:
     by name, dtype and shape.
 
     `dtype` is the output dtype of floating-point tensors; None keeps the base's own. Integer and boolean
-    tensors are the base's.
+    tensors are the base's. `device` is `cpu` or `cuda`, and does not change a bit. `lanes` are those to use instead of
+    its own: readers that take turns can share their memory. Raises BadInput where there is no such device.
     """
 
     def __init__(
-        self, points: Sequence[WeightPoint], sources: Mapping[str, Checkpoint], dtype: torch.dtype | None = None
+        self,
+        points: Sequence[WeightPoint],
+        sources: Mapping[str, Checkpoint],
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        lanes: Sequence[Lane] | None = None,
     ) -> None:
         self.points = points
         self.base = sources[points[0].base]
@@ -45,7 +53,7 @@ class PointReader:
             for source in dict.fromkeys(s for point in points for s in point.sources())
         }
         self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._lanes = lanes or open_lanes(device, buffers_of(points))
         self._scratch = Scratch(CHUNK)
 
     @property
@@ -70,34 +78,66 @@ class PointReader:
             [point.base for point in self.points]
             + [source for terms in recipes for _, vector in terms for source in vector.sources()]
         )
-        for begin, end in self._cuts(name, start, stop, list(wanted)):
-            operand = {source: self._read(source, name, begin, end) for source in wanted}
-            results = []
-            for k, (point, terms) in enumerate(zip(self.points, recipes, strict=True)):
-                out = self._buffer(f"out {k}")[: (end - begin) * dtype.itemsize].view(dtype)
-                differences = [
-                    (alpha, operand[vector.plus], operand[vector.minus] if vector.minus else None)
-                    for alpha, vector in terms
-                    if not self._methods[k].elementwise_sum or self._reaches(vector.plus, name, end)
-                ]
-                place = Place(name, spec.numel, begin)
-                self.nonfinite[k] += combine(
-                    self._methods[k], operand[point.base], differences, out, self._scratch, place
-                )
-                results.append(out)
-            yield begin, results
+        copied = [not terms and dtype == TORCH_DTYPE[spec.dtype] for terms in recipes]
+        cuts = self._cuts(name, start, stop, list(wanted), self._lanes[0].chunk)
+        ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
+        try:
+            for (begin, end), lane in zip(cuts, cycle(self._lanes), strict=False):
+                operand = {
+                    source: self._read(source, name, begin, end, lane.buffer(f"in {k}"))
+                    for k, source in enumerate(wanted)
+                }
+                compute = partial(self._combine, Place(name, spec.numel, begin), end, recipes)
+                lane.launch(operand, len(self.points), end - begin, dtype, compute)
+                ahead.append((begin, lane))
+                if len(ahead) == len(self._lanes):
+                    yield self._finish(*ahead.popleft(), copied)
+            while ahead:
+                yield self._finish(*ahead.popleft(), copied)
+        finally:
+            for _, lane in ahead:
+                lane.wait()
+
+    def _combine(
+        self,
+        place: Place,
+        end: int,
+        recipes: Sequence[Recipe],
+        operand: Mapping[str, torch.Tensor],
+        outs: Sequence[torch.Tensor],
+        scratch: Scratch,
+    ) -> list[Count]:
+        """Computes elements [place.start, end) of every point."""
+        counts = []
+        for point, method, terms, out in zip(self.points, self._methods, recipes, outs, strict=True):
+            differences = [
+                (alpha, operand[vector.plus], operand[vector.minus] if vector.minus else None)
+                for alpha, vector in terms
+                if not method.elementwise_sum or self._reaches(vector.plus, place.tensor, end)
+            ]
+            counts.append(combine(method, operand[point.base], differences, out, scratch, place))
+        return counts
+
+    def _finish(self, begin: int, lane: Lane, copied: Sequence[bool]) -> tuple[int, list[torch.Tensor]]:
+        results, counts = lane.wait()
+        for k, (result, count) in enumerate(zip(results, counts, strict=True)):
+            self.nonfinite[k] += count
+            if count and not copied[k]:
+                unify_nans(result)
+        return begin, results
 
     def _recipe(self, point: WeightPoint, name: str) -> Recipe:
         if not self._sources[point.base].tensors[name].is_floating_point:
             return []
         return point.recipe(name, self._layers, lambda source: name in self._sources[source].tensors)
 
-    def _cuts(self, name: str, start: int, stop: int, wanted: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Chunks of [start, stop), none of them across the end of a source with fewer rows than the base."""
+    def _cuts(self, name: str, start: int, stop: int, wanted: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
+        """Chunks of [start, stop) of at most `size` elements, none of them across the end of a source with fewer rows
+        than the base."""
         ends = sorted({self._sources[source].tensors[name].numel for source in wanted})
         begin = start
         while begin < stop:
-            end = min([begin + CHUNK, stop, *(e for e in ends if e > begin)])
+            end = min([begin + size, stop, *(e for e in ends if e > begin)])
             yield begin, end
             begin = end
 
@@ -106,15 +146,14 @@ class PointReader:
         are, to the bit; other methods know a vector by its place in the list."""
         return end <= self._sources[source].tensors[name].numel
 
-    def _read(self, source: str, name: str, begin: int, end: int) -> torch.Tensor:
-        """Elements [begin, end), zeros where the source's tensor ends before them."""
+    def _read(self, source: str, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements [begin, end) in `buffer`, zeros where the source's tensor ends before them."""
         if self._reaches(source, name, end):
-            return self._files[source].read(name, begin, end, self._buffer(source))
-        dtype = TORCH_DTYPE[self._sources[source].tensors[name].dtype]
-        return self._buffer(source)[: (end - begin) * dtype.itemsize].view(dtype).zero_()
+            return self._files[source].read(name, begin, end, buffer)
+        return part(buffer, end - begin, TORCH_DTYPE[self._sources[source].tensors[name].dtype]).zero_()
 
     def _differences(self, name: str, terms: Recipe) -> Iterator[list[torch.Tensor]]:
-        """Streams a whole tensor: for each chunk the difference of every term in working precision."""
+        """Streams a whole tensor: for each chunk the difference of every term in working precision, on the CPU."""
         spec = self.base.tensors[name]
         dtype = {
             source: TORCH_DTYPE[self._sources[source].tensors[name].dtype]
@@ -124,8 +163,10 @@ class PointReader:
             [TORCH_DTYPE[spec.dtype], self.output_dtype(spec)],
             [(dtype[vector.plus], dtype[vector.minus] if vector.minus else None) for _, vector in terms],
         )
-        for begin, end in self._cuts(name, 0, spec.numel, list(dtype)):
-            operand = {source: self._read(source, name, begin, end) for source in dtype}
+        lane = self._lanes[0]
+        buffer = {source: lane.buffer(f"in {k}") for k, source in enumerate(dtype)}
+        for begin, end in self._cuts(name, 0, spec.numel, list(dtype), min(CHUNK, lane.chunk)):
+            operand = {source: self._read(source, name, begin, end, buffer[source]) for source in dtype}
             subtrahend = self._scratch(1, end - begin, work)
             yield [
                 subtract(
@@ -137,14 +178,14 @@ class PointReader:
                 for k, (_, vector) in enumerate(terms)
             ]
 
-    def _buffer(self, key: str) -> torch.Tensor:
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(CHUNK * 8, dtype=torch.uint8)
-        return self._buffers[key]
-
     def close(self) -> None:
         for files in self._files.values():
             files.close()
+
+
+def buffers_of(points: Sequence[WeightPoint]) -> int:
+    """How many operands and results of a chunk a reader of these points needs memory for, at most."""
+    return len({source for point in points for source in point.sources()}) + len(points)
 
 
 def read_point(point: WeightPoint) -> Iterator[tuple[str, torch.Tensor]]:
