@@ -63,7 +63,7 @@ class _Computed(Operand):
     def _load_factors(self, name: str, form: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """left [rows, r] and right [r, columns] of the tensor, widened exactly to fp32; kept until another is read."""
         if self._factors[0] != name:
-            left, right = (self._whole(spec).view(spec.shape).float() for spec in form.parts)
+            left, right = (self._whole(spec).view(spec.shape).float() for spec in (form.left, form.right))
             if form.transposed:
                 left, right = right.T.contiguous(), left.T.contiguous()
             self._factors = (name, left, right)

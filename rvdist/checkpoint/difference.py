@@ -6,10 +6,11 @@ indices and values of what is not zero: this module says which, and `rvdist.oper
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.header import TensorSpec
+from rvdist.checkpoint.header import HubStamp, Stamp, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,6 @@ class Dense:
     """Every element, as it is."""
 
     values: TensorSpec
-
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        return (self.values,)
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,6 @@ class LowRank:
     scale: float = 1.0
     transposed: bool = False
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        return self.left, self.right
-
 
 @dataclass(frozen=True)
 class Sparse:
@@ -44,10 +37,6 @@ class Sparse:
     indices: TensorSpec
     values: TensorSpec
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        return self.indices, self.values
-
 
 Form = Dense | LowRank | Sparse
 
@@ -55,9 +44,16 @@ Form = Dense | LowRank | Sparse
 @dataclass(frozen=True)
 class Difference(Checkpoint):
     """`tensors` are the differences, `forms` what is stored of each; `kind` is "adapter" or "vector".
-
-    `trained_on` is what an adapter's config names as its base. `exact_for` is what a stored vector says of itself."""
+    `trained_on` is what an adapter's config calls its base."""
 
     kind: str = "vector"
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
     trained_on: str | None = None
+
+
+def stamp_beside(found: Checkpoint, name: str) -> Stamp | HubStamp:
+    """The stamp of a small file beside the weights that says what they mean, so that it counts as one of them."""
+    path = found.path / name
+    if found.hub:
+        return HubStamp(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    return Stamp.of(path)
