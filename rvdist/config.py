@@ -18,6 +18,7 @@ from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 
 STAGES = ("plan", "merge", "evaluate", "report")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+METHODS = ("linear", "ties", "dare")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -180,8 +181,22 @@ def point(config: Config, alpha: float) -> WeightPoint:
             terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
-    method = MethodSpec(config.merge.method, config.merge.density, config.merge.seed)
-    return WeightPoint(config.target, tuple(terms), method)
+    return WeightPoint(config.target, tuple(terms), _method(config.merge))
+
+
+def _method(merge: MergeConfig) -> MethodSpec:
+    """What it has no use for stays at its default: points that are computed alike are equal. Raises BadInput."""
+    if merge.method not in METHODS:
+        raise BadInput(f"merge.method: {merge.method!r} is not one of {', '.join(METHODS)}")
+    if not 0 < merge.density <= 1:
+        raise BadInput(
+            f"merge.density: {merge.density:g} is not a share of each vector; give a number above 0 and at most 1"
+        )
+    return {
+        "linear": MethodSpec(),
+        "ties": MethodSpec("ties", merge.density),
+        "dare": MethodSpec("dare", merge.density, merge.seed),
+    }[merge.method]
 
 
 def _is_pair(span: Sequence[int], key: str) -> bool:

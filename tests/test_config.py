@@ -3,8 +3,18 @@ from pathlib import Path
 import pytest
 
 from rvdist import config
-from rvdist.config import BenchmarksConfig, Config, MaskConfig, SweepConfig, VectorConfig, WeightedVectorConfig
+from rvdist.arithmetic import registry
+from rvdist.config import (
+    BenchmarksConfig,
+    Config,
+    MaskConfig,
+    MergeConfig,
+    SweepConfig,
+    VectorConfig,
+    WeightedVectorConfig,
+)
 from rvdist.errors import BadInput
+from rvdist.point import MethodSpec
 
 
 def settings(**changes):
@@ -71,6 +81,37 @@ def test_masks_are_checked():
             config.point(settings(vector=VectorConfig("p", "m", None, bad)), 1.0)
 
 
+def test_the_methods_flow_into_the_point():
+    def method(*parameters):
+        return config.point(settings(merge=MergeConfig(None, 1, 9.0, *parameters)), 1.0).method
+
+    assert method("ties", 0.3, 7) == MethodSpec("ties", 0.3)
+    assert method("dare", 0.3, 7) == MethodSpec("dare", 0.3, 7)
+    assert method("linear", 0.3, 7) == MethodSpec(), "what a method does not use does not tell points apart"
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), float("inf")])
+def test_methods_that_are_refused(density):
+    for name in registry.METHODS:
+        with pytest.raises(BadInput, match=r"merge.density: .* above 0 and at most 1"):
+            config.point(settings(merge=MergeConfig(method=name, density=density)), 1.0)
+    for name in ("ties", "dare"):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            registry.build(name, density, 0)
+    with pytest.raises(BadInput, match="merge.method: 'tie' is not one of linear, ties, dare"):
+        config.point(settings(merge=MergeConfig(method="tie")), 1.0)
+    with pytest.raises(ValueError, match="'tie' is not one of"):
+        registry.build("tie", 1.0, 0)
+
+
+def test_the_method_is_known_by_the_same_facts_everywhere():
+    assert config.METHODS == registry.METHODS
+    for name in registry.METHODS:
+        assert registry.build(name, 0.5, 0).whole_tensors == MethodSpec(name).whole_tensors
+        assert (Path(config.__file__).parent.parent / "conf/method" / f"{name}.yaml").exists()
+        assert f"`{name}`" in (Path(config.__file__).parent.parent / "docs/methods.md").read_text()
+
+
 def test_arms_are_the_baseline_and_every_other_alpha():
     arms = config.arms(settings(sweep=SweepConfig([1, -1, 0, 1, 0.5])))
     assert [(arm.name, arm.alpha) for arm in arms] == [
@@ -101,7 +142,7 @@ def test_the_configuration_files_and_the_schema_are_one_tree():
     root = Path(config.__file__).parent.parent / "conf"
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(root), version_base="1.3"):
-        for group in ("experiment", "benchmarks", "engine", "cluster"):
+        for group in ("experiment", "method", "benchmarks", "engine", "cluster"):
             for option in sorted((root / group).glob("*.yaml")):
                 composed = compose("config", [f"{group}={option.stem}", "target=t"])
                 assert isinstance(OmegaConf.to_object(composed), Config)

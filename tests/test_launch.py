@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from checkpoints import POCKET, launch, load_checkpoint
 from safetensors.torch import load_file, save_file
 
+SEEDED = ["method=dare", "merge.seed=3"]
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
 
 
@@ -98,6 +100,10 @@ def test_a_different_tokenizer(place):
         (merge("overwrite=perhaps"), "overwrite"),
         (merge("benchmarks=papers"), "benchmarks"),
         (merge("stages=[merg]"), "stages: 'merg' is not one of"),
+        (merge("method=tie"), "method/tie"),
+        (merge("merge.method=tie"), "merge.method: 'tie' is not one of linear, ties, dare"),
+        (merge("method=ties", "merge.density=1.5"), "merge.density: 1.5 is not a share of each vector"),
+        (merge("method=dare", "merge.density=0"), "merge.density: 0 is not a share of each vector"),
         (merge("dtype=int4"), "dtype: 'int4' is not one of"),
         (merge("max_shard_size=lots"), "max_shard_size: 'lots' is not a size"),
         (merge("vector.mask.include=[nothing]"), "leaves no tensor"),
@@ -178,6 +184,21 @@ def test_several_masked_vectors_from_the_command(place):
         assert torch.equal(tensor, (target[name].double() + factor * difference).bfloat16()), name
 
 
+def test_methods_from_the_command(place):
+    """The card says what was done; other densities, and the seed of a random choice, are other weights."""
+    weights = []
+    for k, chosen in enumerate((["method=ties"], ["method=ties", "merge.density=0.3"], ["method=dare"], SEEDED)):
+        done = launch(*merge("merge.workers=1", f"output=out{k}", *chosen), cwd=place)
+        assert done.returncode == 0, done.stderr
+        weights.append(load_checkpoint(place / f"out{k}")["model.embed_tokens.weight"])
+    assert not any(torch.equal(one, other) for one, other in combinations(weights, 2))
+    for k, said in enumerate(("; density 0.2)", "; density 0.3)", "density 0.1, seed 0)", "density 0.1, seed 3)")):
+        card = (place / f"out{k}/README.md").read_text()
+        name = "DARE" if "seed" in said else "TIES"
+        assert f"θ = {name}(target + 1 · (grpo − sft); " in card and said in card
+        assert f"combined by {name}" in card
+
+
 def test_no_tokenizer_at_all_is_legal_and_noted(place):
     for member in ("target", "sft", "grpo"):
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -204,6 +225,7 @@ def test_a_multirun_over_alpha(place):
 def test_help_and_the_composed_configuration(place):
     shown = launch("--help", cwd=place)
     assert shown.returncode == 0 and "benchmarks: none, pocket" in shown.stdout
+    assert "method: dare, linear, ties" in shown.stdout and "density: 1.0" in shown.stdout
     composed = launch("experiment=demo", "--cfg", "job", cwd=place)
     assert composed.returncode == 0 and "pocket_sums" in composed.stdout
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rvdist.point import Mask, WeightPoint
+from rvdist.point import Mask, MethodSpec, WeightPoint
 from rvdist.report.wording import formula, is_hub_id, printable, source_name
 
 # An absolute path (/a/b, ~/b, file:///a/b), but not the path of a URL; the group is its last component.
@@ -47,6 +47,8 @@ def model_card(
         "| checkpoint | part | from |\n|---|---|---|\n"
         + "\n".join(f"| {names[s]} | {_part(point, s)} | {public(sources.get(s, ''))} |" for s in names),
     ]
+    if point.method.name != "linear":
+        sections.insert(-1, _method(point.method))
     masks = [(i, term.mask) for i, term in enumerate(point.active_terms, 1) if term.mask != Mask()]
     if masks:
         sections += ["## Masks", "\n".join(f"- Term {i}, m = 1 on {_mask(mask)}; 0 elsewhere." for i, mask in masks)]
@@ -93,6 +95,17 @@ def _part(point: WeightPoint, source: str) -> str:
         parts += [f"plus{which}"] if source == term.vector.plus else []
         parts += [f"minus{which}"] if source == term.vector.minus else []
     return ", ".join(parts) or "α = 0"
+
+
+def _method(method: MethodSpec) -> str:
+    return {
+        "ties": "The terms are combined by TIES ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)) with density "
+        f"{method.density:g}: in every tensor, each vector keeps that share of its largest elements, a sign is elected "
+        "for each element, and the mean of the terms that agree with it is added.",
+        "dare": "The terms are combined by DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)) with density "
+        f"{method.density:g} and seed {method.seed}: each element of a vector stays with that probability and is "
+        "divided by it, or else counts as zero, before the terms are added.",
+    }[method.name]
 
 
 def _mask(mask: Mask) -> str:

@@ -133,7 +133,8 @@ def source_name(source: str) -> str:
 
 
 def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
-    """The point as the paper writes it: target + 0.5 · m ⊙ (plus − minus)."""
+    """The point as the paper writes it: target + 0.5 · m ⊙ (plus − minus); where that is not simply a sum, with the
+    method around it: TIES(target + 0.5 · (plus − minus); density 0.2)."""
 
     def name(source: str) -> str:
         return names[source] if names else source_name(source)
@@ -144,4 +145,6 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
         sign = "−" if term.alpha < 0 else "+"
         vector = " − ".join(name(source) for source in term.vector.sources())
         text += f" {sign} {abs(term.alpha):g} · {mask}({vector})"
-    return text if point.method.name == "linear" else f"{point.method.name}({text})"
+    method = point.method
+    parameters = {"ties": f"density {method.density:g}", "dare": f"density {method.density:g}, seed {method.seed}"}
+    return text if method.name == "linear" else f"{method.name.upper()}({text}; {parameters[method.name]})"
