@@ -53,13 +53,14 @@ class WorkerActor:
     def __init__(
         self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, settings: WorkerSettings
     ) -> None:
-        from rvdist.merge.worker import MergeWorker
-
-        self._worker = MergeWorker(outputs, sources, dtype, settings.threads, settings.device)
+        self._made_of = outputs, sources, dtype, settings.threads, settings.device
 
     def hello(self, needs: Sequence[tuple[str, str]], visible: Sequence[Path]) -> Hello:
         import ray
 
+        from rvdist.merge.worker import MergeWorker
+
+        self._worker = MergeWorker(*self._made_of)
         node = ray.get_runtime_context().get_node_id()
         unseen = tuple(path for path in visible if not path.exists())
         return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)
