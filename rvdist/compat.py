@@ -11,12 +11,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.errors import BadInput
@@ -24,6 +25,7 @@ from rvdist.point import Vector, WeightPoint, layer_count
 
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
+_KIND = {"adapter": "an adapter", "vector": "a stored vector"}
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 _STRUCTURE = (
@@ -54,22 +56,27 @@ def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = F
     """Judges every term of `point`. Raises BadInput for what arithmetic cannot do at all (another shape,
     a tensor one donor lacks, nothing left under the mask) and, unless `force`, for the first refusal."""
     base = sources[point.base]
+    if isinstance(base, Difference):
+        raise BadInput(f"{base.path}: is {_KIND[base.kind]}, and a target must be a whole model")
     exceptions: list[str] = []
     refusals: list[str] = []
     distances: dict[Vector, float] = {}
     for term in point.terms:
-        plus = sources[term.vector.plus]
-        minus = sources[term.vector.minus] if term.vector.minus else plus
-        _require_same_tensors(plus, minus)
+        exceptions += check_vector(term.vector, sources)
+        plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
         exceptions += _coverage(base, plus, minus)
         layers = layer_count(base.tensors)
         if not any(term.mask.coefficient(name, layers) for name in base.tensors if name in plus.tensors):
             raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
         for donor in (plus, minus):
+            if isinstance(donor, Difference) and donor.kind == "adapter":
+                continue  # has neither a model's config nor a tokenizer
             for finding in (_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)):
                 refusals += finding.refusals
                 exceptions += finding.exceptions
-        if term.vector.minus and term.vector not in distances:
+        if isinstance(minus, Difference):
+            exceptions.append(_unsampled(minus))
+        elif term.vector not in distances:
             distance = distances[term.vector] = sampled_distance(base, minus)
             if distance > REFUSED_DISTANCE:
                 refusals.append(
@@ -80,6 +87,53 @@ def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = F
     if report.refusals and not force:
         raise BadInput(f"{report.refusals[0]}; compat.force=true applies the vector all the same")
     return report
+
+
+def check_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> list[str]:
+    """Whether these donors make a vector, whatever it is applied to: what a user should know of it. Raises BadInput
+    where they make none."""
+    plus = sources[vector.plus]
+    if vector.minus is None:
+        if not isinstance(plus, Difference):
+            raise BadInput(
+                f"{plus.path}: is a whole checkpoint, and vector.path wants a stored vector or an adapter; "
+                "name it as vector.plus, and what it was trained from as vector.minus"
+            )
+        return []
+    minus = sources[vector.minus]
+    for donor in (plus, minus):
+        if isinstance(donor, Difference) and donor.kind == "vector":
+            raise BadInput(f"{donor.path}: is a stored vector, a difference already; name it alone, as vector.path")
+    if not isinstance(plus, Difference):
+        if isinstance(minus, Difference):
+            raise BadInput(
+                f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
+                "with peft's merge_and_unload and name the result as vector.minus"
+            )
+        _require_same_tensors(plus, minus)
+        return []
+    if isinstance(minus, Difference):
+        _require_same_tensors(plus, minus)
+        return []
+    for name in plus.tensors.keys() & minus.tensors.keys():
+        _require_same_shape(plus.tensors[name], plus, minus)
+    trained_on = f" (its config names {plus.trained_on})" if plus.trained_on else ""
+    return [
+        f"{plus.path.name} is an adapter: {minus.path.name} is taken to be what it was trained on{trained_on}, so that "
+        "the vector is the adapter's own difference",
+        *_listed("{} of the adapter's tensors are not in what it was trained on", plus, minus),
+    ]
+
+
+def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint:
+    """`point` with an adapter named alone where it stands beside the checkpoint it was trained on:
+    (minus + Δ) − minus is Δ."""
+
+    def own(vector: Vector) -> Vector:
+        kinds = [isinstance(sources[source], Difference) for source in vector.sources()]
+        return Vector(vector.plus) if kinds == [True, False] else vector
+
+    return replace(point, terms=tuple(replace(term, vector=own(term.vector)) for term in point.terms))
 
 
 @dataclass(frozen=True)
@@ -108,6 +162,16 @@ def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint) ->
         )
 
 
+def _unsampled(difference: Difference) -> str:
+    name = difference.path.name
+    if difference.kind == "vector":
+        return f"{name} is a stored vector: whether its donors and the target share a pre-training was not sampled"
+    return (
+        f"{name} is an adapter, trained on {difference.trained_on or 'a base that its config does not name'}: "
+        "only tensor names and shapes were compared"
+    )
+
+
 def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint) -> Iterator[str]:
     shared = [name for name in base.tensors if name in plus.tensors]
     if not shared:
@@ -115,7 +179,7 @@ def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint) -> Iterator
     for name in shared:
         _require_same_shape(plus.tensors[name], plus, base)
         for checkpoint in (base, plus, minus):
-            if checkpoint.tensors[name].dtype.startswith("F8"):
+            if name in checkpoint.tensors and checkpoint.tensors[name].dtype.startswith("F8"):
                 raise BadInput(f"{checkpoint.path}: tensor {name} is stored in fp8; convert it to bf16 first")
         if base.tensors[name].dtype not in _FLOATS:
             yield f"tensor {name} is not floating-point and stays as the target has it"
