@@ -86,7 +86,9 @@ class Card:
 
     def __init__(self, chunk: int) -> None:
         self.chunk = chunk
-        self.inbound, self.compute, self.outbound = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream()
+        self.inbound = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.outbound = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.scratch = Scratch(chunk, "cuda")  # one for all lanes: `compute` does one chunk after the other
 
 
@@ -99,8 +101,9 @@ class CardLane:
         self._streams = card
         self._host: dict[str, torch.Tensor] = {}
         self._card: dict[str, torch.Tensor] = {}
-        self._arrived, self._combined = torch.cuda.Event(), torch.cuda.Event()
-        self._left = torch.cuda.Event(blocking=True)  # waiting for it must not keep a core busy
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._combined = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._left = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # waiting leaves the core free
         self._results: list[torch.Tensor] = []
         self._counts = torch.empty(0, dtype=torch.int64)
 
