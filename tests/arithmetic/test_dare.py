@@ -1,33 +1,15 @@
-"""DARE against whole tensors whose draws are made one by one, and against what chance should do."""
+"""DARE by chunks against whole tensors, and against what chance should do."""
 
-import hashlib
 import math
 
-import numpy as np
 import pytest
 import torch
+from whole_tensors import dare
 
 from rvdist.arithmetic.dare import Dare
 from rvdist.arithmetic.method import Place, combine
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def draws(seed, vector, tensor, n):
-    """The first n draws of 32 bits of the stream that these three name: low half first of each 64-bit output."""
-    key = int.from_bytes(hashlib.blake2b(f"{seed} {vector} {tensor}".encode(), digest_size=16).digest(), "little")
-    outputs = np.random.Philox(key=key).random_raw((n + 1) // 2).tolist()
-    return [half for output in outputs for half in (output & 0xFFFFFFFF, output >> 32)][:n]
-
-
-def reference(base, terms, density, seed, tensor="w"):
-    """DARE as its docstring says it, on whole tensors; `terms` are (α, plus, minus)."""
-    work = torch.float64 if base.dtype == torch.float32 else torch.float32
-    total = base.to(work)
-    for vector, (alpha, plus, minus) in enumerate(terms):
-        kept = torch.tensor([draw < density * 2**32 for draw in draws(seed, vector, tensor, base.numel())])
-        total = total + torch.where(kept, (alpha / density) * (plus.to(work) - minus.to(work)), 0.0)
-    return total.to(base.dtype)
 
 
 def by_chunks(base, terms, density, seed=0, chunk=4096, tensor="w"):
@@ -51,7 +33,7 @@ def operands(dtype, alphas, n=20_001):
 @pytest.mark.parametrize("alphas", [(1.0,), (0.7, -0.3, 1.9)])
 def test_equals_whole_tensors(dtype, density, alphas):
     base, terms = operands(dtype, alphas)
-    assert torch.equal(by_chunks(base, terms, density, 5), reference(base, terms, density, 5))
+    assert torch.equal(by_chunks(base, terms, density, 5), dare(base, terms, density, 5))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8, 9, 1001, 20_001])

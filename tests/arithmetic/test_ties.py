@@ -1,29 +1,13 @@
-"""TIES against whole tensors: sort, loops over vectors, no chunks."""
+"""TIES by chunks against whole tensors."""
 
 import pytest
 import torch
+from whole_tensors import ties
 
 from rvdist.arithmetic.method import Place, combine
 from rvdist.arithmetic.ties import Ties, kth_largest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def reference(base, terms, density):
-    """TIES as its docstring says it, on whole tensors; `terms` are (α, plus, minus)."""
-    work = torch.float64 if base.dtype == torch.float32 else torch.float32
-    kept = max(1, round(density * base.numel()))
-    scaled = []
-    for alpha, plus, minus in terms:
-        difference = plus.to(work) - minus.to(work)
-        least = difference.abs().sort(descending=True).values[kept - 1]
-        scaled.append(alpha * torch.where(difference.abs() >= least, difference, 0.0))
-    elected = sum(scaled).sign()
-    change, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
-    for one in scaled:
-        change += torch.where((one.sign() == elected) & (elected != 0), one, 0.0)
-        agreeing += one.sign() == elected
-    return (base.to(work) + change / agreeing.clamp(min=1)).to(base.dtype)
 
 
 def by_chunks(base, terms, density, chunk):
@@ -54,7 +38,7 @@ def operands(dtype, alphas, n=20_001, seed=0):
 def test_equals_whole_tensors(dtype, density, alphas):
     base, terms = operands(dtype, alphas)
     found, nonfinite = by_chunks(base, terms, density, 4096)
-    assert torch.equal(found, reference(base, terms, density)) and nonfinite == 0
+    assert torch.equal(found, ties(base, terms, density)) and nonfinite == 0
     assert not torch.equal(found, base)
 
 
