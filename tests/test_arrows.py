@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "arithmetic": set(),
     "cluster": {"errors"},
     "operand": {"checkpoint", "errors"},
+    "vector": {"arithmetic", "checkpoint", "errors", "operand", "point"},
     "pipeline": {"arithmetic", "errors"},
     "reader": {"arithmetic", "checkpoint", "operand", "pipeline", "point"},
     "compat": {"checkpoint", "errors", "point"},

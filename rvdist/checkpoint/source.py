@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rvdist.checkpoint import adapter
+from rvdist.checkpoint import adapter, artifact
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
@@ -19,7 +19,7 @@ def open_source(source: str) -> Checkpoint:
     found = _open(source)
     if found.files == [adapter.WEIGHTS]:
         return adapter.as_adapter(found)
-    return found
+    return artifact.as_vector(found) if artifact.is_marked(found) else found
 
 
 def _open(source: str) -> Checkpoint:

@@ -1,0 +1,371 @@
+"""Stores v itself: exactly, rounded, as factors of a truncated SVD, or as its largest elements.
+
+Streams; what a tensor stored otherwise than dense needs whole is one tensor. The error is measured on what was
+written, as whoever applies the vector will read it. Knows donors and files, nothing of targets, Ray or points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from rvdist.arithmetic.method import Scratch, count_nonfinite, subtract, working_dtype
+from rvdist.checkpoint.artifact import DESCRIPTION, MARK, VERSION, as_vector, part_names
+from rvdist.checkpoint.difference import Difference
+from rvdist.checkpoint.digest import checkpoint_digest
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
+from rvdist.checkpoint.journal import MANIFEST, Manifest, Written
+from rvdist.checkpoint.staging import Staging, carry_over, write_index
+from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
+from rvdist.errors import BadInput, Failed
+from rvdist.operand import Operand, open_operand
+from rvdist.point import Vector
+
+_CHUNK = 128 * 1024  # elements
+_SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
+_SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
+_OVERSAMPLED, _POWER_ITERATIONS = 16, 4
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
+    `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest."""
+
+    dtype: str | None = None
+    rank: int | None = None
+    density: float | None = None
+    max_shard_size: int | None = None
+
+    @property
+    def form(self) -> str:
+        return "low_rank" if self.rank is not None else "sparse" if self.density is not None else "dense"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of v, its form, and its parts in the files."""
+
+    name: str
+    shape: tuple[int, ...]
+    form: str
+    parts: tuple[TensorSpec, ...]
+
+
+def save(
+    vector: Vector,
+    sources: Mapping[str, Checkpoint],
+    output: Path,
+    storage: Storage,
+    *,
+    overwrite: bool = False,
+    digests: Path | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes v to the directory `output`, which appears whole or not at all. `digests` is where the digests of the
+    donors are remembered; `progress` is told the bytes written since it was last told.
+
+    Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
+    from what is journalled.
+    """
+    donors = [sources[source] for source in vector.sources()]
+    skipped = {s.name: f"is of dtype {s.dtype}" for s in donors[0].tensors.values() if not _is_stored(s.name, donors)}
+    specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
+    if not specs:
+        raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
+    provenance = _provenance(donors, digests)
+    metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in provenance.items()}
+    files, stored = _layout(specs, donors, storage, metadata)
+    plan = _digest(donors, storage, files)
+    if not overwrite and (output / MANIFEST).exists() and Manifest.read(output).plan == plan:
+        say(f"{output}: already complete")
+        return
+    staging = Staging(output, plan, overwrite)
+    try:
+        if staging.restarted:
+            say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
+        for name, (header, size) in files.items():
+            staging.allocate(name, header, size)
+        description = {"kind": "vector", "version": VERSION, **provenance, "storage": asdict(storage)}
+        entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
+        staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
+        written = as_vector(_reopen(staging.partial, list(files)))
+        with ExitStack() as opened:
+            donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
+            result = opened.enter_context(closing(open_operand(written)))
+            differences = _Differences(donors, donor_operands)
+            writer = opened.enter_context(closing(_Writer(staging)))
+            for tensor in stored:
+                if not writer.has(tensor.parts):
+                    _write(tensor, storage, differences, writer)
+                entries[tensor.name] |= _measure(tensor.name, differences, result)
+                progress(sum(part.nbytes for part in tensor.parts))
+            writer.sync()
+        for donor in donors:
+            donor.require_unchanged()
+        if not (isinstance(donors[0], Difference) and donors[0].kind == "adapter"):
+            carry_over(donors[0], staging, None)
+        parts = {part.name: part for tensor in stored for part in tensor.parts}
+        write_index(staging, parts, list(files))
+        description |= {"skipped": skipped, "bytes": sum(size for _, size in files.values()), **_summary(entries)}
+        staging.write_text(DESCRIPTION, _readable(description, entries))
+        staging.commit()
+    except BadInput:
+        staging.abandon()
+        raise
+    finally:
+        staging.release()
+
+
+def _is_stored(name: str, donors: Sequence[Checkpoint]) -> bool:
+    return all(donor.tensors[name].dtype in _FLOATS for donor in donors)
+
+
+def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str, Any]:
+    """What v is: a published vector names local donors by the last component of their path only."""
+    parts = ("plus", "minus") if len(donors) == 2 else ("difference",)
+    return {
+        "formula": f"v = {' − '.join(parts)}",
+        "donors": {
+            part: {
+                "name": donor.hub.repository if donor.hub else donor.path.absolute().name,
+                "revision": donor.hub.commit if donor.hub else None,
+                "digest": checkpoint_digest(donor, digests),
+            }
+            for part, donor in zip(parts, donors, strict=True)
+        },
+    }
+
+
+def _layout(
+    specs: Sequence[TensorSpec], donors: Sequence[Checkpoint], storage: Storage, metadata: Mapping[str, str]
+) -> tuple[dict[str, tuple[bytes, int]], list[_Stored]]:
+    """The files, (header, size) by name, sharded as the first donor is unless there is a maximum; and every tensor."""
+    wanted = {}
+    for spec in specs:
+        dtype = storage.dtype or _SAFETENSORS[_work([donor.tensors[spec.name] for donor in donors])]
+        wanted[spec.name] = _parts(spec, dtype, storage)
+    shards: list[list[TensorSpec]] = []
+    room, file = 0, None
+    for spec in specs:
+        nbytes = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in wanted[spec.name][1])
+        if spec.file != file if storage.max_shard_size is None else not shards or nbytes > room:
+            shards.append([])
+            room, file = storage.max_shard_size or 0, spec.file
+        shards[-1].append(spec)
+        room -= nbytes
+    files, stored = {}, []
+    for number, shard in enumerate(shards, 1):
+        name = "vector.safetensors" if len(shards) == 1 else f"vector-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, placed = build_header([part for spec in shard for part in wanted[spec.name][1]], name, metadata)
+        files[name] = (header, placed[-1].offset + placed[-1].nbytes)
+        by_name = {part.name: part for part in placed}
+        for spec in shard:
+            form, parts = wanted[spec.name]
+            stored.append(_Stored(spec.name, spec.shape, form, tuple(by_name[part] for part, _, _ in parts)))
+    return files, stored
+
+
+def _parts(spec: TensorSpec, dtype: str, storage: Storage) -> tuple[str, list[tuple[str, str, tuple[int, ...]]]]:
+    """The form of a tensor, and the name, dtype and shape of each of its parts."""
+    if storage.rank is not None and len(spec.shape) == 2 and spec.numel:
+        rows, columns = spec.shape
+        rank = min(storage.rank, rows, columns)
+        left, right = part_names(spec.name, "low_rank")
+        dtype = "F32" if dtype == "F64" else dtype
+        return "low_rank", [(left, dtype, (rows, rank)), (right, dtype, (rank, columns))]
+    if storage.density is not None and spec.numel:
+        kept = math.ceil(storage.density * spec.numel)
+        indices, values = part_names(spec.name, "sparse")
+        return "sparse", [(indices, "I32" if spec.numel < 2**31 else "I64", (kept,)), (values, dtype, (kept,))]
+    return "dense", [(spec.name, dtype, spec.shape)]
+
+
+def _digest(donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, tuple[bytes, int]]) -> str:
+    stamps = [[astuple(stamp) for stamp in donor.stamps.values()] for donor in donors]
+    headers = [(name, header.hex(), size) for name, (header, size) in files.items()]
+    return hashlib.blake2b(json.dumps([stamps, astuple(storage), headers]).encode(), digest_size=16).hexdigest()
+
+
+def _reopen(directory: Path, files: Sequence[str]) -> Checkpoint:
+    """What is being written, as it will be read."""
+    tensors: dict[str, TensorSpec] = {}
+    metadata, stamps = {}, {}
+    for file in files:
+        specs, metadata[file], stamps[file] = read_header(directory / file)
+        tensors |= {spec.name: spec for spec in specs}
+    return Checkpoint(directory, tensors, metadata, dict(stamps))
+
+
+def _work(specs: Sequence[TensorSpec]) -> torch.dtype:
+    """The precision a merge takes the difference in, where neither its target nor its output asks for more."""
+    plus, *minus = (TORCH_DTYPE[spec.dtype] for spec in specs)
+    return working_dtype((), [(plus, minus[0] if minus else None)])
+
+
+class _Differences:
+    """v by chunks: in the working precision as a merge computes it, and in fp64. Valid until the next chunk."""
+
+    def __init__(self, donors: Sequence[Checkpoint], operands: Sequence[Operand]) -> None:
+        self._donors, self._operands = donors, operands
+        self._buffers = [torch.empty(_CHUNK * 8, dtype=torch.uint8) for _ in operands]
+        self._scratch = Scratch(_CHUNK)
+
+    def __call__(self, name: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first element, in working precision, in fp64) for each chunk of a tensor."""
+        specs = [donor.tensors[name] for donor in self._donors]
+        work = _work(specs)
+        for begin in range(0, specs[0].numel, _CHUNK):
+            end = min(begin + _CHUNK, specs[0].numel)
+            read = [o.read(name, begin, end, b) for o, b in zip(self._operands, self._buffers, strict=True)]
+            plus, minus = read[0], read[1] if len(read) == 2 else None
+            n = end - begin
+            taken = subtract(self._scratch(0, n, work), plus, minus, self._scratch(2, n, work))
+            yield (
+                begin,
+                taken,
+                subtract(self._scratch(1, n, torch.float64), plus, minus, self._scratch(2, n, torch.float64)),
+            )
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a tensor in working precision, 1-d."""
+        specs = [donor.tensors[name] for donor in self._donors]
+        found = torch.empty(specs[0].numel, dtype=_work(specs))
+        for begin, taken, _ in self(name):
+            found[begin : begin + taken.numel()] = taken
+        return found
+
+
+class _Writer:
+    """Parts of tensors into the files of a staging, digested on their way."""
+
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+        self._open: dict[str, int] = {}
+        self._pending: list[Written] = []
+
+    def has(self, parts: Sequence[TensorSpec]) -> bool:
+        """Whether these parts are there from an earlier run."""
+        claims = [self._staging.claims.get((part.file, part.offset, part.nbytes)) for part in parts if part.nbytes]
+        return all(claim is not None and claim.holds(self._staging.partial) for claim in claims)
+
+    def write(self, part: TensorSpec, chunks: Iterator[torch.Tensor]) -> None:
+        """Writes the elements of a part, which come in its dtype, 1-d and in order. Raises BadInput, Failed."""
+        digest, offset = xxhash.xxh3_128(), part.offset
+        for chunk in chunks:
+            if chunk.is_floating_point() and count_nonfinite(chunk):
+                raise BadInput(
+                    f"tensor {part.name} of the vector is infinite or not a number in places; check the donors"
+                )
+            try:
+                written = write_exactly(self._descriptor(part.file), offset, chunk)
+            except OSError as error:
+                raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
+            digest.update(written)
+            offset += written.nbytes
+        if part.nbytes:
+            self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
+        if sum(written.nbytes for written in self._pending) > _SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes durable what was written, and journals it. Raises Failed."""
+        try:
+            for descriptor in self._open.values():
+                os.fdatasync(descriptor)
+        except OSError as error:
+            raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
+        self._staging.journal(self._pending)
+        self._pending = []
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._open:
+            self._open[file] = os.open(self._staging.partial / file, os.O_WRONLY)
+        return self._open[file]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer: _Writer) -> None:
+    dtypes = [TORCH_DTYPE[part.dtype] for part in tensor.parts]
+    if tensor.form == "dense":
+        writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken, _ in differences(tensor.name)))
+        return
+    whole = differences.whole(tensor.name)
+    if count_nonfinite(whole):
+        raise BadInput(f"tensor {tensor.name} of the vector is infinite or not a number in places; check the donors")
+    if tensor.form == "low_rank":
+        pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
+    else:
+        indices = largest(whole, tensor.parts[0].numel)
+        pieces = (indices, whole[indices])
+    for part, dtype, piece in zip(tensor.parts, dtypes, pieces, strict=True):
+        writer.write(part, iter([piece.to(dtype).reshape(-1)]))
+
+
+def factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """left [rows, rank] and right [rank, columns] of the truncated SVD; the singular values are shared between them."""
+    if min(matrix.shape) <= max(_SMALL_SVD, rank + _OVERSAMPLED):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, transposed = torch.svd_lowrank(matrix, rank + _OVERSAMPLED, niter=_POWER_ITERATIONS)
+            right = transposed.T
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+def largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices, ascending, of the `count` elements of largest magnitude; of equal ones the first."""
+    magnitude = values.abs()
+    least = magnitude.kthvalue(values.numel() - count + 1).values
+    kept = magnitude > least
+    kept[(magnitude == least).nonzero()[: count - int(kept.sum()), 0]] = True
+    return kept.nonzero()[:, 0]
+
+
+def _measure(name: str, differences: _Differences, result: Operand) -> dict[str, Any]:
+    """How what was written differs from v: `exact` is against what a merge takes, the rest against v in fp64."""
+    buffer = torch.empty(_CHUNK * 8, dtype=torch.uint8)
+    exact, worst, error, norm = True, 0.0, 0.0, 0.0
+    for begin, taken, wide in differences(name):
+        stored = result.read(name, begin, begin + taken.numel(), buffer)
+        exact = exact and torch.equal(stored.double(), taken.double())
+        norm += float(wide.square().sum())
+        off = wide.sub_(stored)
+        worst = max(worst, float(off.abs().max()))
+        error += float(off.square().sum())
+    return {"exact": exact, "max_error": worst, "error_norm": math.sqrt(error), "norm": math.sqrt(norm)}
+
+
+def _summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    worst = max((entry["max_error"] for entry in entries.values()), default=0.0)
+    error, norm = (math.hypot(*(entry[key] for entry in entries.values())) for key in ("error_norm", "norm"))
+    exact = all(entry["exact"] for entry in entries.values())
+    holds = "every target and output" if worst == 0 else "targets and outputs of 16 bits" if exact else None
+    return {"exact": exact, "exact_for": holds, "max_error": worst, "relative_error": error / norm if norm else 0.0}
+
+
+def _readable(description: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """JSON with one line a tensor."""
+    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+    head = json.dumps(description, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return head + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n"
