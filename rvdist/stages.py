@@ -79,6 +79,8 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     if not arms and not ("merge" in stages and plan.outputs):
         return None
 
+    if not arms:
+        _read_by_ranges(run, plan)
     ray = _RayStart(settings.cluster.address, run.timing)
     try:
         with run.timing.phase("tasks"):
@@ -156,6 +158,15 @@ def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
     return build_plan(written, run.sources, config.output_dtype(run.settings), max_shard_size)
 
 
+def _read_by_ranges(run: Run, plan: Plan) -> None:
+    """Of a Hub file that the merge needs little of, only that is fetched; engines would need all of it."""
+    for name, source in run.sources.items():
+        if source.hub:
+            from rvdist.checkpoint.hub import by_ranges
+
+            run.sources[name] = by_ranges(source, plan.needed(name))
+
+
 def _complete(run: Run, plan: Plan) -> set[Path]:
     """The outputs that an earlier run of the same plan has finished; overwriting does them again."""
     found = set()
@@ -194,14 +205,19 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
     from rvdist.merge.engine import merge
 
     settings = run.settings
+    device = config.device(settings, resources.gpus)
+    share = settings.merge.gpus_per_worker if device == "cuda" else 0.0
+    room = resources.gpus * int(1 / share) if share else resources.cpus // settings.merge.threads
     with Bar("merge", plan.bytes_written, "bytes", run.console) as bar:
         stats = merge(
             plan,
             run.sources,
             lambda point: _card(run, point),
             WorkerSettings(
-                workers=settings.merge.workers or max(1, resources.cpus // settings.merge.threads),
+                workers=settings.merge.workers or max(1, room),
                 threads=settings.merge.threads,
+                device=device,
+                gpus=share,
                 timeout=settings.merge.timeout,
             ),
             overwrite=settings.overwrite,
@@ -226,7 +242,7 @@ def _card(run: Run, point: WeightPoint) -> str:
     return model_card(
         point,
         digest=run.digests.get(point),
-        sources={source: str(run.sources[source].path) for source in point.sources()},
+        sources={source: str(run.sources[source].hub or run.sources[source].path) for source in point.sources()},
         dtype=run.settings.dtype or "the target's own dtypes",
         notes=run.notes[point],
         versions=_versions(),
@@ -295,6 +311,11 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, tokenizer: Any, resou
             f"engine.count={count} times engine.tensor_parallel_size={engine.tensor_parallel_size} needs more GPUs "
             f"than the cluster's {resources.gpus}; lower one of them"
         )
+    for source in run.sources.values():
+        if source.hub:
+            from rvdist.checkpoint.hub import download_weights
+
+            download_weights(source)
     base = run.sources[run.settings.target].path.absolute()
     settings = EngineSettings(
         tensor_parallel_size=engine.tensor_parallel_size,

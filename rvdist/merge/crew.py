@@ -256,7 +256,8 @@ class Crew:
         blind = [w.unreadable & file.needs.keys() for w in self._workers]
         if blind and all(blind):
             source, name = min(blind[0])
-            path = self._sources[source].path / name
+            checkpoint = self._sources[source]
+            path = f"{checkpoint.hub}: {name}" if checkpoint.hub else str(checkpoint.path / name)
             if all(sees == blind[0] for sees in blind):
                 raise BadInput(
                     f"{path}: it changed or was truncated, or no node can see it; run again when it is whole"

@@ -39,9 +39,15 @@ class MergeWorker:
         self._peak = 0
 
     def can_read(self, source: str, file: str) -> bool:
-        """Whether this node has a weight file of a source, of the size it had when it was indexed."""
+        """Whether this node has a weight file of a source, of the size it had when it was indexed,
+        or can get it from the Hub."""
+        checkpoint = self._sources[source]
+        if checkpoint.hub:
+            from rvdist.checkpoint.hub import obtainable
+
+            return obtainable(checkpoint.hub, file)
         try:
-            return os.stat(self._sources[source].path / file).st_size == self._sources[source].stamps[file].size
+            return os.stat(checkpoint.path / file).st_size == checkpoint.stamps[file].size
         except OSError:
             return False
 
