@@ -17,6 +17,7 @@ from rvdist.errors import BadInput
 from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 
 STAGES = ("plan", "merge", "evaluate", "report")
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 METHODS = ("linear", "ties", "dare")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -47,6 +48,7 @@ class WeightedVectorConfig(VectorConfig):
 class MergeConfig:
     workers: int | None = None
     threads: int = 1
+    gpus_per_worker: float = 1.0
     timeout: float = 120.0
     method: str = "linear"
     density: float = 1.0
@@ -108,6 +110,7 @@ class Config:
     overwrite: bool = False
     max_shard_size: Any = None
     dtype: str | None = None
+    device: str = "auto"
     allow_nonfinite: bool = False
     merge: MergeConfig = field(default_factory=MergeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -254,3 +257,19 @@ def output_dtype(config: Config) -> str | None:
     if config.dtype is not None and config.dtype not in DTYPES:
         raise BadInput(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[config.dtype] if config.dtype else None
+
+
+def require_device(config: Config) -> None:
+    """Raises BadInput unless there can be such a device and such a share of it."""
+    share = config.merge.gpus_per_worker
+    if config.device not in DEVICES:
+        raise BadInput(f"device: {config.device!r} is not one of {', '.join(DEVICES)}")
+    if not 0 < share <= 1:
+        raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
+
+
+def device(config: Config, gpus: int) -> str:
+    """Where a cluster with so many GPUs merges: `cpu` or `cuda`. Raises BadInput where it cannot."""
+    if config.device == "cuda" and not gpus:
+        raise BadInput("device=cuda: the cluster has no GPU; set device=cpu, or cluster.address to one that has")
+    return "cuda" if gpus and config.device != "cpu" else "cpu"

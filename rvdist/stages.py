@@ -154,6 +154,7 @@ def _digest(run: Run) -> None:
 
 
 def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
+    config.require_device(run.settings)
     max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
     return build_plan(written, run.sources, config.output_dtype(run.settings), max_shard_size)
 

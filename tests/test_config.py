@@ -83,7 +83,9 @@ def test_masks_are_checked():
 
 def test_the_methods_flow_into_the_point():
     def method(*parameters):
-        return config.point(settings(merge=MergeConfig(None, 1, 9.0, *parameters)), 1.0).method
+        return config.point(
+            settings(merge=MergeConfig(**dict(zip(("method", "density", "seed"), parameters, strict=False)))), 1.0
+        ).method
 
     assert method("ties", 0.3, 7) == MethodSpec("ties", 0.3)
     assert method("dare", 0.3, 7) == MethodSpec("dare", 0.3, 7)
@@ -146,3 +148,19 @@ def test_the_configuration_files_and_the_schema_are_one_tree():
             for option in sorted((root / group).glob("*.yaml")):
                 composed = compose("config", [f"{group}={option.stem}", "target=t"])
                 assert isinstance(OmegaConf.to_object(composed), Config)
+
+
+def test_a_device_is_chosen_by_what_the_cluster_has():
+    assert [config.device(settings(device=name), 0) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    assert [config.device(settings(device=name), 2) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    with pytest.raises(BadInput, match="device=cuda: the cluster has no GPU; set device=cpu"):
+        config.device(settings(device="cuda"), 0)
+
+
+def test_devices_that_cannot_be():
+    config.require_device(settings(device="cuda", merge=MergeConfig(gpus_per_worker=0.25)))
+    with pytest.raises(BadInput, match="'gpu' is not one of auto, cpu, cuda"):
+        config.require_device(settings(device="gpu"))
+    for share in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(BadInput, match="merge.gpus_per_worker"):
+            config.require_device(settings(merge=MergeConfig(gpus_per_worker=share)))
