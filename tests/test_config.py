@@ -82,10 +82,8 @@ def test_masks_are_checked():
 
 
 def test_the_methods_flow_into_the_point():
-    def method(*parameters):
-        return config.point(
-            settings(merge=MergeConfig(**dict(zip(("method", "density", "seed"), parameters, strict=False)))), 1.0
-        ).method
+    def method(name, density, seed):
+        return config.point(settings(merge=MergeConfig(method=name, density=density, seed=seed)), 1.0).method
 
     assert method("ties", 0.3, 7) == MethodSpec("ties", 0.3)
     assert method("dare", 0.3, 7) == MethodSpec("dare", 0.3, 7)
