@@ -44,10 +44,10 @@ class Dare:
             total.add_(difference)
 
     def _kept(self, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
-        """Which of the elements [start, start + n) of the vector's tensor stay."""
+        """1 for those of the elements [start, start + n) of the vector's tensor that stay, else 0."""
         name = hashlib.blake2b(f"{self._seed} {vector} {tensor}".encode(), digest_size=16).digest()
         stream = np.random.Philox(key=int.from_bytes(name, "little"))
         steps, skip = divmod(start, _DRAWS)
         stream.advance(steps)
         draws = stream.random_raw((skip + n + 1) // 2).astype("<u8", copy=False).view("<u4")[skip : skip + n]
-        return torch.from_numpy(draws < round(self._density * 2**32))
+        return torch.from_numpy((draws < round(self._density * 2**32)).astype(np.float32))

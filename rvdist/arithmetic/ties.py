@@ -49,11 +49,11 @@ class Ties:
         elected = torch.zeros_like(total)
         for alpha, difference, bits in zip(alphas, differences, self._least or [0] * len(alphas), strict=True):
             if bits:
-                difference.mul_(magnitudes(difference) >= bits)
+                difference.mul_(magnitudes(difference).ge_(bits))
             elected.add_(difference.mul_(alpha))
         sign, change, agreeing = elected.sign_(), torch.zeros_like(total), torch.zeros_like(total)
         for scaled in differences:
-            agrees = scaled.sign() == sign
+            agrees = scaled.sign().eq_(sign)  # 0 and 1 as numbers: torch is slow to widen truth values
             change.add_(scaled.mul_(agrees))  # 0 times what is not finite is NaN: a vote cannot hide it
             agreeing.add_(agrees)
         total.add_(change.div_(agreeing.clamp_(min=1)))
