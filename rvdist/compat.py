@@ -57,7 +57,7 @@ def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = F
     a tensor one donor lacks, nothing left under the mask) and, unless `force`, for the first refusal."""
     base = sources[point.base]
     if isinstance(base, Difference):
-        raise BadInput(f"{base.path}: is {_KIND[base.kind]}, and a target must be a whole model")
+        raise BadInput(f"{base.path}: is {_KIND[base.kind]}, and a target is a whole model; name it as vector.path")
     exceptions: list[str] = []
     refusals: list[str] = []
     distances: dict[Vector, float] = {}
@@ -125,15 +125,16 @@ def check_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> list[str]
     ]
 
 
+def settle_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> Vector:
+    """`vector`; an adapter alone where it stands beside the checkpoint it was trained on: (minus + Δ) − minus is Δ."""
+    kinds = [isinstance(sources[source], Difference) for source in vector.sources()]
+    return Vector(vector.plus) if kinds == [True, False] else vector
+
+
 def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint:
-    """`point` with an adapter named alone where it stands beside the checkpoint it was trained on:
-    (minus + Δ) − minus is Δ."""
-
-    def own(vector: Vector) -> Vector:
-        kinds = [isinstance(sources[source], Difference) for source in vector.sources()]
-        return Vector(vector.plus) if kinds == [True, False] else vector
-
-    return replace(point, terms=tuple(replace(term, vector=own(term.vector)) for term in point.terms))
+    """`point` with each of its vectors settled."""
+    terms = tuple(replace(term, vector=settle_vector(term.vector, sources)) for term in point.terms)
+    return replace(point, terms=terms)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class MaskConfig:
 
 
 @dataclass
-class VectorConfig:
+class DonorsConfig:
     plus: str | None = None
     minus: str | None = None
     path: str | None = None
@@ -40,7 +40,15 @@ class VectorConfig:
 
 
 @dataclass
-class WeightedVectorConfig(VectorConfig):
+class VectorConfig(DonorsConfig):
+    save: str | None = None
+    dtype: str | None = None
+    rank: int | None = None
+    density: float | None = None
+
+
+@dataclass
+class WeightedVectorConfig(DonorsConfig):
     alpha: float = 1.0
 
 
@@ -124,7 +132,8 @@ class Config:
 def stages(config: Config) -> list[str]:
     """The stages to run, in their order. Raises BadInput."""
     if config.stages is None:
-        chosen = ["merge"] * (config.output is not None) + ["evaluate", "report"] * bool(config.benchmarks.tasks)
+        merges = config.output is not None or config.vector.save is not None
+        chosen = ["merge"] * merges + ["evaluate", "report"] * bool(config.benchmarks.tasks)
         if not chosen:
             raise BadInput("nothing to do; set output=DIRECTORY to merge, or benchmarks=… to evaluate")
         return chosen
@@ -132,8 +141,8 @@ def stages(config: Config) -> list[str]:
         if stage not in STAGES:
             raise BadInput(f"stages: {stage!r} is not one of {', '.join(STAGES)}")
     chosen = [stage for stage in STAGES if stage in config.stages]
-    if "merge" in chosen and config.output is None:
-        raise BadInput("output is not set; the merge stage needs output=DIRECTORY")
+    if "merge" in chosen and config.output is None and config.vector.save is None:
+        raise BadInput("output is not set; the merge stage needs output=DIRECTORY or vector.save=DIRECTORY")
     if "evaluate" in chosen and not config.benchmarks.tasks:
         raise BadInput("benchmarks.tasks is empty; the evaluate stage needs benchmarks=… or benchmarks.tasks=[…]")
     if "report" in chosen and "evaluate" not in chosen:
@@ -168,11 +177,7 @@ def point(config: Config, alpha: float) -> WeightPoint:
     terms = []
     for number, vector in enumerate(weighted):
         key = f"vectors[{number}]" if config.vectors else "vector"
-        if vector.path and (vector.plus or vector.minus):
-            raise BadInput(f"{key}.path is a vector by itself; set it, or plus and minus, but not both")
-        if not vector.path and (vector.plus is None or vector.minus is None):
-            lacking = "plus" if vector.plus is None else "minus"
-            raise BadInput(f"{key}.{lacking} is not set; a vector needs both donors, plus and minus")
+        named = _named(vector, key)
         try:
             mask = Mask(
                 tuple(vector.mask.include),
@@ -180,7 +185,6 @@ def point(config: Config, alpha: float) -> WeightPoint:
                 tuple((span[0], span[1]) for span in vector.mask.layers if _is_pair(span, key)),
                 tuple(vector.mask.depth),
             )
-            named = Vector(vector.path) if vector.path else Vector(str(vector.plus), vector.minus)
             terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
@@ -200,6 +204,17 @@ def _method(merge: MergeConfig) -> MethodSpec:
         "ties": MethodSpec("ties", merge.density),
         "dare": MethodSpec("dare", merge.density, merge.seed),
     }[merge.method]
+
+
+def _named(vector: DonorsConfig, key: str) -> Vector:
+    if vector.path and (vector.plus or vector.minus):
+        raise BadInput(f"{key}.path is a vector by itself; set it, or plus and minus, but not both")
+    if vector.path:
+        return Vector(vector.path)
+    if vector.plus is None or vector.minus is None:
+        lacking = "plus" if vector.plus is None else "minus"
+        raise BadInput(f"{key}.{lacking} is not set; a vector needs both donors, plus and minus")
+    return Vector(vector.plus, vector.minus)
 
 
 def _is_pair(span: Sequence[int], key: str) -> bool:
@@ -237,6 +252,41 @@ def arms(config: Config) -> list[Arm]:
         single = scaled.terms[0].alpha if len(scaled.terms) == 1 else None
         scored.append(Arm(f"alpha={spell(alpha)}", scaled, alpha=single))
     return [baseline, *scored]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A vector that is stored, where, and how: a safetensors dtype (None where it must be exact), the rank of its
+    matrices or the share of its elements that is kept."""
+
+    vector: Vector
+    directory: Path
+    dtype: str | None
+    rank: int | None
+    density: float | None
+
+
+def saved(config: Config) -> Saved | None:
+    """What `vector.save` asks for. Raises BadInput."""
+    own = config.vector
+    if own.save is None:
+        for key in ("dtype", "rank", "density"):
+            if getattr(own, key) is not None:
+                raise BadInput(f"vector.{key} says how to store a vector, and vector.save is not set; set it to a path")
+        return None
+    if config.vectors:
+        raise BadInput("vector.save stores one vector, and vectors=[…] is set; name it as vector.plus and vector.minus")
+    if own.dtype is not None and own.dtype not in DTYPES:
+        raise BadInput(f"vector.dtype: {own.dtype!r} is not one of {', '.join(DTYPES)}")
+    if own.rank is not None and own.rank < 1:
+        raise BadInput(f"vector.rank: {own.rank} is not a rank; give a number of at least 1")
+    if own.density is not None and not 0 < own.density <= 1:
+        raise BadInput(f"vector.density: {own.density} is not a share; give a number above 0, at most 1")
+    if own.rank is not None and own.density is not None:
+        raise BadInput("vector.rank and vector.density are two ways to store a vector; set one of them")
+    directory = Path(own.save).absolute()
+    dtype = DTYPES[own.dtype] if own.dtype else None
+    return Saved(_named(own, "vector"), directory, dtype, own.rank, own.density)
 
 
 def size(value: Any, key: str) -> int | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from rvdist.checkpoint.staging import discards, require_free
 from rvdist.config import Config
 from rvdist.errors import BadInput
 from rvdist.merge.plan import Plan, build_plan
-from rvdist.point import Arm, WeightPoint
+from rvdist.point import Arm, Vector, WeightPoint
 from rvdist.progress import Bar
 from rvdist.record import Record, TaskInfo, write_records
 from rvdist.timing import Timing, anonymous_bytes, seconds_since_process_start
@@ -61,9 +61,13 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     stages = config.stages(settings)
     written = config.outputs(settings) if settings.output and {"plan", "merge"} & set(stages) else {}
     arms = config.arms(settings) if "evaluate" in stages else []
+    saved = config.saved(settings)
 
     with run.timing.phase("index"):
+        vector = _index_vector(run, saved, written) if saved and "merge" in stages else None
         _index(run, [*written.values(), *(arm.point for arm in arms)])
+        written = {output: compat.settle(point, run.sources) for output, point in written.items()}
+        arms = [replace(arm, point=compat.settle(arm.point, run.sources)) for arm in arms]
     with run.timing.phase("plan"):
         plan = _plan(run, written)
         if complete := _complete(run, plan):
@@ -73,6 +77,8 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
             require_free(output, settings.overwrite)
     if "plan" in stages:
         _print_plan(run, plan)
+    if saved and vector:
+        _save_vector(run, saved, vector)
     if arms:
         with run.timing.phase("digest"):
             _digest(run)
@@ -139,9 +145,40 @@ def _index(run: Run, points: Sequence[WeightPoint]) -> None:
             if source not in run.sources:
                 run.sources[source] = open_source(source)
         report = compat.check(point, run.sources, run.settings.compat.force)
-        run.notes[point] = (*report.refusals, *report.exceptions)
+        run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions)
     for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
         run.console.print(f"note: {note}", markup=False)
+
+
+def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> Vector:
+    """The vector to be stored, named by what it is computed from."""
+    if saved.directory in outputs:
+        raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
+    run.sources |= {source: open_source(source) for source in saved.vector.sources()}
+    for note in compat.check_vector(saved.vector, run.sources):
+        run.console.print(f"note: {note}", markup=False)
+    return compat.settle_vector(saved.vector, run.sources)
+
+
+def _save_vector(run: Run, saved: config.Saved, vector: Vector) -> None:
+    from rvdist.vector import Storage, save
+
+    _require_no_source(run, saved.directory)
+    max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
+    nbytes = sum(spec.nbytes for spec in run.sources[vector.plus].tensors.values())
+    with run.timing.phase("vector"), Bar("vector", nbytes, "bytes", run.console) as bar:
+        save(
+            vector,
+            run.sources,
+            saved.directory,
+            Storage(saved.dtype, saved.rank, saved.density, max_shard_size),
+            overwrite=run.settings.overwrite,
+            digests=Path(run.settings.cache.dir).expanduser() / "digests",
+            progress=bar.advance,
+            say=lambda text: run.console.print(text, markup=False, soft_wrap=True),
+        )
+    run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
+    run.timing.write(run.directory / "timing.json")
 
 
 def _digest(run: Run) -> None:

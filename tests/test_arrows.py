@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pocket": set(),
     "stages": {
         "checkpoint", "cluster", "compat", "config", "errors", "fleet", "merge", "point", "progress", "record",
-        "report", "timing",
+        "report", "timing", "vector",
     },
     "verify": {"arithmetic", "checkpoint", "errors"},
     "launch": {"config", "errors", "stages"},
