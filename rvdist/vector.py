@@ -36,7 +36,6 @@ _CHUNK = 128 * 1024  # elements
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
 _SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
 _OVERSAMPLED, _POWER_ITERATIONS = 16, 4
-_FLOATS = ("F16", "BF16", "F32", "F64")
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -77,7 +76,8 @@ def save(
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes v to the directory `output`, which appears whole or not at all. `digests` is where the digests of the
-    donors are remembered; `progress` is told the bytes written since it was last told.
+    donors are remembered; `progress` is told how many bytes of v's first donor are done since it was last told, `say`
+    what a user should know.
 
     Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
     from what is journalled.
@@ -113,7 +113,7 @@ def save(
                 if not writer.has(tensor.parts):
                     _write(tensor, storage, differences, writer)
                 entries[tensor.name] |= _measure(tensor.name, differences, result)
-                progress(sum(part.nbytes for part in tensor.parts))
+                progress(donors[0].tensors[tensor.name].nbytes)
             writer.sync()
         for donor in donors:
             donor.require_unchanged()
@@ -121,9 +121,12 @@ def save(
             carry_over(donors[0], staging, None)
         parts = {part.name: part for tensor in stored for part in tensor.parts}
         write_index(staging, parts, list(files))
-        description |= {"skipped": skipped, "bytes": sum(size for _, size in files.values()), **_summary(entries)}
+        measured = _summary(entries)
+        description |= {"skipped": skipped, "bytes": sum(size for _, size in files.values()), **measured}
         staging.write_text(DESCRIPTION, _readable(description, entries))
         staging.commit()
+        holds = f"exact for {measured['exact_for']}" if measured["exact_for"] else "not exact"
+        say(f"{output}: {holds}, relative error {measured['relative_error']:.2g}, {description['bytes']:,} bytes")
     except BadInput:
         staging.abandon()
         raise
@@ -132,7 +135,7 @@ def save(
 
 
 def _is_stored(name: str, donors: Sequence[Checkpoint]) -> bool:
-    return all(donor.tensors[name].dtype in _FLOATS for donor in donors)
+    return all(donor.tensors[name].is_floating_point for donor in donors)
 
 
 def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str, Any]:
@@ -353,12 +356,16 @@ def _measure(name: str, differences: _Differences, result: Operand) -> dict[str,
         off = wide.sub_(stored)
         worst = max(worst, float(off.abs().max()))
         error += float(off.square().sum())
-    return {"exact": exact, "max_error": worst, "error_norm": math.sqrt(error), "norm": math.sqrt(norm)}
+    relative = math.sqrt(error / norm) if norm else 0.0
+    return {"exact": exact, "max_error": worst, "relative_error": relative, "norm": math.sqrt(norm)}
 
 
 def _summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    worst = max((entry["max_error"] for entry in entries.values()), default=0.0)
-    error, norm = (math.hypot(*(entry[key] for entry in entries.values())) for key in ("error_norm", "norm"))
+    """What was measured of all tensors together, and for what a vector is exact: whatever is wider than 16 bits asks
+    for the difference in fp64, and everything else for what a merge takes."""
+    worst = max(entry["max_error"] for entry in entries.values())
+    error = math.hypot(*(entry["relative_error"] * entry["norm"] for entry in entries.values()))
+    norm = math.hypot(*(entry["norm"] for entry in entries.values()))
     exact = all(entry["exact"] for entry in entries.values())
     holds = "every target and output" if worst == 0 else "targets and outputs of 16 bits" if exact else None
     return {"exact": exact, "exact_for": holds, "max_error": worst, "relative_error": error / norm if norm else 0.0}
