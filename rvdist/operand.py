@@ -75,13 +75,13 @@ class _Computed(Operand):
     def _scatter(self, name: str, form: Sparse, begin: int, end: int, out: torch.Tensor) -> None:
         indices = _Elements(self._files, form.indices)
         first, last = bisect_left(indices, begin), bisect_left(indices, end)
-        out.zero_()
-        if first == last:
-            return
         count = last - first
         at = self._files.read(form.indices, first, last, torch.empty(count * 8, dtype=torch.uint8)).long()
         values = self._files.read(form.values, first, last, torch.empty(count * 8, dtype=torch.uint8))
-        if at[0] < begin or at[-1] >= end or (at.diff() <= 0).any():
+        out.zero_()
+        ascend = bool((at.diff() > 0).all() and (at >= begin).all() and (at < end).all())
+        left_out = (begin == 0 and first > 0) or (end == self._tensors[name].numel and last < len(indices))
+        if not ascend or left_out:
             raise BadInput(
                 f"{self._difference.path}: the indices of tensor {name} do not ascend; save the vector again"
             )
