@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 from rvdist.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Resources:
-    """CPU cores and GPUs of the whole cluster."""
+class Node:
+    """CPU cores and GPUs of one machine of the cluster."""
 
+    name: str
     cpus: int
     gpus: int
 
 
-def connect(address: str = "local") -> Resources:
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has, node by node."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        return sum(node.gpus for node in self.nodes)
+
+
+def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Resources:
     """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" starts
-    one that ends with this process. Raises BadInput where it cannot be reached."""
+    one that ends with this process. Raises BadInput where it cannot be reached, or has fewer than `nodes` nodes
+    after `timeout` seconds."""
     import ray
 
     if not ray.is_initialized():
@@ -34,8 +52,21 @@ def connect(address: str = "local") -> Resources:
             )
         except (ConnectionError, ValueError) as error:
             raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
-    total = ray.cluster_resources()
-    return Resources(cpus=int(total.get("CPU", 0)), gpus=int(total.get("GPU", 0)))
+    deadline = time.monotonic() + timeout
+    while len(found := _live_nodes()) < nodes:
+        if time.monotonic() > deadline:
+            raise BadInput(
+                f"cluster.nodes={nodes}: only {len(found)} joined the cluster in {timeout:g} s; start more, or lower it"
+            )
+        time.sleep(0.5)
+    return Resources(found)
+
+
+def _live_nodes() -> tuple[Node, ...]:
+    import ray
+
+    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return tuple(Node(name, int(has.get("CPU", 0)), int(has.get("GPU", 0))) for name, has in alive)
 
 
 def _require_listener(address: str) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import MISSING
 
 from rvdist.errors import BadInput
 from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
@@ -57,7 +55,6 @@ class MergeConfig:
     workers: int | None = None
     threads: int = 1
     gpus_per_worker: float = 1.0
-    timeout: float = 120.0
     method: str = "linear"
     density: float = 1.0
     seed: int = 0
@@ -95,6 +92,8 @@ class EngineConfig:
 @dataclass
 class ClusterConfig:
     address: str = "local"
+    nodes: int | None = None
+    timeout: float = 120.0
 
 
 @dataclass
@@ -108,11 +107,23 @@ class CacheConfig:
 
 
 @dataclass
+class BatchConfig:
+    """One entry of `batch`: what it leaves out is as at the top level."""
+
+    target: str | None = None
+    vector: VectorConfig | None = None
+    vectors: list[WeightedVectorConfig] | None = None
+    alpha: Any = None
+    output: str | None = None
+
+
+@dataclass
 class Config:
-    target: str = MISSING
+    target: str = ""
     vector: VectorConfig = field(default_factory=VectorConfig)
     vectors: list[WeightedVectorConfig] = field(default_factory=list)
     alpha: Any = 1.0
+    batch: list[BatchConfig] = field(default_factory=list)
     stages: list[str] | None = None
     output: str | None = None
     overwrite: bool = False
@@ -132,7 +143,7 @@ class Config:
 def stages(config: Config) -> list[str]:
     """The stages to run, in their order. Raises BadInput."""
     if config.stages is None:
-        merges = config.output is not None or config.vector.save is not None
+        merges = bool(config.batch) or config.output is not None or config.vector.save is not None
         chosen = ["merge"] * merges + ["evaluate", "report"] * bool(config.benchmarks.tasks)
         if not chosen:
             raise BadInput("nothing to do; set output=DIRECTORY to merge, or benchmarks=… to evaluate")
@@ -141,7 +152,7 @@ def stages(config: Config) -> list[str]:
         if stage not in STAGES:
             raise BadInput(f"stages: {stage!r} is not one of {', '.join(STAGES)}")
     chosen = [stage for stage in STAGES if stage in config.stages]
-    if "merge" in chosen and config.output is None and config.vector.save is None:
+    if "merge" in chosen and config.output is None and config.vector.save is None and not config.batch:
         raise BadInput("output is not set; the merge stage needs output=DIRECTORY or vector.save=DIRECTORY")
     if "evaluate" in chosen and not config.benchmarks.tasks:
         raise BadInput("benchmarks.tasks is empty; the evaluate stage needs benchmarks=… or benchmarks.tasks=[…]")
@@ -168,6 +179,8 @@ def spell(alpha: float) -> str:
 
 def point(config: Config, alpha: float) -> WeightPoint:
     """target + alpha · (the vector, or the weighted sum of `vectors`). Raises BadInput."""
+    if not config.target:
+        raise BadInput("target is not set; give target=DIRECTORY or target=ORG/NAME")
     weighted = list(config.vectors)
     own = config.vector
     if own.plus or own.minus or own.path:
@@ -223,20 +236,40 @@ def _is_pair(span: Sequence[int], key: str) -> bool:
     return True
 
 
+def jobs(config: Config) -> list[Config]:
+    """The merges a configuration asks for: itself, or one for each entry of `batch`. Raises BadInput."""
+    if not config.batch:
+        return [config]
+    found = []
+    for number, entry in enumerate(config.batch):
+        set_here = {key: value for key, value in vars(entry).items() if value is not None}
+        if "vector" in set_here or "vectors" in set_here:
+            set_here = {"vector": VectorConfig(), "vectors": []} | set_here
+        job = replace(config, batch=[], **set_here)
+        for key in ("target", "output"):
+            if not getattr(job, key):
+                raise BadInput(f"batch[{number}].{key} is not set, nor is {key}; set one of them")
+        found.append(job)
+    return found
+
+
 def outputs(config: Config) -> dict[Path, WeightPoint]:
     """What the merge stage writes: directory → point. Raises BadInput where a vector or a placeholder lacks
     or two points would share a directory."""
-    assert config.output is not None
     found: dict[Path, WeightPoint] = {}
-    for alpha in alphas(config.alpha):
-        merged = point(config, alpha)
-        if not merged.terms:
-            raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
-        target = Path(config.target).name
-        directory = Path(config.output.replace("{alpha}", spell(alpha)).replace("{target}", target)).absolute()
-        if directory in found:
-            raise BadInput(f"output: several points would be written to {directory}; put {{alpha}} into it")
-        found[directory] = merged
+    for job in jobs(config):
+        assert job.output is not None
+        for alpha in alphas(job.alpha):
+            merged = point(job, alpha)
+            if not merged.terms:
+                raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
+            target = Path(job.target).name
+            directory = Path(job.output.replace("{alpha}", spell(alpha)).replace("{target}", target)).absolute()
+            if directory in found:
+                raise BadInput(
+                    f"output: several points would be written to {directory}; put {{alpha}} or {{target}} into it"
+                )
+            found[directory] = merged
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.table import Table
 
 from rvdist import __version__, cluster, compat, config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import discards, require_free
-from rvdist.config import Config
+from rvdist.config import ClusterConfig, Config
 from rvdist.errors import BadInput
+from rvdist.merge.placement import place, remember_rate, remembered_rate
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.point import Arm, Vector, WeightPoint
 from rvdist.progress import Bar
@@ -59,7 +62,8 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     run = Run(settings, directory, " ".join(["python -m rvdist.launch", *command]))
     run.timing.add("imports", seconds_since_process_start())
     stages = config.stages(settings)
-    written = config.outputs(settings) if settings.output and {"plan", "merge"} & set(stages) else {}
+    merges = (settings.output or settings.batch) and {"plan", "merge"} & set(stages)
+    written = config.outputs(settings) if merges else {}
     arms = config.arms(settings) if "evaluate" in stages else []
     saved = config.saved(settings)
 
@@ -87,7 +91,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
 
     if not arms:
         _read_by_ranges(run, plan)
-    ray = _RayStart(settings.cluster.address, run.timing)
+    ray = _RayStart(settings.cluster, run.timing)
     try:
         with run.timing.phase("tasks"):
             suite = _suite(run) if arms else None
@@ -113,16 +117,16 @@ class _RayStart:
     Its thread lives until `stop`: the kernel ends Ray's processes with the thread that started them.
     """
 
-    def __init__(self, address: str, timing: Timing) -> None:
+    def __init__(self, settings: ClusterConfig, timing: Timing) -> None:
         self._resources: Future[cluster.Resources] = Future()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(address, timing), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(settings, timing), daemon=True)
         self._thread.start()
 
-    def _run(self, address: str, timing: Timing) -> None:
+    def _run(self, settings: ClusterConfig, timing: Timing) -> None:
         try:
             with timing.phase("ray_init"):
-                resources = cluster.connect(address)
+                resources = cluster.connect(settings.address, settings.nodes or 1, settings.timeout)
         except Exception as error:
             self._resources.set_exception(error)
             return
@@ -236,6 +240,54 @@ def _print_plan(run: Run, plan: Plan) -> None:
             run.console.print(f"{directory}: {Path(point.base).name} {terms}", markup=False, soft_wrap=True)
         run.console.print(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
     run.console.print(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
+    if plan.outputs:
+        _print_placement(run, plan)
+
+
+def _print_placement(run: Run, plan: Plan) -> None:
+    """What falls to each node and worker, and how long it takes at the rate this engine was last measured at."""
+    resources = _foreseen(run.settings)
+    device = config.device(run.settings, resources.gpus)
+    names = [node.name[:8] for node in resources.nodes]
+    shares = place(plan, list(zip(names, _workers(run, resources), strict=True)))
+    table = Table("node", "workers", "files", "reads", "writes", "each worker reads", "writes", box=None)
+    for share in shares:
+        each = (share.bytes_read / share.workers, share.bytes_written / share.workers)
+        cells = (f"{nbytes / 1e9:,.2f} GB" for nbytes in (share.bytes_read, share.bytes_written, *each))
+        table.add_row(share.name, str(share.workers), str(share.files), *cells)
+    run.console.print(table)
+    if rate := remembered_rate(_rates(run), device):
+        seconds = max(share.bytes_moved / share.workers for share in shares) / rate.bytes_per_second
+        run.console.print(
+            f"a worker holds {rate.anonymous_bytes / 2**20:.0f} MiB, whatever the size of the model, and moves "
+            f"{rate.bytes_per_second / 1e9:.2f} GB/s, as last measured on {device}: about {seconds:,.0f} s"
+        )
+    else:
+        run.console.print(f"no merge of some size was measured on {device} yet, so its time is not foretold")
+
+
+def _foreseen(settings: Config) -> cluster.Resources:
+    """The nodes a merge would have: the cluster's, or of a cluster that is not there `cluster.nodes` like this one."""
+    if settings.cluster.address != "local" and not settings.cluster.nodes:
+        return cluster.connect(settings.cluster.address)
+    cores = os.cpu_count() or 1
+    return cluster.Resources(
+        tuple(cluster.Node(f"node {number}", cores, 0) for number in range(1, (settings.cluster.nodes or 1) + 1))
+    )
+
+
+def _workers(run: Run, resources: cluster.Resources) -> list[int]:
+    """How many workers each node gets: `merge.workers` evenly, or as many as its cores or GPUs have room for."""
+    merge, nodes = run.settings.merge, resources.nodes
+    if merge.workers:
+        return [(merge.workers + k) // len(nodes) for k in range(len(nodes))][::-1]
+    if config.device(run.settings, resources.gpus) == "cuda":
+        return [node.gpus * int(1 / merge.gpus_per_worker) for node in nodes]
+    return [node.cpus // merge.threads for node in nodes]
+
+
+def _rates(run: Run) -> Path:
+    return Path(run.settings.cache.dir).expanduser() / "rates.json"
 
 
 def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
@@ -244,25 +296,27 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
 
     settings = run.settings
     device = config.device(settings, resources.gpus)
-    share = settings.merge.gpus_per_worker if device == "cuda" else 0.0
-    room = resources.gpus * int(1 / share) if share else resources.cpus // settings.merge.threads
+    workers = _workers(run, resources)
     with Bar("merge", plan.bytes_written, "bytes", run.console) as bar:
         stats = merge(
             plan,
             run.sources,
             lambda point: _card(run, point),
             WorkerSettings(
-                workers=settings.merge.workers or max(1, room),
+                workers=max(1, sum(workers)),
                 threads=settings.merge.threads,
                 device=device,
-                gpus=share,
-                timeout=settings.merge.timeout,
+                gpus=settings.merge.gpus_per_worker if device == "cuda" else 0.0,
+                timeout=settings.cluster.timeout,
             ),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,
             progress=bar.advance,
             say=lambda sentence: run.console.print(sentence, markup=False, soft_wrap=True),
         )
+    moved = stats.bytes_read + stats.bytes_written
+    seconds = stats.phases["merge"] * sum(workers)
+    remember_rate(_rates(run), device, moved, seconds, stats.peak_anonymous_bytes)
     run.timing.phases |= stats.phases
     run.timing.bytes_read += stats.bytes_read
     run.timing.bytes_written += stats.bytes_written

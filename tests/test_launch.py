@@ -108,7 +108,7 @@ def test_a_different_tokenizer(place):
         (merge("max_shard_size=lots"), "max_shard_size: 'lots' is not a size"),
         (merge("vector.mask.include=[nothing]"), "leaves no tensor"),
         (merge("vector.minus=null"), "vector.minus is not set"),
-        ((*VECTOR, "output=out"), "target is not set; give target=VALUE"),
+        ((*VECTOR, "output=out"), "target is not set; give target=DIRECTORY"),
         (("target=family/target",), "nothing to do"),
         (merge("output=family/target"), "family/target: already exists"),
         (merge("output=family/target", "overwrite=true"), "holds the source family/target, which would be lost"),
