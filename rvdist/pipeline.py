@@ -14,7 +14,7 @@ import torch
 from rvdist.arithmetic.method import Count, Scratch
 from rvdist.errors import BadInput
 
-CHUNK = 128 * 1024  # elements on the CPU: the operands and the result of a chunk stay in a core's cache
+CHUNK = 256 * 1024  # elements on the CPU: little enough for a core's cache, enough that Python's share is small
 CARD_CHUNK = 4 << 20  # elements on a card, at most: some ten launches and a wait are little beside copying them
 PINNED = 256 << 20  # bytes of page-locked host memory in all lanes of a card, at most
 WIDEST = 8  # bytes of an element, at most

@@ -286,9 +286,14 @@ def test_both_ways_of_counting_agree(dtype):
     assert int(tally_nonfinite(torch.arange(9))) == 0
 
 
-def test_unified_nans_are_one_and_nothing_else_changes():
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "one"),
+    [(torch.bfloat16, 0x7FC0), (torch.float16, 0x7E00), (torch.float8_e4m3fn, 0x7F), (torch.float8_e5m2, 0x7F)],
+)
+def test_unified_nans_are_one_and_nothing_else_changes(dtype, one):
+    bits = {1: torch.uint8, 2: torch.uint16}[dtype.itemsize]
+    every = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32).to(bits).view(dtype)
     unified = every.clone()
     unify_nans(unified)
-    assert unified[every.isnan()].view(torch.int16).unique().tolist() == [0x7FC0]
-    assert torch.equal(unified[~every.isnan()].view(torch.int16), every[~every.isnan()].view(torch.int16))
+    assert set(unified[every.isnan()].view(bits).tolist()) == {one}
+    assert torch.equal(unified.view(bits)[~every.isnan()], every.view(bits)[~every.isnan()])

@@ -69,8 +69,8 @@ def working_dtype(
     ends: Sequence[torch.dtype], vectors: Sequence[tuple[torch.dtype, torch.dtype | None]]
 ) -> torch.dtype:
     """fp32 where every operand has at most 16 bits, else fp64. `ends` are the dtypes of the base and the output,
-    `vectors` those of plus and minus. A stored difference is already in working precision: in fp32 it asks for
-    no more than fp32."""
+    `vectors` those of plus and minus, as they are stored: fp8 with scales counts as fp8. A stored difference is
+    already in working precision: in fp32 it asks for no more than fp32."""
     dtypes = list(ends)
     for plus, minus in vectors:
         dtypes += [plus, minus] if minus is not None else [plus] * (plus != torch.float32)
@@ -92,10 +92,12 @@ def combine(
     out: torch.Tensor,
     scratch: Scratch | None = None,
     place: Place | None = None,
+    work: torch.dtype | None = None,
 ) -> Count:
     """out = base + the method's change, elementwise; returns how many results are not finite.
 
-    All tensors are 1-d of `out`'s length and on its device; dtypes may differ and `base` is left as it is.
+    All tensors are 1-d of `out`'s length and on its device; dtypes may differ and `base` is left as it is. `work` is
+    the working precision, None for that of these tensors' dtypes.
     """
     scratch = scratch or Scratch(out.numel(), out.device.type)
     if not differences:
@@ -107,7 +109,7 @@ def combine(
         if fused and fused.applies(operands):
             return fused.linear(base, pairs, out)
     vectors = [(plus.dtype, minus.dtype if minus is not None else None) for _, plus, minus in differences]
-    work, n = working_dtype([base.dtype, out.dtype], vectors), out.numel()
+    work, n = work or working_dtype([base.dtype, out.dtype], vectors), out.numel()
     total, subtrahend = scratch(0, n, work), scratch(1, n, work)
     taken = [subtract(scratch(2 + k, n, work), p, m, subtrahend) for k, (_, p, m) in enumerate(differences)]
     total.copy_(base)
@@ -121,6 +123,8 @@ def _count(out: torch.Tensor, scratch: Scratch) -> Count:
 
 
 _EXPONENT = {  # the bits that are all set in infinities and NaNs, and in nothing else
+    torch.float8_e4m3fn: (torch.int8, 0x7F),
+    torch.float8_e5m2: (torch.int8, 0x7C),
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F800000),
@@ -153,4 +157,6 @@ def _exponents(tensor: torch.Tensor, scratch: Scratch | None) -> tuple[torch.Ten
 
 def unify_nans(tensor: torch.Tensor) -> None:
     """Makes every NaN the same one: which of them an operation gives depends on device and instruction."""
-    tensor.masked_fill_(tensor.isnan(), math.nan)
+    integer, _ = _EXPONENT[tensor.dtype]  # torch fills no fp8 tensor by a mask, but one of integers
+    one = int(torch.tensor(math.nan, dtype=tensor.dtype).view(integer))
+    tensor.view(integer).masked_fill_(tensor.isnan(), one)
