@@ -20,13 +20,14 @@ import numpy as np
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.checkpoint.scaled import Scaled, dequantize
 from rvdist.errors import BadInput
 from rvdist.point import Vector, WeightPoint, layer_count
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
 _KIND = {"adapter": "an adapter", "vector": "a stored vector"}
-_FLOATS = {"F16", "BF16", "F32", "F64"}
 
 _STRUCTURE = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -52,9 +53,12 @@ class Compatibility:
         return "refused" if self.refusals else "applies with exceptions" if self.exceptions else "identical"
 
 
-def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = False) -> Compatibility:
+def check(
+    point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = False, extra_rows: bool = False
+) -> Compatibility:
     """Judges every term of `point`. Raises BadInput for what arithmetic cannot do at all (another shape,
-    a tensor one donor lacks, nothing left under the mask) and, unless `force`, for the first refusal."""
+    a tensor one donor lacks, nothing left under the mask) and, unless `force`, for the first refusal.
+    `extra_rows`: of a tensor that has more rows in one checkpoint than in another, those that all have count."""
     base = sources[point.base]
     if isinstance(base, Difference):
         raise BadInput(f"{base.path}: is {_KIND[base.kind]}, and a target is a whole model; name it as vector.path")
@@ -62,9 +66,9 @@ def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = F
     refusals: list[str] = []
     distances: dict[Vector, float] = {}
     for term in point.terms:
-        exceptions += check_vector(term.vector, sources)
+        exceptions += check_vector(term.vector, sources, extra_rows)
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
-        exceptions += _coverage(base, plus, minus)
+        exceptions += _coverage(base, plus, minus, extra_rows)
         layers = layer_count(base.tensors)
         if not any(term.mask.coefficient(name, layers) for name in base.tensors if name in plus.tensors):
             raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
@@ -89,9 +93,9 @@ def check(point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = F
     return report
 
 
-def check_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> list[str]:
+def check_vector(vector: Vector, sources: Mapping[str, Checkpoint], extra_rows: bool | None = None) -> list[str]:
     """Whether these donors make a vector, whatever it is applied to: what a user should know of it. Raises BadInput
-    where they make none."""
+    where they make none. `extra_rows` is as in `check`; None where there is no such choice."""
     plus = sources[vector.plus]
     if vector.minus is None:
         if not isinstance(plus, Difference):
@@ -110,13 +114,13 @@ def check_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> list[str]
                 f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
                 "with peft's merge_and_unload and name the result as vector.minus"
             )
-        _require_same_tensors(plus, minus)
+        _require_same_tensors(plus, minus, extra_rows)
         return []
     if isinstance(minus, Difference):
-        _require_same_tensors(plus, minus)
+        _require_same_tensors(plus, minus, extra_rows)
         return []
     for name in plus.tensors.keys() & minus.tensors.keys():
-        _require_same_shape(plus.tensors[name], plus, minus)
+        _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
     trained_on = f" (its config names {plus.trained_on})" if plus.trained_on else ""
     return [
         f"{plus.path.name} is an adapter: {minus.path.name} is taken to be what it was trained on{trained_on}, so that "
@@ -143,7 +147,7 @@ class _Finding:
     refusals: list[str]
 
 
-def _require_same_tensors(plus: Checkpoint, minus: Checkpoint) -> None:
+def _require_same_tensors(plus: Checkpoint, minus: Checkpoint, extra_rows: bool | None) -> None:
     for have, lack in ((plus, minus), (minus, plus)):
         if missing := have.tensors.keys() - lack.tensors.keys():
             raise BadInput(
@@ -151,15 +155,17 @@ def _require_same_tensors(plus: Checkpoint, minus: Checkpoint) -> None:
                 "a vector needs two donors with the same tensors"
             )
     for spec in plus.tensors.values():
-        _require_same_shape(spec, plus, minus)
+        _require_same_shape(spec, plus, minus, extra_rows)
 
 
-def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint) -> None:
+def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, extra_rows: bool | None) -> None:
     shape = other.tensors[spec.name].shape
-    if shape != spec.shape:
+    only_rows = len(shape) > 0 and shape[1:] == spec.shape[1:] and extra_rows is not None
+    if shape != spec.shape and not (only_rows and extra_rows):
+        way_out = "; compat.extra_rows=keep changes the rows that all have, and keeps the target's others"
         raise BadInput(
             f"{other.path}: tensor {spec.name} has shape {list(shape)} where {one.path} has {list(spec.shape)}; "
-            "weight arithmetic needs equal shapes"
+            f"weight arithmetic needs equal shapes{way_out * only_rows}"
         )
 
 
@@ -173,17 +179,27 @@ def _unsampled(difference: Difference) -> str:
     )
 
 
-def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint) -> Iterator[str]:
+def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, extra_rows: bool) -> Iterator[str]:
     shared = [name for name in base.tensors if name in plus.tensors]
     if not shared:
         raise BadInput(f"{plus.path}: has no tensor in common with {base.path}; it belongs to another architecture")
     for name in shared:
-        _require_same_shape(plus.tensors[name], plus, base)
-        for checkpoint in (base, plus, minus):
-            if name in checkpoint.tensors and checkpoint.tensors[name].dtype.startswith("F8"):
-                raise BadInput(f"{checkpoint.path}: tensor {name} is stored in fp8; convert it to bf16 first")
-        if base.tensors[name].dtype not in _FLOATS:
+        _require_same_shape(plus.tensors[name], plus, base, extra_rows)
+        if not base.tensors[name].is_floating_point:
             yield f"tensor {name} is not floating-point and stays as the target has it"
+            continue
+        rows = {}
+        for role, checkpoint in {"the target": base, "plus": plus, "minus": minus}.items():
+            if spec := checkpoint.tensors.get(name):  # what an adapter was trained on may lack it
+                rows[role] = spec.shape[0] if spec.shape else 1
+                if not spec.is_floating_point:
+                    raise BadInput(
+                        f"{checkpoint.path}: tensor {name} is stored as {spec.dtype}, and in the target it is "
+                        f"{base.tensors[name].dtype}; a vector needs floating-point donors"
+                    )
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{role} has {count}" for role, count in rows.items())
+            yield f"tensor {name}: its first {min(rows.values())} rows get the vector ({counts})"
     yield from _listed("the vector lacks {} of the target's tensors, which stay as they are", base, plus)
     yield from _listed("{} of the vector's tensors are not in the target and were skipped", plus, base)
 
@@ -251,14 +267,15 @@ def sampled_distance(base: Checkpoint, other: Checkpoint) -> float:
     shared = [
         spec
         for name, spec in base.tensors.items()
-        if spec.dtype in _FLOATS and name in other.tensors and other.tensors[name].dtype in _FLOATS
+        if spec.is_floating_point and name in other.tensors and other.tensors[name].is_floating_point
     ]
     matrices = [spec for spec in shared if len(spec.shape) > 1] or shared
     chosen = sorted(matrices, key=lambda spec: -spec.numel)[:_SAMPLED_TENSORS]
     difference = norm = 0.0
+    numels = [min(spec.numel, other.tensors[spec.name].numel) for spec in chosen]
     with ThreadPoolExecutor(_SAMPLED_TENSORS) as pool:  # a sample from the Hub is a wait and little else
-        ours_all = pool.map(lambda spec: _sample(base, spec), chosen)
-        theirs_all = pool.map(lambda spec: _sample(other, other.tensors[spec.name]), chosen)
+        ours_all = pool.map(lambda spec, numel: _sample(base, spec, numel), chosen, numels)
+        theirs_all = pool.map(lambda spec, numel: _sample(other, other.tensors[spec.name], numel), chosen, numels)
     for ours, theirs in zip(ours_all, theirs_all, strict=True):
         count = min(len(ours), len(theirs))
         difference += float(np.square(ours[:count] - theirs[:count]).sum())
@@ -266,19 +283,32 @@ def sampled_distance(base: Checkpoint, other: Checkpoint) -> float:
     return math.sqrt(difference / norm) if norm else 0.0
 
 
-def _sample(checkpoint: Checkpoint, spec: TensorSpec) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Elements from the middle of a tensor, widened. Same place for same shape, whatever the dtype."""
-    count = min(spec.numel, _SAMPLED_BYTES // 8)
-    start = (spec.numel - count) // 2
+def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
+    """Values from the middle of the first `numel` elements of a tensor. As many and the same, whatever the dtype."""
+    count = min(numel, _SAMPLED_BYTES // 8)
+    start = (numel - count) // 2
+    if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
+        return _widened(_bytes(checkpoint, spec, start, count), spec.dtype)
+    scale = checkpoint.scales[spec.name]
+    scales = _widened(_bytes(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32).reshape(scale.shape)
+    values = np.empty(count, np.float32)
+    codes = np.frombuffer(_bytes(checkpoint, spec, start, count), np.uint8)
+    dequantize(codes, scales, checkpoint.block, spec.shape, start, values)
+    return values.astype(np.float64)
+
+
+def _bytes(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: int) -> bytes:
     itemsize = ITEMSIZE[spec.dtype]
     offset = spec.offset + start * itemsize
     if checkpoint.hub:
         from rvdist.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
 
-        raw = read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
-    else:
-        with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), count * itemsize, offset)
-    if spec.dtype == "BF16":
+        return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
+    with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), count * itemsize, offset)
+
+
+def _widened(raw: bytes, dtype: str) -> Floats:
+    if dtype == "BF16":
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[spec.dtype]).astype(np.float64)
+    return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float64)

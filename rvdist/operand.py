@@ -1,7 +1,8 @@
 """A source's tensors as 1-d ranges of elements, whether they lie in files as they are or have to be computed.
 
 What is computed has the same bits whatever the ranges: each element is a sum in fp64 over the rank, in its order, of
-products that fp64 holds exactly, rounded once to fp32. Holds the factors of one tensor, and nothing else of a model.
+products that fp64 holds exactly, rounded once to fp32; or one product of fp32. Holds the factors or the scales of one
+tensor, and nothing else of a model.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
 import torch
 
 from rvdist.checkpoint.difference import Dense, Difference, LowRank, Sparse
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
+from rvdist.checkpoint.scaled import Scaled, dequantize
 from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.errors import BadInput
 
@@ -31,8 +34,9 @@ class Operand:
         return self._files.bytes_read
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Elements [begin, end) of tensor `name` in C order: a 1-d view, in the dtype of its spec, of `buffer`, a 1-d
-        uint8 tensor. Raises BadInput where a file cannot be used, Failed where the Hub does not answer."""
+        """Elements [begin, end) of tensor `name` in C order: a 1-d view of `buffer`, a 1-d uint8 tensor of 8 bytes an
+        element; in the dtype of its spec, but fp8 comes scaled in fp32. Raises BadInput where a file cannot be used,
+        Failed where the Hub does not answer."""
         return self._files.read(self._tensors[name], begin, end, buffer)
 
     def close(self) -> None:
@@ -88,7 +92,31 @@ class _Computed(Operand):
         out[at - begin] = values
 
 
+class _Dequantized(Operand):
+    """The tensors of a checkpoint some of which are stored in fp8: of one tensor at a time it keeps the scales."""
+
+    def __init__(self, checkpoint: Scaled) -> None:
+        super().__init__(checkpoint)
+        self._block, self._scales = checkpoint.block, checkpoint.scales
+        self._scale = ("", np.empty(0, np.float32))
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        if name not in self._scales:
+            return super().read(name, begin, end, buffer)
+        if self._scale[0] != name:
+            spec = self._scales[name]
+            scale = self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
+            self._scale = name, scale.view(spec.shape).float().numpy()
+        spec, count = self._tensors[name], end - begin
+        out = buffer[: 4 * count].view(torch.float32)
+        codes = self._files.read(spec, begin, end, buffer[4 * count :]).view(torch.uint8)
+        dequantize(codes.numpy(), self._scale[1], self._block, spec.shape, begin, out.numpy())
+        return out
+
+
 def open_operand(checkpoint: Checkpoint) -> Operand:
+    if isinstance(checkpoint, Scaled):
+        return _Dequantized(checkpoint)
     return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)
 
 

@@ -6,7 +6,7 @@ Streams in chunks; never holds a model. Several points share every byte they rea
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 
@@ -16,10 +16,11 @@ from rvdist.arithmetic.method import Count, Place, Scratch, combine, subtract, u
 from rvdist.arithmetic.registry import build
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
+from rvdist.checkpoint.scaled import Scaled
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TORCH_DTYPE
 from rvdist.operand import open_operand
-from rvdist.pipeline import CHUNK, Lane, open_lanes, part
+from rvdist.pipeline import CHUNK, Lane, open_lanes
 from rvdist.point import Vector, WeightPoint, layer_count
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
@@ -44,6 +45,7 @@ class PointReader:
     ) -> None:
         self.points = points
         self.base = sources[points[0].base]
+        assert dtype is not None or not isinstance(self.base, Scaled), "fp8 is not written"
         self.nonfinite = [0] * len(points)
         self._dtype = dtype
         self._sources = sources
@@ -70,24 +72,20 @@ class PointReader:
         spec = self.base.tensors[name]
         dtype = self.output_dtype(spec)
         recipes = [self._recipe(point, name) for point in self.points]
-        for method, terms in zip(self._methods, recipes, strict=True):
+        stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
+        works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
+        for method, terms, work in zip(self._methods, recipes, works, strict=True):
             if method.whole_tensors and terms:
                 assert (start, stop) == (0, spec.numel)
-                method.survey(Place(name, spec.numel), lambda terms=terms: self._differences(name, terms))  # type: ignore[misc]
-        wanted = dict.fromkeys(
-            [point.base for point in self.points]
-            + [source for terms in recipes for _, vector in terms for source in vector.sources()]
-        )
-        copied = [not terms and dtype == TORCH_DTYPE[spec.dtype] for terms in recipes]
-        cuts = self._cuts(name, start, stop, list(wanted), self._lanes[0].chunk)
+                method.survey(Place(name, spec.numel), partial(self._differences, name, terms, work))
+        bases = [point.base for point in self.points]
+        copied = [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
+        cuts = self._cuts(name, start, stop, [v for terms in recipes for _, v in terms], self._lanes[0].chunk)
         ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
         try:
-            for (begin, end), lane in zip(cuts, cycle(self._lanes), strict=False):
-                operand = {
-                    source: self._read(source, name, begin, end, lane.buffer(f"in {k}"))
-                    for k, source in enumerate(wanted)
-                }
-                compute = partial(self._combine, Place(name, spec.numel, begin), end, recipes)
+            for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
+                operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
+                compute = partial(self._combine, Place(name, spec.numel, begin), recipes, works, present)
                 lane.launch(operand, len(self.points), end - begin, dtype, compute)
                 ahead.append((begin, lane))
                 if len(ahead) == len(self._lanes):
@@ -101,21 +99,25 @@ class PointReader:
     def _combine(
         self,
         place: Place,
-        end: int,
         recipes: Sequence[Recipe],
+        works: Sequence[torch.dtype],
+        present: Sequence[Vector],
         operand: Mapping[str, torch.Tensor],
-        outs: Sequence[torch.Tensor],
+        outs: list[torch.Tensor],
         scratch: Scratch,
     ) -> list[Count]:
-        """Computes elements [place.start, end) of every point."""
+        """Computes a chunk of every point. Where a vector has no rows, a sum leaves out its term, so that what no
+        vector reaches stays as it is, to the bit; other methods know it by its place in the list, and take it as 0."""
         counts = []
-        for point, method, terms, out in zip(self.points, self._methods, recipes, outs, strict=True):
+        for point, method, terms, work, out in zip(self.points, self._methods, recipes, works, outs, strict=True):
             differences = [
                 (alpha, operand[vector.plus], operand[vector.minus] if vector.minus else None)
+                if vector in present
+                else (alpha, torch.zeros_like(out), None)
                 for alpha, vector in terms
-                if not method.elementwise_sum or self._reaches(vector.plus, place.tensor, end)
+                if vector in present or not method.elementwise_sum
             ]
-            counts.append(combine(method, operand[point.base], differences, out, scratch, place))
+            counts.append(combine(method, operand[point.base], differences, out, scratch, place, work))
         return counts
 
     def _finish(self, begin: int, lane: Lane, copied: Sequence[bool]) -> tuple[int, list[torch.Tensor]]:
@@ -131,56 +133,57 @@ class PointReader:
             return []
         return point.recipe(name, self._layers, lambda source: name in self._sources[source].tensors)
 
-    def _cuts(self, name: str, start: int, stop: int, wanted: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
-        """Chunks of [start, stop) of at most `size` elements, none of them across the end of a source with fewer rows
-        than the base."""
-        ends = sorted({self._sources[source].tensors[name].numel for source in wanted})
+    def _work(self, name: str, ends: Sequence[torch.dtype], terms: Recipe) -> torch.dtype:
+        """The working precision of a tensor, from the dtypes that are stored: the same on all of its rows."""
+        stored = {
+            source: TORCH_DTYPE[self._sources[source].tensors[name].dtype] for source in _donors(v for _, v in terms)
+        }
+        return working_dtype(ends, [(stored[v.plus], stored[v.minus] if v.minus else None) for _, v in terms])
+
+    def _cuts(
+        self, name: str, start: int, stop: int, vectors: Iterable[Vector], size: int
+    ) -> Iterator[tuple[int, int, tuple[Vector, ...]]]:
+        """(begin, end, the vectors that have these elements): chunks of [start, stop) of at most `size` elements, none
+        of them across the end of a vector with fewer rows than the base. A vector has the rows that both donors have.
+        """
+        ends = {
+            vector: min(self._sources[source].tensors[name].numel for source in vector.sources()) for vector in vectors
+        }
         begin = start
         while begin < stop:
-            end = min([begin + size, stop, *(e for e in ends if e > begin)])
-            yield begin, end
+            end = min([begin + size, stop, *(e for e in ends.values() if e > begin)])
+            yield begin, end, tuple(vector for vector, e in ends.items() if end <= e)
             begin = end
 
-    def _reaches(self, source: str, name: str, end: int) -> bool:
-        """Whether the source's tensor has elements up to `end`. A sum leaves those that no vector reaches as they
-        are, to the bit; other methods know a vector by its place in the list."""
-        return end <= self._sources[source].tensors[name].numel
-
-    def _read(self, source: str, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Elements [begin, end) in `buffer`, zeros where the source's tensor ends before them."""
-        if self._reaches(source, name, end):
-            return self._files[source].read(name, begin, end, buffer)
-        return part(buffer, end - begin, TORCH_DTYPE[self._sources[source].tensors[name].dtype]).zero_()
-
-    def _differences(self, name: str, terms: Recipe) -> Iterator[list[torch.Tensor]]:
-        """Streams a whole tensor: for each chunk the difference of every term in working precision, on the CPU."""
-        spec = self.base.tensors[name]
-        dtype = {
-            source: TORCH_DTYPE[self._sources[source].tensors[name].dtype]
-            for source in dict.fromkeys(source for _, vector in terms for source in vector.sources())
+    def _read(self, sources: Iterable[str], name: str, begin: int, end: int, lane: Lane) -> dict[str, torch.Tensor]:
+        return {
+            source: self._files[source].read(name, begin, end, lane.buffer(f"in {k}"))
+            for k, source in enumerate(dict.fromkeys(sources))
         }
-        work = working_dtype(
-            [TORCH_DTYPE[spec.dtype], self.output_dtype(spec)],
-            [(dtype[vector.plus], dtype[vector.minus] if vector.minus else None) for _, vector in terms],
-        )
-        lane = self._lanes[0]
-        buffer = {source: lane.buffer(f"in {k}") for k, source in enumerate(dtype)}
-        for begin, end in self._cuts(name, 0, spec.numel, list(dtype), min(CHUNK, lane.chunk)):
-            operand = {source: self._read(source, name, begin, end, buffer[source]) for source in dtype}
-            subtrahend = self._scratch(1, end - begin, work)
-            yield [
-                subtract(
-                    self._scratch(2 + k, end - begin, work),
-                    operand[vector.plus],
-                    operand[vector.minus] if vector.minus else None,
-                    subtrahend,
-                )
-                for k, (_, vector) in enumerate(terms)
-            ]
+
+    def _differences(self, name: str, terms: Recipe, work: torch.dtype) -> Iterator[list[torch.Tensor]]:
+        """Streams a whole tensor: for each chunk the difference of every term in working precision, on the CPU."""
+        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        cuts = self._cuts(name, 0, numel, [vector for _, vector in terms], min(CHUNK, lane.chunk))
+        for begin, end, present in cuts:
+            operand = self._read(_donors(present), name, begin, end, lane)
+            subtrahend, *taken = (self._scratch(1 + k, end - begin, work) for k in range(1 + len(terms)))
+            for difference, (_, vector) in zip(taken, terms, strict=True):
+                if vector in present:
+                    minus = operand[vector.minus] if vector.minus else None
+                    subtract(difference, operand[vector.plus], minus, subtrahend)
+                else:
+                    difference.zero_()
+            yield taken
 
     def close(self) -> None:
         for files in self._files.values():
             files.close()
+
+
+def _donors(vectors: Iterable[Vector]) -> dict[str, None]:
+    """What these vectors are made of, each once."""
+    return dict.fromkeys(source for vector in vectors for source in vector.sources())
 
 
 def buffers_of(points: Sequence[WeightPoint]) -> int:

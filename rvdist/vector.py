@@ -49,10 +49,6 @@ class Storage:
     density: float | None = None
     max_shard_size: int | None = None
 
-    @property
-    def form(self) -> str:
-        return "low_rank" if self.rank is not None else "sparse" if self.density is not None else "dense"
-
 
 @dataclass(frozen=True)
 class _Stored:

@@ -115,10 +115,3 @@ def test_a_vector_of_another_pre_training_is_refused_with_a_number(family, tmp_p
     paths["minus"] = write_checkpoint(tmp_path / "m2", near(stranger, 2))
     with pytest.raises(BadInput, match=r"not from the same pre-training.*distance is 1\.4"):
         check(paths)
-
-
-def test_fp8_is_refused_by_name(family):
-    paths = family()
-    rewrite(paths["plus"], lambda w: w.update({"scalar": w["scalar"].to(torch.float8_e4m3fn)}))
-    with pytest.raises(BadInput, match="scalar is stored in fp8"):
-        check(paths)

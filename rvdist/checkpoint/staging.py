@@ -12,12 +12,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rvdist.checkpoint.directory import INDEX, Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.checkpoint.scaled import Scaled, unquantized
 from rvdist.errors import BadInput, Failed
 
 DISCARD = Path("/dev/null")
@@ -29,6 +33,20 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def discards(output: Path) -> bool:
     """Whether an output is /dev/null or stands under it: everything is computed and digested, nothing is kept."""
     return DISCARD in (output, *output.parents)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A file, and what this run wrote there: another machine's own directory of the same name holds something else."""
+
+    path: Path
+    content: str
+
+    def is_seen(self) -> bool:
+        try:
+            return self.path.read_text() == self.content
+        except (OSError, ValueError):
+            return False
 
 
 class Staging:
@@ -74,9 +92,10 @@ class Staging:
         os.close(descriptor)
         raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
 
-    def visible(self) -> Path:
-        """A file that whoever writes into this output must see."""
-        return self.partial / _LOCK
+    @property
+    def probe(self) -> Probe:
+        """What whoever writes into this output must see."""
+        return Probe(self.partial / _LOCK, self._token)
 
     def allocate(self, name: str, header: bytes, size: int) -> None:
         """Makes a weight file of its final size with its header in place, so that a full disk is found first.
@@ -142,15 +161,18 @@ def require_free(output: Path, overwrite: bool) -> None:
 
 
 def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
-    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template)."""
+    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template). The config
+    says what is written: its `dtype`, if that is not the base's, and never that it is quantised."""
     for entry in sorted(base.path.iterdir()):
         if entry.is_file() and entry.suffix in _CARRIED and not entry.name.endswith(".index.json"):
             shutil.copyfile(entry, staging.partial / entry.name)
     if (templates := base.path / "additional_chat_templates").is_dir():
         shutil.copytree(templates, staging.partial / templates.name)
-    if dtype is not None and base.config:
-        key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
-        staging.write_text("config.json", json.dumps(base.config | {key: dtype}, indent=2) + "\n")
+    config = unquantized(base.config) if isinstance(base, Scaled) else base.config
+    if dtype is not None and config:
+        config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+    if config != base.config:
+        staging.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write_index(staging: Staging, tensors: Mapping[str, TensorSpec], files: Sequence[str]) -> None:

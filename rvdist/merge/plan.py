@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from rvdist.checkpoint.scaled import Scaled
+from rvdist.errors import BadInput
 from rvdist.point import WeightPoint, layer_count
 
 UNIT_BYTES = 32 << 20
@@ -171,14 +173,22 @@ def _reads(
     """What each tensor of an output reads: (source, source file) → bytes."""
     layers = layer_count(layout.tensors)
     found = {}
-    for name in layout.tensors:
-        wanted = {point.base for point in points}
+    for name, written in layout.tensors.items():
+        elements = {point.base: written.numel for point in points}
         for point in points:
             if sources[point.base].tensors[name].is_floating_point:
                 changing = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
-                wanted.update(source for _, vector in changing for source in vector.sources())
-        specs = {source: sources[source].tensors[name] for source in sorted(wanted)}
-        found[name] = {(source, spec.file): spec.nbytes for source, spec in specs.items()}
+                for _, vector in changing:
+                    shared = min(sources[source].tensors[name].numel for source in vector.sources())
+                    for source in vector.sources():
+                        elements[source] = max(elements.get(source, 0), min(shared, written.numel))
+        reads: Counter[tuple[str, str]] = Counter()
+        for source in sorted(elements):
+            spec = sources[source].tensors[name]
+            reads[source, spec.file] += elements[source] * ITEMSIZE[spec.dtype]
+            if isinstance(own := sources[source], Scaled) and (scale := own.scales.get(name)):
+                reads[source, scale.file] += scale.nbytes
+        found[name] = dict(reads)
     return found
 
 
@@ -186,13 +196,20 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
-    made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout)], sort_keys=True)
+    blocks = {name: source.block for name in point.sources() if isinstance(source := sources[name], Scaled)}
+    made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout), blocks], sort_keys=True)
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
 def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> Layout:
+    if isinstance(base, Scaled) and dtype is None:
+        raise BadInput(
+            f"{base.path}: is stored in fp8 with a scale for each block, and fp8 is read but not written; "
+            "set dtype=bfloat16 to write a plain checkpoint"
+        )
+
     def stored(spec: TensorSpec) -> str:
-        return dtype if dtype and spec.dtype in ("F16", "BF16", "F32", "F64") else spec.dtype
+        return dtype if dtype and spec.is_floating_point else spec.dtype
 
     by_file: dict[str, list[TensorSpec]] = {file: [] for file in base.files}
     for spec in base.tensors.values():
