@@ -3,8 +3,9 @@
     python benchmarks/merge.py [--rounds 5] [--work DIR] [--no-mergekit] [--one-file]
 
 Makes three checkpoints of Qwen2.5-1.5B's shape (3.09 GB each, bf16) and takes in turn, round by round:
-the floor (`cat` of the inputs to /dev/null, `cp -r` of the target, `sync`), ours with one and with two workers, and
-mergekit 0.1.5's task_arithmetic in an environment of its own. Medians and their ratios go to benchmarks/README.md.
+the floor (`cat` of the inputs to /dev/null, `cp -r` of the target, `sync`), ours with one and with two workers, both
+also into /dev/null, and mergekit 0.1.5's task_arithmetic in an environment of its own; at the end once eight values of
+α in one pass. Medians and their ratios go to benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,64 +24,19 @@ from pathlib import Path
 
 import torch
 
-from rvdist.checkpoint.directory import INDEX
-from rvdist.checkpoint.header import build_header
-from rvdist.checkpoint.stream import write_exactly
+sys.path.insert(0, str(Path(__file__).parent))
+import shapes
 
-HIDDEN, LAYERS, INTERMEDIATE, KEY_VALUE, VOCABULARY = 1536, 28, 8960, 256, 151936
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- merge.py -->", "<!-- /merge.py -->"
-
-
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Qwen2.5-1.5B, tied embeddings: 1.54 billion parameters."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
-        at = f"model.layers.{layer}."
-        for name, rows in (("q", HIDDEN), ("k", KEY_VALUE), ("v", KEY_VALUE)):
-            found[f"{at}self_attn.{name}_proj.weight"] = (rows, HIDDEN)
-            found[f"{at}self_attn.{name}_proj.bias"] = (rows,)
-        found[f"{at}self_attn.o_proj.weight"] = (HIDDEN, HIDDEN)
-        found[f"{at}mlp.gate_proj.weight"] = found[f"{at}mlp.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
-        found[f"{at}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        found[f"{at}input_layernorm.weight"] = found[f"{at}post_attention_layernorm.weight"] = (HIDDEN,)
-    return found | {"model.norm.weight": (HIDDEN,)}
-
-
-def write_checkpoint(path: Path, noise: float, seed: int, shards: int) -> None:
-    """Siblings: one block of random weights plus `noise`, repeated; only how many bytes there are matters here."""
-    path.mkdir(parents=True)
-    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * 0.02
-    block = (block + noise * torch.randn(block.shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
-    names = list(shapes().items())
-    share = sum(torch.Size(s).numel() for _, s in names) / shards
-    files: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
-    count = 0
-    for name, shape in names:
-        if count >= share * len(files):
-            files.append([])
-        files[-1].append((name, "BF16", shape))
-        count += torch.Size(shape).numel()
-    weight_map = {}
-    for number, tensors in enumerate(files, 1):
-        file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        header, placed = build_header(tensors, file, {"format": "pt"})
-        with open(path / file, "wb") as opened:
-            opened.write(header)
-            opened.flush()
-            for spec in placed:
-                weight_map[spec.name] = file
-                for begin in range(0, spec.numel, block.numel()):
-                    piece = block[: min(block.numel(), spec.numel - begin)]
-                    write_exactly(opened.fileno(), spec.offset + 2 * begin, piece)
-    if shards > 1:
-        (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": HIDDEN, "dtype": "bfloat16",
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1536, "dtype": "bfloat16",
+    "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "vocab_size": 151936, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+FLOOR = "floor: cat, cp -r, sync"
+TWO, ONE, MERGEKIT = "rvdist, 2 workers", "rvdist, 1 worker", "mergekit 0.1.5"
+TWO_NULL, ONE_NULL = "rvdist, 2 workers, into /dev/null", "rvdist, 1 worker, into /dev/null"
+EIGHT = "rvdist, 2 workers, 8 values of α in one pass"
 
 
 @dataclass
@@ -124,7 +79,7 @@ def main() -> None:
     data = work / ("one-file" if arguments.one_file else "sharded")
     for seed, name in enumerate(("target", "plus", "minus")):
         if not (data / name).exists():
-            write_checkpoint(data / name, 0.002 * (seed > 0), seed, 1 if arguments.one_file else 3)
+            shapes.write_checkpoint(data / name, shapes.QWEN_1_5B, 1 if arguments.one_file else 3, seed, CONFIG)
     os.sync()
 
     inputs = " ".join(
@@ -138,84 +93,92 @@ def main() -> None:
     )
     out = work / "out"
 
-    def ours(workers: int) -> list[str]:
+    def ours(workers: int, output: object = out, alpha: str = "1") -> list[str]:
         return [
             sys.executable, "-m", "rvdist.launch", f"target={data}/target", f"vector.plus={data}/plus",
-            f"vector.minus={data}/minus", "alpha=1", f"output={out}", f"merge.workers={workers}",
+            f"vector.minus={data}/minus", f"alpha={alpha}", f"output={output}", f"merge.workers={workers}",
             f"hydra.run.dir={work}/run",
         ]  # fmt: skip
 
     commands = {
-        "floor: cat, cp -r, sync": ["sh", "-c", f"cat {inputs} >/dev/null; cp -r {data}/target {out}; sync"],
-        "rvdist, 2 workers": ours(2),
-        "rvdist, 1 worker": ours(1),
+        FLOOR: ["sh", "-c", f"cat {inputs} >/dev/null; cp -r {data}/target {out}; sync"],
+        TWO: ours(2),
+        ONE: ours(1),
+        TWO_NULL: ours(2, "/dev/null"),
+        ONE_NULL: ours(1, "/dev/null"),
     }
     if not arguments.no_mergekit:
-        commands["mergekit 0.1.5"] = [str(mergekit(work)), str(recipe), str(out), "--no-copy-tokenizer"]
+        commands[MERGEKIT] = [str(mergekit(work)), str(recipe), str(out), "--no-copy-tokenizer"]
 
-    runs: dict[str, list[Measured]] = {name: [] for name in commands}
-    stages: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for number in range(arguments.rounds):
+    runs: dict[str, list[Measured]] = {name: [] for name in (*commands, EIGHT)}
+    timings: dict[str, list[dict[str, object]]] = {name: [] for name in (*commands, EIGHT)}
+
+    def take(name: str, command: list[str]) -> None:
+        subprocess.run(["sh", "-c", f"rm -rf {out}*; cat {inputs} >/dev/null"], check=True)
+        os.sync()
+        runs[name].append(measure(command))
+        if name.startswith("rvdist"):
+            timings[name].append(json.loads((work / "run/timing.json").read_text()))
+        print(f"round {len(runs[name])}: {name}: {runs[name][-1].wall:.1f} s", flush=True)
+
+    for _ in range(arguments.rounds):
         for name, command in commands.items():
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            runs[name].append(measure(command))
-            if name.startswith("rvdist"):
-                timing = json.loads((work / "run/timing.json").read_text())
-                stages[name].append(
-                    {
-                        "merge": timing["phases"]["merge"],
-                        "cpu": timing["cpu_seconds"],
-                        "anonymous": timing["peak_anonymous_bytes"]["worker"],
-                        "read": timing["bytes_read"],
-                        "written": timing["bytes_written"],
-                    }
-                )
-            print(f"round {number + 1}: {name}: {runs[name][-1].wall:.1f} s", flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    report(runs, stages, arguments)
+            take(name, command)
+    take(EIGHT, ours(2, f"{out}-{{alpha}}", "[-1,-0.5,0.25,0.5,0.75,1,1.25,1.5]"))
+    subprocess.run(["sh", "-c", f"rm -rf {out}*"], check=True)
+    report(runs, timings, arguments)
 
 
-def report(
-    runs: dict[str, list[Measured]], stages: dict[str, list[dict[str, float]]], arguments: argparse.Namespace
-) -> None:
-    floor = statistics.median(m.wall for m in runs["floor: cat, cp -r, sync"])
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def report(runs: dict[str, list[Measured]], timings: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
+    median = {name: statistics.median(m.wall for m in measured) for name, measured in runs.items() if measured}
+    merge = {n: [t["phases"]["merge"] for t in found] for n, found in timings.items() if found}
+    floor = median[FLOOR]
+    files = "one file" if arguments.one_file else "three shards"
     lines = [
-        f"Qwen2.5-1.5B shape, {'one file' if arguments.one_file else 'three shards'}, bf16, three inputs of 3.09 GB; "
-        f"{arguments.rounds} rounds in turn, medians; {os.cpu_count()} cores, {platform.machine()}, page cache warm.",
+        f"Qwen2.5-1.5B shape, {files}, bf16, three inputs of 3.09 GB; {arguments.rounds} rounds in turn (eight values "
+        f"of α: one), medians; {os.cpu_count()} cores, {platform.machine()}, page cache warm.",
         "",
-        "| what | whole command, s (min to max) | × floor | merge stage, s (min to max) | × floor | CPU s | resident | "
-        "anonymous a worker |",
-        "|---|---|---|---|---|---|---|---|",
+        "| what | whole command, s (min to max) | × floor | merge stage, s (min to max) | × floor | read, GB | "
+        "written, GB | CPU s | resident | anonymous: a worker, driver |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, measured in runs.items():
-        walls = [m.wall for m in measured]
-        row = [name, f"{statistics.median(walls):.1f} ({min(walls):.1f} to {max(walls):.1f})"]
-        row.append(f"{statistics.median(walls) / floor:.2f}")
-        if stages[name]:
-            merges = [s["merge"] for s in stages[name]]
-            row.append(f"{statistics.median(merges):.1f} ({min(merges):.1f} to {max(merges):.1f})")
-            row.append(f"{statistics.median(merges) / floor:.2f}")
-            row.append(f"{statistics.median(s['cpu'] for s in stages[name]):.1f} (workers)")
-            row += ["", f"{max(s['anonymous'] for s in stages[name]) / 2**20:.0f} MiB"]
+        if not measured:
+            continue
+        row = [name, spread([m.wall for m in measured]), f"{median[name] / floor:.2f}"]
+        if found := timings[name]:
+            row += [spread(merge[name]), f"{statistics.median(merge[name]) / floor:.2f}"]
+            row += [f"{found[0]['bytes_read'] / 1e9:.2f}", f"{found[0]['bytes_written'] / 1e9:.2f}"]
+            row += [f"{statistics.median(t['cpu_seconds'] for t in found):.1f} (workers)", ""]
+            peaks = [max(t["peak_anonymous_bytes"][who] for t in found) / 2**20 for who in ("worker", "driver")]
+            row.append(f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB")
         else:
-            row += ["", "", f"{statistics.median(m.cpu for m in measured):.1f}"]
+            row += ["", "", "", "", f"{statistics.median(m.cpu for m in measured):.1f}"]
             row += [f"{max(m.resident for m in measured) / 2**30:.1f} GiB", ""]
         lines.append(f"| {' | '.join(row)} |")
-    two = stages["rvdist, 2 workers"]
-    lines += ["", f"rvdist read {two[0]['read'] / 1e9:.2f} GB and wrote {two[0]['written'] / 1e9:.2f} GB each time."]
-    if "mergekit 0.1.5" in runs:
-        peer = statistics.median(m.wall for m in runs["mergekit 0.1.5"])
-        whole = statistics.median(m.wall for m in runs["rvdist, 2 workers"])
-        merge = statistics.median(s["merge"] for s in two)
-        lines += [
-            f"mergekit's whole command takes {peer / whole:.1f} × ours, and {peer / merge:.1f} × our merge stage."
-        ]
+    stage = {name: statistics.median(values) for name, values in merge.items()}
+    lines += [
+        "",
+        f"One worker takes {stage[ONE] / stage[TWO]:.2f} × what two take, and "
+        f"{stage[ONE_NULL] / stage[TWO_NULL]:.2f} × where nothing is written. "
+        f"Eight outputs in one pass take {stage[EIGHT] / stage[TWO]:.1f} × the merge stage of one, and "
+        f"{median[EIGHT] / median[TWO]:.1f} × its whole command.",
+    ]
+    if runs.get(MERGEKIT):
+        lines[-1] += (
+            f" mergekit's whole command takes {median[MERGEKIT] / median[TWO]:.1f} × ours, and "
+            f"{median[MERGEKIT] / stage[TWO]:.1f} × our merge stage."
+        )
     text = "\n".join(lines)
     print(text)
-    if README.exists() and BEGIN in README.read_text():
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    begin, end = (f"<!-- {'/' * closing}merge.py, {files} -->" for closing in (0, 1))
+    if README.exists() and begin in README.read_text():
+        before, _, rest = README.read_text().partition(begin)
+        README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
