@@ -17,6 +17,7 @@ from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 STAGES = ("plan", "merge", "evaluate", "report")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+EXTRA_ROWS = ("refuse", "keep")
 METHODS = ("linear", "ties", "dare")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -99,6 +100,7 @@ class ClusterConfig:
 @dataclass
 class CompatConfig:
     force: bool = False
+    extra_rows: str = "refuse"
 
 
 @dataclass
@@ -349,6 +351,14 @@ def require_device(config: Config) -> None:
         raise BadInput(f"device: {config.device!r} is not one of {', '.join(DEVICES)}")
     if not 0 < share <= 1:
         raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
+
+
+def keeps_extra_rows(config: Config) -> bool:
+    """Whether a vector may have fewer or more rows than the target, as a padded vocabulary has. Raises BadInput."""
+    policy = config.compat.extra_rows
+    if policy not in EXTRA_ROWS:
+        raise BadInput(f"compat.extra_rows: {policy!r} is not one of {', '.join(EXTRA_ROWS)}")
+    return policy == "keep"
 
 
 def device(config: Config, gpus: int) -> str:

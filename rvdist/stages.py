@@ -148,7 +148,7 @@ def _index(run: Run, points: Sequence[WeightPoint]) -> None:
         for source in point.sources():
             if source not in run.sources:
                 run.sources[source] = open_source(source)
-        report = compat.check(point, run.sources, run.settings.compat.force)
+        report = compat.check(point, run.sources, run.settings.compat.force, config.keeps_extra_rows(run.settings))
         run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions)
     for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
         run.console.print(f"note: {note}", markup=False)
