@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class Journal:
         self._append([list(astuple(w)) for w in written])
 
     def _append(self, entries: list[list[Any]]) -> None:
-        os.write(self._file, b"".join(map(_line, entries)))
+        left = b"".join(map(_line, entries))
+        while left:  # the last that fits on a disk is written in part, and only the next write is an error
+            left = left[os.write(self._file, left) :]
         os.fdatasync(self._file)
 
     def close(self) -> None:
@@ -68,10 +71,14 @@ class Journal:
 
 
 def read_journal(directory: Path, plan: str) -> Iterator[Written]:
-    """What the journal in `directory` claims for this plan: nothing where it is missing or another plan's."""
+    """What the journal in `directory` claims for this plan: nothing where it is another plan's. Where a run ended just
+    before its rename there is no journal any more, but the manifest."""
     try:
         lines = (directory / JOURNAL).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
+        with suppress(BadInput):
+            manifest = Manifest.read(directory)
+            yield from manifest.ranges if manifest.plan == plan else ()
         return
     entries = map(_entry, lines)
     if next(entries, None) != [_VERSION, plan]:

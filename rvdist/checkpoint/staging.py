@@ -53,8 +53,9 @@ class Staging:
     """One output under construction, of the plan with digest `plan`.
 
     `claims` is what an interrupted run of the same plan has journalled; what any other run left behind is cleared,
-    and `restarted` says so.
-    Raises BadInput when the output exists (unless `overwrite`) or another process is writing it.
+    and `restarted` says so. Whoever writes into it must see `probe`.
+    Raises BadInput when the output exists (unless `overwrite`) or another process is writing it. This and every
+    method raises Failed where nothing can be written.
     """
 
     def __init__(self, output: Path, plan: str, overwrite: bool = False) -> None:
@@ -70,14 +71,22 @@ class Staging:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
-        self._lock: int | None = self._take_lock()
-        self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan)}
-        self.restarted = not self.claims and (self.partial / JOURNAL).exists()
-        if not self.claims:
-            for entry in self.partial.iterdir():
-                if entry.name != _LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self._journal = Journal(self.partial, plan, self.claims.values())
+        with _writing(self.partial):
+            self._lock: int | None = self._take_lock()
+        try:
+            with _writing(self.partial):
+                self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan)}
+                self.restarted = not self.claims and (self.partial / JOURNAL).exists()
+                if not self.claims:
+                    for entry in self.partial.iterdir():
+                        if entry.name != _LOCK:
+                            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                self.probe = Probe(self.partial / _LOCK, uuid.uuid4().hex)
+                self.probe.path.write_text(self.probe.content)
+                self._journal = Journal(self.partial, plan, self.claims.values())
+        except Failed:
+            os.close(self._lock)
+            raise
         self._written = dict(self.claims)
 
     def _take_lock(self) -> int:
@@ -92,11 +101,6 @@ class Staging:
         os.close(descriptor)
         raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
 
-    @property
-    def probe(self) -> Probe:
-        """What whoever writes into this output must see."""
-        return Probe(self.partial / _LOCK, self._token)
-
     def allocate(self, name: str, header: bytes, size: int) -> None:
         """Makes a weight file of its final size with its header in place, so that a full disk is found first.
         Raises Failed where there is no room."""
@@ -110,34 +114,38 @@ class Staging:
 
     def journal(self, written: Iterable[Written]) -> None:
         """Records ranges of weight files that are durable."""
-        self._journal.add(written)
+        with _writing(self.partial):
+            self._journal.add(written)
         self._written |= {(w.file, w.start, w.nbytes): w for w in written}
 
     def write_text(self, name: str, text: str) -> None:
-        (self.partial / name).write_text(text, encoding="utf-8")
+        with _writing(self.partial / name):
+            (self.partial / name).write_text(text, encoding="utf-8")
 
     def commit(self) -> None:
         """Makes everything durable and gives it its name in one rename. The digests stay, for `verify`."""
         manifest = Manifest(self.plan, tuple(self._written[key] for key in sorted(self._written)))
         self.write_text(MANIFEST, manifest.to_json())
-        (self.partial / JOURNAL).unlink()
-        for entry in self.partial.rglob("*"):
-            _sync(entry)
-        _sync(self.partial)
-        (self.partial / _LOCK).unlink()
-        require_free(self.output, self._overwrite)
-        if self.output.exists():
-            _exchange(self.partial, self.output)
-            shutil.rmtree(self.partial)
-        else:
-            self.partial.rename(self.output)
-        _sync(self.output.parent)
+        with _writing(self.partial):
+            for entry in self.partial.rglob("*"):
+                _sync(entry)
+            (self.partial / JOURNAL).unlink()
+            (self.partial / _LOCK).unlink()
+            _sync(self.partial)
+            require_free(self.output, self._overwrite)
+            if self.output.exists():
+                _exchange(self.partial, self.output)
+                shutil.rmtree(self.partial)
+            else:
+                self.partial.rename(self.output)
+            _sync(self.output.parent)
         self.release()
 
     def abandon(self) -> None:
-        """Removes what was staged, if it was not committed."""
+        """Removes what was staged, if it was not committed; but not what an earlier run had journalled."""
         if self._lock is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            if not self.claims:
+                shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
 
     def release(self) -> None:
@@ -165,9 +173,11 @@ def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
     says what is written: its `dtype`, if that is not the base's, and never that it is quantised."""
     for entry in sorted(base.path.iterdir()):
         if entry.is_file() and entry.suffix in _CARRIED and not entry.name.endswith(".index.json"):
-            shutil.copyfile(entry, staging.partial / entry.name)
+            with _writing(staging.partial / entry.name):
+                shutil.copyfile(entry, staging.partial / entry.name)
     if (templates := base.path / "additional_chat_templates").is_dir():
-        shutil.copytree(templates, staging.partial / templates.name)
+        with _writing(staging.partial / templates.name):
+            shutil.copytree(templates, staging.partial / templates.name, dirs_exist_ok=True)
     config = unquantized(base.config) if isinstance(base, Scaled) else base.config
     if dtype is not None and config:
         config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
@@ -184,6 +194,18 @@ def write_index(staging: Staging, tensors: Mapping[str, TensorSpec], files: Sequ
         "weight_map": {name: spec.file for name, spec in sorted(tensors.items())},
     }
     staging.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong in writing to `path` into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise Failed(
+            f"{path}: cannot be written ({error.strerror or error}); what is done is kept, and the same command goes "
+            "on from there"
+        ) from None
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 
 if TYPE_CHECKING:
     from rvdist.checkpoint.hub import RangeReader
@@ -47,8 +47,8 @@ class TensorFiles:
 
     def read(self, spec: TensorSpec, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """Elements [start, stop) of a tensor in C order: a 1-d view, in the stored dtype, of `buffer`, a 1-d
-        uint8 tensor. Raises BadInput, naming the file, where it ends too early or cannot be read, and Failed where the
-        Hub does not answer."""
+        uint8 tensor. Raises BadInput, naming the file, where it ends too early, and Failed where it cannot be read
+        or the Hub does not answer."""
         itemsize = TORCH_DTYPE[spec.dtype].itemsize
         view = buffer[: (stop - start) * itemsize]
         offset = spec.offset + start * itemsize
@@ -61,7 +61,7 @@ class TensorFiles:
         except EOFError:
             raise BadInput(f"{path}: ends inside tensor {spec.name}; it changed or was truncated") from None
         except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+            raise Failed(f"{path}: cannot be read ({error.strerror}); run again when it can") from None
         self.bytes_read += view.numel()
         return view.view(TORCH_DTYPE[spec.dtype])
 

@@ -6,6 +6,7 @@ It takes the largest file that is left whenever it has nothing to do, so that a 
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
-from rvdist.checkpoint.staging import DISCARD, Staging
+from rvdist.checkpoint.staging import DISCARD, Probe, Staging
 from rvdist.errors import BadInput, Failed
 from rvdist.merge.plan import Output, OutputFile, Plan, Unit, UnitDone
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from rvdist.merge.engine import MergeStats
 
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
-_ATTEMPTS = 3  # of a unit whose worker died, and of a worker that dies before it has said a word
+_ATTEMPTS = 3  # of a unit whose worker died, and of a worker that dies before it has finished a unit
+_PATIENCE = 1.0  # seconds without an answer, after which it is seen again which nodes are alive
 _SYNC_BYTES = 1 << 30  # written by a worker before it is asked to make them durable and they are journalled
 
 
@@ -55,14 +57,14 @@ class WorkerActor:
     ) -> None:
         self._made_of = outputs, sources, dtype, settings.threads, settings.device
 
-    def hello(self, needs: Sequence[tuple[str, str]], visible: Sequence[Path]) -> Hello:
+    def hello(self, needs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> Hello:
         import ray
 
         from rvdist.merge.worker import MergeWorker
 
         self._worker = MergeWorker(*self._made_of)
         node = ray.get_runtime_context().get_node_id()
-        unseen = tuple(path for path in visible if not path.exists())
+        unseen = tuple(probe.path for probe in probes if not probe.is_seen())
         return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)
 
     def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
@@ -74,16 +76,18 @@ class WorkerActor:
 
 @dataclass(eq=False)
 class _Worker:
-    """One actor: its node once it has spoken, what it cannot read, what it wrote that is not yet durable, and how
-    many of its predecessors died without a word."""
+    """One actor in a bundle of the placement group. `home` is the node of the worker it replaces, `in_vain` how many
+    of its predecessors in a row died before they had finished a unit, `node` its own once it has spoken, `running` how
+    many units it was given, and `unsynced` what it wrote that is not yet durable."""
 
     actor: Any
     bundle: int
-    silent_deaths: int = 0
+    home: str | None = None
+    in_vain: int = 0
     node: str | None = None
     unreadable: frozenset[tuple[str, str]] = frozenset()
-    unsynced: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
     running: int = 0
+    unsynced: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
 
@@ -94,6 +98,10 @@ class _Task:
     worker: _Worker
     unit: Unit | None = None
     wrote: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
+
+    @property
+    def is_hello(self) -> bool:
+        return self.unit is None and not self.wrote
 
 
 class Crew:
@@ -119,21 +127,21 @@ class Crew:
         ]
         self._sources, self._dtype = dict(sources), plan.dtype
         self._needs = sorted({key for file in plan.files for key in file.needs})
-        self._files = list(plan.files)  # that no node has taken yet, largest first
+        self._files = [file for file in plan.files if file.units]  # that no node has taken yet, largest first
         self._needed_by = {(u.output, u.file): frozenset(file.needs) for file in plan.files for u in file.units}
         self._queues: dict[str, deque[Unit]] = {}  # of each node, units of the files it has taken
         self._deaths: Counter[tuple[int, str, int]] = Counter()  # of workers over a unit: (output, file, start)
         self._workers: list[_Worker] = []
-        self._running: dict[Any, _Task] = {}
+        self._unreadable: dict[str, frozenset[tuple[str, str]]] = {}  # of each node that ever had a worker
+        self._running: dict[Any, _Task] = {}  # in the order they were asked
+        self._last_death = ""
 
     def run(self) -> None:
         """Returns when everything is durable and journalled. Raises BadInput and Failed."""
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        cores = ray.cluster_resources().get("CPU", 1)
-        share = min(self._settings.threads, int(cores / self._count * 1000) / 1000)  # more workers than cores may be
-        bundle = {"CPU": share} | ({"GPU": self._settings.gpus} if self._settings.gpus else {})
+        bundle = {"CPU": self._share()} | ({"GPU": self._settings.gpus} if self._settings.gpus else {})
         self._group = placement_group([bundle] * self._count, strategy="SPREAD")
         try:
             if not self._group.wait(self._settings.timeout):
@@ -141,12 +149,29 @@ class Crew:
             self._arguments = (ray.put(self._partial), ray.put(self._sources), self._dtype, self._settings)
             for number in range(self._count):
                 self._start(number)
-            while self._running:
+            self._heard = time.monotonic()
+            while self._is_left or any(not task.is_hello for task in self._running.values()):
                 self._step()
         finally:
             for worker in self._workers:
                 ray.kill(worker.actor)
             remove_placement_group(self._group)
+
+    @property
+    def _is_left(self) -> bool:
+        """Whether there are units that no worker was given."""
+        return bool(self._files) or any(self._queues.values())
+
+    def _share(self) -> float:
+        """The cores each worker gets: its threads, or the most that lets all of them fit where there are fewer."""
+        cores = [node["Resources"].get("CPU", 0.0) for node in _live_nodes()]
+        threads = float(self._settings.threads)
+        parts = {int(have / k * 1000) / 1000 for have in cores for k in range(1, self._count + 1)}
+        for share in sorted((part for part in parts if 0 < part < threads), reverse=True):
+            if sum(int(have / threads) for have in cores) >= self._count:
+                break
+            threads = share
+        return threads
 
     def _no_room(self, bundle: Mapping[str, float]) -> str:
         import ray
@@ -159,7 +184,7 @@ class Crew:
             f"{have} are free on its {len(_live_nodes())} nodes; lower merge.workers or wait for more nodes"
         )
 
-    def _start(self, bundle: int, silent_deaths: int = 0) -> None:
+    def _start(self, bundle: int, home: str | None = None, in_vain: int = 0) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -169,60 +194,72 @@ class Crew:
             num_gpus=resources.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
         )
-        worker = _Worker(actor_class.remote(*self._arguments), bundle, silent_deaths)
+        worker = _Worker(actor_class.remote(*self._arguments), bundle, home, in_vain)
         self._workers.append(worker)
-        visible = [s.visible() for staged in self._stagings for s in staged if s]
-        self._running[worker.actor.hello.remote(self._needs, visible)] = _Task(worker)
+        probes = [staging.probe for staged in self._stagings for staging in staged if staging]
+        self._running[worker.actor.hello.remote(self._needs, probes)] = _Task(worker)
 
     def _step(self) -> None:
         """Waits for the next answer and acts on it."""
         import ray
 
-        speechless = all(task.unit is None and not task.wrote for task in self._running.values())
-        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=self._settings.timeout if speechless else None)
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_PATIENCE)
         if not ready:
-            raise Failed(
-                f"no worker answered in {self._settings.timeout:g} s and none is left; what is done is kept, and the "
-                "same command goes on from there"
-            )
-        task = self._running.pop(ready[0])
+            self._rescue()
+            return
+        self._heard = time.monotonic()
+        task = self._running[ready[0]]
         try:
             answer = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
-            self._bury(task)
+        except ray.exceptions.RayError as error:
+            self._bury(task.worker, error)
         else:
-            worker = task.worker
+            del self._running[ready[0]]
             if isinstance(answer, Hello):
-                self._welcome(worker, answer)
+                self._welcome(task.worker, answer)
             elif task.unit is not None:
-                worker.running -= 1
-                self._account(worker, task.unit, answer)
+                self._account(task.worker, task.unit, answer)
             else:
                 self._journal(task.wrote)
-            self._feed(worker)
-        if not any(self._queues.values()) and not self._files:
-            if any(worker.node is None for worker in self._workers) and not any(w.running for w in self._workers):
-                self._dismiss_late()
-        elif not self._running:
-            raise Failed(
-                "every worker died, perhaps for want of memory or because its node is gone; what is done is kept, "
-                "and the same command goes on from there"
-            )
+            self._feed(task.worker)
+        if self._is_left and not self._running:
+            raise self._stuck()
 
     def _welcome(self, worker: _Worker, hello: Hello) -> None:
         if hello.unseen:
-            raise BadInput(
+            sentence = (
                 f"{hello.unseen[0].parent}: is not visible on node {hello.node[:8]}; an output must be on a file "
                 "system that all nodes share"
             )
-        worker.node, worker.unreadable, worker.silent_deaths = hello.node, hello.unreadable, 0
+            raise Failed(sentence) if worker.home else BadInput(sentence)
+        worker.node, worker.unreadable = hello.node, hello.unreadable
+        self._unreadable[hello.node] = hello.unreadable
         self._queues.setdefault(hello.node, deque())
+        if all(worker.node for worker in self._workers):
+            for file in self._files:
+                if all(blind & file.needs.keys() for blind in self._unreadable.values()):
+                    raise BadInput(self._unreadable_everywhere(file))
+        if worker.home not in (None, worker.node):
+            self._disown()
+
+    def _unreadable_everywhere(self, file: OutputFile) -> str:
+        blind = [unreadable & file.needs.keys() for unreadable in self._unreadable.values()]
+        if common := set.intersection(*map(set, blind)):
+            path = self._path(min(common))
+            return f"{path}: it changed or was truncated, or no node can see it; run again when it is whole"
+        path = self._path(min(blind[0]))
+        return f"{path}: no node has it together with all else that {file.units[0].file} is made of"
+
+    def _path(self, need: tuple[str, str]) -> str:
+        source, name = need
+        checkpoint = self._sources[source]
+        return f"{checkpoint.hub}: {name}" if checkpoint.hub else str(checkpoint.path / name)
 
     def _feed(self, worker: _Worker) -> None:
         """Keeps a worker busy; when there is nothing left for it, what it wrote is made durable."""
-        if worker not in self._workers or worker.node is None:
+        if worker.node is None:
             return
         queue = self._queues[worker.node]
         while worker.running < _AHEAD:
@@ -244,25 +281,11 @@ class Crew:
         """The largest file left whose sources the worker's node can read; of those, one that fewest nodes can."""
         readable = [file for file in self._files if not worker.unreadable & file.needs.keys()]
         if not readable:
-            if self._files and not self._running:
-                self._require_a_reader(self._files[0])
             return None
         others = {w.node: w.unreadable for w in self._workers if w.node not in (None, worker.node)}
         file = min(readable, key=lambda f: sum(not blind & f.needs.keys() for blind in others.values()))
         self._files.remove(file)
         return file
-
-    def _require_a_reader(self, file: OutputFile) -> None:
-        blind = [w.unreadable & file.needs.keys() for w in self._workers]
-        if blind and all(blind):
-            source, name = min(blind[0])
-            checkpoint = self._sources[source]
-            path = f"{checkpoint.hub}: {name}" if checkpoint.hub else str(checkpoint.path / name)
-            if all(sees == blind[0] for sees in blind):
-                raise BadInput(
-                    f"{path}: it changed or was truncated, or no node can see it; run again when it is whole"
-                )
-            raise BadInput(f"{path}: no node has it together with all else that {file.units[0].file} is made of")
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:
         if any(done.nonfinite) and not self._allow_nonfinite:
@@ -278,6 +301,8 @@ class Crew:
         stats.began = min(stats.began, done.began)
         stats.cpu_seconds += done.cpu_seconds - worker.cpu_seconds
         worker.cpu_seconds = done.cpu_seconds
+        worker.running -= 1
+        worker.in_vain = 0
         node = str(worker.node)
         stats.nodes[node] = stats.nodes.get(node, 0) + done.bytes_read + done.bytes_written
         self._progress(unit.nbytes * len(done.digests))
@@ -294,54 +319,82 @@ class Crew:
         for staging, written in durable.items():
             staging.journal(written)
 
-    def _bury(self, task: _Task) -> None:
+    def _bury(self, worker: _Worker, error: Exception) -> None:
         """A worker died: what it was doing, and what it wrote without making it durable, is done again by another."""
         import ray
 
-        worker = task.worker
-        first = worker in self._workers
-        if first:
-            self._workers.remove(worker)
-            ray.kill(worker.actor)
-        again = [unit for unit, _ in task.wrote + worker.unsynced]
-        worker.unsynced = []
-        if task.unit is not None:
-            at = (task.unit.output, task.unit.file, task.unit.start)
+        asked = [task for task in self._running.values() if task.worker is worker]
+        self._running = {ref: task for ref, task in self._running.items() if task.worker is not worker}
+        self._workers.remove(worker)
+        ray.kill(worker.actor)
+        speechless = worker.node is None
+        self._last_death = str(error).strip().splitlines()[-1] if speechless else ""
+        lost = [unit for task in asked for unit in ([task.unit] if task.unit else [unit for unit, _ in task.wrote])]
+        for unit in lost[: max(1, len(asked[0].wrote))]:  # what it was doing when it died
+            at = (unit.output, unit.file, unit.start)
             self._deaths[at] += 1
             if self._deaths[at] == _ATTEMPTS:
                 raise Failed(
-                    f"{task.unit.file}: {_ATTEMPTS} workers died while writing it, perhaps for want of memory; "
-                    "what is done is kept, and the same command goes on from there"
+                    f"{unit.file}: {_ATTEMPTS} workers died while writing it, perhaps for want of memory; what is done "
+                    "is kept, and the same command goes on from there"
                 )
-            again.append(task.unit)
-        if worker.node is not None:
-            self._queues[worker.node].extend(again)
-        if first:
-            self._say(f"a worker on node {str(worker.node)[:8]} died; another takes over what it had not finished")
-            silent_deaths = worker.silent_deaths + (worker.node is None)
-            if silent_deaths < _ATTEMPTS:
-                self._start(worker.bundle, silent_deaths)
+        if worker.node is not None:  # what killed it comes first, so that it is soon known whether it always does
+            self._queues[worker.node].extendleft(reversed(lost + [unit for unit, _ in worker.unsynced]))
+        home, in_vain = worker.node or worker.home, worker.in_vain + 1
+        patience = _ATTEMPTS - any(w.node for w in self._workers)
+        self._say(
+            f"a worker {f'on node {home[:8]} ' if home else ''}died{' before it could begin' if speechless else ''}; "
+            + ("another takes its place" if in_vain < patience else "those that are left do its work")
+        )
+        if in_vain < patience:
+            self._start(worker.bundle, home, in_vain)
+        self._rescue()
+
+    def _rescue(self) -> None:
+        """Gives the files of nodes that are gone to those that are left."""
+        silent = time.monotonic() - self._heard > self._settings.timeout
+        if silent:  # those who come to replace a worker may never find room
+            for worker in self._workers:
+                worker.home = None
         self._disown()
-        for other in list(self._workers):
-            self._feed(other)
+        for worker in self._workers:
+            self._feed(worker)
+        if silent and self._is_left and all(task.is_hello for task in self._running.values()):
+            raise self._stuck()
 
     def _disown(self) -> None:
-        """Files of nodes without a worker left are free for the others."""
-        alive = {worker.node for worker in self._workers}
-        for node, queue in self._queues.items():
-            if node in alive or not queue:
+        """Files of a node are free for others when it has no worker left and, if it lives, none will come: another
+        node must not write into a file of which this one may still hold pages."""
+        here = {worker.node for worker in self._workers}
+        orphaned = [node for node, queue in self._queues.items() if queue and node not in here]
+        if not orphaned:
+            return
+        coming = {worker.home for worker in self._workers if worker.node is None}
+        alive = {node["NodeID"] for node in _live_nodes()}
+        for node in orphaned:
+            if node in coming and node in alive:
                 continue
             by_file: dict[tuple[int, str], list[Unit]] = {}
-            for unit in queue:
+            for unit in self._queues[node]:
                 by_file.setdefault((unit.output, unit.file), []).append(unit)
-            queue.clear()
+            self._queues[node].clear()
             for key, units in by_file.items():
                 self._files.append(OutputFile(tuple(units), dict.fromkeys(self._needed_by[key], 0), 0))
 
-    def _dismiss_late(self) -> None:
-        """Everything is done: workers that have not begun are not waited for."""
-        late = [worker for worker in self._workers if worker.node is None]
-        self._running = {ref: task for ref, task in self._running.items() if task.worker not in late}
+    def _stuck(self) -> Exception:
+        """Why nobody can go on."""
+        kept = "what is done is kept, and the same command goes on from there"
+        here = [worker for worker in self._workers if worker.node]
+        if here and self._files:
+            file = self._files[0]
+            need = min(here[0].unreadable & file.needs.keys())
+            return Failed(f"{self._path(need)}: the node that could read it is gone; {kept} when it is back")
+        if self._last_death:
+            return Failed(f"no worker could start: {self._last_death}; {kept}")
+        return Failed(
+            "every worker died, perhaps for want of memory or because its node is gone, and none could be started in "
+            f"its place; {kept}"
+        )
 
 
 def _live_nodes() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.staging import Staging, carry_over, discards, write_index
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 from rvdist.merge.crew import Crew, WorkerSettings
 from rvdist.merge.plan import Plan
 from rvdist.point import WeightPoint
@@ -47,24 +47,14 @@ def merge(
 
     `card` gives the README of a point; `progress` is told the bytes written since it was last told, `say` what
     a user should know.
-    Raises BadInput where a source or an output cannot be used; then nothing is left of the outputs. Raises Failed
-    where the merge could not be finished; then the same call goes on from what is journalled.
+    Raises BadInput where a source or an output cannot be used; then only what an earlier call had journalled is left
+    of the outputs. Raises Failed where the merge could not be finished; then the same call goes on from what is
+    journalled.
     """
     started = time.time()
-    stagings: list[list[Staging | None]] = []
     stats = MergeStats()
+    stagings = _stage(plan, overwrite, say)
     try:
-        for output, layout, digests in zip(plan.outputs, plan.layouts, plan.digests, strict=True):
-            staged: list[Staging | None] = []
-            stagings.append(staged)
-            for directory, digest in zip(output.directories, digests, strict=True):
-                staged.append(None if discards(directory) else Staging(directory, digest, overwrite))
-                if (staging := staged[-1]) is None:
-                    continue
-                for name, (header, size) in layout.files.items():
-                    staging.allocate(name, header, size)
-                if staging.restarted:
-                    say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
         Crew(plan, stagings, sources, settings, allow_nonfinite, stats, progress, say).run()
         for source in sources.values():
             source.require_unchanged()
@@ -85,3 +75,25 @@ def merge(
     finally:
         for staging in (s for staged in stagings for s in staged if s):
             staging.release()
+
+
+def _stage(plan: Plan, overwrite: bool, say: Callable[[str], None]) -> list[list[Staging | None]]:
+    """The staging of every output (None where it is discarded) with all of its room; nothing new where one fails."""
+    stagings: list[list[Staging | None]] = []
+    try:
+        for output, layout, digests in zip(plan.outputs, plan.layouts, plan.digests, strict=True):
+            staged: list[Staging | None] = []
+            stagings.append(staged)
+            for directory, digest in zip(output.directories, digests, strict=True):
+                staged.append(None if discards(directory) else Staging(directory, digest, overwrite))
+                if (staging := staged[-1]) is None:
+                    continue
+                for name, (header, size) in layout.files.items():
+                    staging.allocate(name, header, size)
+                if staging.restarted:
+                    say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
+    except (BadInput, Failed):
+        for staging in (s for staged in stagings for s in staged if s):
+            staging.abandon()
+        raise
+    return stagings

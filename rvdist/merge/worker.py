@@ -21,7 +21,8 @@ from rvdist.timing import anonymous_bytes
 
 
 class MergeWorker:
-    """Owns the open files of one worker process. A source that cannot be read is BadInput, an output Failed."""
+    """Owns the open files of one worker process. A source that changed is BadInput; one that cannot be read
+    and an output that cannot be written are Failed."""
 
     def __init__(
         self,
@@ -59,9 +60,15 @@ class MergeWorker:
         began = time.time()
         read, nonfinite, written = reader.bytes_read, list(reader.nonfinite), 0
         digests = [claim.digest for claim in claims if claim]
-        if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
-            digests = self._compute(unit, reader, [self._descriptor(path / unit.file) for path in directories])
-            written = unit.nbytes * len(directories)
+        try:
+            if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
+                digests = self._compute(unit, reader, [self._descriptor(path / unit.file) for path in directories])
+                written = unit.nbytes * len(directories)
+        except OSError as error:
+            raise Failed(
+                f"{unit.file}: cannot be written ({error.strerror}); what is done is kept, and the same command goes "
+                "on from there"
+            ) from None
         self._peak = max(self._peak, anonymous_bytes())
         return UnitDone(
             tuple(digests),
@@ -79,10 +86,7 @@ class MergeWorker:
             for begin, tensors in reader.chunks(segment.tensor, segment.start, segment.stop):
                 for target, digest, tensor in zip(targets, digests, tensors, strict=True):
                     offset = segment.offset + (begin - segment.start) * tensor.itemsize
-                    try:
-                        digest.update(write_exactly(target, offset, tensor))
-                    except OSError as error:
-                        raise Failed(f"{unit.file}: cannot be written ({error.strerror})") from None
+                    digest.update(write_exactly(target, offset, tensor))
         for target in targets:
             start_writeback(target, unit.start, unit.nbytes)
         return [digest.hexdigest() for digest in digests]
@@ -94,7 +98,10 @@ class MergeWorker:
                 if path != DISCARD:
                     os.fdatasync(descriptor)
         except OSError as error:
-            raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
+            raise Failed(
+                f"{path}: what was written cannot be made durable ({error.strerror}); what was before is kept, and the "
+                "same command goes on from there"
+            ) from None
 
     def _descriptor(self, path: Path) -> int:
         path = DISCARD if discards(path) else path
