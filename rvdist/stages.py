@@ -260,7 +260,8 @@ def _print_placement(run: Run, plan: Plan) -> None:
         seconds = max(share.bytes_moved / share.workers for share in shares) / rate.bytes_per_second
         run.console.print(
             f"a worker holds {rate.anonymous_bytes / 2**20:.0f} MiB, whatever the size of the model, and moves "
-            f"{rate.bytes_per_second / 1e9:.2f} GB/s, as last measured on {device}: about {seconds:,.0f} s"
+            f"{rate.bytes_per_second / 1e9:.2f} GB/s, as last measured on {device}: about {seconds:,.0f} s",
+            soft_wrap=True,
         )
     else:
         run.console.print(f"no merge of some size was measured on {device} yet, so its time is not foretold")

@@ -216,6 +216,35 @@ def test_a_plan_touches_nothing(place):
     assert contents(place) == before
 
 
+def test_a_plan_foretells_what_falls_to_each_node(place):
+    done = launch(*merge("stages=[plan]", "cluster.nodes=3", "merge.workers=5", "max_shard_size=300KB"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["node"] and line.split()[1].isdigit()
+    ]
+    assert [(row[1], row[2]) for row in rows] == [("1", "2"), ("2", "2"), ("3", "1")]
+    assert sum(int(row[3]) for row in rows) == int(re.search(r"(\d+) files", done.stdout)[1]) > 2
+
+
+def test_a_batch_from_the_command(place):
+    """`experiment=batch`, whose paths start where the repository does."""
+    (place / "rvdist").mkdir()
+    (place / "rvdist" / "pocket").symlink_to(POCKET)
+    code = "import sys; sys.path.remove(''); from rvdist.launch import main; main()"
+    command = [sys.executable, "-c", code, "experiment=batch", "hydra.run.dir=run"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    written = sorted(path.name for path in (place / "outputs/batch").iterdir())
+    assert written == ["layers-by-depth", "sft--0.5", "target-0.5", "target-1"]
+    timing = json.loads((place / "run/timing.json").read_text())
+    size = sum(tensor.nbytes for tensor in load_checkpoint(POCKET / "target").values())
+    assert timing["bytes_read"] == 3 * size and timing["bytes_written"] == 4 * size
+    base, plus, minus = (load_checkpoint(POCKET / name) for name in ("sft", "grpo", "sft"))
+    for name, tensor in load_checkpoint(place / "outputs/batch/sft--0.5").items():
+        exact = base[name].double() - 0.5 * (plus[name].double() - minus[name].double())
+        assert torch.equal(tensor, exact.to(tensor.dtype))
+
+
 def test_a_multirun_over_alpha(place):
     done = launch("-m", *merge("alpha=0.5,1", "output=out/{target}-{alpha}", "merge.workers=1"), cwd=place)
     assert done.returncode == 0, done.stderr
