@@ -7,6 +7,7 @@ from rvdist.arithmetic import registry
 from rvdist.config import (
     BatchConfig,
     BenchmarksConfig,
+    CompatConfig,
     Config,
     MaskConfig,
     MergeConfig,
@@ -179,3 +180,10 @@ def test_devices_that_cannot_be():
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="merge.gpus_per_worker"):
             config.require_device(settings(merge=MergeConfig(gpus_per_worker=share)))
+
+
+def test_what_becomes_of_extra_rows_is_one_of_two_policies():
+    assert not config.keeps_extra_rows(settings())
+    assert config.keeps_extra_rows(settings(compat=CompatConfig(extra_rows="keep")))
+    with pytest.raises(BadInput, match="compat.extra_rows: 'pad' is not one of refuse, keep"):
+        config.keeps_extra_rows(settings(compat=CompatConfig(extra_rows="pad")))
