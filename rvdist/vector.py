@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def save(
         entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
         staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
         written = as_vector(_reopen(staging.partial, list(files)))
-        with ExitStack() as opened:
+        with ExitStack() as opened, _threads(1):
             donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
             result = opened.enter_context(closing(open_operand(written)))
             differences = _Differences(donors, donor_operands)
@@ -216,6 +216,17 @@ def _work(specs: Sequence[TensorSpec]) -> torch.dtype:
     return working_dtype((), [(plus, minus[0] if minus else None)])
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many for torch's operations: on chunks as small as ours, more than one only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Differences:
     """v by chunks: in the working precision as a merge computes it, and in fp64. Valid until the next chunk."""
 
@@ -311,7 +322,8 @@ def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer:
     if count_nonfinite(whole):
         raise BadInput(f"tensor {tensor.name} of the vector is infinite or not a number in places; check the donors")
     if tensor.form == "low_rank":
-        pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
+        with _threads(len(os.sched_getaffinity(0))):
+            pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
     else:
         indices = largest(whole, tensor.parts[0].numel)
         pieces = (indices, whole[indices])
