@@ -68,6 +68,9 @@ def check(
     for term in point.terms:
         exceptions += check_vector(term.vector, sources, extra_rows)
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
+        if term.vector.rename:
+            substitutions = ", then ".join(f"{pattern} → {new}" for pattern, new in term.vector.rename)
+            exceptions.append(f"the tensors of {plus.path.name} and {minus.path.name} were renamed: {substitutions}")
         exceptions += _coverage(base, plus, minus, extra_rows)
         layers = layer_count(base.tensors)
         if not any(term.mask.coefficient(name, layers) for name in base.tensors if name in plus.tensors):
@@ -132,7 +135,7 @@ def check_vector(vector: Vector, sources: Mapping[str, Checkpoint], extra_rows: 
 def settle_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> Vector:
     """`vector`; an adapter alone where it stands beside the checkpoint it was trained on: (minus + Δ) − minus is Δ."""
     kinds = [isinstance(sources[source], Difference) for source in vector.sources()]
-    return Vector(vector.plus) if kinds == [True, False] else vector
+    return replace(vector, minus=None) if kinds == [True, False] else vector
 
 
 def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint:

@@ -36,6 +36,7 @@ class DonorsConfig:
     minus: str | None = None
     path: str | None = None
     mask: MaskConfig = field(default_factory=MaskConfig)
+    rename: list[list[str]] = field(default_factory=list)
 
 
 @dataclass
@@ -188,7 +189,7 @@ def point(config: Config, alpha: float) -> WeightPoint:
     if own.plus or own.minus or own.path:
         if weighted:
             raise BadInput("vector and vectors are both set; put every vector into vectors=[…]")
-        weighted = [WeightedVectorConfig(own.plus, own.minus, own.path, own.mask)]
+        weighted = [WeightedVectorConfig(own.plus, own.minus, own.path, own.mask, own.rename)]
     terms = []
     for number, vector in enumerate(weighted):
         key = f"vectors[{number}]" if config.vectors else "vector"
@@ -225,11 +226,21 @@ def _named(vector: DonorsConfig, key: str) -> Vector:
     if vector.path and (vector.plus or vector.minus):
         raise BadInput(f"{key}.path is a vector by itself; set it, or plus and minus, but not both")
     if vector.path:
-        return Vector(vector.path)
+        return _renamed(Vector(vector.path), vector, key)
     if vector.plus is None or vector.minus is None:
         lacking = "plus" if vector.plus is None else "minus"
         raise BadInput(f"{key}.{lacking} is not set; a vector needs both donors, plus and minus")
-    return Vector(vector.plus, vector.minus)
+    return _renamed(Vector(vector.plus, vector.minus), vector, key)
+
+
+def _renamed(named: Vector, vector: DonorsConfig, key: str) -> Vector:
+    for pair in vector.rename:
+        if len(pair) != 2:
+            raise BadInput(f"{key}.rename: {list(pair)} is not a pair [regular expression, replacement]")
+    try:
+        return replace(named, rename=tuple((pattern, replacement) for pattern, replacement in vector.rename))
+    except ValueError as error:
+        raise BadInput(f"{key}.{error}") from None
 
 
 def _is_pair(span: Sequence[int], key: str) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+Rename = tuple[tuple[str, str], ...]
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -81,10 +82,20 @@ class Mask:
 @dataclass(frozen=True)
 class Vector:
     """v = plus − minus, named by its two donors (directories or repositories). Without `minus`, `plus` is
-    itself a difference: a stored vector, or a LoRA adapter."""
+    itself a difference: a stored vector, or a LoRA adapter. `rename` makes the donors' tensor names the base's:
+    (regular expression, replacement) pairs, in order. Raises ValueError for a bad pattern."""
 
     plus: str
     minus: str | None = None
+    rename: Rename = ()
+
+    def __post_init__(self) -> None:
+        for pattern, replacement in self.rename:
+            try:
+                re.compile(pattern)
+                re.sub(f"(?:{pattern})?", replacement, "")  # its groups are known
+            except (re.error, IndexError) as error:
+                raise ValueError(f"rename [{pattern!r}, {replacement!r}] is no substitution: {error}") from None
 
     def sources(self) -> tuple[str, ...]:
         return (self.plus,) if self.minus is None else (self.plus, self.minus)
@@ -144,10 +155,19 @@ class WeightPoint:
             seen |= dict.fromkeys(term.vector.sources())
         return iter(seen)
 
+    def renames(self) -> dict[tuple[str, Rename], None]:
+        """Every checkpoint the point names, and how its tensors are renamed; base first, each pair once."""
+        found: dict[tuple[str, Rename], None] = {(self.base, ()): None}
+        for term in self.terms:
+            found |= dict.fromkeys((source, term.vector.rename) for source in term.vector.sources())
+        return found
+
     def relocated(self, places: Mapping[str, str]) -> WeightPoint:
         """The same point with each source replaced by the place where it was found."""
         terms = tuple(
-            replace(term, vector=Vector(*(places[source] for source in term.vector.sources()))) for term in self.terms
+            replace(term, vector=Vector(places[v.plus], places[v.minus] if v.minus else None, v.rename))
+            for term in self.terms
+            for v in [term.vector]
         )
         return replace(self, base=places[self.base], terms=terms)
 
@@ -159,7 +179,11 @@ class WeightPoint:
         terms = tuple(
             Term(
                 alpha=float(term["alpha"]),
-                vector=Vector(**term["vector"]),
+                vector=Vector(
+                    term["vector"]["plus"],
+                    term["vector"]["minus"],
+                    tuple((pattern, replacement) for pattern, replacement in term["vector"]["rename"]),
+                ),
                 mask=Mask(
                     include=tuple(term["mask"]["include"]),
                     exclude=tuple(term["mask"]["exclude"]),
@@ -180,6 +204,7 @@ class WeightPoint:
                 {
                     "alpha": term.alpha,
                     "vector": [contents[source] for source in term.vector.sources()],
+                    "rename": term.vector.rename,
                     "mask": asdict(term.mask),
                 }
                 for term in self.active_terms

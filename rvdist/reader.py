@@ -196,7 +196,7 @@ def read_point(point: WeightPoint) -> Iterator[tuple[str, torch.Tensor]]:
 
     Raises BadInput where a source cannot be read.
     """
-    reader = PointReader([point], {source: open_source(source) for source in point.sources()})
+    reader = PointReader([point], {source: open_source(source, rename) for source, rename in point.renames()})
     try:
         for name, spec in reader.base.tensors.items():
             tensor = torch.empty(spec.numel, dtype=reader.output_dtype(spec))

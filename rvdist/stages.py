@@ -26,7 +26,7 @@ from rvdist.config import ClusterConfig, Config
 from rvdist.errors import BadInput
 from rvdist.merge.placement import place, remember_rate, remembered_rate
 from rvdist.merge.plan import Plan, build_plan
-from rvdist.point import Arm, Vector, WeightPoint
+from rvdist.point import Arm, Rename, Vector, WeightPoint
 from rvdist.progress import Bar
 from rvdist.record import Record, TaskInfo, write_records
 from rvdist.timing import Timing, anonymous_bytes, seconds_since_process_start
@@ -144,10 +144,16 @@ class _RayStart:
 
 
 def _index(run: Run, points: Sequence[WeightPoint]) -> None:
+    renames: dict[str, Rename] = {}
     for point in dict.fromkeys(points):
-        for source in point.sources():
+        for source, rename in point.renames():
+            if renames.setdefault(source, rename) != rename:
+                raise BadInput(
+                    f"vector.rename: {source} is a source both with it and without, or with another; give one of them "
+                    "another path, such as a symbolic link"
+                )
             if source not in run.sources:
-                run.sources[source] = open_source(source)
+                run.sources[source] = open_source(source, rename)
         report = compat.check(point, run.sources, run.settings.compat.force, config.keeps_extra_rows(run.settings))
         run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions)
     for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
@@ -158,7 +164,7 @@ def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> V
     """The vector to be stored, named by what it is computed from."""
     if saved.directory in outputs:
         raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
-    run.sources |= {source: open_source(source) for source in saved.vector.sources()}
+    run.sources |= {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
     for note in compat.check_vector(saved.vector, run.sources):
         run.console.print(f"note: {note}", markup=False)
     return compat.settle_vector(saved.vector, run.sources)

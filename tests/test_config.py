@@ -16,7 +16,7 @@ from rvdist.config import (
     WeightedVectorConfig,
 )
 from rvdist.errors import BadInput
-from rvdist.point import MethodSpec
+from rvdist.point import MethodSpec, Vector
 
 
 def settings(**changes):
@@ -187,3 +187,17 @@ def test_what_becomes_of_extra_rows_is_one_of_two_policies():
     assert config.keeps_extra_rows(settings(compat=CompatConfig(extra_rows="keep")))
     with pytest.raises(BadInput, match="compat.extra_rows: 'pad' is not one of refuse, keep"):
         config.keeps_extra_rows(settings(compat=CompatConfig(extra_rows="pad")))
+
+
+def test_donors_may_be_renamed():
+    vector = VectorConfig("p", "m", rename=[["^model", "text"], ["a", "b"]])
+    assert config.point(settings(vector=vector), 1.0).terms[0].vector == Vector(
+        "p", "m", (("^model", "text"), ("a", "b"))
+    )
+    for rename, reason in (
+        ([["a"]], r"vector.rename: \['a'\] is not a pair"),
+        ([["(", "b"]], r"vector.rename \['\(', 'b'\] is no substitution"),
+        ([["a", r"\1"]], "is no substitution: invalid group reference"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            config.point(settings(vector=VectorConfig("p", "m", rename=rename)), 1.0)

@@ -4,22 +4,46 @@ is one as it stands, or a difference, or stored in fp8."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rvdist.checkpoint import adapter, artifact, scaled
+from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
+from rvdist.errors import BadInput
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
-def open_source(source: str) -> Checkpoint:
+def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoint:
     """The checkpoint a user named, by its headers. Of a Hub repository (when there is no such path) only small files
     and headers are fetched, or with HF_HUB_OFFLINE=1 found in the cache. A `Difference` where it is an adapter or a
-    stored vector, `Scaled` where it is stored in fp8. Raises BadInput, Failed."""
+    stored vector, `Scaled` where it is stored in fp8. `rename` gives its tensors other names: (regular expression,
+    replacement) pairs, in order. Raises BadInput, Failed."""
     found = _open(source)
     if found.files == [adapter.WEIGHTS]:
-        return adapter.as_adapter(found)
-    return artifact.as_vector(found) if artifact.is_marked(found) else scaled.as_scaled(found)
+        found = adapter.as_adapter(found)
+    else:
+        found = artifact.as_vector(found) if artifact.is_marked(found) else scaled.as_scaled(found)
+    return _renamed(found, rename) if rename else found
+
+
+def _renamed(found: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkpoint:
+    names: dict[str, str] = {}  # the new one: the old one
+    for old in found.tensors:
+        new = old
+        for pattern, replacement in rename:
+            new = re.sub(pattern, replacement, new)
+        if names.setdefault(new, old) != old:
+            raise BadInput(f"{found.path}: vector.rename gives the name {new} to both {names[new]} and {old}")
+    tensors = {new: replace(found.tensors[old], name=new) for new, old in names.items()}
+    if isinstance(found, Difference):
+        return replace(found, tensors=tensors, forms={new: found.forms[old] for new, old in names.items()})
+    if isinstance(found, scaled.Scaled):
+        scales = {new: found.scales[old] for new, old in names.items() if old in found.scales}
+        return replace(found, tensors=tensors, scales=scales)
+    return replace(found, tensors=tensors)
 
 
 def _open(source: str) -> Checkpoint:

@@ -28,7 +28,7 @@ BLOCK = (32, 20)
 
 
 def opened(point):
-    return {source: open_source(source) for source in point.sources()}
+    return {source: open_source(source, rename) for source, rename in point.renames()}
 
 
 def shifted(paths, *alphas):
@@ -303,6 +303,60 @@ def test_a_mixture_of_experts(tmp_path):
     (paths["plus"] / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match="num_experts_per_tok=8 where the target has 2"):
         compat.check(shifted(paths), opened(shifted(paths)))
+
+
+RENAME = ((r"^model\.", "model.language_model."), (r"^lm_head\.(.*)", r"model.language_model.head.\1"))
+
+
+def text_and_image_models(tmp_path, in_fp8=False):
+    """Text donors, and a target that has their tower under another prefix beside one for images."""
+    text = experts()
+    tower = {"model.language_model." + k.removeprefix("model.").replace("lm_", ""): v for k, v in near(text, 3).items()}
+    target = tower | {"model.visual.blocks.0.w": torch.randn(9, 3), "model.language_model.only": torch.ones(2)}
+    paths = {"target": write_checkpoint(tmp_path / "target", target, 2)}
+    for name, seed in (("plus", 1), ("minus", 2)):
+        weights = near(text, seed)
+        if in_fp8:
+            paths[name] = write_fp8(tmp_path / name, quantized(weights, BLOCK), BLOCK)
+        else:
+            paths[name] = write_checkpoint(tmp_path / name, weights)
+    return paths
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_a_vector_of_a_text_model_for_the_tower_of_another(tmp_path, in_fp8):
+    paths = text_and_image_models(tmp_path, in_fp8)
+    with pytest.raises(BadInput, match="no tensor in common"):
+        compat.check(shifted(paths), opened(shifted(paths)))
+    vector = Vector(str(paths["plus"]), str(paths["minus"]), RENAME)
+    point = WeightPoint(str(paths["target"]), (Term(0.6, vector),))
+    report = compat.check(point, opened(point))
+    assert "were renamed: ^model\\. → model.language_model., then" in report.exceptions[0]
+    assert "lacks 2 of the target's tensors" in report.exceptions[1] and report.distances[vector] < 0.5
+    write(point, tmp_path / "out")
+    found, base = load_checkpoint(tmp_path / "out"), load_checkpoint(paths["target"])
+    plus, minus = (weights_of(paths[name]) for name in ("plus", "minus"))
+    assert found.keys() == base.keys()
+    for old in plus:
+        new = "model.language_model." + old.removeprefix("model.").replace("lm_", "")
+        work = torch.float64 if base[new].dtype == torch.float32 else torch.float32
+        wanted = base[new].to(work) + 0.6 * (plus[old].to(work) - minus[old].to(work))
+        assert torch.equal(found.pop(new), wanted.to(base[new].dtype)), new
+    assert all(torch.equal(tensor, base[name]) for name, tensor in found.items()) and len(found) == 2
+
+    again = WeightPoint.from_json(json.loads(json.dumps(point.to_json())))
+    assert again == point and again.relocated({s: f"/x{s}" for s in point.sources()}).terms[0].vector.rename == RENAME
+    contents = dict.fromkeys(point.sources(), "c")
+    assert point.digest(contents) != shifted(paths, 0.6).digest(contents)
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    path = write_checkpoint(tmp_path / "m", experts())
+    with pytest.raises(
+        BadInput, match=r"m: vector.rename gives the name model.layers.N.* to both"
+    ):
+        open_source(str(path), [(r"layers\.\d", "layers.N")])
 
 
 def test_a_vector_of_a_part_of_thousands_of_tensors(tmp_path):
