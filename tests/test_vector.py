@@ -1,6 +1,7 @@
 """Stored vectors: applied, they equal the difference; what is said of them is true; nothing half-written is taken."""
 
 import hashlib
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from adapters import close, differences, factors, write_adapter
 from checkpoints import load_checkpoint, write_checkpoint
+from fp8 import dequantized, quantized, write_fp8
 
 from rvdist import vector as storing
 from rvdist.checkpoint.source import open_source
@@ -16,7 +18,7 @@ from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
 from rvdist.operand import open_operand
-from rvdist.point import Term, Vector, WeightPoint
+from rvdist.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.reader import read_point
 from rvdist.vector import Storage, save
 from rvdist.verify import verify
@@ -48,11 +50,14 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def merged(point, output, dtype=None):
-    sources = {source: open_source(source) for source in point.sources()}
-    plan = build_plan({output: point}, sources, dtype)
-    merge(plan, sources, lambda point: "card\n", WorkerSettings(2))
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in output.glob("*.safetensors")}
+def merged(points):
+    """Writes every point to its directory, in one merge."""
+    sources = {source: open_source(source) for point in points.values() for source in point.sources()}
+    merge(build_plan(points, sources), sources, lambda point: "card\n", WorkerSettings(2))
+
+
+def weights(path):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("*.safetensors")}
 
 
 def shifted(paths, vector, alpha):
@@ -72,16 +77,26 @@ def relative_error(found, exact):
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("alpha", [1.0, -0.7])
-def test_stored_exactly_it_equals_the_difference_to_the_bit(family, tmp_path, dtype, alpha):
+def test_stored_exactly_it_equals_the_difference_to_the_bit(family, tmp_path, dtype):
     paths = family(dtype, shards=2)
     said = store(paths, tmp_path / "v")
     assert said["exact"] and said["exact_for"] in (BITS16, EVERYTHING)
-    donors = Vector(str(paths["plus"]), str(paths["minus"]))
-    from_donors = merged(shifted(paths, donors, alpha), tmp_path / "donors")
-    assert merged(shifted(paths, Vector(str(tmp_path / "v")), alpha), tmp_path / "stored") == from_donors
     stored = {spec.dtype for spec in open_source(str(tmp_path / "v")).tensors.values()}
     assert stored == {"F64" if dtype == torch.float32 else "F32"}
+    vectors = {"donors": Vector(str(paths["plus"]), str(paths["minus"])), "stored": Vector(str(tmp_path / "v"))}
+    asked = [(1.0, "linear"), (-0.7, "linear"), (0.7, "ties"), (0.7, "dare")]
+    merged(
+        {
+            tmp_path / f"{of} {alpha} {name}": WeightPoint(
+                str(paths["target"]), (Term(alpha, vector),), MethodSpec(name, 1.0 if name == "linear" else 0.4)
+            )
+            for of, vector in vectors.items()
+            for alpha, name in asked
+        }
+    )
+    found = [weights(tmp_path / f"donors {alpha} {name}") for alpha, name in asked]
+    assert found == [weights(tmp_path / f"stored {alpha} {name}") for alpha, name in asked]
+    assert all(one != other for one, other in itertools.combinations([*found, weights(paths["target"])], 2))
 
 
 def test_exact_for_16_bits_is_not_exact_for_more(tmp_path):
@@ -166,18 +181,19 @@ def test_a_sparse_vector_keeps_the_largest(family, tmp_path, density):
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("storage", [Storage(rank=3), Storage(density=0.2), Storage("BF16")])
-def test_a_merge_applies_what_is_read(family, tmp_path, storage):
+def test_a_merge_applies_what_is_read(family, tmp_path):
     paths = family()
-    store(paths, tmp_path / "v", storage)
-    stored, target = load(tmp_path / "v"), load_checkpoint(paths["target"])
-    point = shifted(paths, Vector(str(tmp_path / "v")), 0.5)
-    merged(point, tmp_path / "out")
-    off = total = 0
-    for name, tensor in load_checkpoint(tmp_path / "out").items():
-        off += int((tensor != (target[name].double() + 0.5 * stored[name].double()).bfloat16()).sum())
-        total += tensor.numel()
-    assert off <= total / 10_000
+    target = load_checkpoint(paths["target"])
+    storages = {"low rank": Storage(rank=3), "sparse": Storage(density=0.2), "rounded": Storage("BF16")}
+    for name, storage in storages.items():
+        store(paths, tmp_path / name, storage)
+    merged({tmp_path / f"{name} out": shifted(paths, Vector(str(tmp_path / name)), 0.5) for name in storages})
+    for name in storages:
+        stored = load(tmp_path / name)
+        out = load_checkpoint(tmp_path / f"{name} out")
+        exact = {key: (target[key].double() + 0.5 * stored[key].double()).bfloat16() for key in target}
+        off = sum(int((out[key] != exact[key]).sum()) for key in target)
+        assert off <= sum(tensor.numel() for tensor in target.values()) / 10_000, name
 
 
 def test_it_is_sharded_as_the_first_donor_is_or_by_size(family, tmp_path):
@@ -210,6 +226,18 @@ def test_integer_tensors_are_skipped_and_listed(tmp_path):
     paths = {name: tmp_path / name for name in ("plus", "minus")}
     said = store(paths, tmp_path / "v")
     assert said["skipped"] == {"steps": "is of dtype I64"} and said["tensors"].keys() == {"x"}
+
+
+def test_donors_in_fp8_are_scaled_first(family, tmp_path):
+    paths, block = family(), (32, 16)
+    fp8 = {name: quantized(load_checkpoint(paths[name]), block) for name in ("plus", "minus")}
+    paths = {name: write_fp8(tmp_path / f"{name} fp8", weights, block) for name, weights in fp8.items()}
+    assert store(paths, tmp_path / "v")["exact"]
+    plus, minus = (dequantized(fp8[name], block) for name in ("plus", "minus"))
+    found = load(tmp_path / "v")
+    assert found.keys() == plus.keys()
+    assert all(torch.equal(found[name], plus[name].float() - minus[name].float()) for name in found)
+    assert "quantization_config" not in (tmp_path / "v" / "config.json").read_text()
 
 
 def test_an_interrupted_save_goes_on(family, tmp_path, monkeypatch):
@@ -284,7 +312,7 @@ def test_stored_vectors_and_adapters_can_be_stored_again(family, tmp_path):
 def test_an_adapter_merges_as_its_whole_tensors_would(family, tmp_path):
     paths, lora = family(torch.float32), factors()
     paths["adapter"] = write_adapter(tmp_path / "a", lora)
-    merged(shifted(paths, Vector(str(paths["adapter"])), 1.0), tmp_path / "out")
+    merged({tmp_path / "out": shifted(paths, Vector(str(paths["adapter"])), 1.0)})
     target, deltas = load_checkpoint(paths["target"]), differences(lora)
     for name, tensor in load_checkpoint(tmp_path / "out").items():
         exact = target[name].double() + (deltas[name].float().double() if name in deltas else 0)
