@@ -15,7 +15,7 @@ from rvdist.errors import BadInput
 from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 
 STAGES = ("plan", "merge", "evaluate", "report")
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("cpu", "cuda")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EXTRA_ROWS = ("refuse", "keep")
 METHODS = ("linear", "ties", "dare")
@@ -132,7 +132,7 @@ class Config:
     overwrite: bool = False
     max_shard_size: Any = None
     dtype: str | None = None
-    device: str = "auto"
+    device: str = "cpu"
     allow_nonfinite: bool = False
     merge: MergeConfig = field(default_factory=MergeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -376,4 +376,4 @@ def device(config: Config, gpus: int) -> str:
     """Where a cluster with so many GPUs merges: `cpu` or `cuda`. Raises BadInput where it cannot."""
     if config.device == "cuda" and not gpus:
         raise BadInput("device=cuda: the cluster has no GPU; set device=cpu, or cluster.address to one that has")
-    return "cuda" if gpus and config.device != "cpu" else "cpu"
+    return config.device

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "pipeline": {"arithmetic", "errors"},
     "reader": {"arithmetic", "checkpoint", "operand", "pipeline", "point"},
     "compat": {"checkpoint", "errors", "point"},
-    "merge": {"checkpoint", "errors", "point", "reader", "timing"},
+    "merge": {"checkpoint", "errors", "pipeline", "point", "reader", "timing"},
     "fleet": {"checkpoint", "errors", "point", "reader", "record"},
     "report": {"point", "record"},
     "pocket": set(),

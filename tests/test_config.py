@@ -167,15 +167,15 @@ def test_the_configuration_files_and_the_schema_are_one_tree():
 
 
 def test_a_device_is_chosen_by_what_the_cluster_has():
-    assert [config.device(settings(device=name), 0) for name in ("auto", "cpu")] == ["cpu", "cpu"]
-    assert [config.device(settings(device=name), 2) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    assert [config.device(settings(device=name), 2) for name in ("cpu", "cuda")] == ["cpu", "cuda"]
+    assert config.device(settings(), 0) == "cpu"
     with pytest.raises(BadInput, match="device=cuda: the cluster has no GPU; set device=cpu"):
         config.device(settings(device="cuda"), 0)
 
 
 def test_devices_that_cannot_be():
     config.require_device(settings(device="cuda", merge=MergeConfig(gpus_per_worker=0.25)))
-    with pytest.raises(BadInput, match="'gpu' is not one of auto, cpu, cuda"):
+    with pytest.raises(BadInput, match="'gpu' is not one of cpu, cuda"):
         config.require_device(settings(device="gpu"))
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="merge.gpus_per_worker"):

@@ -16,7 +16,8 @@ from rvdist.checkpoint.staging import DISCARD, discards
 from rvdist.checkpoint.stream import TORCH_DTYPE, start_writeback, write_exactly
 from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit, UnitDone
-from rvdist.reader import PointReader
+from rvdist.pipeline import open_lanes
+from rvdist.reader import PointReader, buffers_of
 from rvdist.timing import anonymous_bytes
 
 
@@ -35,7 +36,8 @@ class MergeWorker:
         torch.set_num_threads(threads)
         self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None
-        self._readers = [PointReader(output.points, sources, torch_dtype) for output in outputs]
+        lanes = open_lanes(device, max(buffers_of(output.points) for output in outputs))
+        self._readers = [PointReader(output.points, sources, torch_dtype, lanes=lanes) for output in outputs]
         self._open: dict[Path, int] = {}
         self._peak = 0
 
