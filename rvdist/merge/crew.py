@@ -78,7 +78,7 @@ class WorkerActor:
 class _Worker:
     """One actor in a bundle of the placement group. `home` is the node of the worker it replaces, `in_vain` how many
     of its predecessors in a row died before they had finished a unit, `node` its own once it has spoken, `running` how
-    many units it was given, and `unsynced` what it wrote that is not yet durable."""
+    many units it is at and `finished` how many are behind it, and `unsynced` what it wrote that is not yet durable."""
 
     actor: Any
     bundle: int
@@ -87,6 +87,7 @@ class _Worker:
     node: str | None = None
     unreadable: frozenset[tuple[str, str]] = frozenset()
     running: int = 0
+    finished: int = 0
     unsynced: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
@@ -134,7 +135,7 @@ class Crew:
         self._workers: list[_Worker] = []
         self._unreadable: dict[str, frozenset[tuple[str, str]]] = {}  # of each node that ever had a worker
         self._running: dict[Any, _Task] = {}  # in the order they were asked
-        self._last_death = ""
+        self._why_none_starts = ""
 
     def run(self) -> None:
         """Returns when everything is durable and journalled. Raises BadInput and Failed."""
@@ -302,7 +303,7 @@ class Crew:
         stats.cpu_seconds += done.cpu_seconds - worker.cpu_seconds
         worker.cpu_seconds = done.cpu_seconds
         worker.running -= 1
-        worker.in_vain = 0
+        worker.finished += 1
         node = str(worker.node)
         stats.nodes[node] = stats.nodes.get(node, 0) + done.bytes_read + done.bytes_written
         self._progress(unit.nbytes * len(done.digests))
@@ -328,7 +329,8 @@ class Crew:
         self._workers.remove(worker)
         ray.kill(worker.actor)
         speechless = worker.node is None
-        self._last_death = str(error).strip().splitlines()[-1] if speechless else ""
+        failed = getattr(error, "actor_init_failed", False) or isinstance(error, ray.exceptions.RuntimeEnvSetupError)
+        self._why_none_starts = str(error).strip().splitlines()[-1] if failed else ""
         lost = [unit for task in asked for unit in ([task.unit] if task.unit else [unit for unit, _ in task.wrote])]
         for unit in lost[: max(1, len(asked[0].wrote))]:  # what it was doing when it died
             at = (unit.output, unit.file, unit.start)
@@ -340,7 +342,7 @@ class Crew:
                 )
         if worker.node is not None:  # what killed it comes first, so that it is soon known whether it always does
             self._queues[worker.node].extendleft(reversed(lost + [unit for unit, _ in worker.unsynced]))
-        home, in_vain = worker.node or worker.home, worker.in_vain + 1
+        home, in_vain = worker.node or worker.home, 0 if worker.finished else worker.in_vain + 1
         patience = _ATTEMPTS - any(w.node for w in self._workers)
         self._say(
             f"a worker {f'on node {home[:8]} ' if home else ''}died{' before it could begin' if speechless else ''}; "
@@ -389,8 +391,10 @@ class Crew:
             file = self._files[0]
             need = min(here[0].unreadable & file.needs.keys())
             return Failed(f"{self._path(need)}: the node that could read it is gone; {kept} when it is back")
-        if self._last_death:
-            return Failed(f"no worker could start: {self._last_death}; {kept}")
+        if self._why_none_starts:
+            return Failed(f"no worker could start: {self._why_none_starts}; {kept}")
+        if not self._unreadable:
+            return Failed(f"no worker has begun in {self._settings.timeout:g} s; raise cluster.timeout; {kept}")
         return Failed(
             "every worker died, perhaps for want of memory or because its node is gone, and none could be started in "
             f"its place; {kept}"
