@@ -315,11 +315,16 @@ class Saved:
 def saved(config: Config) -> Saved | None:
     """What `vector.save` asks for. Raises BadInput."""
     own = config.vector
+    for number, entry in enumerate(config.batch):
+        if entry.vector and entry.vector.save:
+            raise BadInput(f"batch[{number}].vector.save: a batch only merges; save the vector by a run of its own")
     if own.save is None:
         for key in ("dtype", "rank", "density"):
             if getattr(own, key) is not None:
                 raise BadInput(f"vector.{key} says how to store a vector, and vector.save is not set; set it to a path")
         return None
+    if config.batch:
+        raise BadInput("vector.save stores one vector, and batch is set; save it by a run of its own")
     if config.vectors:
         raise BadInput("vector.save stores one vector, and vectors=[…] is set; name it as vector.plus and vector.minus")
     if own.dtype is not None and own.dtype not in DTYPES:

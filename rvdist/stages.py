@@ -72,6 +72,8 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
         _index(run, [*written.values(), *(arm.point for arm in arms)])
         written = {output: compat.settle(point, run.sources) for output, point in written.items()}
         arms = [replace(arm, point=compat.settle(arm.point, run.sources)) for arm in arms]
+        used = {source for point in run.notes for source in point.sources()} | set(vector.sources() if vector else ())
+        run.sources = {name: source for name, source in run.sources.items() if name in used}
     with run.timing.phase("plan"):
         plan = _plan(run, written)
         if complete := _complete(run, plan):
@@ -187,6 +189,7 @@ def _save_vector(run: Run, saved: config.Saved, vector: Vector) -> None:
             progress=bar.advance,
             say=lambda text: run.console.print(text, markup=False, soft_wrap=True),
         )
+    (run.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run.settings)))
     run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
     run.timing.write(run.directory / "timing.json")
 
