@@ -9,7 +9,7 @@ from checkpoints import launch, load_checkpoint, write_checkpoint
 
 from rvdist import compat, config
 from rvdist.checkpoint.source import open_source
-from rvdist.config import Config, VectorConfig, WeightedVectorConfig
+from rvdist.config import BatchConfig, Config, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput
 from rvdist.point import Term, Vector, WeightPoint
 from rvdist.reader import read_point
@@ -37,6 +37,7 @@ def test_a_vector_alone_needs_no_target_and_no_cluster(family, tmp_path, monkeyp
     paths = family()
     assert saved(tmp_path, plus=paths["plus"], minus=paths["minus"], save=tmp_path / "v") is None
     said = json.loads((tmp_path / "v" / "vector.json").read_text())
+    assert (tmp_path / "run" / "config.yaml").exists()
     assert said["exact"] and "vector" in json.loads((tmp_path / "run" / "timing.json").read_text())["phases"]
     assert f"exact for {said['exact_for']}" in " ".join(capsys.readouterr().out.split())
 
@@ -51,6 +52,8 @@ def test_a_vector_alone_needs_no_target_and_no_cluster(family, tmp_path, monkeyp
         ({"vector": VectorConfig("p", "m", save="v", density=float("nan"))}, "vector.density: nan is not a share"),
         ({"vector": VectorConfig("p", "m", save="v", rank=2, density=0.5)}, "are two ways to store a vector"),
         ({"vector": VectorConfig("p", save="v")}, "vector.minus is not set"),
+        ({"vector": VectorConfig("p", "m", save="v"), "batch": [BatchConfig("t")]}, "and batch is set"),
+        ({"batch": [BatchConfig(vector=VectorConfig("p", "m", save="v"))]}, r"batch\[0\].vector.save: a batch only"),
         (
             {"vector": VectorConfig(save="v"), "vectors": [WeightedVectorConfig("p", "m")]},
             "vector.save stores one vector",

@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
-from adapters import EMBEDDING, factors, write_adapter
+from adapters import EMBEDDING, close, differences, factors, write_adapter
+from test_hub import hub, server  # noqa: F401  # fixtures
 
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.digest import checkpoint_digest
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
+from rvdist.operand import open_operand
+from rvdist.point import Vector
+from rvdist.vector import Storage, save
 
 Q = "model.layers.0.self_attn.q_proj"
 A, B = (f"base_model.model.{Q}.lora_{x}.weight" for x in "AB")
@@ -114,3 +118,21 @@ def test_pickled_adapters_and_lost_configs(tmp_path):
     (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
     with pytest.raises(BadInput, match="holds pickled weights, which can run code"):
         open_source(str(path))
+
+
+def test_adapters_and_stored_vectors_on_the_hub(hub, tmp_path):  # noqa: F811
+    hub.publish("org/lora", write_adapter(tmp_path / "a", factors()))
+    found = opened("org/lora")
+    operand = open_operand(found)
+    for name, exact in differences(factors()).items():
+        spec = found.tensors[name]
+        read = operand.read(name, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
+        assert close(read.view(spec.shape), exact)
+    save(Vector("org/lora"), {"org/lora": found}, tmp_path / "v", Storage(), say=lambda text: None)
+    said = json.loads((tmp_path / "v" / "vector.json").read_text())
+    assert said["donors"]["difference"] == {
+        "name": "org/lora", "revision": found.hub.commit, "digest": checkpoint_digest(found)
+    }  # fmt: skip
+    hub.publish("org/vector", tmp_path / "v")
+    stored = open_source("org/vector")
+    assert isinstance(stored, Difference) and stored.kind == "vector" and "vector.json" in stored.stamps
