@@ -273,14 +273,18 @@ class _Writer:
         claims = [self._staging.claims.get((part.file, part.offset, part.nbytes)) for part in parts if part.nbytes]
         return all(claim is not None and claim.holds(self._staging.partial) for claim in claims)
 
+    def require_finite(self, name: str, values: torch.Tensor) -> None:
+        if count_nonfinite(values):
+            raise BadInput(
+                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number in places; "
+                "check the donors"
+            )
+
     def write(self, part: TensorSpec, chunks: Iterator[torch.Tensor]) -> None:
         """Writes the elements of a part, which come in its dtype, 1-d and in order. Raises BadInput, Failed."""
         digest, offset = xxhash.xxh3_128(), part.offset
         for chunk in chunks:
-            if chunk.is_floating_point() and count_nonfinite(chunk):
-                raise BadInput(
-                    f"tensor {part.name} of the vector is infinite or not a number in places; check the donors"
-                )
+            self.require_finite(part.name, chunk)
             try:
                 written = write_exactly(self._descriptor(part.file), offset, chunk)
             except OSError as error:
@@ -319,8 +323,7 @@ def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer:
         writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken, _ in differences(tensor.name)))
         return
     whole = differences.whole(tensor.name)
-    if count_nonfinite(whole):
-        raise BadInput(f"tensor {tensor.name} of the vector is infinite or not a number in places; check the donors")
+    writer.require_finite(tensor.name, whole)
     if tensor.form == "low_rank":
         with _threads(len(os.sched_getaffinity(0))):
             pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])

@@ -101,6 +101,7 @@ def test_indices_that_do_not_ascend_are_refused(tmp_path, indices):
         ({"x.indices": torch.zeros(2), "x.values": torch.zeros(2)}, {"form": "sparse", "shape": [5, 4]}),
         ({"x.indices": torch.zeros(9).int(), "x.values": torch.zeros(9)}, {"form": "sparse", "shape": [2, 4]}),
         ({"x.indices": torch.zeros(2).int(), "x.values": torch.zeros(2)}, {"form": "sparse", "shape": [-5, -4]}),
+        ({"x.indices": torch.zeros(2).int(), "x.values": torch.zeros(2)}, {"form": "sparse", "shape": [2**70]}),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(tmp_path, parts, entry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ MARK = {"rvdist": "vector"}  # in the metadata of every weight file
 VERSION = 1
 
 _PARTS = {"dense": ("",), "low_rank": (".left", ".right"), "sparse": (".indices", ".values")}
+_MOST_ELEMENTS = 2**48  # of a tensor, which sparse storage could claim to have
 _FACTORS, _VALUES, _INDICES = ("F16", "BF16", "F32"), ("F16", "BF16", "F32", "F64"), ("I32", "I64")
 
 
@@ -57,8 +59,8 @@ def _form(name: str, entry: Mapping[str, Any], parts: dict[str, TensorSpec]) -> 
 
 def _spec(name: str, entry: Mapping[str, Any], form: Form) -> TensorSpec:
     shape = tuple(entry["shape"])
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"tensor {name} has a negative or fractional shape")
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"tensor {name} has a negative, fractional or impossible shape")
     if isinstance(form, Dense):
         fits = form.values.shape == shape and form.values.dtype in _VALUES
         return _require(fits, TensorSpec(name, form.values.dtype, shape, form.values.file, form.values.offset))
