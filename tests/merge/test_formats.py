@@ -353,9 +353,7 @@ def test_a_vector_of_a_text_model_for_the_tower_of_another(tmp_path, in_fp8):
 
 def test_two_tensors_of_one_name(tmp_path):
     path = write_checkpoint(tmp_path / "m", experts())
-    with pytest.raises(
-        BadInput, match=r"m: vector.rename gives the name model.layers.N.* to both"
-    ):
+    with pytest.raises(BadInput, match=r"m: vector.rename gives the name model.layers.N.* to both"):
         open_source(str(path), [(r"layers\.\d", "layers.N")])
 
 
