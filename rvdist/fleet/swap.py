@@ -9,6 +9,7 @@ here the first is an error and the second is repaired. Facts and proofs: docs/vl
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,18 @@ from rvdist.point import WeightPoint
 from rvdist.reader import read_point
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+def hide_llvmlite() -> None:
+    """Call before vLLM starts. It looks for its kernels in the `__dict__` of whatever any module holds, and llvmlite's
+    library handle (numba's, which the reader uses) takes that name, as any other, for a function of the library."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None and not isinstance(ffi.lib.__dict__, dict):
+        handle = type(ffi.lib)
+        ffi.lib.__class__ = type(handle.__name__, (handle,), {"__slots__": (), "__dict__": property(lambda self: {})})
+
+
+hide_llvmlite()  # in the ranks, which import nothing else of ours before they start
 
 
 class SwapExtension:
