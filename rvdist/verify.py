@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 
 _CHUNK = 1 << 20  # elements
 
@@ -33,7 +33,7 @@ class Verdict:
 
 def verify(path: Path) -> Verdict:
     """Reads all of the checkpoint in the directory `path`, in constant memory. Raises BadInput where the headers or
-    the index cannot be used at all."""
+    the index cannot be used at all, Failed where a file cannot be read."""
     checkpoint = open_checkpoint(path)
     verdict = Verdict(str(path), len(checkpoint.tensors), checkpoint.nbytes)
     if (path / MANIFEST).exists():
@@ -60,7 +60,11 @@ def _digests(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
         if end != stamp.size:
             yield f"{file}: {MANIFEST} does not speak of every byte; the file is not the one that was written"
         for written in ranges:
-            if not written.holds(checkpoint.path):
+            try:
+                held = written.holds(checkpoint.path)
+            except OSError as error:
+                raise Failed(f"{checkpoint.path / file}: cannot be read ({error.strerror})") from None
+            if not held:
                 yield f"{file}: bytes {written.start} to {written.start + written.nbytes} are not what was written"
     if missing := {w.file for w in manifest.ranges} - checkpoint.stamps.keys():
         yield f"{min(missing)}: was written but is not in the checkpoint any more"
@@ -107,9 +111,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         verdict = verify(arguments.path)
-    except BadInput as error:
+    except (BadInput, Failed) as error:
         print(f"rvdist: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
     if arguments.json:
         print(json.dumps(asdict(verdict), indent=2))
     else:
