@@ -30,6 +30,7 @@ D = TypeVar("D", bound=Hashable)  # a document, within its task
 # The nodes of the arcsine distribution, which Cover's portfolio averages over.
 _STAKES = np.sin(np.pi * (np.arange(10) + 0.5) / 20) ** 2
 _ROUNDING = 1e-6  # 1 + μ below zero by more than this: the hypothesis cannot be
+_CERTAIN = 600.0  # log evidence is capped here, so that sums of it stay finite
 
 Floats = NDArray[np.float64]
 
@@ -67,7 +68,7 @@ class Outcome(Generic[C]):
 def split(tasks: Mapping[str, Sequence[D]], holdout: float, seed: int) -> tuple[dict[str, list[D]], dict[str, list[D]]]:
     """The documents of each task, parted by chance: for the search, and the share `holdout` for the confirmation of
     what it chose. At least one each. Raises ValueError where a task has too few."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, 0])
     search: dict[str, list[D]] = {}
     confirmation: dict[str, list[D]] = {}
     for task, documents in tasks.items():
@@ -103,7 +104,7 @@ class Race(Generic[C, D]):
         self._round_size, self._confidence, self._tolerance = round_size, confidence, tolerance
         documents = [(task, document) for task, own in tasks.items() for document in own]
         weights = np.concatenate([np.full(len(own), 1 / len(own) / len(tasks)) for own in tasks.values()])
-        order = np.argsort(np.random.default_rng(seed).exponential(size=len(weights)) / weights)
+        order = np.argsort(np.random.default_rng([seed, 1]).exponential(size=len(weights)) / weights)
         self._documents = [documents[place] for place in order]
         self._weights = weights[order]
         self._left = self._weights[::-1].cumsum()[::-1]  # the weight of each document and those after it
@@ -181,8 +182,8 @@ class Race(Generic[C, D]):
 
     def _evidence(self, margin: int) -> Floats:
         """That a is better than b by more than the margin, [a, b]: 1 for candidates that have not met."""
-        with np.errstate(over="ignore"):
-            evidence: Floats = np.exp(np.logaddexp.reduce(self._wealth[margin], 0) - math.log(len(_STAKES)))
+        logs = np.logaddexp.reduce(self._wealth[margin], 0) - math.log(len(_STAKES))
+        evidence: Floats = np.exp(np.minimum(logs, _CERTAIN))
         return evidence
 
     @property
@@ -210,7 +211,7 @@ class Race(Generic[C, D]):
     def _means(self) -> Floats:
         """What is seen, and for what is left the mean of the documents seen, which were drawn by their weights."""
         left = np.append(self._left, 0.0)[self._seen]
-        means: Floats = self._sums[0] + left * self._sums[1] / np.maximum(self._seen, 1)
+        means: Floats = (self._sums[0] + left * self._sums[1] / np.maximum(self._seen, 1)).round(12)
         return means
 
     def _leader(self) -> int:
