@@ -9,8 +9,9 @@ from checkpoints import POCKET, load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from rvdist.checkpoint.source import open_source
+from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
-from rvdist.merge.plan import Output, build_plan
+from rvdist.merge.plan import build_plan
 from rvdist.point import Term, Vector, WeightPoint
 from rvdist.verify import verify
 
@@ -20,7 +21,7 @@ def merged(ray_local, tmp_path_factory):
     path = tmp_path_factory.mktemp("verify") / "out"
     point = WeightPoint(str(POCKET / "target"), (Term(1.0, Vector(str(POCKET / "grpo"), str(POCKET / "sft"))),))
     sources = {s: open_source(s) for s in point.sources()}
-    merge(build_plan([Output((point,), (path,))], sources), sources, lambda point: "", workers=1)
+    merge(build_plan({path: point}, sources), sources, lambda point: "", WorkerSettings(1))
     return path
 
 

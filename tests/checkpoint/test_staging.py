@@ -67,6 +67,48 @@ def test_a_run_that_died_just_before_its_rename_is_started_over(tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == "two"
 
 
+def test_a_run_of_the_same_plan_that_died_there_goes_on_from_its_manifest(tmp_path, monkeypatch):
+    staging = stage(tmp_path / "out", "one")
+    staging.journal([Written("model.safetensors", 4, 96, "d" * 32)])
+
+    def die(self, target):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(Failed, match="out.partial: cannot be written .Input/output"):
+        patch.setattr(type(tmp_path), "rename", die)
+        staging.commit()
+    staging.release()
+    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "rvdist.json",
+    ]
+    again = stage(tmp_path / "out", "two")
+    assert list(again.claims) == [("model.safetensors", 4, 96)]
+    again.commit()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_input_does_not_cost_what_an_earlier_run_journalled(tmp_path):
+    staging = stage(tmp_path / "out", "one")
+    staging.journal([Written("model.safetensors", 4, 10, "d" * 32)])
+    staging.release()
+    stage(tmp_path / "out", "one").abandon()
+    again = Staging(tmp_path / "out", "plan")
+    assert again.claims
+    again.release()
+
+
+def test_another_directory_of_the_same_name_is_not_the_output(tmp_path):
+    staging = stage(tmp_path / "out", "one")
+    assert staging.probe.is_seen()
+    staging.release()
+    again = Staging(tmp_path / "out", "plan")
+    assert again.probe.is_seen() and not staging.probe.is_seen(), "what it holds is another run's"
+    again.abandon()
+    assert not again.probe.is_seen()
+
+
 def test_one_writer_at_a_time_and_the_dead_do_not_count(tmp_path):
     output = tmp_path / "out"
     holder = subprocess.Popen(

@@ -133,7 +133,9 @@ def writers(units):
 
 
 def test_nodes_share_the_files_and_no_file_is_written_by_two(nodes, family, right, tmp_path):
-    run = Run(nodes, tmp_path, job(family, tmp_path / "many"), job(family, tmp_path / "one", "single"), pace=0.02)
+    """Of four workers on three nodes of one core, two share a node: then each has half a core."""
+    jobs = job(family, tmp_path / "many", workers=4), job(family, tmp_path / "one", "single")
+    run = Run(nodes, tmp_path, *jobs, pace=0.02)
     many, one = run.results()
     assert digests(tmp_path / "many") == right["target"]
     assert len(many["nodes"]) == 3 and all(many["nodes"].values())
