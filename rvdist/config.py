@@ -82,6 +82,7 @@ class EngineConfig:
     count: int | None = None
     cpu_threads: int = 1
     tensor_parallel_size: int = 1
+    gpus: float = 1.0
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -107,6 +108,7 @@ class CompatConfig:
 @dataclass
 class CacheConfig:
     dir: str = "~/.cache/rvdist"
+    samples: bool = True
 
 
 @dataclass
@@ -361,12 +363,19 @@ def output_dtype(config: Config) -> str | None:
 
 
 def require_device(config: Config) -> None:
-    """Raises BadInput unless there can be such a device and such a share of it."""
+    """Raises BadInput unless there can be such a device and such shares of it."""
+    ranks, part = config.engine.tensor_parallel_size, config.engine.gpus
     share = config.merge.gpus_per_worker
     if config.device not in DEVICES:
         raise BadInput(f"device: {config.device!r} is not one of {', '.join(DEVICES)}")
     if not 0 < share <= 1:
         raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
+    if not 0 < part <= 1:
+        raise BadInput(f"engine.gpus: {part:g} is not a share of one GPU; give a number above 0, at most 1")
+    if part < 1 and ranks > 1:
+        raise BadInput(
+            f"engine.gpus={part:g}: an engine of engine.tensor_parallel_size={ranks} takes whole GPUs; set one to 1"
+        )
 
 
 def keeps_extra_rows(config: Config) -> bool:
@@ -382,3 +391,21 @@ def device(config: Config, gpus: int) -> str:
     if config.device == "cuda" and not gpus:
         raise BadInput("device=cuda: the cluster has no GPU; set device=cpu, or cluster.address to one that has")
     return config.device
+
+
+def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, float]]:
+    """How many engines a run wants, and the cores and GPUs that each takes, of a cluster that has so many now.
+    A cluster that is not ours may grow into it. Raises BadInput."""
+    engine, local = config.engine, config.cluster.address == "local"
+    ranks, share = engine.tensor_parallel_size, engine.gpus
+    if gpus:
+        count = engine.count or max(1, int(gpus / share) // ranks)
+        if local and count * ranks * share > gpus:
+            raise BadInput(
+                f"engine.count={count} times {ranks * share:g} GPUs each are more than this machine's {gpus}; lower "
+                "engine.count, engine.tensor_parallel_size or engine.gpus"
+            )
+        return count, (0.0, ranks * share)
+    count = engine.count or max(1, cpus // (ranks * engine.cpu_threads))
+    cores = float(ranks * engine.cpu_threads)
+    return count, (min(cores, int(cpus / count * 1000) / 1000) if local else cores, 0.0)

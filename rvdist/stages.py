@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,10 @@ from rvdist.record import Record, TaskInfo, write_records
 from rvdist.timing import Timing, anonymous_bytes, seconds_since_process_start
 
 if TYPE_CHECKING:
+    from rvdist.fleet.engine import EngineSettings
     from rvdist.fleet.harness import Suite
+    from rvdist.fleet.request import Answered, Request
+    from rvdist.fleet.schedule import Slice
     from rvdist.report.summary import Row
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -98,11 +101,13 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
         with run.timing.phase("tasks"):
             suite = _suite(run) if arms else None
             tokenizer = _tokenizer(run) if arms else None
+        with run.timing.phase("requests"):
+            requests = suite.requests(tokenizer) if suite else {}
         resources = ray.resources()
         (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)))
         if "merge" in stages and plan.outputs:
             _merge(run, plan, resources)
-        scores = _evaluate(run, arms, suite, tokenizer, resources) if suite else None
+        scores = _evaluate(run, arms, suite, requests, tokenizer, resources) if suite else None
         if scores and "report" in stages:
             _report(run, arms, scores)
     finally:
@@ -399,65 +404,60 @@ def _tokenizer(run: Run) -> Any:
     return tokenizer
 
 
-def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, tokenizer: Any, resources: cluster.Resources) -> Scores:
-    from rvdist.fleet.engine import EngineSettings
-    from rvdist.fleet.scheduler import Fleet
+def _evaluate(
+    run: Run,
+    arms: Sequence[Arm],
+    suite: Suite,
+    requests: Mapping[str, Sequence[Request]],
+    tokenizer: Any,
+    resources: cluster.Resources,
+) -> Scores:
+    from rvdist.fleet.cache import SampleCache, serving_digest, slice_keys
+    from rvdist.fleet.engine import identity
+    from rvdist.fleet.schedule import cut
+    from rvdist.fleet.scheduler import device_kind
     from rvdist.report.statistics import summarise
     from rvdist.report.summary import write_summary
 
-    engine = run.settings.engine
-    room = resources.gpus or resources.cpus // engine.cpu_threads
-    count = engine.count or max(1, room // engine.tensor_parallel_size)
-    if resources.gpus and count * engine.tensor_parallel_size > resources.gpus:
-        raise BadInput(
-            f"engine.count={count} times engine.tensor_parallel_size={engine.tensor_parallel_size} needs more GPUs "
-            f"than the cluster's {resources.gpus}; lower one of them"
-        )
-    for source in run.sources.values():
-        if source.hub:
-            from rvdist.checkpoint.hub import download_weights
-
-            download_weights(source)
-    base = run.sources[run.settings.target].path.absolute()
-    settings = EngineSettings(
-        tensor_parallel_size=engine.tensor_parallel_size,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        kv_cache_gib=engine.kv_cache_gib,
-        cpu_threads=engine.cpu_threads,
-        enforce_eager=engine.enforce_eager,
-        seed=engine.seed,
-        truncate=run.settings.benchmarks.allow_truncation,
-    )
-    fleet = Fleet(str(base), settings, count, on_gpus=resources.gpus > 0)
+    engine, cache_settings = run.settings.engine, run.settings.cache
     places = {name: str(source.path.absolute()) for name, source in run.sources.items()}
     points = {arm.name: arm.point.relocated(places) for arm in arms}
-    with run.timing.phase("requests"):
-        requests = suite.requests(tokenizer)
-    with run.timing.phase("engine_start"):
-        fleet.info()
-    with (
-        run.timing.phase("evaluate"),
-        Bar("evaluate", len(requests) * len(set(points.values())), "requests", run.console) as bar,
-    ):
-        answers = fleet.answer(list(points.values()), requests, engine.slice_size, bar.advance)
-    infos = fleet.info()
-    run.engine = {key: str(infos[0][key]) for key in ("device", "dtype", "mode", "probe")}
-    if cut := sum(info["truncated"] for info in infos):
-        run.notes[arms[0].point] += (f"{cut} prompts did not fit and were cut from the left",)
-    fleet.stop()
-    run.timing.add("swap", fleet.stats.swap)
-    run.timing.add("generate", fleet.stats.generate)
+    digests = {points[arm.name]: run.digests[arm.point] for arm in arms}
+    slices = [piece for point in digests for piece in cut(point, requests, engine.slice_size)]
+    settings = _engine_settings(run)
+    served_by = identity(settings, device_kind(resources.gpus > 0))
+    run.engine = {"device": served_by["device"]}
+    answered: dict[Slice, Answered] = {}
+    cache = SampleCache(Path(cache_settings.dir).expanduser()) if cache_settings.samples else None
+    keys: dict[Slice, str] = {}
+    if cache:
+        base = run.sources[run.settings.target].path
+        serving = serving_digest(base, Path(cache_settings.dir).expanduser() / "digests")
+        keys = slice_keys(slices, requests, digests, suite.versions, served_by | {"serving": serving})
+        known = cache.read(list(keys.values()))
+        answered = {piece: known[key] for piece, key in keys.items() if key in known}
+
+    def keep(piece: Slice, found: Answered) -> None:
+        if cache:
+            cache.write(keys[piece], digests[piece.point], piece.task, found)
+
+    with run.timing.phase("evaluate"):
+        names = {point: name for name, point in points.items()}
+        answered |= _answer(run, slices, answered, requests, names, resources, settings, keep)
+    if cache:
+        cache.close()
+    if truncated := sum(found.truncated for found in answered.values()):
+        run.notes[arms[0].point] += (f"{truncated} prompts did not fit and were cut from the left",)
 
     records: list[Record] = []
     with run.timing.phase("score"):
         for part in ("results", "samples"):
             (run.directory / part).mkdir(exist_ok=True)
         for arm in arms:
-            results, scored = suite.score(
-                arm, run.digests[arm.point], tokenizer, requests, answers[points[arm.name]], engine.seed
-            )
+            answers: dict[str, list[Any]] = {task: [] for task in requests}
+            for piece in cut(points[arm.name], requests, engine.slice_size):
+                answers[piece.task] += answered[piece].answers
+            results, scored = suite.score(arm, run.digests[arm.point], tokenizer, requests, answers, engine.seed)
             (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
             write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
             records += scored
@@ -465,6 +465,83 @@ def _evaluate(run: Run, arms: Sequence[Arm], suite: Suite, tokenizer: Any, resou
         rows = summarise(arms, records, tasks, baseline=arms[0].name)
         write_summary(run.directory / "summary.json", rows)
     return Scores(rows, records, tasks)
+
+
+def _engine_settings(run: Run) -> EngineSettings:
+    from rvdist.fleet.engine import EngineSettings
+
+    engine = run.settings.engine
+    return EngineSettings(
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        gpu_memory_utilization=engine.gpu_memory_utilization * engine.gpus,
+        kv_cache_gib=engine.kv_cache_gib,
+        cpu_threads=engine.cpu_threads,
+        enforce_eager=engine.enforce_eager,
+        seed=engine.seed,
+        truncate=run.settings.benchmarks.allow_truncation,
+    )
+
+
+def _answer(
+    run: Run,
+    slices: Sequence[Slice],
+    cached: Collection[Slice],
+    requests: Mapping[str, Sequence[Request]],
+    names: Mapping[WeightPoint, str],
+    resources: cluster.Resources,
+    settings: EngineSettings,
+    keep: Callable[[Slice, Answered], None],
+) -> dict[Slice, Answered]:
+    """Answers the slices that are not `cached`, on engines that are started only where there are any."""
+    from rvdist.fleet.scheduler import Fleet
+    from rvdist.fleet.view import FleetView
+
+    count, need = config.engines(run.settings, resources.cpus, resources.gpus)
+    todo = [piece for piece in slices if piece not in cached]
+    sizes = {piece: piece.end - piece.begin for piece in slices}
+    stats = run.timing.fleet
+    stats |= {"requests": sum(sizes[piece] for piece in todo), "cached": sum(sizes[piece] for piece in cached)}
+    phases = ("engine_start", "swap", "generate")
+    if not todo:
+        run.timing.phases |= dict.fromkeys(phases, 0.0)
+        run.engine["samples"] = "all from the cache: no engine was started"
+        run.console.print(f"evaluate: all {stats['cached']} requests were answered before: no engine is started")
+        return {}
+    for source in run.sources.values():
+        if source.hub:
+            from rvdist.checkpoint.hub import download_weights
+
+            download_weights(source)
+    base = run.sources[run.settings.target].path.absolute()
+    fleet = Fleet(str(base), settings, count, *need, patience=run.settings.cluster.timeout)
+    try:
+        with FleetView(sum(sizes.values()), int(stats["cached"]), names, run.console) as view:
+            answered = fleet.answer(todo, requests, keep, view.show)
+        info = fleet.info()[0]
+    finally:
+        fleet.stop()
+    done = fleet.stats
+    for phase, seconds in zip(phases, (fleet.first_up or 0.0, done.swap, done.generate), strict=True):
+        run.timing.add(phase, seconds)
+    stats |= {
+        "engines": fleet.started,
+        "swaps": done.swaps,
+        "deaths": done.deaths,
+        "engine_seconds": done.lifetimes,
+        "utilisation": done.utilisation,
+    }
+    run.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe")}
+    run.engine |= {"utilisation": f"{done.utilisation:.0%}"}
+    run.console.print(
+        f"fleet: {fleet.started} of {count} engines worked, {done.utilisation:.0%} of their time; {done.swaps} swaps, "
+        f"{done.deaths} engines died",
+        soft_wrap=True,
+    )
+    for number, reason in fleet.empty.items():
+        run.console.print(f"note: engine {number} could not start: {reason}", markup=False, soft_wrap=True)
+    return answered
 
 
 def objective(rows: Sequence[Row]) -> float | None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 @dataclass
 class Timing:
-    """Wall seconds by phase; phases may overlap. Bytes, CPU seconds and peak memory by who used them."""
+    """Wall seconds by phase; phases may overlap. Bytes, CPU seconds, peak memory by who used it, what the fleet did."""
 
     phases: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     bytes_written: int = 0
     cpu_seconds: float = 0.0
     peak_anonymous_bytes: dict[str, int] = field(default_factory=dict)
+    fleet: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -27,6 +27,7 @@ def run(tmp_path_factory):
         f"sweep.alphas={ALPHAS}",
         "benchmarks.limit=64",
         "engine.count=2",
+        "cache.dir=cache",
         "output=out",
         "hydra.run.dir=run",
         cwd=place,

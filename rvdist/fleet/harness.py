@@ -78,12 +78,17 @@ class Suite:
         """lm-eval's Task objects by name, groups unfolded."""
         return dict(self.loaded["tasks"])
 
-    def requests(self, tokenizer: Any) -> list[Request]:
-        """What every arm with this tokenizer is asked, in lm-eval's order, each document's repeats together."""
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each task."""
+        return {name: str(task.VERSION) for name, task in self.tasks.items()}
+
+    def requests(self, tokenizer: Any) -> dict[str, list[Request]]:
+        """What every arm with this tokenizer is asked, by task, in lm-eval's order; a document's repeats together."""
         self._reseed()
         model = _lm(tokenizer, {})
-        asked: list[Request] = []
-        for task in self.tasks.values():
+        asked: dict[str, list[Request]] = {}
+        for name, task in self.tasks.items():
             task.build_all_requests(
                 limit=self.limit,
                 apply_chat_template=self.chat,
@@ -91,19 +96,25 @@ class Suite:
                 chat_template=model.apply_chat_template if self.chat else None,
                 tokenizer_name=model.tokenizer_name if self.chat else "",
             )
-            for instance in task.instances:
-                asked += [_request(instance)] * instance.repeats
+            asked[name] = [request for one in task.instances for request in [_request(one)] * one.repeats]
         return asked
 
     def score(
-        self, arm: Arm, digest: str, tokenizer: Any, requests: Sequence[Request], answers: Sequence[Answer], seed: int
+        self,
+        arm: Arm,
+        digest: str,
+        tokenizer: Any,
+        requests: Mapping[str, Sequence[Request]],
+        answers: Mapping[str, Sequence[Answer]],
+        seed: int,
     ) -> tuple[dict[str, Any], list[Record]]:
         """lm-eval's results (in the layout of its results files) and the records of one arm."""
         from lm_eval.evaluator import evaluate
 
         given: dict[Hashable, deque[Answer]] = defaultdict(deque)
-        for request, answer in zip(requests, answers, strict=True):
-            given[request].append(answer)
+        for task, asked in requests.items():
+            for request, answer in zip(asked, answers[task], strict=True):
+                given[self.tasks[task].task_name, request].append(answer)
         self._reseed()
         results = evaluate(
             lm=_lm(tokenizer, given),
@@ -125,7 +136,7 @@ class Suite:
             if pairs:
                 metrics = tuple(pairs)
                 better = {metric: bool(task.higher_is_better().get(metric, True)) for metric, _ in metrics}
-                found.append(TaskInfo(name, str(task.VERSION), metrics, metrics[0], better))
+                found.append(TaskInfo(name, self.versions[name], metrics, metrics[0], better))
         return found
 
     def _reseed(self) -> None:
@@ -152,7 +163,7 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
 
     class Given(LM):  # type: ignore[misc]
         def _take(self, instances: Sequence[Any]) -> Iterator[Answer]:
-            return (given[_request(instance)].popleft() for instance in instances)
+            return (given[instance.task_name, _request(instance)].popleft() for instance in instances)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             return [answer.text for answer in self._take(requests) if isinstance(answer, Completion)]

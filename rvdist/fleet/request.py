@@ -74,3 +74,12 @@ class Loglikelihood:
 
 Request: TypeAlias = Generate | Choice
 Answer: TypeAlias = Completion | Loglikelihood
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A slice's answers, in order. `truncated` of its prompts did not fit and were cut; it took so many `seconds`."""
+
+    answers: tuple[Answer, ...]
+    truncated: int
+    seconds: float

@@ -1,50 +1,78 @@
-"""The scheduler: feeds slices of requests, each at a weight point, to live engines. Knows nothing of lm-eval.
+"""The fleet: live engines as Ray actors, and the loop that feeds them what the schedule says. Knows nothing of lm-eval.
 
-Slice boundaries depend only on the requests and the slice size, because a batch's text depends on what is in
-it; which engine answers a slice, and when, changes nothing.
+Engines start in the background and answer from the moment they are up; those that the cluster has no room for yet
+wait for it to grow. A dead engine's slice goes back whole and another engine starts in its place.
 """
 
 from __future__ import annotations
 
+import contextlib
+import platform
+import re
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rvdist.errors import BadInput, Failed
-from rvdist.fleet.engine import Engine, EngineSettings
-from rvdist.fleet.request import Answer, Choice, Generate, Request
+from rvdist.fleet.engine import Engine, EngineSettings, versions
+from rvdist.fleet.request import Answer, Answered, Choice, Generate, Request
+from rvdist.fleet.schedule import LETHAL, Schedule, Slice
 from rvdist.point import WeightPoint
 
-_ATTEMPTS = 2  # of a slice whose engine died
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Requests of one kind at one point; `indices` are their places in the list that was asked."""
-
-    point: WeightPoint
-    indices: tuple[int, ...]
+_STARTS = 2  # in a row that may fail before a seat stays empty
+_TICK = 1.0  # seconds after which idle engines are asked again, and progress is shown
 
 
 @dataclass
 class FleetStats:
-    """Seconds the engines spent, summed over engines, and the requests each of them answered."""
+    """What the engines did, summed over them; seconds. `lifetimes` count from when each was up."""
 
     swap: float = 0.0
     generate: float = 0.0
+    lifetimes: float = 0.0
+    swaps: int = 0
     requests: int = 0
-    by_engine: dict[int, int] = field(default_factory=dict)
+    tokens: int = 0
+    deaths: int = 0
+    by_engine: dict[int, int] = field(default_factory=dict)  # requests
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the engines' time in which they swapped or answered."""
+        return (self.swap + self.generate) / self.lifetimes if self.lifetimes else 0.0
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """One engine now: whether it is up, what point it works at, its requests a second, and the slices that wait at
+    this point."""
+
+    number: int
+    up: bool
+    point: WeightPoint | None
+    rate: float
+    left: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """The fleet now: what is done of this call's work, and how long the rest should take (None: unknown)."""
+
+    engines: tuple[EngineStatus, ...]
+    requests: int
+    tokens: int
+    seconds_left: float | None
 
 
 class EngineActor(Engine):
     """An engine as a Ray actor answers a whole slice in one call."""
 
-    def answer(self, point: WeightPoint, requests: Sequence[Request]) -> tuple[list[Answer], float, float]:
-        """The answers, the seconds the swap took and the seconds the answering took. Raises BadInput for a prompt
-        that does not fit."""
-        begin = time.perf_counter()
+    def answer(self, point: WeightPoint, requests: Sequence[Request]) -> tuple[Answered, float]:
+        """The answers, and the seconds that the swap took (0: none was needed). Raises BadInput for a prompt that
+        does not fit."""
+        begin, truncated, moved = time.perf_counter(), self.truncated, not self.is_at(point)
         self.swap(point)
         swapped = time.perf_counter()
         answers: list[Answer] = []
@@ -55,122 +83,289 @@ class EngineActor(Engine):
                 answers += self.loglikelihood([r for r in requests if isinstance(r, Choice)])
         except ValueError as error:
             raise BadInput(f"engine.max_model_len, benchmarks.allow_truncation: {error}") from None
-        return answers, swapped - begin, time.perf_counter() - swapped
+        answered = Answered(tuple(answers), self.truncated - truncated, time.perf_counter() - swapped)
+        return answered, (swapped - begin) * moved
+
+
+@dataclass
+class _Seat:
+    """A place for one engine after another. `up`: when the present one was, None while it starts."""
+
+    number: int
+    actor: Any = None
+    up: float | None = None
+    at: WeightPoint | None = None
+    failures: int = 0
 
 
 class Fleet:
-    """`count` engines on the checkpoint `base`, starting in the background on the connected Ray cluster.
+    """`count` engines on the checkpoint `base`, each of which takes so many `cpus` and `gpus` of the connected Ray
+    cluster. Where it has no node that could hold one, it has `patience` seconds to get one."""
 
-    Each engine has `tensor_parallel_size` whole GPUs, or `cpu_threads` cores for each of its ranks.
-    """
-
-    def __init__(self, base: str, settings: EngineSettings, count: int, on_gpus: bool) -> None:
+    def __init__(
+        self,
+        base: str,
+        settings: EngineSettings,
+        count: int,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        patience: float = 120.0,
+    ) -> None:
         import ray
 
-        ranks = settings.tensor_parallel_size
-        share = ray.cluster_resources().get("CPU", 1) / count  # more engines than cores must not wait for ever
-        cores = min(ranks * settings.cpu_threads, int(share * 1000) / 1000)
-        options = {"num_cpus": 0, "num_gpus": ranks} if on_gpus else {"num_cpus": cores}
+        self._need = {"CPU": cpus, "GPU": gpus}
         environment = {"OMP_NUM_THREADS": str(settings.cpu_threads)}
-        if ranks == 1:
+        if settings.tensor_parallel_size == 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine binds to the same cores
-        actor_class = ray.remote(EngineActor).options(**options, runtime_env={"env_vars": environment})
-        self._start: Callable[[], Any] = lambda: actor_class.remote(base, settings)
-        self._engines = [self._start() for _ in range(count)]
+        actor_class = ray.remote(EngineActor).options(
+            num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment}
+        )
+        self._spawn: Callable[[], Any] = lambda: actor_class.remote(base, settings)
+        self._home = WeightPoint(base)
+        self._patience = patience
+        self._created = time.monotonic()
+        self._seats = [_Seat(number) for number in range(count)]
+        self._starting: dict[Any, _Seat] = {}  # by the answer that an engine gives when it is up
+        self._empty: dict[int, str] = {}  # seats where no engine would start, and why
+        self.first_up: float | None = None  # seconds until there was an engine
         self.stats = FleetStats()
+        for seat in self._seats:
+            self._start(seat)
+
+    @property
+    def started(self) -> int:
+        """How many engines are up."""
+        return sum(seat.up is not None for seat in self._seats)
+
+    @property
+    def empty(self) -> Mapping[int, str]:
+        """Engines that could not be started, and why."""
+        return self._empty
 
     def info(self) -> list[dict[str, Any]]:
-        """Waits until every engine is up; what each one is. Raises Failed where one cannot start."""
+        """What each engine that is up says of itself."""
         import ray
 
-        try:
-            found: list[dict[str, Any]] = ray.get([engine.info.remote() for engine in self._engines])
-        except ray.exceptions.RayActorError as error:
-            raise Failed(f"an engine could not start: {str(error).strip().splitlines()[-1].strip()}") from None
+        found = []
+        for seat in self._seats:
+            if seat.up is not None:
+                with contextlib.suppress(ray.exceptions.RayActorError):
+                    found.append(ray.get(seat.actor.info.remote()))
         return found
 
     def answer(
         self,
-        points: Sequence[WeightPoint],
-        requests: Sequence[Request],
-        slice_size: int,
-        progress: Callable[[int], None] = lambda requests: None,
-    ) -> dict[WeightPoint, list[Answer]]:
-        """Every request answered at every point, in order. `progress` is told how many more are done."""
+        slices: Iterable[Slice],
+        requests: Mapping[str, Sequence[Request]],
+        keep: Callable[[Slice, Answered], None] = lambda piece, answered: None,
+        watch: Callable[[Status], None] = lambda status: None,
+    ) -> dict[Slice, Answered]:
+        """Every slice answered. `keep` is given each as it comes, `watch` what goes on, about once a second.
+
+        Raises Failed where no engine starts, or, after all else is answered, for slices on which engines died again
+        and again."""
         import ray
 
-        waiting = {point: deque(cut(point, requests, slice_size)) for point in dict.fromkeys(points)}
-        attempts: dict[Slice, int] = {}
-        answers: dict[WeightPoint, dict[int, Answer]] = {point: {} for point in waiting}
-        at: dict[Any, WeightPoint | None] = dict.fromkeys(self._engines)
-        running: dict[Any, tuple[Any, Slice]] = {}
-
-        def feed(engine: Any) -> None:
-            point = choose(waiting, at[engine], {p for other, p in at.items() if other is not engine and p is not None})
-            if point is not None:
-                work = waiting[point].popleft()
-                at[engine] = point
-                running[engine.answer.remote(point, [requests[i] for i in work.indices])] = (engine, work)
-
-        for engine in self._engines:
-            feed(engine)
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            engine, work = running.pop(ready)
-            try:
-                answered, swap, generate = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.RayActorError:
-                attempts[work] = attempts.get(work, 0) + 1
-                if attempts[work] == _ATTEMPTS:
-                    raise Failed(
-                        f"{_ATTEMPTS} engines died while answering the same {len(work.indices)} requests; "
-                        "look at the engine's log, or lower engine.slice_size"
-                    ) from None
-                waiting[work.point].appendleft(work)
-                replacement = self._start()
-                self._engines[self._engines.index(engine)] = replacement
-                del at[engine]
-                at[replacement] = None
-                feed(replacement)
-                continue
-            answers[work.point] |= dict(zip(work.indices, answered, strict=True))
-            self._count(engine, work, answered, swap, generate)
-            progress(len(answered))
-            feed(engine)
-        return {point: [found[i] for i in range(len(requests))] for point, found in answers.items()}
-
-    def _count(self, engine: Any, work: Slice, answered: Sequence[Answer], swap: float, generate: float) -> None:
-        stats, number = self.stats, self._engines.index(engine)
-        stats.swap += swap
-        stats.generate += generate
-        stats.requests += len(answered)
-        stats.by_engine[number] = stats.by_engine.get(number, 0) + len(answered)
+        schedule = Schedule(slices, self._home)
+        answers: dict[Slice, Answered] = {}
+        running: dict[Any, tuple[_Seat, Slice]] = {}
+        came: list[tuple[Slice, Answered]] = []
+        before = (self.stats.requests, self.stats.tokens)
+        begin = time.monotonic()
+        for seat in self._seats:
+            if seat.up is not None:
+                schedule.join(seat.number, seat.at)
+        while True:
+            self._feed(schedule, requests, running)
+            for piece, answered in came:  # after the engines were fed: keeping takes its time
+                keep(piece, answered)
+            watch(self._status(schedule, running, before, begin))
+            if schedule.over:
+                break
+            self._require_engines(running)
+            came = []
+            for ready in _ready([*running, *self._starting]):
+                if ready in self._starting:
+                    self._welcome(ready, schedule, begin)
+                    continue
+                seat, piece = running.pop(ready)
+                try:
+                    answered, swap = ray.get(ready)
+                except ray.exceptions.RayTaskError as error:
+                    for done in came:
+                        keep(*done)
+                    raise error.cause from None
+                except ray.exceptions.RayActorError:
+                    self._bury(seat, schedule, begin, {busy.number for busy, _ in running.values()})
+                    continue
+                schedule.finish(seat.number, swap, answered.seconds)
+                self._count(seat, answered, swap)
+                answers[piece] = answered
+                came.append((piece, answered))
+        self._end(begin)
+        if schedule.lethal:
+            raise Failed(_lament(schedule.lethal))
+        return answers
 
     def stop(self) -> None:
         """Ends every engine."""
+        for seat in self._seats:
+            _kill(seat.actor)
+
+    def _start(self, seat: _Seat) -> None:
+        seat.actor, seat.up, seat.at = self._spawn(), None, None
+        self._starting[seat.actor.info.remote()] = seat
+
+    def _welcome(self, ready: Any, schedule: Schedule, begin: float) -> None:
+        """The engine of a seat is up, or could not start."""
         import ray
 
-        for engine in self._engines:
-            ray.kill(engine)
+        seat = self._starting.pop(ready)
+        try:
+            info = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            self._outlive(seat, begin)
+            seat.failures += 1
+            if error.actor_init_failed or seat.failures == _STARTS:
+                seat.up = None
+                self._empty[seat.number] = str(error).strip().splitlines()[-1].strip()
+            else:
+                self._start(seat)
+            return
+        for package, here in versions().items():
+            if info[package] != here:
+                raise Failed(f"an engine runs {package} {info[package]} and this process {here}; make them one")
+        seat.failures = 0
+        if seat.up is None:
+            seat.up = time.monotonic()
+            self.first_up = self.first_up or seat.up - self._created
+        schedule.join(seat.number, seat.at)
+
+    def _bury(self, seat: _Seat, schedule: Schedule, begin: float, busy: set[int]) -> None:
+        """Another engine for the seat. Idle ones must show that they live before they get what the dead one had:
+        they may have gone with the same node."""
+        _kill(seat.actor)
+        schedule.leave(seat.number)
+        self.stats.deaths += 1
+        self._outlive(seat, begin)
+        self._start(seat)
+        checked = {other.number for other in self._starting.values()}
+        for other in self._seats:
+            if other.up is not None and other.number not in busy | checked:
+                schedule.leave(other.number)
+                self._starting[other.actor.info.remote()] = other
+
+    def _feed(
+        self,
+        schedule: Schedule,
+        requests: Mapping[str, Sequence[Request]],
+        running: dict[Any, tuple[_Seat, Slice]],
+    ) -> None:
+        busy = {seat.number for seat in [*self._starting.values(), *(seat for seat, _ in running.values())]}
+        for seat in self._seats:
+            if seat.up is None or seat.number in busy:
+                continue
+            if piece := schedule.take(seat.number, time.monotonic()):
+                seat.at = piece.point
+                batch = requests[piece.task][piece.begin : piece.end]
+                running[seat.actor.answer.remote(piece.point, batch)] = (seat, piece)
+
+    def _require_engines(self, running: Mapping[Any, Any]) -> None:
+        """Raises Failed where nothing works and nothing can come."""
+        if running or self.started:
+            return
+        if not self._starting:
+            raise Failed(f"an engine could not start: {next(iter(self._empty.values()))}")
+        waited = time.monotonic() - self._created
+        if self.first_up is None and waited > self._patience and not self._has_room():
+            wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in self._need.items() if amount)
+            raise Failed(
+                f"no engine could start in {waited:.0f} s: none of the cluster's nodes has {wanted}, which each takes"
+            )
+
+    def _has_room(self) -> bool:
+        import ray
+
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return any(all(node.get(kind, 0) >= amount for kind, amount in self._need.items()) for node in alive)
+
+    def _count(self, seat: _Seat, answered: Answered, swap: float) -> None:
+        stats, count = self.stats, len(answered.answers)
+        stats.swap += swap
+        stats.swaps += swap > 0
+        stats.generate += answered.seconds
+        stats.requests += count
+        stats.tokens += sum(answer.tokens for answer in answered.answers)
+        stats.by_engine[seat.number] = stats.by_engine.get(seat.number, 0) + count
+
+    def _outlive(self, seat: _Seat, begin: float) -> None:
+        if seat.up is not None:
+            self.stats.lifetimes += time.monotonic() - max(seat.up, begin)
+
+    def _end(self, begin: float) -> None:
+        for seat in self._seats:
+            self._outlive(seat, begin)
+
+    def _status(
+        self,
+        schedule: Schedule,
+        running: Mapping[Any, tuple[_Seat, Slice]],
+        before: tuple[int, int],
+        begin: float,
+    ) -> Status:
+        now, by_engine = time.monotonic(), self.stats.by_engine
+        working = {seat.number: piece.point for seat, piece in running.values()}
+        engines = [
+            EngineStatus(
+                seat.number,
+                seat.up is not None,
+                point := working.get(seat.number),
+                by_engine.get(seat.number, 0) / max(now - seat.up, _TICK) if seat.up is not None else 0.0,
+                schedule.left(point) if point is not None else 0,
+            )
+            for seat in self._seats
+            if seat.number not in self._empty
+        ]
+        requests, tokens = before
+        return Status(
+            tuple(engines), self.stats.requests - requests, self.stats.tokens - tokens, schedule.seconds_left(now)
+        )
 
 
-def cut(point: WeightPoint, requests: Sequence[Request], slice_size: int) -> list[Slice]:
-    """The slices of one point: requests of one kind, in order, at most `slice_size` together."""
-    slices = []
-    for kind in (Generate, Choice):
-        indices = [i for i, request in enumerate(requests) if isinstance(request, kind)]
-        slices += [Slice(point, tuple(indices[k : k + slice_size])) for k in range(0, len(indices), slice_size)]
-    return slices
+def device_kind(on_gpus: bool) -> str:
+    """On what the engines of the connected cluster compute; text may differ between kinds. Of CPUs, it is this
+    machine's that is named."""
+    import ray
+
+    if on_gpus:
+        kinds = [name for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+        return ", ".join(sorted(kind.partition(":")[2] for kind in kinds)) or "GPU"
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
 
 
-def choose(
-    waiting: dict[WeightPoint, deque[Slice]], here: WeightPoint | None, elsewhere: set[WeightPoint]
-) -> WeightPoint | None:
-    """Which point an idle engine works on: the one it is at, else one no engine is at, else the fullest."""
-    left = [point for point, slices in waiting.items() if slices]
-    if here in left:
-        return here
-    untouched = [point for point in left if point not in elsewhere]
-    return max(untouched or left, key=lambda point: len(waiting[point]), default=None)
+def _ready(pending: list[Any]) -> list[Any]:
+    """All that is there of what is pending; waits for something, but no longer than a tick."""
+    import ray
+
+    ready, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
+    if ready:
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+    found: list[Any] = ready
+    return found
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    with contextlib.suppress(Exception):  # whatever Ray says of an actor that is dead or was never there
+        ray.kill(actor)
+
+
+def _lament(lethal: Sequence[Slice]) -> str:
+    some = ", ".join(f"{piece.task} {piece.begin} to {piece.end - 1}" for piece in lethal[:4])
+    more = f" and {len(lethal) - 4} more" if len(lethal) > 4 else ""
+    return (
+        f"{LETHAL} engines died on each of these slices of requests: {some}{more}; everything else is answered; look "
+        "at the engines' logs, or lower engine.slice_size"
+    )

@@ -26,8 +26,9 @@ def suite():
 
 def oracle(suite, requests, wrong=()):
     """Right answers, from the tasks' own documents, except for the documents in `wrong`."""
-    expected = []
-    for task in suite.tasks.values():
+    answers = {}
+    for name, task in suite.tasks.items():
+        expected = answers[name] = []
         for doc_id, doc in enumerate(task.eval_docs):
             if doc_id == 20:
                 break
@@ -41,20 +42,22 @@ def oracle(suite, requests, wrong=()):
                 expected.append(Completion(f"work #### {int(doc['answer']) + (not right)}", "stop", 9, 9))
             else:
                 expected.append(Completion(doc["answer"] if right else "no", "stop", 9, 9))
-    assert len(expected) == len(requests)
-    return expected
+    assert {name: len(asked) for name, asked in requests.items()} == {name: len(a) for name, a in answers.items()}
+    return answers
 
 
 def test_requests_are_in_the_chat_template_and_repeatable(suite, tokenizer):
     requests = suite.requests(tokenizer)
-    assert [type(r) for r in requests] == [Generate] * 20 + [Choice] * 80 + [Generate] * 20
-    assert requests[0].prompt.startswith("User: ") and requests[0].prompt.endswith("\nAssistant: ")
-    assert requests[0].temperature == 0 and "\n" in requests[0].stop
+    kinds = {task: [type(r) for r in asked] for task, asked in requests.items()}
+    assert kinds == {"pocket_sums": [Generate] * 20, "pocket_choice": [Choice] * 80, "pocket_control": [Generate] * 20}
+    first = requests["pocket_sums"][0]
+    assert first.prompt.startswith("User: ") and first.prompt.endswith("\nAssistant: ")
+    assert first.temperature == 0 and "\n" in first.stop
     assert requests == suite.requests(tokenizer)
 
 
 def test_without_a_template_the_question_stands_alone(tokenizer):
-    (request,) = Suite.load(["pocket_sums"], limit=1, chat=False).requests(tokenizer)
+    (request,) = Suite.load(["pocket_sums"], limit=1, chat=False).requests(tokenizer)["pocket_sums"]
     assert "User:" not in request.prompt
 
 
@@ -95,5 +98,5 @@ def test_tasks_of_ones_own(tmp_path, tokenizer):
         "metric_list:\n  - metric: exact_match\n"
     )
     (tmp_path / "mine.jsonl").write_text('{"q": "one", "a": "1"}\n{"q": "two", "a": "2"}\n')
-    requests = Suite.load(["mine"], include_path=tmp_path, chat=False).requests(tokenizer)
+    requests = Suite.load(["mine"], include_path=tmp_path, chat=False).requests(tokenizer)["mine"]
     assert [r.prompt for r in requests] == ["one", "two"] and requests[0].max_tokens == 5

@@ -1,22 +1,23 @@
-"""The schedule, alone and with real engines as Ray actors."""
+"""The fleet with real engines as Ray actors: who answers, and what dies meanwhile, changes no answer."""
 
 import contextlib
 import os
 import signal
 import threading
 import time
-from collections import deque
 from pathlib import Path
 
 import pytest
+import ray
 from checkpoints import POCKET
 from transformers import AutoTokenizer
 
 from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import EngineSettings
 from rvdist.fleet.harness import Suite
-from rvdist.fleet.request import Choice, Generate
-from rvdist.fleet.scheduler import Fleet, Slice, choose, cut
+from rvdist.fleet.request import Generate
+from rvdist.fleet.schedule import cut
+from rvdist.fleet.scheduler import Fleet
 from rvdist.point import Term, Vector, WeightPoint
 
 SETTINGS = EngineSettings(max_model_len=256, kv_cache_gib=0.0625)
@@ -25,22 +26,19 @@ TARGET = WeightPoint(str(POCKET / "target"))
 POINTS = [TARGET, *(WeightPoint(TARGET.base, (Term(alpha, VECTOR),)) for alpha in (-1.0, 1.0))]
 
 
-def test_slices_hold_one_kind_and_cover_everything_once():
-    requests = [Generate("a", 1), Choice("b", "c"), Generate("d", 1), Generate("e", 1), Choice("f", "g")]
-    slices = cut(TARGET, requests, 2)
-    assert [s.indices for s in slices] == [(0, 2), (3,), (1, 4)]
+def all_slices(requests, slice_size):
+    return [piece for point in POINTS for piece in cut(point, requests, slice_size)]
 
 
-def test_an_idle_engine_stays_then_spreads_then_helps():
-    one, two, three = POINTS
-    work = [Slice(one, (0,))]
-    waiting = {one: deque(work), two: deque(work * 3), three: deque(work * 2)}
-    assert choose(waiting, one, set()) == one, "no swap while there is work at hand"
-    waiting[one].clear()
-    assert choose(waiting, one, set()) == two, "the fullest point no engine is at"
-    assert choose(waiting, one, {two}) == three
-    assert choose(waiting, one, {two, three}) == two, "else it helps where most is left"
-    assert choose({one: deque()}, one, set()) is None
+def texts(answered):
+    return {piece: found.answers for piece, found in answered.items()}
+
+
+def engine_processes():
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{process}/cmdline").read_text().startswith("ray::EngineActor"):
+                yield int(process)
 
 
 @pytest.fixture(scope="module")
@@ -53,73 +51,123 @@ def requests():
 @pytest.fixture(scope="module")
 def alone(ray_local, requests):
     """What one engine answers."""
-    fleet = Fleet(TARGET.base, SETTINGS, count=1, on_gpus=False)
-    answers = fleet.answer(POINTS, requests, slice_size=16)
+    fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
+    answered = texts(fleet.answer(all_slices(requests, 16), requests))
+    assert fleet.stats.swaps == 2 and fleet.stats.deaths == 0
+    assert fleet.info()[0]["probe"] == "passed"
     fleet.stop()
-    return answers
-
-
-def test_two_engines_share_the_work_and_change_nothing(alone, requests):
-    fleet = Fleet(TARGET.base, SETTINGS, count=2, on_gpus=False)
-    fleet.info()
-    done = []
-    assert fleet.answer(POINTS, requests, slice_size=16, progress=done.append) == alone
-    assert sum(done) == 3 * len(requests) == fleet.stats.requests
-    assert len(fleet.stats.by_engine) == 2 and min(fleet.stats.by_engine.values()) > 0
-    fleet.stop()
+    return answered
 
 
 def test_points_give_different_answers(alone):
-    texts = [[a.text for a in alone[point] if hasattr(a, "text")] for point in POINTS]
-    assert texts[0] != texts[1] != texts[2] != texts[0]
+    first = {
+        piece.point: answers for piece, answers in alone.items() if (piece.task, piece.begin) == ("pocket_sums", 0)
+    }
+    assert len(set(first.values())) == 3
 
 
-def test_a_dead_engine_gives_its_slice_back(alone, requests):
-    fleet = Fleet(TARGET.base, SETTINGS, count=2, on_gpus=False)
-    fleet.info()
-    killed = []
+def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(alone, requests):
+    """Two engines share the work; one is killed and replaced; there never is room for a third."""
+    fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
+    ray.wait(list(fleet._starting), num_returns=2)
+    kept, seen, killed = {}, [], []
 
-    def kill_an_engine(_):
-        if killed:
-            return
-        for process in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{process}/cmdline").read_text().startswith("ray::EngineActor"):
-                    os.kill(int(process), signal.SIGKILL)
-                    killed.append(process)
-                    return
+    def keep(piece, answered):
+        assert piece not in kept
+        kept[piece] = answered
 
-    assert fleet.answer(POINTS, requests, slice_size=8, progress=kill_an_engine) == alone
-    assert killed
+    def watch(status):
+        seen.append(status)
+        busy = [engine for engine in status.engines if engine.point is not None]
+        if not killed and len(busy) == 2:
+            killed.append(next(engine_processes()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    assert texts(fleet.answer(all_slices(requests, 4), requests, keep, watch)) == texts(kept)
+    whole = {(piece.point, piece.task, piece.begin): piece for piece in alone}
+    assert fleet.started >= 1 and fleet.stats.deaths == 1 and killed
+    assert fleet.stats.requests == seen[-1].requests == sum(map(len, requests.values())) * 3
+    assert 0 < fleet.stats.utilisation <= 1
+    again = fleet.answer(all_slices(requests, 16), requests)
+    assert texts(again) == alone and again.keys() == set(whole.values()), "a warm fleet, after a death"
+    assert fleet.started < 3
     fleet.stop()
 
 
 def test_a_prompt_that_does_not_fit_is_bad_input(ray_local):
-    fleet = Fleet(TARGET.base, SETTINGS, count=1, on_gpus=False)
+    fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
+    requests = {"t": [Generate("x" * 300, 8)]}
     with pytest.raises(BadInput, match="max_model_len.*a prompt of 300 tokens and 8 to generate exceed"):
-        fleet.answer([TARGET], [Generate("x" * 300, 8)], slice_size=4)
+        fleet.answer(cut(TARGET, requests, 4), requests)
     fleet.stop()
 
 
-def test_requests_that_kill_every_engine_are_reported(ray_local, requests):
-    fleet = Fleet(TARGET.base, SETTINGS, count=1, on_gpus=False)
-    fleet.info()
-    over = threading.Event()
+def test_engines_that_cannot_be_had_or_start_are_reported(ray_local):
+    requests = {"t": [Generate("x", 8)]}
+    fleet = Fleet(TARGET.base, SETTINGS, count=2, cpus=1000.0, patience=0.5)
+    with pytest.raises(Failed, match=r"no engine could start in \d s: none of the cluster's nodes has 1000 CPUs"):
+        fleet.answer(cut(TARGET, requests, 4), requests)
+    fleet.stop()
+    fleet = Fleet("/nowhere", SETTINGS, count=2, cpus=0.5)
+    with pytest.raises(Failed, match="an engine could not start: .*nowhere"):
+        fleet.answer(cut(TARGET, requests, 4), requests)
+    fleet.stop()
 
-    def kill_all_engines():
-        while not over.is_set():
-            for process in filter(str.isdigit, os.listdir("/proc")):
-                with contextlib.suppress(OSError):
-                    if Path(f"/proc/{process}/cmdline").read_text().startswith("ray::EngineActor"):
-                        os.kill(int(process), signal.SIGKILL)
-            time.sleep(0.05)
 
-    killer = threading.Thread(target=kill_all_engines, daemon=True)
+@pytest.mark.slow
+def test_requests_that_kill_every_engine_are_reported_after_all_else_is_answered(ray_local, requests):
+    """Whatever engine works at one of the points dies; the others' answers are kept."""
+    fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
+    slices = [piece for point in POINTS[:2] for piece in cut(point, {"pocket_sums": requests["pocket_sums"]}, 40)]
+    poisoned, kept, over = slices[1], {}, threading.Event()
+    at = []
+
+    def kill():
+        while not over.wait(0.002):
+            if at == [poisoned.point]:
+                for process in engine_processes():
+                    os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
+
+    def watch(status):
+        at[:] = [engine.point for engine in status.engines if engine.point is not None]
+
     try:
-        with pytest.raises(Failed, match="2 engines died while answering the same 40 requests"):
-            fleet.answer([TARGET], requests[:40], slice_size=64)
+        with pytest.raises(Failed, match="2 engines died on each of these slices of requests: pocket_sums 0 to 39"):
+            fleet.answer(slices, requests, lambda piece, answered: kept.update({piece: answered}), watch)
+        assert kept.keys() == {slices[0]} and fleet.stats.deaths == 2
     finally:
         over.set()
         killer.join()
         fleet.stop()
+
+
+@pytest.mark.slow
+def test_an_engine_joins_when_the_cluster_grows(requests):
+    """The second engine waits for a node that comes while the first one works."""
+    from ray.cluster_utils import Cluster
+
+    from rvdist import cluster
+
+    cluster.disconnect()
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.connect(nodes.address)
+        fleet = Fleet(TARGET.base, SETTINGS, count=2, cpus=1.0)
+        grown, worked = [], set()
+
+        def watch(status):
+            worked.update(engine.number for engine in status.engines if engine.point is not None)
+            if worked and not grown:
+                grown.append(nodes.add_node(num_cpus=1))
+
+        deadline = time.monotonic() + 120
+        while len(worked) < 2 and time.monotonic() < deadline:
+            fleet.answer(all_slices(requests, 4), requests, watch=watch)
+        assert worked == {0, 1} and fleet.started == 2
+        fleet.stop()
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
