@@ -132,7 +132,7 @@ def empirical_bernstein(differences: Floats, margin: float, error: float) -> NDA
 def pairwise(
     shown: Callable[[Floats, float, float], NDArray[np.bool_]], tolerance: float, grid: Grid, seed: int
 ) -> tuple[int, int]:
-    """A race by another bound for two candidates; the chance to err is shared among the opponents."""
+    """A race against the leader by another bound; the chance to err is shared among the opponents."""
     x = shuffled(grid, seed)
     racing, samples, seen = np.arange(len(x)), 0, 0
     error = (1 - CONFIDENCE) / (len(x) - 1)
@@ -141,12 +141,12 @@ def pairwise(
         seen = min(seen + ROUND, x.shape[1])
         table = x[racing, :seen]
         leader = int(table.mean(1).argmax())
-        differences = table[:, None] - table[None]
-        within = shown(differences[leader], -tolerance, error)
+        differences = table[leader] - table
+        within = shown(differences, -tolerance, error)
         within[leader] = True
         if within.all() or seen == x.shape[1]:
             return int(racing[leader]), samples
-        racing = racing[~shown(differences, 0.0, error).any(0)]
+        racing = racing[~shown(differences, 0.0, error)]
 
 
 def halving(share: float, grid: Grid, seed: int) -> tuple[int, int]:
