@@ -1,6 +1,6 @@
 """The schedule on more engines than there are: recorded times of real slices, dealt out by the fleet's own Schedule to
-engines of a virtual clock. `python benchmarks/schedule.py` prints the table of benchmarks/README.md;
-`--record CACHE` writes the times anew from the sample cache of a run.
+engines of a virtual clock. `python benchmarks/schedule.py` prints the table of benchmarks/README.md; `--record RUN
+CACHE` first writes the times anew, from a run's directory and its sample cache.
 """
 
 from __future__ import annotations
@@ -92,44 +92,101 @@ def simulate(
     return outcome
 
 
-def lower_bound(seconds: Mapping[Slice, float], engines: int) -> float:
-    """No schedule ends sooner: all work shared evenly, or the longest slice."""
-    return max(sum(seconds.values()) / engines, *seconds.values())
+def lower_bound(seconds: Mapping[Slice, float], joins: Sequence[float]) -> float:
+    """No schedule ends sooner, were swaps for nothing: every engine works from when it joins until all is done, or
+    the first one at the longest slice."""
+    left, end = sum(seconds.values()), 0.0
+    for k, joined in enumerate(ordered := sorted(joins)):
+        following = ordered[k + 1] if k + 1 < len(ordered) else float("inf")
+        end = joined + left / (k + 1)
+        if end <= following:
+            break
+        left -= (k + 1) * (following - joined)
+    return max(end, ordered[0] + max(seconds.values()))
+
+
+def in_order(seconds: Mapping[Slice, float], engines: int, swap: float) -> Outcome:
+    """What the schedule is compared with: the next slice of the list to whoever is idle."""
+    outcome = Outcome()
+    free: list[tuple[float, int, WeightPoint | None]] = [(0.0, engine, None) for engine in range(engines)]
+    for piece, took in seconds.items():
+        at, engine, point = free[0]
+        outcome.swaps += point != piece.point
+        end = at + took + swap * (point != piece.point)
+        heapq.heapreplace(free, (end, engine, piece.point))
+        outcome.makespan = max(outcome.makespan, end)
+    return outcome
 
 
 def recorded() -> tuple[dict[Slice, float], float]:
     """The recorded slices with their seconds, and the seconds of a swap."""
     found = json.loads(TIMES.read_text())
-    slices, begin = {}, Counter[tuple[int, str]]()
+    slices: dict[Slice, float] = {}
+    ends: Counter[tuple[int, str]] = Counter()
     for point, task, count, seconds in found["slices"]:
-        start = begin[point, task]
-        begin[point, task] += count
-        work = count * found["work"][task]
-        slices[Slice(WeightPoint(f"point {point}"), task, start, start + count, work)] = seconds
+        begin = ends[point, task]
+        ends[point, task] += count
+        piece = Slice(WeightPoint(f"point {point}"), task, begin, begin + count, count * found["work"][task])
+        slices[piece] = seconds
     return slices, found["swap"]
 
 
-def record(cache: Path, swap: float, work: Mapping[str, float]) -> None:
-    """Keeps the times of a finished run's slices; `work` is a task's guess for one request."""
+def record(run: Path, cache: Path) -> None:
+    """Keeps the times of a finished run's slices, as its sample cache has them. What the schedule is told beforehand
+    of a slice's work is here the same for all requests of a task: what they may generate."""
     rows = sqlite3.connect(cache / "samples.sqlite").execute(
-        "SELECT point, task, json_array_length(answers), seconds FROM slices ORDER BY rowid"
+        "SELECT point, task, json_array_length(answers), seconds FROM slices ORDER BY point, task, rowid"
     )
     points: dict[str, int] = {}
     slices = [
         [points.setdefault(point, len(points)), task, count, round(seconds, 4)] for point, task, count, seconds in rows
     ]
-    text = json.dumps({"swap": swap, "work": work, "slices": slices}).replace("], [", "],\n[")
-    TIMES.write_text(text + "\n")
+    timing = json.loads((run / "timing.json").read_text())
+    swap = round(timing["phases"]["swap"] / timing["fleet"]["swaps"], 4)
+    work = {task: 64.0 for _, task, _, _ in slices}
+    TIMES.write_text(json.dumps({"swap": swap, "work": work, "slices": slices}).replace("], [", "],\n[") + "\n")
+
+
+def table(seconds: Mapping[Slice, float], swap: float, engines: int = 64) -> str:
+    """The README's table. Dear swaps take as long as the median slice; late engines come when all would be half done;
+    the dying ones go one after another."""
+    half = sum(seconds.values()) / engines / 2
+    dear = sorted(seconds.values())[len(seconds) // 2]
+    at_once = [0.0] * engines
+    late = [0.0] * (engines // 2) + [half] * (engines // 2)
+    deaths = {engine: half * (engine + 1) / 4 for engine in range(8)}
+    lines = [
+        "| what | lower bound, s | makespan, s | × bound | utilisation | swaps | in order: × bound | swaps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, joins, cost, dying in (
+        ("all there", at_once, swap, {}),
+        ("dear swaps", at_once, dear, {}),
+        ("half of them late", late, swap, {}),
+        ("8 die", at_once, swap, deaths),
+    ):
+        found, bound = simulate(seconds, joins, cost, dying), lower_bound(seconds, joins)
+        plain = in_order(seconds, engines, cost) if joins is at_once and not dying else None
+        naive = f"{plain.makespan / bound:.2f} | {plain.swaps}" if plain else " | "
+        lines.append(
+            f"| {name} | {bound:.2f} | {found.makespan:.2f} | {found.makespan / bound:.2f} | "
+            f"{found.busy / found.lifetimes:.0%} | {found.swaps} | {naive} |"
+        )
+    points = len({piece.point for piece in seconds})
+    return (
+        f"{len(seconds)} slices of {points} points and {len({piece.task for piece in seconds})} tasks, "
+        f"{sum(seconds.values()):.0f} s together, the longest {max(seconds.values()):.2f} s, the median {dear:.2f} s; "
+        f"a swap takes {swap:.3f} s; {engines} engines.\n\n" + "\n".join(lines)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=Path, metavar="CACHE", help="a run's cache.dir: write its times anew")
-    parser.add_argument("--swap", type=float, help="with --record: the seconds of a swap, as the run's timing.json has")
+    parser.add_argument("--record", type=Path, nargs=2, metavar=("RUN", "CACHE"), help="write the recorded times anew")
     arguments = parser.parse_args()
     if arguments.record:
-        record(arguments.record, arguments.swap)
-        return
+        record(*arguments.record)
+    print(table(*recorded()))
 
 
 if __name__ == "__main__":

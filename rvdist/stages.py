@@ -519,7 +519,7 @@ def _answer(
     try:
         with FleetView(sum(sizes.values()), int(stats["cached"]), names, run.console) as view:
             answered = fleet.answer(todo, requests, keep, view.show)
-        info = fleet.info()[0]
+        info = next(iter(fleet.info()), {})
     finally:
         fleet.stop()
     done = fleet.stats
@@ -532,7 +532,7 @@ def _answer(
         "engine_seconds": done.lifetimes,
         "utilisation": done.utilisation,
     }
-    run.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe")}
+    run.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe") if key in info}
     run.engine |= {"utilisation": f"{done.utilisation:.0%}"}
     run.console.print(
         f"fleet: {fleet.started} of {count} engines worked, {done.utilisation:.0%} of their time; {done.swaps} swaps, "

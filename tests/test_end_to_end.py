@@ -1,6 +1,12 @@
 """Donors → vector → checkpoint → sweep → statistics → report, by the one command, on the pocket family."""
 
 import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 
 import pytest
 from checkpoints import POCKET, launch
@@ -16,25 +22,32 @@ KEYS = (
 )
 
 
+SCORING = (
+    "experiment=demo",
+    f"target={POCKET / 'target'}",
+    f"vector.plus={POCKET / 'grpo'}",
+    f"vector.minus={POCKET / 'sft'}",
+    "benchmarks.limit=64",
+    "engine.count=2",
+)
+REQUESTS = 64 + 4 * 64 + 64  # of an arm: sums, four choices each, control
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("end_to_end")
-    done = launch(
-        "experiment=demo",
-        *(f"{key}={POCKET / name}" for key, name in (("target", "target"), ("vector.plus", "grpo"))),
-        f"vector.minus={POCKET / 'sft'}",
-        "alpha=1",
-        f"sweep.alphas={ALPHAS}",
-        "benchmarks.limit=64",
-        "engine.count=2",
-        "cache.dir=cache",
-        "output=out",
-        "hydra.run.dir=run",
-        cwd=place,
-        COLUMNS="120",
-    )
+    arguments = ("alpha=1", f"sweep.alphas={ALPHAS}", "output=out", "cache.dir=cache", "hydra.run.dir=run")
+    done = launch(*SCORING, *arguments, cwd=place, COLUMNS="120")
     assert done.returncode == 0, done.stderr
     return place, done.stdout
+
+
+def score_again(place, alphas, cache, into):
+    """The same scoring, without the merge; returns what the fleet did."""
+    arguments = (f"sweep.alphas={alphas}", "output=null", f"cache.dir={cache}", f"hydra.run.dir={into}")
+    done = launch(*SCORING, *arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return json.loads((place / into / "timing.json").read_text())["fleet"]
 
 
 def test_the_run_directory_is_as_promised(run):
@@ -45,6 +58,9 @@ def test_the_run_directory_is_as_promised(run):
     wanted = ["imports", "ray_init", "index", "plan", "merge", "engine_start", "swap", "generate", "score", "report"]
     assert set(wanted) <= phases.keys()
     assert not list((place).glob("*.partial"))
+    fleet = json.loads((place / "run/timing.json").read_text())["fleet"]
+    assert (fleet["requests"], fleet["cached"]) == (4 * REQUESTS, 0)
+    assert 0 < fleet["utilisation"] <= 1
 
 
 def test_the_summary_says_what_happened(run):
@@ -86,3 +102,48 @@ def test_the_page_is_one_file_without_a_network(run):
     page = (place / "run/report.html").read_text()
     assert "data:image/png;base64," in page and "alpha=1" in page and "experiment=demo" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
+
+
+def test_what_was_answered_before_is_not_asked_again(run):
+    place, _ = run
+    assert score_again(place, ALPHAS, "cache", "again") == {"requests": 0, "cached": 4 * REQUESTS}
+    assert (place / "again/summary.json").read_bytes() == (place / "run/summary.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_another_alpha_asks_only_what_is_new(run):
+    place, _ = run
+    fleet = score_again(place, [*ALPHAS, 0.75], "cache", "more")
+    assert (fleet["requests"], fleet["cached"]) == (REQUESTS, 4 * REQUESTS)
+    assert {row["alpha"] for row in json.loads((place / "more/summary.json").read_text())} == {0, *ALPHAS, 0.75}
+
+
+def test_a_killed_run_resumes_with_all_that_it_answered(run):
+    place, _ = run
+    arguments = (f"sweep.alphas={ALPHAS}", "output=null", "cache.dir=killed", "hydra.run.dir=killed_run")
+    process = subprocess.Popen([sys.executable, "-m", "rvdist.launch", *SCORING, *arguments], cwd=place)
+    deadline = time.monotonic() + 300
+    while answered_slices(place / "killed") < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = answered_requests(place / "killed")
+    assert 0 < before < 4 * REQUESTS
+    fleet = score_again(place, ALPHAS, "killed", "resumed")
+    assert (fleet["requests"], fleet["cached"]) == (4 * REQUESTS - before, before)
+    assert (place / "resumed/summary.json").read_bytes() == (place / "run/summary.json").read_bytes()
+
+
+def answered_slices(cache):
+    return query(cache, "SELECT count(*) FROM slices")
+
+
+def answered_requests(cache):
+    return query(cache, "SELECT sum(json_array_length(answers)) FROM slices")
+
+
+def query(cache, question):
+    try:
+        return sqlite3.connect(cache / "samples.sqlite").execute(question).fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -229,11 +231,11 @@ class Engine:
                 top_k=request.top_k,
                 min_p=request.min_p,
                 repetition_penalty=request.repetition_penalty,
-                seed=request.seed,
+                seed=seed,
                 skip_special_tokens=False,
                 spaces_between_special_tokens=False,
             )
-            for request, stop in zip(requests, stops, strict=True)
+            for request, stop, seed in zip(requests, stops, self._seeds(requests), strict=True)
         ]
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), requests[i].prompt))
         completions: dict[int, Completion] = {}
@@ -245,6 +247,17 @@ class Engine:
                 text = text.split(stop)[0]
             completions[i] = Completion(text, output.finish_reason, len(prompts[i]), len(output.token_ids))
         return [completions[i] for i in range(len(requests))]
+
+    def _seeds(self, requests: Sequence[Generate]) -> list[int]:
+        """The seed of each request, its own or else one that depends on the engine's and on nothing that was asked
+        before; equal requests get different ones."""
+        times: Counter[Generate] = Counter()
+        seeds = []
+        for request in requests:
+            times[request] += 1
+            drawn = hashlib.blake2b(f"{self.settings.seed} {times[request]} {request.prompt}".encode(), digest_size=4)
+            seeds.append(int.from_bytes(drawn.digest(), "big") if request.seed is None else request.seed)
+        return seeds
 
     def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
         """One score a request, in order; one batch, as `generate`. Raises ValueError as `generate`."""

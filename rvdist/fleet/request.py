@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 @dataclass(frozen=True)
 class Generate:
     """Continue `prompt` by at most `max_tokens` tokens, until one of the strings in `stop` (which is cut off) or
-    the tokenizer's end of text. Temperature 0 is greedy; `seed` makes a sampled completion repeatable."""
+    the tokenizer's end of text. Temperature 0 is greedy. A sampled completion is repeatable: without a `seed` of its
+    own it takes one from the engine's, another for each time that the same is asked in a slice."""
 
     prompt: str
     max_tokens: int

@@ -119,7 +119,7 @@ class Schedule:
 
     def left(self, point: WeightPoint) -> int:
         """How many slices of a point wait."""
-        return sum(map(len, self._waiting[point].values()))
+        return sum(map(len, self._waiting.get(point, {}).values()))
 
     def seconds_left(self, now: float) -> float | None:
         """What is still to be done, shared by all engines; None before anything was timed."""
@@ -132,9 +132,9 @@ class Schedule:
         insort(self._waiting[piece.point][piece.task], piece, key=lambda other: other.work)
 
     def _choose(self, engine: int, here: WeightPoint | None, now: float) -> Slice | None:
-        left = {point: seconds for point in self._waiting if (seconds := self._left(point))}
-        if here in left:
+        if here is not None and self.left(here):
             return next(self._longest(here))
+        left = {point: self._left(point) for point in self._waiting if self.left(point)}
         others: dict[WeightPoint, list[float]] = defaultdict(list)
         for other, point in self._at.items():
             if other != engine and point is not None:

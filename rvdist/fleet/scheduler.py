@@ -366,6 +366,6 @@ def _lament(lethal: Sequence[Slice]) -> str:
     some = ", ".join(f"{piece.task} {piece.begin} to {piece.end - 1}" for piece in lethal[:4])
     more = f" and {len(lethal) - 4} more" if len(lethal) > 4 else ""
     return (
-        f"{LETHAL} engines died on each of these slices of requests: {some}{more}; everything else is answered; look "
-        "at the engines' logs, or lower engine.slice_size"
+        f"{LETHAL} engines died on each of these slices of requests: {some}{more}; everything else is answered and "
+        "need not be again; look at the engines' logs, or lower engine.slice_size"
     )
