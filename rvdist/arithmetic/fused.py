@@ -12,13 +12,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite.binding import ffi
 from numba import types
 from numba.extending import intrinsic
-
-# llvmlite's library takes any name that is asked of it for a function, `__dict__` too, over which falls whoever looks
-# into the objects of all modules, as vLLM does when an engine starts.
-getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
 
 _BLOCK = 4096  # elements: an fp32 sum of them stays in the first-level cache
 

@@ -33,13 +33,6 @@ def test_equals_one_operation_at_a_time_for_every_bit_pattern(alpha, count):
     assert torch.equal(found.view(torch.int16)[~both], expected.view(torch.int16)[~both])
 
 
-def test_the_compiler_may_be_looked_into():
-    """vLLM does so with every object of every module when an engine starts."""
-    from llvmlite.binding import ffi
-
-    assert vars(ffi.lib).get("kernel") is None
-
-
 def test_lengths_that_are_no_multiple_of_anything():
     for n in (0, 1, 3, 4095, 4096, 4097, 10_001):
         base, plus, minus = (torch.randn(n).bfloat16() for _ in range(3))
