@@ -149,7 +149,7 @@ class Fleet:
         found = []
         for seat in self._seats:
             if seat.up is not None:
-                with contextlib.suppress(ray.exceptions.RayActorError):
+                with contextlib.suppress(ray.exceptions.RayError):
                     found.append(ray.get(seat.actor.info.remote()))
         return found
 
@@ -160,7 +160,7 @@ class Fleet:
         keep: Callable[[Slice, Answered], None] = lambda piece, answered: None,
         watch: Callable[[Status], None] = lambda status: None,
     ) -> dict[Slice, Answered]:
-        """Every slice answered. `keep` is given each as it comes, `watch` what goes on, about once a second.
+        """Every slice answered. `keep` is given each as it comes; `watch` what goes on, once a second or oftener.
 
         Raises Failed where no engine starts, or, after all else is answered, for slices on which engines died again
         and again."""
@@ -172,8 +172,9 @@ class Fleet:
         came: list[tuple[Slice, Answered]] = []
         before = (self.stats.requests, self.stats.tokens)
         begin = time.monotonic()
+        unsure = {seat.number for seat in self._starting.values()}
         for seat in self._seats:
-            if seat.up is not None:
+            if seat.up is not None and seat.number not in unsure:
                 schedule.join(seat.number, seat.at)
         while True:
             self._feed(schedule, requests, running)
@@ -195,7 +196,7 @@ class Fleet:
                     for done in came:
                         keep(*done)
                     raise error.cause from None
-                except ray.exceptions.RayActorError:
+                except ray.exceptions.RayError:
                     self._bury(seat, schedule, begin, {busy.number for busy, _ in running.values()})
                     continue
                 schedule.finish(seat.number, swap, answered.seconds)
@@ -223,10 +224,10 @@ class Fleet:
         seat = self._starting.pop(ready)
         try:
             info = ray.get(ready)
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             self._outlive(seat, begin)
             seat.failures += 1
-            if error.actor_init_failed or seat.failures == _STARTS:
+            if getattr(error, "actor_init_failed", False) or seat.failures == _STARTS:
                 seat.up = None
                 self._empty[seat.number] = str(error).strip().splitlines()[-1].strip()
             else:
