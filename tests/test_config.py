@@ -7,8 +7,10 @@ from rvdist.arithmetic import registry
 from rvdist.config import (
     BatchConfig,
     BenchmarksConfig,
+    ClusterConfig,
     CompatConfig,
     Config,
+    EngineConfig,
     MaskConfig,
     MergeConfig,
     SweepConfig,
@@ -201,3 +203,27 @@ def test_donors_may_be_renamed():
     ):
         with pytest.raises(BadInput, match=reason):
             config.point(settings(vector=VectorConfig("p", "m", rename=rename)), 1.0)
+
+
+def test_how_many_engines_and_what_each_takes():
+    def engines(cpus, there, address="local", **engine):
+        return config.engines(settings(engine=EngineConfig(**engine), cluster=ClusterConfig(address)), cpus, there)
+
+    assert engines(8, 0) == (8, (1.0, 0.0))
+    assert engines(8, 0, cpu_threads=4) == (2, (4.0, 0.0))
+    assert engines(2, 0, count=4) == (4, (0.5, 0.0)), "cores are shared where there will never be more"
+    assert engines(2, 0, "auto", count=4) == (4, (1.0, 0.0)), "a cluster may grow"
+    assert engines(8, 4) == (4, (0.0, 1.0))
+    assert engines(8, 4, gpus=0.25) == (16, (0.0, 0.25)), "several engines a GPU"
+    assert engines(8, 4, tensor_parallel_size=2) == (2, (0.0, 2.0)), "several GPUs an engine"
+    assert engines(8, 4, "auto", count=9, tensor_parallel_size=2) == (9, (0.0, 2.0))
+    with pytest.raises(BadInput, match="engine.count=3 times 2 GPUs each are more than this machine's 4"):
+        engines(8, 4, count=3, tensor_parallel_size=2)
+
+
+def test_shares_of_a_gpu_that_cannot_be():
+    for share in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(BadInput, match="engine.gpus: .* is not a share of one GPU"):
+            config.require_device(settings(engine=EngineConfig(gpus=share)))
+    with pytest.raises(BadInput, match="engine.gpus=0.5: an engine of engine.tensor_parallel_size=2 takes whole GPUs"):
+        config.require_device(settings(engine=EngineConfig(gpus=0.5, tensor_parallel_size=2)))

@@ -53,8 +53,8 @@ class FleetView:
             else:
                 name = Text(self._names[engine.point])
                 table.add_row(str(engine.number), name, f"{engine.rate:.1f}", str(engine.left))
-        more = [f"and {len(engines) - _ROWS} more engines"] if len(engines) > _ROWS else []
-        return Group(table, *more, self._sentence())
+        more = [Text(f"and {len(engines) - _ROWS} more engines")] if len(engines) > _ROWS else []
+        return Group(Text(self._sentence()), table, *more)
 
     def _sentence(self) -> str:
         status, seconds = self._status, time.monotonic() - self._started
