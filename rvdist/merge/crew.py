@@ -76,9 +76,9 @@ class WorkerActor:
 
 @dataclass(eq=False)
 class _Worker:
-    """One actor in a bundle of the placement group. `home` is the node of the worker it replaces, `in_vain` how many
-    of its predecessors in a row died before they had finished a unit, `node` its own once it has spoken, `running` how
-    many units it is at and `finished` how many are behind it, and `unsynced` what it wrote that is not yet durable."""
+    """One actor in a bundle of the placement group. `home`: the node of the worker it replaces, if any; `in_vain`: how
+    many of its predecessors in a row died before they had finished a unit; `node`: its own, once it has spoken;
+    `running`, `finished`: how many units it is at and has done; `unsynced`: what it wrote that is not durable yet."""
 
     actor: Any
     bundle: int
@@ -226,7 +226,9 @@ class Crew:
                 self._journal(task.wrote)
             self._feed(task.worker)
         if self._is_left and not self._running:
-            raise self._stuck()
+            self._rescue()
+            if not self._running:
+                raise self._stuck()
 
     def _welcome(self, worker: _Worker, hello: Hello) -> None:
         if hello.unseen:
@@ -234,7 +236,7 @@ class Crew:
                 f"{hello.unseen[0].parent}: is not visible on node {hello.node[:8]}; an output must be on a file "
                 "system that all nodes share"
             )
-            raise Failed(sentence) if worker.home else BadInput(sentence)
+            raise BadInput(sentence) if worker.home is None else Failed(sentence)
         worker.node, worker.unreadable = hello.node, hello.unreadable
         self._unreadable[hello.node] = hello.unreadable
         self._queues.setdefault(hello.node, deque())
@@ -355,14 +357,18 @@ class Crew:
     def _rescue(self) -> None:
         """Gives the files of nodes that are gone to those that are left."""
         silent = time.monotonic() - self._heard > self._settings.timeout
-        if silent:  # those who come to replace a worker may never find room
-            for worker in self._workers:
-                worker.home = None
+        for worker in self._workers:
+            if silent and worker.home:  # who comes to replace another may never find room there
+                worker.home = ""
         self._disown()
         for worker in self._workers:
             self._feed(worker)
         if silent and self._is_left and all(task.is_hello for task in self._running.values()):
             raise self._stuck()
+        if silent:
+            nodes = sorted({str(task.worker.node)[:8] for task in self._running.values() if not task.is_hello})
+            self._say(f"no worker has answered for {self._settings.timeout:g} s; waiting for nodes {', '.join(nodes)}")
+            self._heard = time.monotonic()
 
     def _disown(self) -> None:
         """Files of a node are free for others when it has no worker left and, if it lives, none will come: another

@@ -26,12 +26,14 @@ _journal = Staging.journal
 
 
 class Recording(crew.WorkerActor):
-    """A worker that keeps a record, and takes at least `pace` seconds for a unit."""
+    """A worker that keeps a record, takes at least `pace` seconds for a unit, and does the first only once as many
+    as the job says are `together`."""
 
     def hello(self, needs: Any, probes: Any) -> Any:
         import ray
 
         said = super().hello(needs, probes)
+        self._met = False
         self._node = ray.get_runtime_context().get_node_id()
         (Path(OPTIONS["log"]) / str(os.getpid())).write_text(self._node)
         return said
@@ -40,8 +42,14 @@ class Recording(crew.WorkerActor):
         line = json.dumps([self._node, os.getpid(), unit.file, unit.start]) + "\n"
         with open(Path(OPTIONS["log"]) / "units.jsonl", "a") as record:
             record.write(line)
-        time.sleep(OPTIONS.get("pace", 0))
+        time.sleep(OPTIONS["pace"])
+        while not self._met and self._present() < OPTIONS["together"]:
+            time.sleep(0.05)
+        self._met = True
         return super().run(unit, claims)
+
+    def _present(self) -> int:
+        return sum(name.isdigit() and os.path.exists(f"/proc/{name}") for name in os.listdir(OPTIONS["log"]))
 
 
 def journal(self: Staging, written: Any) -> None:
@@ -50,6 +58,7 @@ def journal(self: Staging, written: Any) -> None:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
+    OPTIONS["together"] = job.get("together", 0)
     point = WeightPoint(job["target"], (Term(1.0, Vector(job["plus"], job["minus"])),))
     sources = {source: open_source(source) for source in point.sources()}
     plan = planning.build_plan({Path(job["out"]): point}, sources)

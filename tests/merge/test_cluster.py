@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,7 @@ class Run:
     """A driver at work, and the record its workers keep."""
 
     def __init__(self, nodes, place, *jobs, pace=0.0, sync_bytes=1 << 20):
+        nodes.complete()
         self.log = place / "log"
         self.log.mkdir(exist_ok=True)
         options = {"address": nodes.address, "jobs": jobs, "log": str(self.log), "pace": pace}
@@ -134,7 +135,7 @@ def writers(units):
 
 def test_nodes_share_the_files_and_no_file_is_written_by_two(nodes, family, right, tmp_path):
     """Of four workers on three nodes of one core, two share a node: then each has half a core."""
-    jobs = job(family, tmp_path / "many", workers=4), job(family, tmp_path / "one", "single")
+    jobs = job(family, tmp_path / "many", workers=4, together=4), job(family, tmp_path / "one", "single")
     run = Run(nodes, tmp_path, *jobs, pace=0.02)
     many, one = run.results()
     assert digests(tmp_path / "many") == right["target"]
@@ -147,7 +148,7 @@ def test_nodes_share_the_files_and_no_file_is_written_by_two(nodes, family, righ
 
 
 def test_a_worker_that_stands_still_leaves_the_rest_to_the_others(nodes, family, right, tmp_path):
-    run = Run(nodes, tmp_path, job(family, tmp_path / "out"), pace=0.1)
+    run = Run(nodes, tmp_path, job(family, tmp_path / "out", together=3), pace=0.1)
     run.wait_for_units(4)
     slow = run.units()[-1][1]
     os.kill(slow, signal.SIGSTOP)
@@ -157,19 +158,16 @@ def test_a_worker_that_stands_still_leaves_the_rest_to_the_others(nodes, family,
         os.kill(slow, signal.SIGCONT)
     run.results()
     assert digests(tmp_path / "out") == right["target"]
-    did = defaultdict(int)
-    for _, process, _, _ in run.units():
-        did[process] += 1
+    did = Counter(process for _, process, _, _ in run.units())
     assert len(did) == 3 and did[slow] == min(did.values()) < max(did.values()), did
 
 
 def test_a_node_that_is_removed_leaves_its_files_to_the_others(nodes, family, right, tmp_path):
-    run = Run(nodes, tmp_path, job(family, tmp_path / "out"), pace=0.1)
+    run = Run(nodes, tmp_path, job(family, tmp_path / "out", together=3), pace=0.1)
     run.wait_for_units(9)
-    gone = run.units()[-1][0]
+    ((gone, _),) = Counter(node for node, *_ in run.units()).most_common(1)
     nodes.remove(gone)
     (result,) = run.results()
-    nodes.complete()
     assert digests(tmp_path / "out") == right["target"]
     assert gone in result["nodes"] and len(result["nodes"]) == 3
     assert any(f"node {gone[:8]} died" in sentence for sentence in result["said"])
@@ -198,8 +196,8 @@ def test_what_a_node_does_not_see_is_done_by_others(nodes, family, right, tmp_pa
             assert time.monotonic() < deadline, "the node did not join"
             time.sleep(0.2)
         jobs = [
-            job(family, tmp_path / "out", workers=4),
-            job(family, tmp_path / "elsewhere" / "out", workers=4),
+            job(family, tmp_path / "out", workers=4, together=4),
+            job(family, tmp_path / "elsewhere" / "out", workers=4, together=4),
             job(family, tmp_path / "never", workers=4) | lost,
         ]
         done, unseen, nowhere = Run(nodes, tmp_path, *jobs, pace=0.05).results()
@@ -226,7 +224,6 @@ def test_all_nodes_are_lost_and_the_same_command_goes_on_when_there_are_others(n
     (result,) = run.results()
     assert result["error"] == "Failed", result
     assert "every worker died" in result["sentence"] and "the same command goes on from there" in result["sentence"]
-    nodes.complete()
     (result,) = Run(nodes, tmp_path, job(family, tmp_path / "out")).results()
     assert 0 < result["written"] < open_source(family["target"]).nbytes, "a part was redone, not all"
     assert digests(tmp_path / "out") == right["target"]
