@@ -6,12 +6,13 @@ It takes the largest file that is left whenever it has nothing to do, so that a 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
@@ -19,13 +20,24 @@ from rvdist.checkpoint.staging import DISCARD, Probe, Staging
 from rvdist.errors import BadInput, Failed
 from rvdist.merge.plan import Output, OutputFile, Plan, Unit, UnitDone
 
-if TYPE_CHECKING:
-    from rvdist.merge.engine import MergeStats
-
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
 _ATTEMPTS = 3  # of a unit whose worker died, and of a worker that dies before it has finished a unit
 _PATIENCE = 1.0  # seconds without an answer, after which it is seen again which nodes are alive
 _SYNC_BYTES = 1 << 30  # written by a worker before it is asked to make them durable and they are journalled
+
+
+@dataclass
+class MergeStats:
+    """What a merge cost; bytes and CPU seconds over all workers, peak memory of the largest worker, when the first
+    unit began (seconds since the epoch) and wall seconds by phase. `nodes`: bytes read and written by each node."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_anonymous_bytes: int = 0
+    cpu_seconds: float = 0.0
+    began: float = math.inf
+    phases: dict[str, float] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

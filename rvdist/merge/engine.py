@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.staging import Staging, carry_over, discards, write_index
 from rvdist.errors import BadInput, Failed
-from rvdist.merge.crew import Crew, WorkerSettings
+from rvdist.merge.crew import Crew, MergeStats, WorkerSettings
 from rvdist.merge.plan import Plan
 from rvdist.point import WeightPoint
 
 CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-
-
-@dataclass
-class MergeStats:
-    """What a merge cost; bytes and CPU seconds over all workers, peak memory of the largest worker, when the first
-    unit began (seconds since the epoch) and wall seconds by phase. `nodes`: bytes read and written by each node."""
-
-    bytes_read: int = 0
-    bytes_written: int = 0
-    peak_anonymous_bytes: int = 0
-    cpu_seconds: float = 0.0
-    began: float = math.inf
-    phases: dict[str, float] = field(default_factory=dict)
-    nodes: dict[str, int] = field(default_factory=dict)
 
 
 def merge(
