@@ -175,6 +175,7 @@ def test_a_node_that_is_removed_leaves_its_files_to_the_others(nodes, family, ri
         assert len(who - {gone}) <= 1, file
 
 
+@pytest.mark.slow
 def test_what_a_node_does_not_see_is_done_by_others(nodes, family, right, tmp_path):
     """One more node, in a mount namespace of its own: there a shard of a donor is another file, and a directory is
     another disk."""
