@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "reader": {"arithmetic", "checkpoint", "operand", "pipeline", "point"},
     "compat": {"checkpoint", "errors", "point"},
     "merge": {"checkpoint", "errors", "pipeline", "point", "reader", "timing"},
-    "fleet": {"checkpoint", "errors", "point", "reader", "record"},
+    "fleet": {"checkpoint", "errors", "point", "reader", "record", "tasks"},
     "report": {"point", "record"},
     "pocket": set(),
+    "tasks": {"errors"},
     "stages": {
         "checkpoint", "cluster", "compat", "config", "errors", "fleet", "merge", "point", "progress", "record",
         "report", "timing", "vector",
