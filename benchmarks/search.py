@@ -103,7 +103,7 @@ def race(tolerance: float, grid: Grid, seed: int) -> tuple[int, int]:
 def shuffled(grid: Grid, seed: int) -> Floats:
     """[candidate, document], drawn as the race draws them: by weight, without replacement."""
     weights = np.concatenate([np.full(x.shape[1], 1 / x.shape[1]) for x in grid.values()])
-    order = np.argsort(np.random.default_rng(seed).exponential(size=len(weights)) / weights)
+    order = np.argsort(np.random.default_rng([seed, 1]).exponential(size=len(weights)) / weights)
     return np.concatenate(list(grid.values()), axis=1)[:, order]
 
 

@@ -163,9 +163,9 @@ def test_the_best_is_kept_and_the_choice_good_as_often_as_promised(means):
                 if means[one] == means[0]:
                     x[one] = np.random.default_rng([seed, one]).permutation(x[0])
         truth = np.mean([x.mean(1) for x in grid.values()], axis=0).round(12)
-        outcome, _ = run(race_on(grid, confidence=0.8, seed=seed), grid)
+        outcome, _ = run(race_on(grid, round_size=40, confidence=0.8, seed=seed), grid)
         lost += int(truth.argmax()) in {out.candidate for out in outcome.eliminated}
-        tolerant, _ = run(race_on(grid, confidence=0.8, seed=seed, tolerance=0.05), grid)
+        tolerant, _ = run(race_on(grid, round_size=40, confidence=0.8, seed=seed, tolerance=0.05), grid)
         far += truth.max() - truth[tolerant.best] > 0.05
     assert lost <= 0.2 * 200 and far <= 0.2 * 200
 
@@ -219,7 +219,7 @@ def check_replays(tolerance, count):
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 def test_replays_of_recorded_grids(tolerance):
-    check_replays(tolerance, 60)
+    check_replays(tolerance, 200)
 
 
 @pytest.mark.slow
