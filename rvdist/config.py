@@ -18,6 +18,7 @@ STAGES = ("plan", "merge", "evaluate", "report")
 DEVICES = ("cpu", "cuda")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EXTRA_ROWS = ("refuse", "keep")
+SANDBOXES = ("strict", "degraded")
 METHODS = ("linear", "ties", "dare")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -75,6 +76,8 @@ class BenchmarksConfig:
     num_fewshot: int | None = None
     apply_chat_template: bool = True
     allow_truncation: bool = False
+    allow_code_execution: bool = False
+    sandbox: str = "strict"
 
 
 @dataclass
@@ -391,6 +394,14 @@ def device(config: Config, gpus: int) -> str:
     if config.device == "cuda" and not gpus:
         raise BadInput("device=cuda: the cluster has no GPU; set device=cpu, or cluster.address to one that has")
     return config.device
+
+
+def code_sandbox(config: Config) -> str | None:
+    """The sandbox for code that a model wrote: strict, degraded, None where none may run. Raises BadInput."""
+    benchmarks = config.benchmarks
+    if benchmarks.sandbox not in SANDBOXES:
+        raise BadInput(f"benchmarks.sandbox: {benchmarks.sandbox!r} is not one of {', '.join(SANDBOXES)}")
+    return benchmarks.sandbox if benchmarks.allow_code_execution else None
 
 
 def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, float]]:

@@ -375,6 +375,7 @@ def _suite(run: Run) -> Suite:
         benchmarks.limit,
         benchmarks.num_fewshot,
         benchmarks.apply_chat_template,
+        config.code_sandbox(run.settings),
     )
 
 

@@ -19,6 +19,7 @@ from rvdist.errors import BadInput
 from rvdist.fleet.request import Answer, Choice, Completion, Generate, Loglikelihood, Request
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
+from rvdist.tasks import humaneval, sandbox
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
 
@@ -33,6 +34,7 @@ class Suite:
     loaded: Mapping[str, Any]
     limit: int | None
     chat: bool
+    walls: sandbox.Mode | None = None
 
     @classmethod
     def load(
@@ -42,16 +44,18 @@ class Suite:
         limit: int | None = None,
         num_fewshot: int | None = None,
         chat: bool = True,
+        code: str | None = None,
     ) -> Suite:
         """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
 
         `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
-        prompts into the model's chat template. Raises BadInput for an unknown task or data that cannot be had.
+        prompts into the model's chat template; `code` lets answers that are programs run in a "strict" or "degraded"
+        sandbox. Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
         """
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        paths = [str(path) for path in (POCKET_TASKS, include_path) if path is not None]
+        paths = [str(path) for path in (POCKET_TASKS, humaneval.TASKS, include_path) if path is not None]
         manager = TaskManager(include_path=paths, include_defaults=False)
         if not set(names) <= set(manager.all_tasks):
             manager = TaskManager(include_path=paths)
@@ -60,6 +64,7 @@ class Suite:
                 close = difflib.get_close_matches(name, manager.all_tasks, n=1)
                 hint = f"did you mean {close[0]}?" if close else "set benchmarks.include_path for tasks of your own"
                 raise BadInput(f"benchmarks.tasks: there is no task {name!r}; {hint}")
+            _require_sandboxed(name, manager.task_index[name].cfg or {}, code)  # loading may already run code
         try:
             loaded = manager.load(list(names))
         except Exception as error:  # whatever a data set's loader raises
@@ -69,9 +74,9 @@ class Suite:
             shots = task.get_config("num_fewshot")
             if shots is None or (num_fewshot is not None and shots != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
-            if getattr(task, "UNSAFE_CODE", False):
-                raise BadInput(f"benchmarks.tasks: {task.task_name} runs generated code, which is not supported yet")
-        return cls(loaded, limit, chat)
+            _require_sandboxed(task.task_name, task.dump_config(), code)  # those of groups, too
+        runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+        return cls(loaded, limit, chat, sandbox.available_mode(code == "degraded") if runs_code else None)
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -116,14 +121,18 @@ class Suite:
             for request, answer in zip(asked, answers[task], strict=True):
                 given[self.tasks[task].task_name, request].append(answer)
         self._reseed()
-        results = evaluate(
-            lm=_lm(tokenizer, given),
-            task_dict=self.loaded,
-            limit=self.limit,
-            bootstrap_iters=0,
-            apply_chat_template=self.chat,
-            fewshot_as_multiturn=self.chat,
-        )
+        with humaneval.running_code(self.walls):
+            results = evaluate(
+                lm=_lm(tokenizer, given),
+                task_dict=self.loaded,
+                limit=self.limit,
+                bootstrap_iters=0,
+                apply_chat_template=self.chat,
+                fewshot_as_multiturn=self.chat,
+                confirm_run_unsafe_code=self.walls is not None,
+            )
+        if self.walls:
+            results["sandbox"] = self.walls
         samples = results.pop("samples")
         records = [_record(arm, digest, task, entry, seed) for task, entries in samples.items() for entry in entries]
         return results, records
@@ -143,6 +152,18 @@ class Suite:
         """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
         for task in self.tasks.values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+def _require_sandboxed(name: str, settings: Mapping[str, Any], code: str | None) -> None:
+    if not settings.get("unsafe_code"):
+        return
+    if not (settings.get("metadata") or {}).get("sandboxed"):
+        raise BadInput(f"benchmarks.tasks: {name} runs what the model wrote outside our sandbox; leave it out")
+    if code is None:
+        raise BadInput(
+            f"benchmarks.tasks: {name} runs what the model wrote; set benchmarks.allow_code_execution=true to let it, "
+            "in a sandbox (docs/sandbox.md)"
+        )
 
 
 def _request(instance: Any) -> Request:

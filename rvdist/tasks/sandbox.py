@@ -73,6 +73,9 @@ class Verdict:
     def passed(self) -> bool:
         return self.outcome == "passed"
 
+    def __str__(self) -> str:
+        return f"{self.outcome} ({self.mode}): {self.reason}" if self.reason else f"{self.outcome} ({self.mode})"
+
 
 def run(
     programs: Sequence[Program], limits: Limits | None = None, workers: int | None = None, mode: Mode = "namespaces"
@@ -84,17 +87,28 @@ def run(
         return list(pool.map(lambda program: _run(program, limits, mode), programs))
 
 
+def available_mode(degraded: bool) -> Mode:
+    """The strongest walls that this kernel or container gives: namespaces, or Landlock if `degraded` walls will do.
+    Raises BadInput with the reason where there are none."""
+    why = _refusal("namespaces")
+    if why is None:
+        return "namespaces"
+    if not degraded:
+        raise BadInput(f"benchmarks.sandbox=strict: {why}; benchmarks.sandbox=degraded needs less (docs/sandbox.md)")
+    why = _refusal("landlock")
+    if why is None:
+        return "landlock"
+    raise BadInput(f"benchmarks.sandbox=degraded: {why}; run code tasks on another machine (docs/sandbox.md)")
+
+
 @cache
-def require(mode: Mode) -> None:
-    """Raises BadInput where this kernel or container does not give `mode`."""
-    trial = Program("def f():\n", "    return 1\n", "assert f() == 1", "f")
+def _refusal(mode: Mode) -> str | None:
+    """Why there can be no sandbox of this mode here."""
     try:
-        (verdict,) = run([trial], mode=mode)
+        (verdict,) = run([Program("", "def f():\n    return 1\n", "assert f() == 1", "f")], mode=mode)
     except Failed as error:
-        hint = "; benchmarks.sandbox=degraded does without namespaces" if mode == "namespaces" else ""
-        raise BadInput(f"benchmarks.allow_code_execution: {error}{hint} (docs/sandbox.md)") from None
-    if not verdict.passed:
-        raise BadInput(f"benchmarks.allow_code_execution: a trial in the sandbox {verdict.outcome}: {verdict.reason}")
+        return str(error)
+    return None if verdict.passed else f"a trial in the sandbox {verdict}"
 
 
 def _run(program: Program, limits: Limits, mode: Mode) -> Verdict:
