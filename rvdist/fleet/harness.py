@@ -64,7 +64,9 @@ class Suite:
                 close = difflib.get_close_matches(name, manager.all_tasks, n=1)
                 hint = f"did you mean {close[0]}?" if close else "set benchmarks.include_path for tasks of your own"
                 raise BadInput(f"benchmarks.tasks: there is no task {name!r}; {hint}")
-            _require_sandboxed(name, manager.task_index[name].cfg or {}, code)  # loading may already run code
+            settings = manager.task_index[name].cfg or {}
+            if settings.get("unsafe_code"):
+                _require_sandboxed(name, settings.get("metadata"), code)  # before loading, which may already run code
         try:
             loaded = manager.load(list(names))
         except Exception as error:  # whatever a data set's loader raises
@@ -74,8 +76,9 @@ class Suite:
             shots = task.get_config("num_fewshot")
             if shots is None or (num_fewshot is not None and shots != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
-            _require_sandboxed(task.task_name, task.dump_config(), code)  # those of groups, too
-        runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+        runs_code = [task for task in loaded["tasks"].values() if getattr(task, "UNSAFE_CODE", False)]
+        for task in runs_code:  # groups hold some that were not named
+            _require_sandboxed(task.task_name, task.get_config("metadata"), code)
         return cls(loaded, limit, chat, sandbox.available_mode(code == "degraded") if runs_code else None)
 
     @property
@@ -154,10 +157,8 @@ class Suite:
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
-def _require_sandboxed(name: str, settings: Mapping[str, Any], code: str | None) -> None:
-    if not settings.get("unsafe_code"):
-        return
-    if not (settings.get("metadata") or {}).get("sandboxed"):
+def _require_sandboxed(name: str, metadata: Mapping[str, Any] | None, code: str | None) -> None:
+    if not (metadata or {}).get("sandboxed"):
         raise BadInput(f"benchmarks.tasks: {name} runs what the model wrote outside our sandbox; leave it out")
     if code is None:
         raise BadInput(

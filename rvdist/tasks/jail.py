@@ -30,12 +30,13 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 
-# machine → (the kernel's number for it, system calls that a program may not make). Refused with EPERM are: making
-# a process or a thread, running another program, reaching another process or its limits, sockets, mounts, memory or
-# objects that outlive a process, and changing what files are (Landlock does not watch over owners and modes).
+# machine → (the kernel's number for it, its fcntl, system calls that a program may not make). Refused with EPERM are:
+# making a process or a thread, running another program, reaching another process or its limits, sockets, mounts,
+# memory or objects that outlive a process, and changing what files are (Landlock does not watch owners and modes).
 _SYSTEM_CALLS = {
     "x86_64": (
         0xC000003E,
+        72,
         {
             "clone": 56, "fork": 57, "vfork": 58, "clone3": 435, "execve": 59, "execveat": 322,
             "kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
@@ -49,7 +50,9 @@ _SYSTEM_CALLS = {
             "mount": 165, "umount2": 166, "move_mount": 429, "open_tree": 428, "fsopen": 430, "fspick": 433,
             "mount_setattr": 442, "pivot_root": 155, "chroot": 161, "unshare": 272, "setns": 308,
             "open_by_handle_at": 304, "fanotify_init": 300,
-            "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240, "memfd_create": 319, "memfd_secret": 447,
+            "shmget": 29, "shmat": 30, "shmctl": 31, "semget": 64, "semop": 65, "semctl": 66, "semtimedop": 220,
+            "msgget": 68, "msgsnd": 69, "msgrcv": 70, "msgctl": 71, "mq_open": 240, "mq_unlink": 241,
+            "memfd_create": 319, "memfd_secret": 447,
             "truncate": 76, "chmod": 90, "fchmod": 91, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "lchown": 94,
             "fchown": 93, "fchownat": 260, "utime": 132, "utimes": 235, "utimensat": 280, "futimesat": 261,
             "setxattr": 188, "lsetxattr": 189, "setxattrat": 463, "removexattr": 197, "lremovexattr": 198,
@@ -58,6 +61,7 @@ _SYSTEM_CALLS = {
     ),
     "aarch64": (
         0xC00000B7,
+        25,
         {
             "clone": 220, "clone3": 435, "execve": 221, "execveat": 281,
             "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
@@ -71,7 +75,9 @@ _SYSTEM_CALLS = {
             "mount": 40, "umount2": 39, "move_mount": 429, "open_tree": 428, "fsopen": 430, "fspick": 433,
             "mount_setattr": 442, "pivot_root": 41, "chroot": 51, "unshare": 97, "setns": 268,
             "open_by_handle_at": 265, "fanotify_init": 262,
-            "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180, "memfd_create": 279, "memfd_secret": 447,
+            "shmget": 194, "shmctl": 195, "shmat": 196, "semget": 190, "semctl": 191, "semtimedop": 192, "semop": 193,
+            "msgget": 186, "msgctl": 187, "msgrcv": 188, "msgsnd": 189, "mq_open": 180, "mq_unlink": 181,
+            "memfd_create": 279, "memfd_secret": 447,
             "truncate": 45, "fchmod": 52, "fchmodat": 53, "fchmodat2": 452, "fchown": 55, "fchownat": 54,
             "utimensat": 88, "setxattr": 5, "lsetxattr": 6, "setxattrat": 463, "removexattr": 14, "lremovexattr": 15,
             "removexattrat": 466, "file_setattr": 469,
@@ -200,7 +206,7 @@ def _filter() -> bytes:
     machine = os.uname().machine
     if machine not in _SYSTEM_CALLS:
         raise OSError(f"no list of system calls for {machine}")
-    architecture, refused = _SYSTEM_CALLS[machine]
+    architecture, fcntl, refused = _SYSTEM_CALLS[machine]
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
     steps = [
@@ -213,5 +219,13 @@ def _filter() -> bytes:
     ]
     for number in refused.values():
         steps += [(equal, 0, 1, number), (give, 0, 0, refuse)]
-    steps.append((give, 0, 0, allow))
+    steps += [
+        (equal, 0, 5, fcntl),
+        (load, 0, 0, 24),  # its second argument: F_SETOWN, F_SETSIG and F_SETOWN_EX are a way to signal others
+        (equal, 2, 0, 8),
+        (equal, 1, 0, 10),
+        (equal, 0, 1, 15),
+        (give, 0, 0, refuse),
+        (give, 0, 0, allow),
+    ]
     return b"".join(struct.pack("HBBI", *step) for step in steps)
