@@ -116,7 +116,7 @@ ATTEMPTS = {
     "always equal": "class Same:\n    __eq__ = lambda *_: True\n" + body("return Same()"),
     "the tests in a frame": body("""
         import sys
-        frame, mark = sys._getframe(), ''.join(['T3', 'ST'])
+        frame, mark = sys._getframe(1), ''.join(['T3', 'ST'])
         while frame:
             if mark in repr(frame.f_locals) + repr(frame.f_globals): return 'escaped'
             frame = frame.f_back
