@@ -96,7 +96,7 @@ def main(options: dict[str, Any]) -> NoReturn:
         if options["mode"] == "namespaces":
             jail.enter_namespaces(options["readable"], options["scratch_bytes"])
         else:
-            jail.see_only(options["readable"])
+            jail.see_only(options["readable"], options["packages"])
         jail.adopt_orphans()
         jail.die_with_parent()
         if os.fork() == 0:
@@ -133,7 +133,9 @@ def _check(options: dict[str, Any]) -> NoReturn:
         os._exit(0)
 
     try:
-        jail.become_nobody()
+        if options["mode"] == "namespaces":  # without them, Python itself may lie where only the caller may look
+            jail.become_nobody()
+        jail.drop_capabilities()
         (asked, ask), (answered, answer) = os.pipe(), os.pipe()
         candidate = os.fork()
         if candidate == 0:

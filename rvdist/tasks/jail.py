@@ -141,16 +141,18 @@ def enter_namespaces(readable: Sequence[str], scratch_bytes: int) -> None:
     os.chdir("/scratch")
 
 
-def see_only(readable: Sequence[str]) -> None:
-    """From here on this process and its children can open only what lies under `readable`, and only to read."""
+def see_only(readable: Sequence[str], listable: Sequence[str]) -> None:
+    """From here on this process and its children can open only what lies under `readable`, and only to read, and see
+    the names under `listable`."""
     version = _call("syscall", _LANDLOCK_CREATE, None, 0, 1)
     files = (1 << 13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1
     fields = [files] + [3] * (version >= 4) + [3] * (version >= 6)  # files; TCP; abstract sockets and signals
     rules = ctypes.create_string_buffer(struct.pack(f"{len(fields)}Q", *fields), 8 * len(fields))
     ruleset = _call("syscall", _LANDLOCK_CREATE, rules, 8 * len(fields), 0)
-    for path in readable:
+    allowed = [(path, _READ_FILE | _READ_DIR) for path in readable] + [(path, _READ_DIR) for path in listable]
+    for path, access in allowed:
         directory = os.open(path, os.O_PATH)
-        rule = ctypes.create_string_buffer(struct.pack("=Qi", _READ_FILE | _READ_DIR, directory), 12)
+        rule = ctypes.create_string_buffer(struct.pack("=Qi", access, directory), 12)
         _call("syscall", _LANDLOCK_ADD, ruleset, 1, rule, 0)
         os.close(directory)
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -170,11 +172,15 @@ def die_with_parent() -> None:
 
 
 def become_nobody() -> None:
-    """Give up root and every capability, of a user namespace too."""
+    """Give up root; in a user namespace everyone is nobody already."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def drop_capabilities() -> None:
+    """All of them: root's, and those that whoever makes a user namespace has in it."""
     header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0), 8)
     _call("capset", header, ctypes.create_string_buffer(24))
 

@@ -105,7 +105,9 @@ def available_mode(degraded: bool) -> Mode:
 def _refusal(mode: Mode) -> str | None:
     """Why there can be no sandbox of this mode here."""
     try:
-        (verdict,) = run([Program("", "def f():\n    return 1\n", "assert f() == 1", "f")], mode=mode)
+        (verdict,) = run(
+            [Program("", "import math, queue\ndef f():\n    return 1\n", "assert f() == 1", "f")], mode=mode
+        )
     except Failed as error:
         return str(error)
     return None if verdict.passed else f"a trial in the sandbox {verdict}"

@@ -51,7 +51,7 @@ def boxes(mark):
             line = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"rvdist.tasks" in line and str(mark).encode() in line:
+        if b"from rvdist.tasks import box" in line and str(mark).encode() in line:
             found.append(int(entry.name))
     return found
 
@@ -206,7 +206,7 @@ def test_a_verdict_says_what_happened(mode, number):
 )
 def test_waiting_and_silence_end_with_the_wall_clock(mode, code):
     verdict = attempt(mode, code, limits=SHORT)
-    assert verdict.outcome == "timed out" and verdict.reason.startswith("more than 1.0")
+    assert verdict.outcome == "timed out" and verdict.reason == "more than 1 s"
 
 
 def test_printing_without_end_costs_the_caller_nothing(mode):
@@ -366,7 +366,7 @@ def test_a_user_without_rights_has_the_same_walls(mode):
     code = f"""
 import os, sys
 os.setgroups([]); os.setresgid(12345, 12345, 12345); os.setresuid(12345, 12345, 12345)
-os.execve("{python}", ["python", "-c", {_AS_USER!r}, {mode!r}], {{"PYTHONPATH": {str(REPOSITORY)!r}}})
+os.execve("{python}", ["{python}", "-c", {_AS_USER!r}, {mode!r}], {{"PYTHONPATH": {str(REPOSITORY)!r}}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
     if "ModuleNotFoundError" in done.stderr or "refuses the sandbox" in done.stderr or "SyntaxError" in done.stderr:
