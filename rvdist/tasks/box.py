@@ -129,7 +129,8 @@ def _check(options: dict[str, Any]) -> NoReturn:
     caller = os.dup(1)
 
     def verdict(outcome: str, reason: str) -> NoReturn:
-        _say(caller, outcome=outcome, reason=" ".join(reason.split())[:_REASON_CHARACTERS])
+        words = " ".join(reason.split())[:_REASON_CHARACTERS]
+        _say(caller, outcome=outcome, reason=words.encode(errors="replace").decode())  # no half characters
         os._exit(0)
 
     try:

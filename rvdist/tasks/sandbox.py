@@ -28,9 +28,9 @@ Outcome = Literal["passed", "failed", "timed out", "killed"]
 _ROOT = str(Path(rvdist.__file__).resolve().parent.parent)
 _START = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
+sys.path.append(sys.argv[1])
 from rvdist.tasks import box
-sys.path[0:1] = []
+sys.path.pop()
 options = json.loads(sys.argv[2])
 sys.path += options["packages"]
 box.main(options)

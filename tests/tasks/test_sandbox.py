@@ -167,6 +167,7 @@ SAYS = [
     ("def f(): return 1", "assert f() == 1", "passed", ""),
     ("def f(): return 1", "assert f() == 2", "failed", "AssertionError: assert f() == 2"),
     ("def f(): return 1 / 0", "f()", "failed", "ZeroDivisionError: division by zero"),
+    ("def f(): raise ValueError('\\ud800\\n')", "f()", "failed", "ValueError: ?"),
     ("def g(): return 1", "f()", "failed", "KeyError: 'f'"),
     ("def f(: return 1", "f()", "failed", "SyntaxError: invalid syntax (<completion>, line 1)"),
     ("import os\nos._exit(0)", "", "failed", "the program ended itself with status 0"),
