@@ -58,6 +58,7 @@ class MergeConfig:
     workers: int | None = None
     threads: int = 1
     gpus_per_worker: float = 1.0
+    direct_io: bool = True
     method: str = "linear"
     density: float = 1.0
     seed: int = 0

@@ -322,6 +322,7 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
                 threads=settings.merge.threads,
                 device=device,
                 gpus=settings.merge.gpus_per_worker if device == "cuda" else 0.0,
+                direct_io=settings.merge.direct_io,
                 timeout=settings.cluster.timeout,
             ),
             overwrite=settings.overwrite,

@@ -145,10 +145,11 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def build_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], file: str, metadata: Mapping[str, str]
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], file: str, metadata: Mapping[str, str], align: int = 8
 ) -> tuple[bytes, list[TensorSpec]]:
-    """The bytes before the data of a file holding (name, dtype, shape) in this order, padded to 8 bytes
-    as the specification asks, and where each tensor goes."""
+    """The bytes before the data of a file holding (name, dtype, shape) in this order, and where each tensor goes.
+    Padded with spaces, as the specification allows, so that the data begins at a multiple of `align` bytes, itself
+    one of the 8 that it asks for."""
     begin = 0
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative = []
@@ -158,7 +159,7 @@ def build_header(
         begin += spec.nbytes
         relative.append(spec)
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % align)
     start = 8 + len(raw)
     placed = [TensorSpec(s.name, s.dtype, s.shape, s.file, s.offset + start) for s in relative]
     return len(raw).to_bytes(8, "little") + raw, placed

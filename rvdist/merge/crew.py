@@ -43,12 +43,14 @@ class MergeStats:
 @dataclass(frozen=True)
 class WorkerSettings:
     """How many workers, and what each is: its CPU threads, its device (`cpu` or `cuda`), the share of a GPU it
-    takes, and how many seconds the cluster has to find room for all of them, and the first of them to begin."""
+    takes, whether it writes past the page cache where it can, and how many seconds the cluster has to find room for
+    all of them, and the first of them to begin."""
 
     workers: int
     threads: int = 1
     device: str = "cpu"
     gpus: float = 0.0
+    direct_io: bool = True
     timeout: float = 120.0
 
 
@@ -67,7 +69,7 @@ class WorkerActor:
     def __init__(
         self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, settings: WorkerSettings
     ) -> None:
-        self._made_of = outputs, sources, dtype, settings.threads, settings.device
+        self._made_of = outputs, sources, dtype, settings.threads, settings.device, settings.direct_io
 
     def hello(self, needs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> Hello:
         import ray

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from rvdist.checkpoint.direct import BLOCK
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.checkpoint.scaled import Scaled
@@ -225,7 +226,7 @@ def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> 
     tensors: dict[str, TensorSpec] = {}
     for file, specs in by_file.items():
         metadata = base.metadata.get(file) or {"format": "pt"}
-        header, placed = build_header([(s.name, stored(s), s.shape) for s in specs], file, metadata)
+        header, placed = build_header([(s.name, stored(s), s.shape) for s in specs], file, metadata, BLOCK)
         size = max((spec.offset + spec.nbytes for spec in placed), default=len(header))
         files[file] = (header, size)
         tensors |= {spec.name: spec for spec in placed}

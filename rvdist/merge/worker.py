@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import xxhash
 
+from rvdist.checkpoint.direct import File, RangeWriter
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import DISCARD, discards
-from rvdist.checkpoint.stream import TORCH_DTYPE, start_writeback, write_exactly
+from rvdist.checkpoint.stream import TORCH_DTYPE
 from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.pipeline import open_lanes
 from rvdist.reader import PointReader, buffers_of
 from rvdist.timing import anonymous_bytes
+
+_WRITES = 2  # under way at a time, besides the computing
 
 
 class MergeWorker:
@@ -32,13 +36,18 @@ class MergeWorker:
         dtype: str | None,
         threads: int = 1,
         device: str = "cpu",
+        direct_io: bool = True,
     ) -> None:
         torch.set_num_threads(threads)
         self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None
         lanes = open_lanes(device, max(buffers_of(output.points) for output in outputs))
         self._readers = [PointReader(output.points, sources, torch_dtype, lanes=lanes) for output in outputs]
-        self._open: dict[Path, int] = {}
+        self._direct_io = direct_io
+        self._open: dict[Path, File] = {}
+        pool = ThreadPoolExecutor(_WRITES)
+        most = max(len(output.points) for output in outputs)
+        self._writers = [RangeWriter(pool, most) for _ in range(most)]
         self._peak = 0
 
     def can_read(self, source: str, file: str) -> bool:
@@ -64,7 +73,7 @@ class MergeWorker:
         digests = [claim.digest for claim in claims if claim]
         try:
             if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
-                digests = self._compute(unit, reader, [self._descriptor(path / unit.file) for path in directories])
+                digests = self._compute(unit, reader, [self._file(path / unit.file) for path in directories])
                 written = unit.nbytes * len(directories)
         except OSError as error:
             raise Failed(
@@ -82,31 +91,38 @@ class MergeWorker:
             began,
         )
 
-    def _compute(self, unit: Unit, reader: PointReader, targets: Sequence[int]) -> list[str]:
-        digests = [xxhash.xxh3_128() for _ in targets]
+    def _compute(self, unit: Unit, reader: PointReader, files: Sequence[File]) -> list[str]:
+        digests = [xxhash.xxh3_128() for _ in files]
+        writers = self._writers[: len(files)]
+        for writer, file in zip(writers, files, strict=True):
+            writer.begin(file, unit.start)
         for segment in unit.segments:
-            for begin, tensors in reader.chunks(segment.tensor, segment.start, segment.stop):
-                for target, digest, tensor in zip(targets, digests, tensors, strict=True):
-                    offset = segment.offset + (begin - segment.start) * tensor.itemsize
-                    digest.update(write_exactly(target, offset, tensor))
-        for target in targets:
-            start_writeback(target, unit.start, unit.nbytes)
+            for _, tensors in reader.chunks(segment.tensor, segment.start, segment.stop):
+                for writer, digest, tensor in zip(writers, digests, tensors, strict=True):
+                    data = tensor.view(torch.uint8).numpy().data
+                    digest.update(data)
+                    writer.write(data)
+        for writer in writers:
+            writer.end()
         return [digest.hexdigest() for digest in digests]
 
     def sync(self) -> None:
         """Makes everything this worker wrote durable. Raises Failed."""
+        path = DISCARD
         try:
-            for path, descriptor in self._open.items():
+            for writer in self._writers:
+                writer.wait()
+            for path, file in self._open.items():
                 if path != DISCARD:
-                    os.fdatasync(descriptor)
+                    file.sync()
         except OSError as error:
             raise Failed(
                 f"{path}: what was written cannot be made durable ({error.strerror}); what was before is kept, and the "
                 "same command goes on from there"
             ) from None
 
-    def _descriptor(self, path: Path) -> int:
+    def _file(self, path: Path) -> File:
         path = DISCARD if discards(path) else path
         if path not in self._open:
-            self._open[path] = os.open(path, os.O_WRONLY)
+            self._open[path] = File(path, self._direct_io and path != DISCARD)
         return self._open[path]
