@@ -1,6 +1,6 @@
 """The schedule on more engines than there are: recorded times of real slices, dealt out by the fleet's own Schedule to
-engines of a virtual clock. `python benchmarks/schedule.py` prints the table of benchmarks/README.md; `--record RUN
-CACHE` first writes the times anew, from a run's directory and its sample cache.
+engines of a virtual clock. `python benchmarks/schedule.py` prints the table of benchmarks/README.md; `--record RUN …`
+first writes the times anew, from the directories of equal runs, each with a sample cache of its own in `cache`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from rvdist.fleet.schedule import Schedule, Slice
 from rvdist.point import WeightPoint
 
 TIMES = Path(__file__).with_name("schedule.json")
+_WORK = {"pocket_sums": 2361.0, "pocket_choice": 766.0, "pocket_control": 780.0}  # guessed beforehand: see cut
 _ASK_AGAIN = 0.05  # seconds, for an engine that had better wait
 
 
@@ -121,30 +123,30 @@ def in_order(seconds: Mapping[Slice, float], engines: int, swap: float) -> Outco
 def recorded() -> tuple[dict[Slice, float], float]:
     """The recorded slices with their seconds, and the seconds of a swap."""
     found = json.loads(TIMES.read_text())
-    slices: dict[Slice, float] = {}
-    ends: Counter[tuple[int, str]] = Counter()
-    for point, task, count, seconds in found["slices"]:
-        begin = ends[point, task]
-        ends[point, task] += count
-        piece = Slice(WeightPoint(f"point {point}"), task, begin, begin + count, count * found["work"][task])
-        slices[piece] = seconds
+    slices = {
+        Slice(WeightPoint(f"point {point}"), task, k, k + 1, _WORK[task]): seconds
+        for point, tasks in enumerate(found["seconds"])
+        for task, times in tasks.items()
+        for k, seconds in enumerate(times)
+    }
     return slices, found["swap"]
 
 
-def record(run: Path, cache: Path) -> None:
-    """Keeps the times of a finished run's slices, as its sample cache has them. What the schedule is told beforehand
-    of a slice's work is here the same for all requests of a task: what they may generate."""
-    rows = sqlite3.connect(cache / "samples.sqlite").execute(
-        "SELECT point, task, json_array_length(answers), seconds FROM slices ORDER BY point, task, rowid"
-    )
-    points: dict[str, int] = {}
-    slices = [
-        [points.setdefault(point, len(points)), task, count, round(seconds, 4)] for point, task, count, seconds in rows
+def record(runs: Sequence[Path]) -> None:
+    """Keeps the times of a finished run's slices, for each point by task: the median of several runs of the same."""
+    times: dict[str, dict[str, dict[str, list[float]]]] = {}  # by point, task and slice
+    swaps = []
+    for run in runs:
+        cache = sqlite3.connect(run / "cache" / "samples.sqlite")
+        for key, point, task, seconds in cache.execute("SELECT key, point, task, seconds FROM slices ORDER BY rowid"):
+            times.setdefault(point, {}).setdefault(task, {}).setdefault(key, []).append(seconds)
+        timing = json.loads((run / "timing.json").read_text())
+        swaps.append(timing["phases"]["swap"] / timing["fleet"]["swaps"])
+    seconds = [
+        {task: [round(median(found), 3) for found in slices.values()] for task, slices in tasks.items()}
+        for tasks in times.values()
     ]
-    timing = json.loads((run / "timing.json").read_text())
-    swap = round(timing["phases"]["swap"] / timing["fleet"]["swaps"], 4)
-    work = {task: 64.0 for _, task, _, _ in slices}
-    TIMES.write_text(json.dumps({"swap": swap, "work": work, "slices": slices}).replace("], [", "],\n[") + "\n")
+    TIMES.write_text(json.dumps({"swap": round(median(swaps), 3), "seconds": seconds}).replace("{", "\n{") + "\n")
 
 
 def table(seconds: Mapping[Slice, float], swap: float, engines: int = 64) -> str:
@@ -182,10 +184,10 @@ def table(seconds: Mapping[Slice, float], swap: float, engines: int = 64) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=Path, nargs=2, metavar=("RUN", "CACHE"), help="write the recorded times anew")
+    parser.add_argument("--record", type=Path, nargs="+", metavar="RUN", help="write the recorded times anew")
     arguments = parser.parse_args()
     if arguments.record:
-        record(*arguments.record)
+        record(arguments.record)
     print(table(*recorded()))
 
 

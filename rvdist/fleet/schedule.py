@@ -9,14 +9,15 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rvdist.fleet.request import Generate, Request
 from rvdist.point import WeightPoint
 
 LETHAL = 2  # engines that may die on a slice before it is given up
 _CHARACTERS_PER_TOKEN = 4
+_MUCH = 4 / 3  # times as long: what an engine leaves its point's shorter slices for
 _FIRST_RATE = 1e-3  # seconds a token, until a slice has been timed
 
 
@@ -49,7 +50,46 @@ def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_siz
 def _work(request: Request) -> float:
     if isinstance(request, Generate):
         return len(request.prompt) / _CHARACTERS_PER_TOKEN + request.max_tokens
-    return (len(request.context) + len(request.continuation)) / _CHARACTERS_PER_TOKEN
+    return (len(request.context) + len(request.continuation)) / _CHARACTERS_PER_TOKEN + 1
+
+
+@dataclass
+class _Tally:
+    """What finished slices of some kind took."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+
+
+@dataclass
+class _Pile:
+    """The waiting slices of one task at one point, the longest last. `tallies`: first of the slices most like them."""
+
+    tallies: tuple[_Tally, _Tally, _Tally]
+    slices: list[Slice] = field(default_factory=list)
+    work: float = 0.0
+
+    def put(self, piece: Slice) -> None:
+        insort(self.slices, piece, key=lambda other: other.work)
+        self.work += piece.work
+
+    def take(self) -> Slice:
+        piece = self.slices.pop()
+        self.work -= piece.work
+        return piece
+
+    @property
+    def rate(self) -> float:
+        """Seconds a token."""
+        return next((tally.seconds / tally.work for tally in self.tallies if tally.work), _FIRST_RATE)
+
+    @property
+    def seconds(self) -> float:
+        return self.work * self.rate if self.slices else 0.0
+
+    @property
+    def longest(self) -> float:
+        return self.slices[-1].work * self.rate
 
 
 class Schedule:
@@ -57,31 +97,32 @@ class Schedule:
 
     An engine stays at its point while there is work, then takes a point that no other engine is at, then helps where
     most is left: but only with a slice that it has done, its swap included, before the engines there would have done
-    everything without it. What slices and swaps take is learned from those that are finished. `home` is the
-    point of an engine that was just started.
+    everything without it. It leaves sooner only for a much longer slice at a point that is behind its own. What
+    slices and swaps take is learned from those that are finished. `home` is the point of an engine just started.
     """
 
     def __init__(self, slices: Iterable[Slice], home: WeightPoint | None = None) -> None:
-        self._home = home
-        self._waiting: dict[WeightPoint, dict[str, list[Slice]]] = defaultdict(lambda: defaultdict(list))
+        self._ids: dict[WeightPoint, int] = {}  # points are numbered: to hash one takes long
+        self._piles: list[dict[str, _Pile]] = []  # by point and task
+        self._by_task: dict[str, _Tally] = defaultdict(_Tally)
+        self._total = _Tally()
         for piece in slices:
-            self._put(piece)
-        self._at: dict[int, WeightPoint | None] = {}
+            self._pile(piece).put(piece)
+        self._home = None if home is None else self._id(home)
+        self._at: dict[int, int | None] = {}
         self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
         self._deaths: Counter[Slice] = Counter()
-        self._seconds: dict[object, float] = defaultdict(float)
-        self._work: dict[object, float] = defaultdict(float)
-        self._swaps = [0.0, 0.0]  # how many, and their seconds
+        self._swaps = _Tally()  # its work: how many
         self.lethal: list[Slice] = []
 
     @property
     def over(self) -> bool:
         """Nothing waits and nobody works."""
-        return not self._busy and not any(map(self.left, self._waiting))
+        return not self._busy and not self._left()
 
     def join(self, engine: int, at: WeightPoint | None = None) -> None:
         """A new engine, or one that is known to be `at` a point."""
-        self._at[engine] = at
+        self._at[engine] = None if at is None else self._id(at)
 
     def leave(self, engine: int) -> None:
         """The engine is gone; if it was working, its slice goes back whole, or among the `lethal`."""
@@ -91,7 +132,7 @@ class Schedule:
         piece, _ = self._busy.pop(engine)
         self._deaths[piece] += 1
         if self._deaths[piece] < LETHAL:
-            self._put(piece)
+            self._pile(piece).put(piece)
         else:
             self.lethal.append(piece)
 
@@ -99,65 +140,105 @@ class Schedule:
         """What an idle engine does next. None: nothing that others will not have done sooner; ask again later,
         since they may be late."""
         here = self._at[engine]
-        piece = self._choose(engine, here, now)
-        if piece is None:
+        chosen = self._choose(engine, here, now)
+        if chosen is None:
             return None
-        self._waiting[piece.point][piece.task].pop()
-        self._at[engine] = piece.point
-        self._busy[engine] = (piece, now + self._swap(here, piece.point) + self._cost(piece))
+        point, pile = chosen
+        seconds = self._swap(here, point) + pile.longest
+        piece = pile.take()
+        self._at[engine] = point
+        self._busy[engine] = (piece, now + seconds)
         return piece
 
     def finish(self, engine: int, swap: float, seconds: float) -> None:
         """The engine has answered its slice in so many seconds, after a `swap` of so many."""
         piece, _ = self._busy.pop(engine)
-        for key in _kinds(piece):
-            self._seconds[key] += seconds
-            self._work[key] += piece.work
+        for tally in self._pile(piece).tallies:
+            tally.seconds += seconds
+            tally.work += piece.work
         if swap > 0:
-            self._swaps[0] += 1
-            self._swaps[1] += swap
+            self._swaps.work += 1
+            self._swaps.seconds += swap
 
     def left(self, point: WeightPoint) -> int:
         """How many slices of a point wait."""
-        return sum(map(len, self._waiting.get(point, {}).values()))
+        return sum(len(pile.slices) for pile in self._piles[self._id(point)].values())
 
     def seconds_left(self, now: float) -> float | None:
         """What is still to be done, shared by all engines; None before anything was timed."""
-        if not self._at or not self._work:
+        if not self._at or not self._total.work:
             return None
         busy = sum(self._free(engine, now) for engine in self._busy)
-        return (busy + sum(map(self._left, self._waiting))) / len(self._at)
+        return (busy + sum(self._left().values())) / len(self._at)
 
-    def _put(self, piece: Slice) -> None:
-        insort(self._waiting[piece.point][piece.task], piece, key=lambda other: other.work)
+    def _id(self, point: WeightPoint) -> int:
+        if point not in self._ids:
+            self._ids[point] = len(self._piles)
+            self._piles.append({})
+        return self._ids[point]
 
-    def _choose(self, engine: int, here: WeightPoint | None, now: float) -> Slice | None:
-        if here is not None and self.left(here):
-            return next(self._longest(here))
-        left = {point: self._left(point) for point in self._waiting if self.left(point)}
-        others: dict[WeightPoint, list[float]] = defaultdict(list)
+    def _pile(self, piece: Slice) -> _Pile:
+        piles = self._piles[self._id(piece.point)]
+        if piece.task not in piles:
+            piles[piece.task] = _Pile((_Tally(), self._by_task[piece.task], self._total))
+        return piles[piece.task]
+
+    def _left(self) -> dict[int, float]:
+        """The points where slices wait, and the seconds that one engine would need for them."""
+        return {
+            point: sum(pile.seconds for pile in piles.values())
+            for point, piles in enumerate(self._piles)
+            if any(pile.slices for pile in piles.values())
+        }
+
+    def _choose(self, engine: int, here: int | None, now: float) -> tuple[int, _Pile] | None:
+        left = self._left()
+        if not left:
+            return None
+        others: dict[int, list[float]] = defaultdict(list)  # when the other engines at each point are free
         for other, point in self._at.items():
             if other != engine and point is not None:
                 others[point].append(self._free(other, now))
+        if here is not None and here in left:
+            there = self._needier(here, left, others)
+            return there, self._longest(there)[0]
         if untouched := [point for point in left if point not in others]:
             fresh = here is None
-            return next(self._longest(max(untouched, key=lambda point: (fresh and point == self._home, left[point]))))
-        for point in sorted(left, key=lambda point: left[point] / (len(others[point]) + 1), reverse=True):
-            without = self._seconds_without(point, others[point])
-            for piece in self._longest(point):
-                if self._swap(here, point) + self._cost(piece) < without:
-                    return piece
+            there = max(untouched, key=lambda point: (fresh and point == self._home, left[point]))
+            return there, self._longest(there)[0]
+        for there in sorted(left, key=lambda point: left[point] / (len(others[point]) + 1), reverse=True):
+            without, swap = self._seconds_without(there, others[there]), self._swap(here, there)
+            for pile in self._longest(there):
+                if swap + pile.longest < without:
+                    return there, pile
         return None
 
-    def _longest(self, point: WeightPoint) -> Iterator[Slice]:
-        """The longest waiting slice of each task, the longest of all first."""
-        return iter(sorted((waiting[-1] for waiting in self._waiting[point].values() if waiting), key=self._cost)[::-1])
+    def _needier(self, here: int, left: Mapping[int, float], others: Mapping[int, Sequence[float]]) -> int:
+        """Where an engine goes that has work at hand: elsewhere only for a much longer slice, which would start too
+        late if it waited until all is done here, and only if those it leaves are done before those it helps."""
+        longest = {point: self._longest(point)[0].longest for point in left}
+        staying = others.get(here, ())
+        longer = [point for point in left if longest[point] > _MUCH * longest[here]]
+        if not staying or not longer:
+            return here
 
-    def _seconds_without(self, point: WeightPoint, free: Iterable[float]) -> float:
+        def with_one_more(point: int) -> float:
+            return (sum(others.get(point, ())) + left[point]) / (len(others.get(point, ())) + 1)
+
+        there = max(longer, key=with_one_more)
+        without = (sum(staying) + left[here]) / len(staying)
+        return there if without + self._swap(here, there) < with_one_more(there) else here
+
+    def _longest(self, point: int) -> list[_Pile]:
+        """The piles where slices wait, that with the longest of all first."""
+        waiting = [pile for pile in self._piles[point].values() if pile.slices]
+        return sorted(waiting, key=lambda pile: pile.longest, reverse=True)
+
+    def _seconds_without(self, point: int, free: Iterable[float]) -> float:
         """When engines that are `free` at these times will have done all that waits at `point`, longest first."""
         times = list(free)
         heapq.heapify(times)
-        costs = [self._cost(piece) for waiting in self._waiting[point].values() for piece in waiting]
+        costs = [piece.work * pile.rate for pile in self._piles[point].values() for piece in pile.slices]
         for cost in sorted(costs, reverse=True):
             heapq.heapreplace(times, times[0] + cost)
         return max(times)
@@ -166,26 +247,6 @@ class Schedule:
         """In how many seconds an engine should be idle. One that is late will be late by as much again."""
         return abs(self._busy[engine][1] - now) if engine in self._busy else 0.0
 
-    def _left(self, point: WeightPoint) -> float:
-        """Seconds of one engine for all that waits at a point."""
-        return sum(
-            self._rate(waiting[0]) * sum(piece.work for piece in waiting)
-            for waiting in self._waiting[point].values()
-            if waiting
-        )
-
-    def _swap(self, here: WeightPoint | None, point: WeightPoint) -> float:
-        count, seconds = self._swaps
-        return seconds / count if count and point != (here or self._home) else 0.0
-
-    def _cost(self, piece: Slice) -> float:
-        return piece.work * self._rate(piece)
-
-    def _rate(self, piece: Slice) -> float:
-        """Seconds a token, from the finished slices most like it: of its point and task, of its task, or any."""
-        key = next((key for key in _kinds(piece) if key in self._work), None)
-        return _FIRST_RATE if key is None else self._seconds[key] / self._work[key]
-
-
-def _kinds(piece: Slice) -> tuple[object, ...]:
-    return (piece.point, piece.task), piece.task, ()
+    def _swap(self, here: int | None, point: int) -> float:
+        same = point == (self._home if here is None else here)
+        return 0.0 if same or not self._swaps.work else self._swaps.seconds / self._swaps.work

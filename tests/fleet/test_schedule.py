@@ -116,7 +116,25 @@ def test_whatever_happens_every_slice_is_answered_once(seed):
     outcome = benchmark.simulate(seconds, joins, chance.choice([0.0, 0.5, 5.0]), deaths, poison)
     assert set(outcome.answers.values()) <= {1}
     assert outcome.answers.keys() | set(outcome.lethal) == seconds.keys()
-    assert set(outcome.lethal) <= poison | seconds.keys() and poison <= set(outcome.lethal)
+    assert poison <= set(outcome.lethal) <= seconds.keys()
     assert not outcome.answers.keys() & set(outcome.lethal)
     assert len(outcome.lethal) - len(poison) <= len(deaths) // 2, "deaths of other causes do not add up to a culprit"
     assert 0 < outcome.busy <= outcome.lifetimes
+
+
+def test_recorded_times_on_64_engines_end_within_a_tenth_of_the_bound():
+    seconds, swap = benchmark.recorded()
+    outcome = benchmark.simulate(seconds, [0.0] * 64, swap)
+    assert outcome.makespan <= 1.10 * benchmark.lower_bound(seconds, [0.0] * 64)
+    assert outcome.swaps < 2 * 64 and outcome.busy / outcome.lifetimes > 0.9
+    half = sum(seconds.values()) / 64 / 2
+    joins = [0.0] * 32 + [half] * 32
+    assert benchmark.simulate(seconds, joins, swap).makespan <= 1.10 * benchmark.lower_bound(seconds, joins)
+
+
+def test_the_bound():
+    one, two = slices(ONE, 2)
+    assert benchmark.lower_bound({one: 1.0, two: 3.0}, [0.0]) == 4.0
+    assert benchmark.lower_bound({one: 1.0, two: 3.0}, [0.0, 0.0]) == 3.0
+    assert benchmark.lower_bound({one: 3.0, two: 3.0}, [0.0, 2.0]) == 4.0
+    assert benchmark.lower_bound({one: 3.0, two: 3.0}, [0.0, 9.0]) == 6.0
