@@ -430,14 +430,15 @@ def _evaluate(
     served_by = identity(settings, device_kind(resources.gpus > 0))
     run.engine = {"device": served_by["device"]}
     answered: dict[Slice, Answered] = {}
-    cache = SampleCache(Path(cache_settings.dir).expanduser()) if cache_settings.samples else None
+    directory = Path(cache_settings.dir).expanduser()
+    cache = SampleCache(directory) if cache_settings.samples else None
     keys: dict[Slice, str] = {}
     if cache:
-        base = run.sources[run.settings.target].path
-        serving = serving_digest(base, Path(cache_settings.dir).expanduser() / "digests")
-        keys = slice_keys(slices, requests, digests, suite.versions, served_by | {"serving": serving})
-        known = cache.read(list(keys.values()))
-        answered = {piece: known[key] for piece, key in keys.items() if key in known}
+        with run.timing.phase("cache"):
+            serving = serving_digest(run.sources[run.settings.target].path, directory / "digests")
+            keys = slice_keys(slices, requests, digests, suite.versions, served_by | {"serving": serving})
+            known = cache.read(list(keys.values()))
+            answered = {piece: known[key] for piece, key in keys.items() if key in known}
 
     def keep(piece: Slice, found: Answered) -> None:
         if cache:

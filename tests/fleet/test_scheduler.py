@@ -151,6 +151,7 @@ def test_an_engine_joins_when_the_cluster_grows(requests):
 
     from rvdist import cluster
 
+    shared = ray.is_initialized()
     cluster.disconnect()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -171,3 +172,5 @@ def test_an_engine_joins_when_the_cluster_grows(requests):
     finally:
         ray.shutdown()
         nodes.shutdown()
+        if shared:  # other tests' ray_local
+            cluster.connect("local")
