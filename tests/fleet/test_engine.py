@@ -23,7 +23,15 @@ PROMPTS = ["ab=12+34", "qu a a ", " ", "<|im_end|>what is", "9", "\nQ: 472+314=?
 GENERATION = [
     {"until": ["7", "ab"], "max_gen_toks": 40, "do_sample": False},
     {"until": [], "max_gen_toks": 40, "temperature": 0.0},
-    {"until": "\n", "max_gen_toks": 20, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": 3},
+    {
+        "until": ["\n", "7", "a"],
+        "max_gen_toks": 20,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 20,
+        "seed": 3,
+    },
 ]
 PAIRS = [
     ("12+34", "=46 ab"),
@@ -48,6 +56,7 @@ class _Request:
 
 @pytest.fixture(scope="module")
 def tied(families: dict[str, Family]) -> Engine:
+    start(WeightPoint(str(families["moe"].target)))  # the first model of the process must have experts: see KINDS
     return start(WeightPoint(str(families["tied"].target)))
 
 
