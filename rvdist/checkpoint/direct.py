@@ -8,13 +8,15 @@ system that has no direct I/O gets all of it that way.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from rvdist.checkpoint.stream import start_writeback
+_LIBC = ctypes.CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2
 
 BLOCK = 4096  # bytes: what direct I/O wants offsets, lengths and memory to be multiples of, at most
 _BUFFER = 4 << 20  # bytes: long enough that a request's own cost is little
@@ -106,7 +108,7 @@ class RangeWriter:
     def end(self) -> None:
         self._flush()
         if not self._file.is_direct:
-            start_writeback(self._file.cached, self._start, self._offset - self._start)
+            _start_writeback(self._file.cached, self._start, self._offset - self._start)
 
     def wait(self) -> None:
         for number in range(len(self._buffers)):
@@ -126,3 +128,9 @@ class RangeWriter:
         future, self._under_way[number] = self._under_way[number], None
         if future is not None:
             future.result()
+
+
+def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Asks the kernel to begin writing a range to disk and does not wait: a later fsync then has little left to do.
+    Only a hint (Linux's sync_file_range), so a file system that has no such thing is left alone."""
+    _LIBC.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)

@@ -5,7 +5,6 @@ pread, not mmap: a truncated file or a read error is an exception here, not a SI
 
 from __future__ import annotations
 
-import ctypes
 import os
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,6 @@ from rvdist.errors import BadInput, Failed
 
 if TYPE_CHECKING:
     from rvdist.checkpoint.hub import RangeReader
-
-_LIBC = ctypes.CDLL(None)
-_SYNC_FILE_RANGE_WRITE = 2
 
 TORCH_DTYPE = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -98,9 +94,3 @@ def write_exactly(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryv
         count = os.pwrite(descriptor, left, offset)
         left, offset = left[count:], offset + count
     return whole
-
-
-def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Asks the kernel to begin writing a range to disk and does not wait: a later fsync then has little left to do.
-    Only a hint (Linux's sync_file_range), so a file system that has no such thing is left alone."""
-    _LIBC.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
