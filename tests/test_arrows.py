@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "pipeline": {"arithmetic", "errors"},
     "reader": {"arithmetic", "checkpoint", "operand", "pipeline", "point"},
     "compat": {"checkpoint", "errors", "point"},
-    "merge": {"checkpoint", "errors", "pipeline", "point", "reader", "timing"},
+    "merge": {"arithmetic", "checkpoint", "errors", "pipeline", "point", "reader", "timing"},
     "fleet": {"checkpoint", "errors", "point", "reader", "record", "tasks"},
     "report": {"point", "record"},
     "pocket": set(),

@@ -85,6 +85,13 @@ def subtract(
     return difference if minus is None else difference.sub_(scratch.copy_(minus))
 
 
+def warm_up() -> None:
+    """Loads the compiled loop, which takes a third of a second, before there is anything to combine."""
+    if fused:
+        nothing = torch.zeros(1, dtype=torch.bfloat16)
+        fused.linear(nothing, [(1.0, nothing, nothing)], torch.empty_like(nothing))
+
+
 def combine(
     method: Method,
     base: torch.Tensor,

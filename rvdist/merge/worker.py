@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from rvdist.arithmetic.method import warm_up
 from rvdist.checkpoint.direct import File, RangeWriter
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
@@ -39,6 +40,7 @@ class MergeWorker:
         direct_io: bool = True,
     ) -> None:
         torch.set_num_threads(threads)
+        warm_up()
         self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None
         lanes = open_lanes(device, max(buffers_of(output.points) for output in outputs))
