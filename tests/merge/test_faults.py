@@ -132,11 +132,12 @@ def command(place, mark, *arguments, hold=0.0):
 
 
 COMMAND = """
-import os, time
+import os, signal, time
 from rvdist.checkpoint.staging import Staging
 from rvdist.launch import main
 from rvdist.merge import crew, plan
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs tests in the background has it ignored
 plan.UNIT_BYTES, crew._SYNC_BYTES = 64 << 10, 128 << 10
 journal = Staging.journal
 def telling(self, written):
