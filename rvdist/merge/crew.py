@@ -150,6 +150,7 @@ class Crew:
         self._unreadable: dict[str, frozenset[tuple[str, str]]] = {}  # of each node that ever had a worker
         self._running: dict[Any, _Task] = {}  # in the order they were asked
         self._why_none_starts = ""
+        self._met = math.inf  # when the first worker spoke
 
     def run(self) -> None:
         """Returns when everything is durable and journalled. Raises BadInput and Failed."""
@@ -176,6 +177,13 @@ class Crew:
     def _is_left(self) -> bool:
         """Whether there are units that no worker was given."""
         return bool(self._files) or any(self._queues.values())
+
+    @property
+    def _is_gathering(self) -> bool:
+        """Whether files are not given out yet: workers that speak within a moment of the first begin together, so
+        that it is known which node can read what."""
+        missing = any(worker.node is None and worker.home is None for worker in self._workers)
+        return missing and time.monotonic() - self._met < _PATIENCE
 
     def _share(self) -> float:
         """The cores each worker gets: its threads, or the most that lets all of them fit where there are fewer."""
@@ -234,6 +242,8 @@ class Crew:
             del self._running[ready[0]]
             if isinstance(answer, Hello):
                 self._welcome(task.worker, answer)
+                for worker in self._workers:
+                    self._feed(worker)
             elif task.unit is not None:
                 self._account(task.worker, task.unit, answer)
             else:
@@ -251,6 +261,7 @@ class Crew:
                 "system that all nodes share"
             )
             raise BadInput(sentence) if worker.home is None else Failed(sentence)
+        self._met = min(self._met, time.monotonic())
         worker.node, worker.unreadable = hello.node, hello.unreadable
         self._unreadable[hello.node] = hello.unreadable
         self._queues.setdefault(hello.node, deque())
@@ -276,7 +287,7 @@ class Crew:
 
     def _feed(self, worker: _Worker) -> None:
         """Keeps a worker busy; when there is nothing left for it, what it wrote is made durable."""
-        if worker.node is None:
+        if worker.node is None or self._is_gathering:
             return
         queue = self._queues[worker.node]
         while worker.running < _AHEAD:
