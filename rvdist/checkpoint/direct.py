@@ -12,7 +12,9 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None)
@@ -24,9 +26,10 @@ _MEMORY = 128 << 20  # bytes of all buffers of a process, at most
 
 
 class File:
-    """An existing file open for writing. Raises OSError."""
+    """An existing file open for writing. Raises OSError, with its name."""
 
     def __init__(self, path: Path, direct: bool = True) -> None:
+        self._path = path
         self.cached = os.open(path, os.O_WRONLY)
         self._direct: int | None = None
         self.is_direct = direct
@@ -38,9 +41,10 @@ class File:
 
     def write(self, view: memoryview, offset: int) -> None:
         """Through the page cache."""
-        while view:
-            count = os.pwrite(self.cached, view, offset)
-            view, offset = view[count:], offset + count
+        with self._naming():
+            while view:
+                count = os.pwrite(self.cached, view, offset)
+                view, offset = view[count:], offset + count
 
     def write_blocks(self, view: memoryview, offset: int) -> None:
         """Past it, if the file system can; all three are multiples of BLOCK."""
@@ -55,11 +59,21 @@ class File:
 
     def _no_direct(self, error: OSError) -> None:
         if error.errno != errno.EINVAL:
-            raise error
+            with self._naming():
+                raise error
         self.is_direct = False
 
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """What goes wrong with an open file does not say with which, and may be told when another is written."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
     def sync(self) -> None:
-        os.fdatasync(self.cached)
+        with self._naming():
+            os.fdatasync(self.cached)
 
     def close(self) -> None:
         os.close(self.cached)

@@ -79,8 +79,8 @@ class MergeWorker:
                 written = unit.nbytes * len(directories)
         except OSError as error:
             raise Failed(
-                f"{unit.file}: cannot be written ({error.strerror}); what is done is kept, and the same command goes "
-                "on from there"
+                f"{error.filename or unit.file}: cannot be written ({error.strerror}); what is done is kept, and the "
+                "same command goes on from there"
             ) from None
         self._peak = max(self._peak, anonymous_bytes())
         return UnitDone(
@@ -110,7 +110,6 @@ class MergeWorker:
 
     def sync(self) -> None:
         """Makes everything this worker wrote durable. Raises Failed."""
-        path = DISCARD
         try:
             for writer in self._writers:
                 writer.wait()
@@ -119,7 +118,7 @@ class MergeWorker:
                     file.sync()
         except OSError as error:
             raise Failed(
-                f"{path}: what was written cannot be made durable ({error.strerror}); what was before is kept, and the "
+                f"{error.filename}: what was written cannot be made durable ({error.strerror}); what was before is kept, and the "
                 "same command goes on from there"
             ) from None
 
