@@ -366,10 +366,16 @@ def output_dtype(config: Config) -> str | None:
     return DTYPES[config.dtype] if config.dtype else None
 
 
-def require_device(config: Config) -> None:
-    """Raises BadInput unless there can be such a device and such shares of it."""
+def require_resources(config: Config) -> None:
+    """Raises BadInput unless there can be so many nodes and workers, such a device and such shares of it."""
     ranks, part = config.engine.tensor_parallel_size, config.engine.gpus
     share = config.merge.gpus_per_worker
+    counts = {
+        "merge.workers": config.merge.workers, "merge.threads": config.merge.threads, "cluster.nodes": config.cluster.nodes
+    }  # fmt: skip
+    for key, count in counts.items():
+        if count is not None and count < 1:
+            raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
     if config.device not in DEVICES:
         raise BadInput(f"device: {config.device!r} is not one of {', '.join(DEVICES)}")
     if not 0 < share <= 1:

@@ -209,7 +209,7 @@ def _digest(run: Run) -> None:
 
 
 def _plan(run: Run, written: Mapping[Path, WeightPoint]) -> Plan:
-    config.require_device(run.settings)
+    config.require_resources(run.settings)
     max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
     return build_plan(written, run.sources, config.output_dtype(run.settings), max_shard_size)
 
@@ -292,13 +292,15 @@ def _foreseen(settings: Config) -> cluster.Resources:
 
 
 def _workers(run: Run, resources: cluster.Resources) -> list[int]:
-    """How many workers each node gets: `merge.workers` evenly, or as many as its cores or GPUs have room for."""
+    """How many workers each node gets: `merge.workers` evenly, or as many as its cores or GPUs have room for; one at
+    least of all of them."""
     merge, nodes = run.settings.merge, resources.nodes
     if merge.workers:
         return [(merge.workers + k) // len(nodes) for k in range(len(nodes))][::-1]
     if config.device(run.settings, resources.gpus) == "cuda":
         return [node.gpus * int(1 / merge.gpus_per_worker) for node in nodes]
-    return [node.cpus // merge.threads for node in nodes]
+    room = [node.cpus // merge.threads for node in nodes]
+    return room if any(room) else [1] + room[1:]
 
 
 def _rates(run: Run) -> Path:
@@ -318,7 +320,7 @@ def _merge(run: Run, plan: Plan, resources: cluster.Resources) -> None:
             run.sources,
             lambda point: _card(run, point),
             WorkerSettings(
-                workers=max(1, sum(workers)),
+                workers=sum(workers),
                 threads=settings.merge.threads,
                 device=device,
                 gpus=settings.merge.gpus_per_worker if device == "cuda" else 0.0,

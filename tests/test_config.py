@@ -176,12 +176,12 @@ def test_a_device_is_chosen_by_what_the_cluster_has():
 
 
 def test_devices_that_cannot_be():
-    config.require_device(settings(device="cuda", merge=MergeConfig(gpus_per_worker=0.25)))
+    config.require_resources(settings(device="cuda", merge=MergeConfig(gpus_per_worker=0.25)))
     with pytest.raises(BadInput, match="'gpu' is not one of cpu, cuda"):
-        config.require_device(settings(device="gpu"))
+        config.require_resources(settings(device="gpu"))
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="merge.gpus_per_worker"):
-            config.require_device(settings(merge=MergeConfig(gpus_per_worker=share)))
+            config.require_resources(settings(merge=MergeConfig(gpus_per_worker=share)))
 
 
 def test_what_becomes_of_extra_rows_is_one_of_two_policies():
@@ -224,6 +224,6 @@ def test_how_many_engines_and_what_each_takes():
 def test_shares_of_a_gpu_that_cannot_be():
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="engine.gpus: .* is not a share of one GPU"):
-            config.require_device(settings(engine=EngineConfig(gpus=share)))
+            config.require_resources(settings(engine=EngineConfig(gpus=share)))
     with pytest.raises(BadInput, match="engine.gpus=0.5: an engine of engine.tensor_parallel_size=2 takes whole GPUs"):
-        config.require_device(settings(engine=EngineConfig(gpus=0.5, tensor_parallel_size=2)))
+        config.require_resources(settings(engine=EngineConfig(gpus=0.5, tensor_parallel_size=2)))

@@ -108,6 +108,9 @@ def test_a_different_tokenizer(place):
         (merge("max_shard_size=lots"), "max_shard_size: 'lots' is not a size"),
         (merge("vector.mask.include=[nothing]"), "leaves no tensor"),
         (merge("vector.minus=null"), "vector.minus is not set"),
+        (merge("merge.workers=0"), "merge.workers: 0"),
+        (merge("merge.threads=0"), "merge.threads: 0"),
+        (merge("stages=[plan]", "cluster.nodes=-1"), "cluster.nodes: -1"),
         ((*VECTOR, "output=out"), "target is not set; give target=DIRECTORY"),
         (("target=family/target",), "nothing to do"),
         (merge("output=family/target"), "family/target: already exists"),
@@ -224,6 +227,12 @@ def test_a_plan_foretells_what_falls_to_each_node(place):
     ]
     assert [(row[1], row[2]) for row in rows] == [("1", "2"), ("2", "2"), ("3", "1")]
     assert sum(int(row[3]) for row in rows) == int(re.search(r"(\d+) files", done.stdout)[1]) > 2
+
+
+def test_a_plan_has_a_worker_even_where_there_are_fewer_cores_than_its_threads(place):
+    done = launch(*merge("stages=[plan]", "merge.threads=4096"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "node 1" in done.stdout
 
 
 def test_a_batch_from_the_command(place):

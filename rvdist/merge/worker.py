@@ -118,8 +118,8 @@ class MergeWorker:
                     file.sync()
         except OSError as error:
             raise Failed(
-                f"{error.filename}: what was written cannot be made durable ({error.strerror}); what was before is kept, and the "
-                "same command goes on from there"
+                f"{error.filename}: what was written cannot be made durable ({error.strerror}); what was before is "
+                "kept, and the same command goes on from there"
             ) from None
 
     def _file(self, path: Path) -> File:
