@@ -370,10 +370,11 @@ def require_resources(config: Config) -> None:
     """Raises BadInput unless there can be so many nodes and workers, such a device and such shares of it."""
     ranks, part = config.engine.tensor_parallel_size, config.engine.gpus
     share = config.merge.gpus_per_worker
-    counts = {
-        "merge.workers": config.merge.workers, "merge.threads": config.merge.threads, "cluster.nodes": config.cluster.nodes
-    }  # fmt: skip
-    for key, count in counts.items():
+    for key, count in (
+        ("merge.workers", config.merge.workers),
+        ("merge.threads", config.merge.threads),
+        ("cluster.nodes", config.cluster.nodes),
+    ):
         if count is not None and count < 1:
             raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
     if config.device not in DEVICES:

@@ -300,7 +300,7 @@ def _workers(run: Run, resources: cluster.Resources) -> list[int]:
     if config.device(run.settings, resources.gpus) == "cuda":
         return [node.gpus * int(1 / merge.gpus_per_worker) for node in nodes]
     room = [node.cpus // merge.threads for node in nodes]
-    return room if any(room) else [1] + room[1:]
+    return room if any(room) else [1, *room[1:]]
 
 
 def _rates(run: Run) -> Path:

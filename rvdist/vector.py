@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, astuple, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rvdist.arithmetic.method import Scratch, count_nonfinite, subtract, working
 from rvdist.checkpoint.artifact import DESCRIPTION, MARK, VERSION, as_vector, part_names
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.digest import checkpoint_digest
-from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
 from rvdist.checkpoint.journal import MANIFEST, Manifest, Written
 from rvdist.checkpoint.staging import Staging, carry_over, write_index
@@ -158,18 +159,16 @@ def _layout(
     for spec in specs:
         dtype = storage.dtype or _SAFETENSORS[_work([donor.tensors[spec.name] for donor in donors])]
         wanted[spec.name] = _parts(spec, dtype, storage)
-    shards: list[list[TensorSpec]] = []
-    room, file = 0, None
-    for spec in specs:
-        nbytes = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in wanted[spec.name][1])
-        if spec.file != file if storage.max_shard_size is None else not shards or nbytes > room:
-            shards.append([])
-            room, file = storage.max_shard_size or 0, spec.file
-        shards[-1].append(spec)
-        room -= nbytes
+
+    def nbytes(spec: TensorSpec) -> int:
+        return sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in wanted[spec.name][1])
+
+    if storage.max_shard_size is None:
+        shards = [list(own) for _, own in groupby(specs, lambda spec: spec.file)]
+    else:
+        shards = reshard(specs, nbytes, storage.max_shard_size)
     files, stored = {}, []
-    for number, shard in enumerate(shards, 1):
-        name = "vector.safetensors" if len(shards) == 1 else f"vector-{number:05d}-of-{len(shards):05d}.safetensors"
+    for name, shard in zip(shard_names(len(shards), "vector"), shards, strict=True):
         header, placed = build_header([part for spec in shard for part in wanted[spec.name][1]], name, metadata)
         files[name] = (header, placed[-1].offset + placed[-1].nbytes)
         by_name = {part.name: part for part in placed}

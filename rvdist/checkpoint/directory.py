@@ -66,6 +66,28 @@ class Checkpoint:
                 raise BadInput(f"{self.path / name}: changed while it was being read; run again when it is at rest")
 
 
+def reshard(
+    tensors: Sequence[TensorSpec], nbytes: Callable[[TensorSpec], int], max_shard_size: int
+) -> list[list[TensorSpec]]:
+    """Tensors, in order, in groups of at most `max_shard_size` bytes; one that is larger has a group for itself."""
+    shards: list[list[TensorSpec]] = [[]]
+    room = max_shard_size
+    for spec in tensors:
+        if shards[-1] and nbytes(spec) > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(spec)
+        room -= nbytes(spec)
+    return shards
+
+
+def shard_names(count: int, stem: str = "model") -> list[str]:
+    """What the weight files of a checkpoint are called, as transformers calls them."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads and checks every header of the checkpoint in the directory `path`. Raises BadInput."""
     if not path.is_dir():

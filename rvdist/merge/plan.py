@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from rvdist.checkpoint.direct import BLOCK
-from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.checkpoint.scaled import Scaled
 from rvdist.errors import BadInput
@@ -216,12 +216,9 @@ def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> 
     for spec in base.tensors.values():
         by_file[spec.file].append(spec)
     if max_shard_size is not None:
-        shards = _reshard(list(base.tensors.values()), stored, max_shard_size)
-        one = len(shards) == 1
-        by_file = {
-            "model.safetensors" if one else f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard
-            for k, shard in enumerate(shards, 1)
-        }
+        specs = list(base.tensors.values())
+        shards = reshard(specs, lambda spec: spec.numel * ITEMSIZE[stored(spec)], max_shard_size)
+        by_file = dict(zip(shard_names(len(shards)), shards, strict=True))
     files = {}
     tensors: dict[str, TensorSpec] = {}
     for file, specs in by_file.items():
@@ -231,21 +228,6 @@ def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> 
         files[file] = (header, size)
         tensors |= {spec.name: spec for spec in placed}
     return Layout(files, tensors)
-
-
-def _reshard(
-    specs: Sequence[TensorSpec], stored: Callable[[TensorSpec], str], max_shard_size: int
-) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    room = max_shard_size
-    for spec in specs:
-        nbytes = spec.numel * ITEMSIZE[stored(spec)]
-        if shards[-1] and nbytes > room:
-            shards.append([])
-            room = max_shard_size
-        shards[-1].append(spec)
-        room -= nbytes
-    return shards
 
 
 def _units(output: int, file: str, specs: Sequence[TensorSpec], limit: int, whole: bool) -> list[Unit]:
