@@ -11,7 +11,7 @@ import logging
 import os
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ _FEWSHOT_SEED = 1234  # lm-eval's own default
 
 @dataclass(frozen=True)
 class Suite:
-    """Loaded tasks and how they are asked. `load` makes one."""
+    """Loaded tasks and how they are asked. `load` makes one; `chosen`, by task, are the documents of `restricted`."""
 
     loaded: Mapping[str, Any]
     limit: int | None
     chat: bool
     walls: sandbox.Mode | None = None
+    chosen: Mapping[str, list[int]] | None = None
 
     @classmethod
     def load(
@@ -91,6 +92,18 @@ class Suite:
         """The version of each task."""
         return {name: str(task.VERSION) for name, task in self.tasks.items()}
 
+    @property
+    def documents(self) -> dict[str, range]:
+        """The documents that are asked of each task, by lm-eval's doc_id."""
+        return {name: range(len(task.eval_docs))[: self.limit] for name, task in self.tasks.items()}
+
+    def restricted(self, documents: Mapping[str, Sequence[int]]) -> Suite:
+        """The same with these documents alone; without tasks and, if there are such, groups that have none."""
+        chosen = {name: sorted(own) for name, own in documents.items() if own}
+        tasks = {name: task for name, task in self.tasks.items() if name in chosen}
+        groups = self.loaded.get("groups", {}) if len(tasks) == len(self.tasks) else {}
+        return replace(self, loaded={**self.loaded, "tasks": tasks, "groups": groups}, limit=None, chosen=chosen)
+
     def requests(self, tokenizer: Any) -> dict[str, list[Request]]:
         """What every arm with this tokenizer is asked, by task, in lm-eval's order; a document's repeats together."""
         self._reseed()
@@ -99,6 +112,7 @@ class Suite:
         for name, task in self.tasks.items():
             task.build_all_requests(
                 limit=self.limit,
+                samples=self.chosen and self.chosen[name],
                 apply_chat_template=self.chat,
                 fewshot_as_multiturn=self.chat,
                 chat_template=model.apply_chat_template if self.chat else None,
@@ -129,6 +143,7 @@ class Suite:
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,
                 limit=self.limit,
+                samples=self.chosen,
                 bootstrap_iters=0,
                 apply_chat_template=self.chat,
                 fewshot_as_multiturn=self.chat,

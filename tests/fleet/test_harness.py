@@ -78,6 +78,22 @@ def test_lm_eval_scores_what_the_engine_answered(suite, tokenizer, wrong, score)
     assert infos[0].higher_is_better == {"exact_match": True}
 
 
+def test_some_documents_alone(suite, tokenizer):
+    requests = suite.requests(tokenizer)
+    answers = oracle(suite, requests, wrong=[2])
+    _, whole = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
+    assert suite.documents == dict.fromkeys(TASKS, range(20))
+    some = suite.restricted({"pocket_sums": [7, 2], "pocket_choice": [5], "pocket_control": []})
+    asked = some.requests(tokenizer)
+    places = {"pocket_sums": [2, 7], "pocket_choice": [20, 21, 22, 23]}
+    assert asked == {task: [requests[task][k] for k in own] for task, own in places.items()}
+    given = {task: [answers[task][k] for k in own] for task, own in places.items()}
+    _, records = some.score(ARM, "digest", tokenizer, asked, given, seed=0)
+    assert [(r.task, r.doc_id) for r in records] == [("pocket_sums", 2), ("pocket_sums", 7), ("pocket_choice", 5)]
+    assert set(map(repr, records)) <= set(map(repr, whole))
+    assert suite.requests(tokenizer) == requests
+
+
 def test_records_survive_a_file(suite, tokenizer, tmp_path):
     requests = suite.requests(tokenizer)
     _, records = suite.score(ARM, "digest", tokenizer, requests, oracle(suite, requests), seed=0)
