@@ -26,6 +26,11 @@ class Resources:
     nodes: tuple[Node, ...]
 
     @property
+    def counts(self) -> list[tuple[int, int]]:
+        """(cores, GPUs) of each node."""
+        return [(node.cpus, node.gpus) for node in self.nodes]
+
+    @property
     def cpus(self) -> int:
         return sum(node.cpus for node in self.nodes)
 

@@ -404,6 +404,18 @@ def device(config: Config, gpus: int) -> str:
     return config.device
 
 
+def workers(config: Config, nodes: Sequence[tuple[int, int]]) -> list[int]:
+    """How many workers each node of so many (cores, GPUs) gets: `merge.workers` evenly, or as many as its cores or GPUs
+    have room for; one at least of all of them."""
+    merge = config.merge
+    if merge.workers:
+        return [(merge.workers + k) // len(nodes) for k in range(len(nodes))][::-1]
+    if device(config, sum(gpus for _, gpus in nodes)) == "cuda":
+        return [gpus * int(1 / merge.gpus_per_worker) for _, gpus in nodes]
+    room = [cores // merge.threads for cores, _ in nodes]
+    return room if any(room) else [1, *room[1:]]
+
+
 def code_sandbox(config: Config) -> str | None:
     """The sandbox for code that a model wrote: strict, degraded, None where none may run. Raises BadInput."""
     benchmarks = config.benchmarks

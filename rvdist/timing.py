@@ -34,6 +34,10 @@ class Timing:
     def add(self, name: str, seconds: float) -> None:
         self.phases[name] = self.phases.get(name, 0.0) + seconds
 
+    def count(self, name: str, amount: float) -> None:
+        """Adds to what the fleet did."""
+        self.fleet[name] = self.fleet.get(name, 0) + amount
+
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.checkpoint.digest import file_digest
+from rvdist.checkpoint.journal import MANIFEST
 from rvdist.errors import Failed
 from rvdist.fleet.request import Answer, Answered, Completion, Loglikelihood, Request
 from rvdist.fleet.schedule import Slice
@@ -39,7 +40,9 @@ def serving_digest(checkpoint: Path, digests: Path | None = None) -> str:
     files = sorted(
         path
         for path in checkpoint.iterdir()
-        if path.suffix in {".json", ".jinja", ".model", ".txt", ".tiktoken"} and ".safetensors" not in path.name
+        if path.suffix in {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+        and ".safetensors" not in path.name
+        and path.name != MANIFEST
     )
     return _digest([[path.name, file_digest(path, digests)] for path in files])
 

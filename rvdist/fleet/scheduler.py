@@ -27,7 +27,8 @@ _TICK = 1.0  # seconds after which idle engines are asked again, and progress is
 
 @dataclass
 class FleetStats:
-    """What the engines did, summed over them; seconds. `lifetimes` count from when each was up."""
+    """What the engines did in one call of `answer`, summed over them; seconds. `lifetimes` count from when each was
+    up."""
 
     swap: float = 0.0
     generate: float = 0.0
@@ -133,6 +134,11 @@ class Fleet:
             self._start(seat)
 
     @property
+    def size(self) -> int:
+        """How many engines it wants."""
+        return len(self._seats)
+
+    @property
     def started(self) -> int:
         """How many engines are up."""
         return sum(seat.up is not None for seat in self._seats)
@@ -170,7 +176,6 @@ class Fleet:
         answers: dict[Slice, Answered] = {}
         running: dict[Any, tuple[_Seat, Slice]] = {}
         came: list[tuple[Slice, Answered]] = []
-        before = (self.stats.requests, self.stats.tokens)
         begin = time.monotonic()
         unsure = {seat.number for seat in self._starting.values()}
         for seat in self._seats:
@@ -180,7 +185,7 @@ class Fleet:
             self._feed(schedule, requests, running)
             for piece, answered in came:  # after the engines were fed: keeping takes its time
                 keep(piece, answered)
-            watch(self._status(schedule, running, before, begin))
+            watch(self._status(schedule, running, begin))
             if schedule.over:
                 break
             self._require_engines(running)
@@ -311,7 +316,6 @@ class Fleet:
         self,
         schedule: Schedule,
         running: Mapping[Any, tuple[_Seat, Slice]],
-        before: tuple[int, int],
         begin: float,
     ) -> Status:
         now, by_engine = time.monotonic(), self.stats.by_engine
@@ -321,16 +325,13 @@ class Fleet:
                 seat.number,
                 seat.up is not None,
                 point := working.get(seat.number),
-                by_engine.get(seat.number, 0) / max(now - seat.up, _TICK) if seat.up is not None else 0.0,
+                by_engine.get(seat.number, 0) / max(now - max(seat.up, begin), _TICK) if seat.up is not None else 0.0,
                 schedule.left(point) if point is not None else 0,
             )
             for seat in self._seats
             if seat.number not in self._empty
         ]
-        requests, tokens = before
-        return Status(
-            tuple(engines), self.stats.requests - requests, self.stats.tokens - tokens, schedule.seconds_left(now)
-        )
+        return Status(tuple(engines), self.stats.requests, self.stats.tokens, schedule.seconds_left(now))
 
 
 def device_kind(on_gpus: bool) -> str:

@@ -51,6 +51,11 @@ class Rate:
     anonymous_bytes: int
 
 
+def rates(cache: Path) -> Path:
+    """Where in `cache.dir` rates are kept."""
+    return cache / "rates.json"
+
+
 def remember_rate(path: Path, device: str, bytes_moved: int, worker_seconds: float, anonymous_bytes: int) -> None:
     """Keeps the rate of a merge on `device` in a JSON file; forgets nothing about other devices."""
     if bytes_moved < _WORTH_REMEMBERING or worker_seconds <= 0:

@@ -1,0 +1,275 @@
+"""The evaluate stage: runs × arms × tasks → records, through the sample cache and the warm fleet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rvdist import config
+from rvdist.errors import BadInput
+from rvdist.fleet.cache import SampleCache, serving_digest, slice_keys
+from rvdist.fleet.engine import EngineSettings, identity
+from rvdist.fleet.harness import Suite
+from rvdist.fleet.request import Answered, Request
+from rvdist.fleet.schedule import Slice, cut
+from rvdist.fleet.scheduler import Fleet, device_kind
+from rvdist.fleet.view import FleetView
+from rvdist.point import Arm, WeightPoint
+from rvdist.record import Record, write_records
+from rvdist.report.statistics import summarise
+from rvdist.report.summary import write_summary
+from rvdist.run import Run, Scores
+from rvdist.warm import Warm
+
+if TYPE_CHECKING:
+    from rvdist.report.summary import Row
+
+Requests = Mapping[str, Sequence[Request]]
+Scored = dict[
+    tuple[Arm, str], tuple[dict[str, Any], list[Record]]
+]  # lm-eval's results of an arm, by its point's digest
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(eq=False)
+class Group:
+    """Runs whose arms are asked the same by engines that serve the same: one fleet answers them all.
+
+    `serving` is a digest of what else engines read of the target besides its weights."""
+
+    serving: str
+    suite: Suite
+    tokenizer: Any
+    requests: Requests
+    runs: list[Run] = field(default_factory=list)
+
+
+def join(groups: dict[str, Group], run: Run) -> None:
+    """Puts a run among the `groups`, into a new one if none fits. Raises BadInput for tasks that cannot be loaded and
+    targets that cannot be asked."""
+    settings, target = run.settings, run.sources[run.settings.target]
+    serving = serving_digest(target.path, run.cache / "digests")
+    tensors = [[spec.name, spec.dtype, spec.shape] for spec in target.tensors.values()]
+    asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
+    key = json.dumps([serving, sorted(tensors), *asked])
+    if key not in groups:
+        with run.timing.phase("tasks"):
+            suite, tokenizer = _suite(run), _tokenizer(run)
+        with run.timing.phase("requests"):
+            groups[key] = Group(serving, suite, tokenizer, suite.requests(tokenizer))
+    groups[key].runs.append(run)
+
+
+def evaluate(group: Group, warm: Warm, runs: Sequence[Run]) -> None:
+    """Scores every arm of some runs of the group, as one plan."""
+    arms = [(run, arm) for run in runs for arm in run.arms]
+    answered = answer(group, arms, group.requests, warm)
+    in_common: Scored = {}
+    for run in runs:
+        run.scores = score(run, run.arms, group.suite, group.tokenizer, group.requests, answered, in_common)
+
+
+def answer(group: Group, arms: Sequence[tuple[Run, Arm]], requests: Requests, warm: Warm) -> dict[Slice, Answered]:
+    """The requests, answered at the point of every arm; each point once, and what the cache has not at all."""
+    run = arms[0][0]
+    resources, timing = warm.resources(), run.timing
+    names: dict[WeightPoint, str] = {}
+    digests: dict[WeightPoint, str] = {}
+    several = len({other.settings.target for other, _ in arms}) > 1
+    for owner, arm in arms:
+        point = _located(owner, arm)
+        digests[point] = owner.digests[arm.point]
+        names[point] = f"{Path(owner.settings.target).name} {arm.name}" if several else arm.name
+    slices = [piece for point in digests for piece in cut(point, requests, run.settings.engine.slice_size)]
+    settings = _engine_settings(run)
+    served_by = identity(settings, device_kind(resources.gpus > 0)) | {"serving": group.serving}
+    for other, _ in arms:
+        other.engine["device"] = served_by["device"]
+    cache = SampleCache(run.cache) if run.settings.cache.samples else None
+    keys: dict[Slice, str] = {}
+    answered: dict[Slice, Answered] = {}
+    if cache:
+        with timing.phase("cache"):
+            keys = slice_keys(slices, requests, digests, group.suite.versions, served_by)
+            known = cache.read(list(keys.values()))
+            answered = {piece: known[key] for piece, key in keys.items() if key in known}
+
+    def keep(piece: Slice, found: Answered) -> None:
+        if cache:
+            cache.write(keys[piece], digests[piece.point], piece.task, found)
+
+    todo = [piece for piece in slices if piece not in answered]
+    cached = sum(piece.end - piece.begin for piece in answered)
+    total = sum(piece.end - piece.begin for piece in slices)
+    timing.count("requests", total - cached)
+    timing.count("cached", cached)
+    try:
+        with timing.phase("evaluate"):
+            if todo:
+                fleet = _fleet(group, [other for other, _ in arms], settings, warm)
+                was_up = fleet.first_up is not None
+                with FleetView(total, cached, names, run.console) as view:
+                    answered |= fleet.answer(todo, requests, keep, view.show)
+                _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
+            else:
+                for phase in ("engine_start", "swap", "generate"):
+                    timing.add(phase, 0.0)
+                for other, _ in arms:
+                    other.engine["samples"] = "all from the cache: no engine was started"
+                run.say(f"evaluate: all {cached} requests were answered before: no engine is needed")
+    except BaseException:
+        warm.cool()
+        raise
+    finally:
+        if cache:
+            cache.close()
+    return answered
+
+
+def score(
+    run: Run,
+    arms: Sequence[Arm],
+    suite: Suite,
+    tokenizer: Any,
+    requests: Requests,
+    answered: Mapping[Slice, Answered],
+    known: Scored,
+) -> Scores:
+    """The answers of some arms, the baseline first, scored and compared, in the files of the run directory. What
+    is `known` of the same answers is not scored again; the rest is added."""
+    records: list[Record] = []
+    truncated = 0
+    with run.timing.phase("score"):
+        for part in ("results", "samples"):
+            (run.directory / part).mkdir(exist_ok=True)
+        for arm in arms:
+            digest = run.digests[arm.point]
+            found = {piece: answered[piece] for piece in cut(_located(run, arm), requests, _slice_size(run))}
+            truncated += sum(one.truncated for one in found.values())
+            if (arm, digest) not in known:
+                answers, seed = collect(found, requests), run.settings.engine.seed
+                known[arm, digest] = suite.score(arm, digest, tokenizer, requests, answers, seed)
+            results, scored = known[arm, digest]
+            (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
+            write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
+            records += scored
+        if truncated:
+            run.notes[arms[0].point] += (f"{truncated} prompts did not fit and were cut from the left",)
+        tasks = suite.infos([record for record in records if record.arm == arms[0].name])
+        rows = summarise(arms, records, tasks, baseline=arms[0].name)
+        write_summary(run.directory / "summary.json", rows)
+    return Scores(arms, rows, records, tasks)
+
+
+def collect(found: Mapping[Slice, Answered], requests: Requests) -> dict[str, list[Any]]:
+    """The answers of one point by task, in the order of the requests; `found` holds its slices in theirs."""
+    answers: dict[str, list[Any]] = {task: [] for task in requests}
+    for piece, one in found.items():
+        answers[piece.task] += one.answers
+    return answers
+
+
+def objective(rows: Sequence[Row]) -> float | None:
+    """What a sweeper maximises: the mean primary score over tasks, of the arms other than the baseline if any."""
+    values = [row.value for row in rows if row.primary and row.delta is not None]
+    values = values or [row.value for row in rows if row.primary]
+    return sum(values) / len(values) if values else None
+
+
+def _slice_size(run: Run) -> int:
+    return run.settings.engine.slice_size
+
+
+def _located(run: Run, arm: Arm) -> WeightPoint:
+    """The point with paths that hold wherever an engine runs."""
+    return arm.point.relocated({name: str(source.path.absolute()) for name, source in run.sources.items()})
+
+
+def _suite(run: Run) -> Suite:
+    benchmarks = run.settings.benchmarks
+    return Suite.load(
+        benchmarks.tasks,
+        Path(benchmarks.include_path).expanduser().absolute() if benchmarks.include_path else None,
+        benchmarks.limit,
+        benchmarks.num_fewshot,
+        benchmarks.apply_chat_template,
+        config.code_sandbox(run.settings),
+    )
+
+
+def _tokenizer(run: Run) -> Any:
+    """The target's tokenizer. Raises BadInput where it has none, or no chat template and one is asked for."""
+    from transformers import AutoTokenizer
+
+    path = run.sources[run.settings.target].path
+    if not any((path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one
+        raise BadInput(f"{path}: has no tokenizer, and scoring needs one; copy the tokenizer's files there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises what it likes for files it cannot use
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: has a tokenizer that cannot be loaded ({reason})") from None
+    if run.settings.benchmarks.apply_chat_template and not tokenizer.chat_template:
+        raise BadInput(f"{path}: has no chat template; set benchmarks.apply_chat_template=false")
+    return tokenizer
+
+
+def _engine_settings(run: Run) -> EngineSettings:
+    engine = run.settings.engine
+    return EngineSettings(
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        gpu_memory_utilization=engine.gpu_memory_utilization * engine.gpus,
+        kv_cache_gib=engine.kv_cache_gib,
+        cpu_threads=engine.cpu_threads,
+        enforce_eager=engine.enforce_eager,
+        seed=engine.seed,
+        truncate=run.settings.benchmarks.allow_truncation,
+    )
+
+
+def _fleet(group: Group, runs: Sequence[Run], settings: EngineSettings, warm: Warm) -> Fleet:
+    """The warm fleet, if its engines serve what this group's would; weights do not matter, they are swapped."""
+    run, resources = runs[0], warm.resources()
+    for source in {source.path: source for other in runs for source in other.sources.values()}.values():
+        if source.hub:
+            from rvdist.checkpoint.hub import download_weights
+
+            download_weights(source)
+    count, need = config.engines(run.settings, resources.cpus, resources.gpus)
+    target = run.sources[run.settings.target]
+    tensors = tuple(sorted((spec.name, spec.dtype, spec.shape) for spec in target.tensors.values()))
+    base, patience = str(target.path.absolute()), run.settings.cluster.timeout
+    return warm.fleet(
+        (group.serving, tensors, settings, count, need), lambda: Fleet(base, settings, count, *need, patience=patience)
+    )
+
+
+def _note(arms: Sequence[tuple[Run, Arm]], fleet: Fleet, start: float) -> None:
+    """What the fleet did in this call, for the timing, the report and the reader of the log; after `start` seconds it
+    had an engine."""
+    run, stats = arms[0][0], fleet.stats
+    timing = run.timing
+    timing.add("engine_start", start)
+    timing.add("swap", stats.swap)
+    timing.add("generate", stats.generate)
+    timing.count("swaps", stats.swaps)
+    timing.count("deaths", stats.deaths)
+    timing.count("engine_seconds", stats.lifetimes)
+    timing.fleet["engines"] = max(timing.fleet.get("engines", 0), fleet.started)
+    timing.fleet["utilisation"] = (timing.phases["swap"] + timing.phases["generate"]) / timing.fleet["engine_seconds"]
+    info = next(iter(fleet.info()), {})
+    for other, _ in arms:
+        other.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe") if key in info}
+        other.engine["utilisation"] = f"{timing.fleet['utilisation']:.0%}"
+    run.say(
+        f"fleet: {fleet.started} of {fleet.size} engines worked, {stats.utilisation:.0%} of their time; {stats.swaps} "
+        f"swaps, {stats.deaths} engines died"
+    )
+    for number, reason in fleet.empty.items():
+        run.say(f"note: engine {number} could not start: {reason}")

@@ -1,0 +1,58 @@
+"""The plan stage: what a merge would read and write, and on which nodes, printed without running it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from rvdist import cluster, config
+from rvdist.merge.placement import place, rates, remembered_rate
+from rvdist.merge.plan import Plan
+from rvdist.run import Run
+
+
+def print_plan(run: Run, plan: Plan) -> None:
+    for output, layout in zip(plan.outputs, plan.layouts, strict=True):
+        for point, directory in zip(output.points, output.directories, strict=True):
+            terms = " ".join(
+                f"{t.alpha:+g}·({' − '.join(Path(source).name for source in t.vector.sources())})" for t in point.terms
+            )
+            run.say(f"{directory}: {Path(point.base).name} {terms}")
+        run.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
+    run.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
+    if plan.outputs:
+        _print_placement(run, plan)
+
+
+def _print_placement(run: Run, plan: Plan) -> None:
+    """What falls to each node and worker, and how long it takes at the rate this engine was last measured at."""
+    resources = _foreseen(run.settings)
+    device = config.device(run.settings, resources.gpus)
+    names = [node.name[:8] for node in resources.nodes]
+    shares = place(plan, list(zip(names, config.workers(run.settings, resources.counts), strict=True)))
+    table = Table("node", "workers", "files", "reads", "writes", "each worker reads", "writes", box=None)
+    for share in shares:
+        each = (share.bytes_read / share.workers, share.bytes_written / share.workers)
+        cells = (f"{nbytes / 1e9:,.2f} GB" for nbytes in (share.bytes_read, share.bytes_written, *each))
+        table.add_row(share.name, str(share.workers), str(share.files), *cells)
+    run.console.print(table)
+    if rate := remembered_rate(rates(run.cache), device):
+        seconds = max(share.bytes_moved / share.workers for share in shares) / rate.bytes_per_second
+        run.say(
+            f"a worker holds {rate.anonymous_bytes / 2**20:.0f} MiB, whatever the size of the model, and moves "
+            f"{rate.bytes_per_second / 1e9:.2f} GB/s, as last measured on {device}: about {seconds:,.0f} s"
+        )
+    else:
+        run.say(f"no merge of some size was measured on {device} yet, so its time is not foretold")
+
+
+def _foreseen(settings: config.Config) -> cluster.Resources:
+    """The nodes a merge would have: the cluster's, or of a cluster that is not there `cluster.nodes` like this one."""
+    if settings.cluster.address != "local" and not settings.cluster.nodes:
+        return cluster.connect(settings.cluster.address)
+    cores = os.cpu_count() or 1
+    return cluster.Resources(
+        tuple(cluster.Node(f"node {number}", cores, 0) for number in range(1, (settings.cluster.nodes or 1) + 1))
+    )

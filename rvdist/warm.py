@@ -1,0 +1,75 @@
+"""What stays up between the jobs of one command: the connection to Ray, and one fleet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from rvdist import cluster
+from rvdist.config import ClusterConfig
+from rvdist.errors import BadInput
+from rvdist.timing import Timing
+
+if TYPE_CHECKING:
+    from rvdist.fleet.scheduler import Fleet
+
+
+class Warm:
+    """Nothing is started before it is asked for; `close` ends what was.
+
+    Ray takes seconds to start: `begin` lets it do so while the caller does something else. Its thread lives until
+    `close`: the kernel ends Ray's processes with the thread that started them.
+    """
+
+    def __init__(self) -> None:
+        self._settings: ClusterConfig | None = None
+        self._resources: Future[cluster.Resources] = Future()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._key: Hashable = None
+        self._fleet: Fleet | None = None
+
+    def begin(self, settings: ClusterConfig, timing: Timing) -> None:
+        """Starts to connect. Raises BadInput for another cluster than that of an earlier call."""
+        if self._thread is None:
+            self._settings = settings
+            self._thread = threading.Thread(target=self._connect, args=(settings, timing), daemon=True)
+            self._thread.start()
+        elif settings != self._settings:
+            raise BadInput("cluster.*: the jobs of one command share one cluster; set it alike for all of them")
+
+    def resources(self) -> cluster.Resources:
+        """Waits for Ray. Raises what connecting raised."""
+        return self._resources.result()
+
+    def fleet(self, key: Hashable, start: Callable[[], Fleet]) -> Fleet:
+        """The fleet that is up, if it was started for the same `key`; or another in its place."""
+        if self._fleet is None or key != self._key:
+            self.cool()
+            self._fleet, self._key = start(), key
+        return self._fleet
+
+    def cool(self) -> None:
+        """Ends the fleet, so that its cores and GPUs are free for something else."""
+        if self._fleet is not None:
+            self._fleet.stop()
+            self._fleet = None
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self.cool()
+            self._over.set()
+            self._thread.join()
+
+    def _connect(self, settings: ClusterConfig, timing: Timing) -> None:
+        try:
+            with timing.phase("ray_init"):
+                resources = cluster.connect(settings.address, settings.nodes or 1, settings.timeout)
+        except Exception as error:
+            self._resources.set_exception(error)
+            return
+        self._resources.set_result(resources)
+        self._over.wait()
+        cluster.disconnect()
