@@ -14,7 +14,6 @@ import logging
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +21,7 @@ from typing import Any
 
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
-from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
+from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood, Rolling
 from rvdist.fleet.swap import hide_llvmlite, mirror_obstacle
 from rvdist.point import Term, WeightPoint
 
@@ -40,6 +39,8 @@ _ENVIRONMENT_CPU_EAGER = {
 
 # Part of what names a cached sample: raise it with every change here that may change an answer.
 _VERSION = 1
+
+_TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for each
 
 _PROBE = "12 + 34 = 46, and the sum of 5 and 6 is 11."
 _PROBE_TOLERANCE = 1e-3  # nats: only the order in which a normaliser is summed may differ
@@ -231,11 +232,11 @@ class Engine:
                 top_k=request.top_k,
                 min_p=request.min_p,
                 repetition_penalty=request.repetition_penalty,
-                seed=seed,
+                seed=self._seed(request),
                 skip_special_tokens=False,
                 spaces_between_special_tokens=False,
             )
-            for request, stop, seed in zip(requests, stops, self._seeds(requests), strict=True)
+            for request, stop in zip(requests, stops, strict=True)
         ]
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), requests[i].prompt))
         completions: dict[int, Completion] = {}
@@ -248,16 +249,13 @@ class Engine:
             completions[i] = Completion(text, output.finish_reason, len(prompts[i]), len(output.token_ids))
         return [completions[i] for i in range(len(requests))]
 
-    def _seeds(self, requests: Sequence[Generate]) -> list[int]:
-        """The seed of each request, its own or else one that depends on the engine's and on nothing that was asked
-        before; equal requests get different ones."""
-        times: Counter[Generate] = Counter()
-        seeds = []
-        for request in requests:
-            times[request] += 1
-            drawn = hashlib.blake2b(f"{self.settings.seed} {times[request]} {request.prompt}".encode(), digest_size=4)
-            seeds.append(int.from_bytes(drawn.digest(), "big") if request.seed is None else request.seed)
-        return seeds
+    def _seed(self, request: Generate) -> int:
+        """The request's own seed, or else one that depends on the engine's and on nothing that was asked before;
+        another for each of its repeats."""
+        if request.seed is not None:
+            return request.seed + request.repeat
+        drawn = hashlib.blake2b(f"{self.settings.seed} {request.repeat} {request.prompt}".encode(), digest_size=4)
+        return int.from_bytes(drawn.digest(), "big")
 
     def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
         """One score a request, in order; one batch, as `generate`. Raises ValueError as `generate`."""
@@ -270,7 +268,39 @@ class Engine:
             starts.append(len(prompts[-1]) - len(continuation))
             if starts[-1] < 1:
                 raise ValueError(f"a continuation of {len(continuation)} tokens leaves no room for its context")
-        order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        return self._score(prompts, starts)
+
+    def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
+        """One score a text, in order; the requests are one batch, as in `generate`."""
+        self._require_weights()
+        windows = [
+            (i, *window)
+            for i, request in enumerate(requests)
+            for window in self._windows(self._encode(request.continuation))
+        ]
+        scores: list[list[Loglikelihood]] = [[] for _ in requests]
+        at_once = max(1, _TOKENS_AT_ONCE // self._max_len)
+        for k in range(0, len(windows), at_once):
+            owners, prompts, starts = zip(*windows[k : k + at_once], strict=True)
+            for i, score in zip(owners, self._score(prompts, starts), strict=True):
+                scores[i].append(score)
+        return [
+            Loglikelihood(sum((s.logprob for s in own), 0.0), all(s.greedy for s in own), sum(s.tokens for s in own))
+            for own in scores
+        ]
+
+    def _windows(self, tokens: list[int]) -> Iterator[tuple[list[int], int]]:
+        """lm-eval's rolling windows, made disjoint: prompts as long as its vLLM backend makes them, and from where on
+        each is scored. After the first, a window begins with one token that is scored already; the last with more."""
+        width = self._max_len - 2
+        for begin in range(0, len(tokens), width):
+            end = min(begin + width, len(tokens))
+            prompt = tokens[end - width - 1 : end] if begin else [self._prefix, *tokens[:end]]
+            yield prompt, len(prompt) - (end - begin)
+
+    def _score(self, prompts: Sequence[list[int]], starts: Sequence[int]) -> list[Loglikelihood]:
+        """How likely each prompt is from its start on."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         answers = dict(zip(order, self._candidates([prompts[i] for i in order]), strict=True))
         scores = []
         for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
@@ -321,7 +351,7 @@ class Engine:
         if text.startswith(self._prefix_text):
             special = False
         keywords = {} if special is None else {"add_special_tokens": special}
-        ids: list[int] = self._tokenizer(text, **keywords).input_ids
+        ids: list[int] = self._tokenizer(text, verbose=False, **keywords).input_ids
         return ids
 
     def _encode_pair(self, request: Choice) -> tuple[list[int], list[int]]:

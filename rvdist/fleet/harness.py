@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from rvdist.errors import BadInput
-from rvdist.fleet.request import Answer, Choice, Completion, Generate, Loglikelihood, Request
+from rvdist.fleet.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
 from rvdist.tasks import humaneval, sandbox
@@ -25,6 +27,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task 
 
 POCKET_TASKS = Path(__file__).resolve().parent.parent / "pocket" / "tasks"
 _FEWSHOT_SEED = 1234  # lm-eval's own default
+_LOGARITHM = "log2_"  # before the name of a perplexity in records
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Suite:
                 chat_template=model.apply_chat_template if self.chat else None,
                 tokenizer_name=model.tokenizer_name if self.chat else "",
             )
-            asked[name] = [request for one in task.instances for request in [_request(one)] * one.repeats]
+            asked[name] = [request for one in task.instances for request in _requests(one)]
         return asked
 
     def score(
@@ -152,7 +155,11 @@ class Suite:
         if self.walls:
             results["sandbox"] = self.walls
         samples = results.pop("samples")
-        records = [_record(arm, digest, task, entry, seed) for task, entries in samples.items() for entry in entries]
+        records = [
+            _record(arm, digest, task, self.tasks[task].aggregation(), entry, seed)
+            for task, entries in samples.items()
+            for entry in entries
+        ]
         return results, records
 
     def infos(self, records: Sequence[Record]) -> list[TaskInfo]:
@@ -162,9 +169,21 @@ class Suite:
             pairs = dict.fromkeys((metric, r.filter) for r in records if r.task == name for metric in r.metrics)
             if pairs:
                 metrics = tuple(pairs)
-                better = {metric: bool(task.higher_is_better().get(metric, True)) for metric, _ in metrics}
+                better = {metric: _higher_is_better(task, metric) for metric, _ in metrics}
                 found.append(TaskInfo(name, self.versions[name], metrics, metrics[0], better))
         return found
+
+    def left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:
+        """A sentence for each metric that is in an arm's results and not in its records, whose `infos` are given."""
+        recorded = {(info.name, metric.removeprefix(_LOGARITHM)) for info in infos for metric, _ in info.metrics}
+        metrics = dict.fromkeys(
+            (name, key.partition(",")[0]) for name in self.tasks for key in results["results"][name] if "," in key
+        )
+        return [
+            f"{name}: {metric} is one number for all documents together and not a mean over them: see results/"
+            for name, metric in metrics
+            if (name, metric) not in recorded and not metric.endswith("_stderr")
+        ]
 
     def _reseed(self) -> None:
         """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
@@ -182,6 +201,14 @@ def _require_sandboxed(name: str, metadata: Mapping[str, Any] | None, code: str 
         )
 
 
+def _requests(instance: Any) -> list[Request]:
+    """As often as the task asks for it."""
+    request = _request(instance)
+    if isinstance(request, Generate):
+        return [replace(request, repeat=k) for k in range(instance.repeats)]
+    return [request] * instance.repeats
+
+
 def _request(instance: Any) -> Request:
     prompt, *rest = instance.args
     if instance.request_type == "generate_until":
@@ -191,6 +218,8 @@ def _request(instance: Any) -> Request:
             raise BadInput(f"task {instance.task_name}: {error}") from None
     if instance.request_type == "loglikelihood":
         return Choice(prompt, rest[0])
+    if instance.request_type == "loglikelihood_rolling":
+        return Rolling(prompt)
     raise BadInput(f"task {instance.task_name}: {instance.request_type} requests are not supported yet")
 
 
@@ -209,7 +238,7 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
             return [(a.logprob, a.greedy) for a in self._take(requests) if isinstance(a, Loglikelihood)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            raise AssertionError("refused when the requests were built")
+            return [answer.logprob for answer in self._take(requests) if isinstance(answer, Loglikelihood)]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             text: str = tokenizer.apply_chat_template(
@@ -227,15 +256,55 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
     return Given()
 
 
-def _record(arm: Arm, digest: str, task: str, entry: Mapping[str, Any], seed: int) -> Record:
-    metrics = {name: float(entry[name]) for name in entry["metrics"] if isinstance(entry[name], int | float)}
+def _higher_is_better(task: Any, metric: str) -> bool:
+    known = task.higher_is_better()
+    return bool(known.get(metric, known.get(metric.removeprefix(_LOGARITHM), True)))
+
+
+def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one sample whose means say something, given how lm-eval puts each metric `together`.
+
+    A perplexity is of all documents together: exp of the negative sum of log-likelihoods over the sum of words, bytes
+    or documents. A record has the binary logarithm of the perplexity of its document alone, as `log2_word_perplexity`
+    and so on: bits for each word. Their mean counts every document once, however long, where lm-eval's counts every
+    word. `bits_per_byte` is of the document alone, too. What else comes as more than a number (F1, MCC, BLEU, …)
+    has no value for one sample and is left out.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    logarithms = {get_aggregation("perplexity"), get_aggregation("weighted_perplexity")}
+    found = {}
+    for metric in entry["metrics"]:
+        value, how = entry[metric], together.get(metric)
+        if how in logarithms or how is get_aggregation("bits_per_byte"):
+            logprob, count = value if isinstance(value, tuple) else (value, 1)
+            name = _LOGARITHM + metric if how in logarithms else metric
+            found[name] = -logprob / count / math.log(2) if count else 0.0
+        elif isinstance(value, Real):
+            found[metric] = float(value)
+    return found
+
+
+def _shown(response: Any, arguments: Sequence[Any]) -> str:
+    """One answer as text; several answers to one request numbered, one after the other."""
+    if isinstance(response, list):
+        if len(response) == 1:
+            return _shown(response[0], arguments)
+        numbered = (f"[{k} of {len(response)}]\n{_shown(one, arguments)}" for k, one in enumerate(response, start=1))
+        return "\n".join(numbered)
+    if isinstance(response, tuple):
+        return f"{response[0]:.4f} {arguments[1]}"
+    return f"{response:.4f}" if isinstance(response, float) else str(response)
+
+
+def _record(
+    arm: Arm, digest: str, task: str, together: Mapping[str, Any], entry: Mapping[str, Any], seed: int
+) -> Record:
     arguments, responses = entry["arguments"], entry["resps"]
+    response = "\n".join(map(_shown, responses, arguments))
     if len(arguments) == 1:
-        response, filtered = str(responses[0][0]), str(entry["filtered_resps"][0])
+        filtered = _shown(entry["filtered_resps"][0], arguments[0])
     else:
-        response = "\n".join(
-            f"{logprob:.4f} {args[1]}" for args, ((logprob, _),) in zip(arguments, responses, strict=True)
-        )
         best = max(range(len(arguments)), key=lambda k: responses[k][0][0])
         filtered = str(arguments[best][1]).strip()
     target = entry["target"]
@@ -251,7 +320,7 @@ def _record(arm: Arm, digest: str, task: str, entry: Mapping[str, Any], seed: in
         seed=seed,
         doc_id=int(entry["doc_id"]),
         doc=str(entry["doc_hash"]),
-        metrics=metrics,
+        metrics=_numbers(together, entry),
         prompt_text=str(arguments[0][0]),
         target=str(target),
         response=response,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's, the first counts
 
 
 @dataclass(frozen=True)
 class Generate:
     """Continue `prompt` by at most `max_tokens` tokens, until one of the strings in `stop` (which is cut off) or
-    the tokenizer's end of text. Temperature 0 is greedy. A sampled completion is repeatable: without a `seed` of its
-    own it takes one from the engine's, another for each time that the same is asked in a slice."""
+    the tokenizer's end of text. Temperature 0 is greedy. A sampled completion can be had again: without a `seed` of its
+    own it takes one from the engine's. `repeat` counts the samples of one prompt, each of which has another seed; it is
+    no part of what is asked: requests that differ in it alone are equal."""
 
     prompt: str
     max_tokens: int
@@ -22,6 +25,7 @@ class Generate:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    repeat: int = field(default=0, compare=False)
 
     @classmethod
     def from_lm_eval(cls, prompt: str, kwargs: Mapping[str, Any], default_max_tokens: int = 256) -> Generate:
@@ -29,7 +33,7 @@ class Generate:
         temperature is given without `do_sample`. Raises ValueError for an argument nobody here knows."""
         left = dict(kwargs)
         until = left.pop("until", None) or ()
-        lengths = [left.pop(key, None) for key in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+        lengths = [left.pop(key, None) for key in _LENGTHS]
         max_tokens = next((int(length) for length in lengths if length is not None), default_max_tokens)
         do_sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
         if do_sample is False or (do_sample is None and temperature is None):
@@ -65,6 +69,15 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Rolling:
+    """How likely is `continuation` from the beginning of text on, however long it is? In windows of the context's
+    length: each token is scored once, after as many of those before it as its window holds."""
+
+    continuation: str
+    context: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
 class Loglikelihood:
     """`logprob` in nats, summed over the continuation's `tokens`; `greedy` when each of them was the likeliest."""
 
@@ -73,7 +86,7 @@ class Loglikelihood:
     tokens: int
 
 
-Request: TypeAlias = Generate | Choice
+Request: TypeAlias = Generate | Choice | Rolling
 Answer: TypeAlias = Completion | Loglikelihood
 
 

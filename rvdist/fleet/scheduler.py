@@ -17,7 +17,7 @@ from typing import Any
 
 from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import Engine, EngineSettings, versions
-from rvdist.fleet.request import Answer, Answered, Choice, Generate, Request
+from rvdist.fleet.request import Answer, Answered, Choice, Generate, Request, Rolling
 from rvdist.fleet.schedule import LETHAL, Schedule, Slice
 from rvdist.point import WeightPoint
 
@@ -80,6 +80,8 @@ class EngineActor(Engine):
         try:
             if isinstance(requests[0], Generate):
                 answers += self.generate([r for r in requests if isinstance(r, Generate)])
+            elif isinstance(requests[0], Rolling):
+                answers += self.rolling([r for r in requests if isinstance(r, Rolling)])
             else:
                 answers += self.loglikelihood([r for r in requests if isinstance(r, Choice)])
         except ValueError as error:

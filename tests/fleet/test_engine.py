@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from families import SETTINGS, Family, start
 
 from rvdist.errors import BadInput
 from rvdist.fleet.engine import Engine
-from rvdist.fleet.request import Choice, Generate
-from rvdist.point import WeightPoint
+from rvdist.fleet.harness import Suite
+from rvdist.fleet.request import Choice, Generate, Rolling
+from rvdist.point import Arm, WeightPoint
+from rvdist.report.statistics import summarise
 
 PROMPTS = ["ab=12+34", "qu a a ", " ", "<|im_end|>what is", "9", "\nQ: 472+314=?\nA: ", "a" * 150, "=  ab"]
 GENERATION = [
@@ -111,6 +114,119 @@ def test_cut_prompts_are_lm_evals(families: dict[str, Family], lm_eval_backend: 
     assert engine.info()["truncated"] == 2
     with pytest.raises(ValueError, match="no room for its context"):
         engine.loglikelihood([Choice("9", "7" * 300)])
+
+
+TALE = "what is a tale? ab = 12 + 34 = 46, said a queen. "
+TEXTS = ["ab=12+34", "", TALE * 14, TALE, "7" * 254, "7" * 255, "a" * 508 + "=  "]
+
+
+def test_texts_of_any_length_score_as_lm_evals(tied: Engine, lm_eval_backend: Any) -> None:
+    ours = tied.rolling([Rolling(text) for text in TEXTS])
+    theirs = lm_eval_backend.loglikelihood_rolling([_Request(text) for text in TEXTS], disable_tqdm=True)
+    assert [score.logprob for score in ours] == pytest.approx(theirs, rel=1e-6)
+    assert [score.tokens for score in ours] == [len(lm_eval_backend.tok_encode(text)) for text in TEXTS]
+    assert max(score.tokens for score in ours) > 2 * SETTINGS.max_model_len and tied.rolling([]) == []
+
+
+def test_windows_are_cut_into_batches_by_their_number_alone(tied: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tied.rolling([Rolling(text) for text in TEXTS])
+    monkeypatch.setattr("rvdist.fleet.engine._TOKENS_AT_ONCE", 2 * SETTINGS.max_model_len)
+    parts = tied.rolling([Rolling(text) for text in TEXTS])
+    assert [score.logprob for score in parts] == pytest.approx([score.logprob for score in whole], rel=1e-3)
+    assert [score.tokens for score in parts] == [score.tokens for score in whole]
+
+
+def write_task(directory: Path, name: str, settings: str, docs: list[dict[str, Any]]) -> None:
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (directory / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {directory}/{name}.jsonl}}}}\n{settings}"
+    )
+
+
+def test_a_perplexity_task_is_lm_evals(tied: Engine, lm_eval_backend: Any, tmp_path: Path) -> None:
+    from lm_eval.evaluator import evaluate
+
+    settings = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{page}}'\nmetric_list:\n"
+    settings += "".join(f"  - metric: {name}\n" for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"))
+    pages = [TALE * 14, TALE, "what is 9? a 7", "queen of a tale, " * 40]
+    write_task(tmp_path, "tale", settings, [{"page": page} for page in pages])
+    suite = Suite.load(["tale"], tmp_path, chat=False)
+    requests = suite.requests(tied._tokenizer)
+    assert requests == {"tale": [Rolling(page) for page in pages]}
+    arm, answers = Arm("baseline", WeightPoint("t"), alpha=0.0), {"tale": tied.rolling(requests["tale"])}
+    results, records = suite.score(arm, "digest", tied._tokenizer, requests, answers, seed=0)
+    theirs = evaluate(lm=lm_eval_backend, task_dict=suite.loaded, bootstrap_iters=0)
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        ours = results["results"]["tale"][f"{name},none"]
+        assert ours == pytest.approx(theirs["results"]["tale"][f"{name},none"], rel=1e-6)
+    infos = suite.infos(records)
+    assert infos[0].primary == ("log2_word_perplexity", "none") and not any(infos[0].higher_is_better.values())
+    assert suite.left_out(results, infos) == []
+    bits = [-score.logprob / math.log(2) for score in answers["tale"]]
+    words, size = [len(page.split(" ")) for page in pages], [len(page) for page in pages]
+    for record, bit, word, byte in zip(records, bits, words, size, strict=True):
+        per_byte = pytest.approx(bit / byte)
+        assert record.metrics == {
+            "log2_word_perplexity": pytest.approx(bit / word),
+            "log2_byte_perplexity": per_byte,
+            "bits_per_byte": per_byte,
+        }
+        assert (record.prompt_text, record.response) == (pages[record.doc_id], record.filtered)
+    rows = summarise([arm], records, infos, baseline="baseline")
+    assert rows[0].value == pytest.approx(sum(b / w for b, w in zip(bits, words, strict=True)) / 4)
+
+
+REPEATS = """output_type: generate_until
+doc_to_text: '{{q}}'
+doc_to_target: '{{a}}'
+repeats: 4
+generation_kwargs: {until: ['b'], max_gen_toks: 12, do_sample: true, temperature: 0.7, top_p: 0.95SEED}
+filter_list:
+  - name: vote-of-3
+    filter: [{function: take_first_k, k: 3}, {function: majority_vote}, {function: take_first}]
+  - name: first
+    filter: [{function: take_first}]
+  - name: all
+    filter: [{function: take_first_k, k: 4}]
+process_results: !function passes.at
+metric_list: [{metric: pass@1, aggregation: mean, higher_is_better: true}]
+"""
+PASSES = """import math
+def at(doc, results):
+    given = results[0] if isinstance(results[0], list) else results
+    right = sum(one[:1] == doc["a"] for one in given)
+    return {f"pass@{k}": 1 - math.comb(len(given) - right, k) / math.comb(len(given), k) for k in (1, len(given))}
+"""
+
+
+@pytest.mark.parametrize("seed", ["", ", seed: 3"])
+def test_repeats_of_a_task_are_samples_of_their_own(tied: Engine, tmp_path: Path, seed: str) -> None:
+    (tmp_path / "passes.py").write_text(PASSES)
+    docs = [{"q": f"what is {k}+{k}? ", "a": str(2 * k)} for k in range(3)]
+    write_task(tmp_path, "drawn", REPEATS.replace("SEED", seed), docs)
+    suite = Suite.load(["drawn"], tmp_path, chat=False)
+    asked = suite.requests(tied._tokenizer)["drawn"]
+    assert [request.repeat for request in asked] == [0, 1, 2, 3] * 3 and len(set(asked)) == 3
+    assert (asked[0].temperature, asked[0].top_p, asked[0].stop, asked[0].max_tokens) == (0.7, 0.95, ("b",), 12)
+    slices = [asked[:6], asked[6:]]  # a border between the samples of a document
+    completions = [completion for part in slices for completion in tied.generate(part)]
+    assert completions == [completion for part in slices for completion in tied.generate(part)]
+    texts = [completion.text for completion in completions]
+    assert all(len(set(texts[k : k + 4])) > 2 for k in (0, 4, 8)) and not any("b" in text for text in texts)
+    docs[0]["a"] = texts[3][:1]
+    write_task(tmp_path, "drawn", REPEATS.replace("SEED", seed), docs)
+    suite = Suite.load(["drawn"], tmp_path, chat=False)
+    arm = Arm("baseline", WeightPoint("t"), alpha=0.0)
+    _, records = suite.score(arm, "digest", tied._tokenizer, {"drawn": asked}, {"drawn": completions}, seed=0)
+    first = {record.filter: record for record in records if record.doc_id == 0}
+    assert first["first"].filtered == texts[0] and first["vote-of-3"].filtered in texts[:3]
+    numbered = "\n".join(f"[{k} of 4]\n{text}" for k, text in enumerate(texts[:4], start=1))
+    assert {record.response for record in first.values()} == {first["all"].filtered} == {numbered}
+    right = sum(text[:1] == docs[0]["a"] for text in texts[:4])
+    assert first["all"].metrics == {"pass@1": right / 4, "pass@4": 1.0}
+    (info,) = suite.infos(records)
+    assert ("pass@4", "all") in info.metrics and info.higher_is_better["pass@4"]
 
 
 def test_what_does_not_fit_is_refused_with_its_numbers(tied: Engine) -> None:

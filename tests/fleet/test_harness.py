@@ -1,5 +1,7 @@
 """lm-eval's side of the fleet: requests in, scores out, on the pocket family's real tasks."""
 
+import math
+
 import pytest
 from checkpoints import POCKET
 from transformers import AutoTokenizer
@@ -116,3 +118,47 @@ def test_tasks_of_ones_own(tmp_path, tokenizer):
     (tmp_path / "mine.jsonl").write_text('{"q": "one", "a": "1"}\n{"q": "two", "a": "2"}\n')
     requests = Suite.load(["mine"], include_path=tmp_path, chat=False).requests(tokenizer)["mine"]
     assert [r.prompt for r in requests] == ["one", "two"] and requests[0].max_tokens == 5
+
+
+def own_task(directory, settings, rows):
+    (directory / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        f"dataset_kwargs: {{data_files: {{test: {directory}/mine.jsonl}}}}\n{settings}"
+    )
+    (directory / "mine.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    return Suite.load(["mine"], include_path=directory, chat=False)
+
+
+def test_a_perplexity_is_the_other_way_round(tmp_path, tokenizer):
+    """lm-eval gives a sample's log-likelihood, of which more is better, for a metric of which less is."""
+    suite = own_task(
+        tmp_path,
+        "output_type: loglikelihood\nmetric_list: [{metric: perplexity}, {metric: acc}]\n",
+        ['{"q": "one", "a": "1"}', '{"q": "two", "a": "2"}'],
+    )
+    requests = suite.requests(tokenizer)
+    answers = {"mine": [Loglikelihood(-math.log(2), True, 1), Loglikelihood(-3 * math.log(2), False, 1)]}
+    results, records = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
+    assert [record.metrics["log2_perplexity"] for record in records] == pytest.approx([1, 3])
+    assert results["results"]["mine"]["perplexity,none"] == pytest.approx(2**2)
+    assert records[1].response == records[1].filtered == "-2.0794 2"
+    (info,) = suite.infos(records)
+    assert info.higher_is_better == {"log2_perplexity": False, "acc": True}
+    assert suite.left_out(results, [info]) == []
+
+
+def test_what_only_all_documents_together_have_is_said_to_be_left_out(tmp_path, tokenizer):
+    suite = own_task(
+        tmp_path,
+        "output_type: multiple_choice\nrepeats: 2\ndoc_to_choice: [a, b]\ndoc_to_target: '{{a}}'\n"
+        "metric_list: [{metric: acc}, {metric: mcc}]\n",
+        ['{"q": "one", "a": 0}', '{"q": "two", "a": 1}'],
+    )
+    requests = suite.requests(tokenizer)
+    assert requests["mine"][:3] == [Choice("one", " a"), Choice("one", " a"), Choice("one", " b")]
+    answers = {"mine": [Loglikelihood(logprob, False, 1) for logprob in (-1.0, -1.0, -2.0, -2.0) * 2]}
+    results, records = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
+    assert [record.metrics for record in records] == [{"acc": 1.0}, {"acc": 0.0}]
+    assert records[0].response.splitlines()[:4] == ["[1 of 2]", "-1.0000  a", "[2 of 2]", "-1.0000  a"]
+    (sentence,) = suite.left_out(results, suite.infos(records))
+    assert sentence == "mine: mcc is one number for all documents together and not a mean over them: see results/"
