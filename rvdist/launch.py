@@ -19,8 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from rvdist import multirun
 from rvdist.config import Config
 from rvdist.errors import BadInput, Failed
+from rvdist.run import remove_empty
 
 _HERE = Path(__file__).resolve().parent
 _BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)
@@ -30,9 +32,11 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 def main() -> None:
     """The command. Ends the process with the exit status above."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them and exiting with 1
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
     ConfigStore.instance().store(name="schema", node=Config)
+    multirun.register()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
-    failures: list[Exception] = []
+    failures: list[tuple[str, Exception]] = []
 
     def job(composed: DictConfig) -> float | None:
         """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
@@ -41,20 +45,27 @@ def main() -> None:
         except Exception as error:
             if os.environ.get("RVDIST_TRACEBACK"):
                 raise
-            failures.append(error)
+            failures.append(("", error))
             return None
 
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        failures.append(error)
     except KeyboardInterrupt:
         print("rvdist: interrupted", file=sys.stderr)
         sys.exit(130)
-    for failure in failures:
-        print(f"rvdist: {_sentence(failure)}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("RVDIST_TRACEBACK"):
+            raise
+        if not multirun.RayLauncher.failures:  # else it is a sweeper's, and follows from them
+            failures.append(("", error))
+    finally:
+        multirun.RayLauncher.close()
+    failures += multirun.RayLauncher.failures
+    for name, failure in failures:
+        print(f"rvdist: {name}{_sentence(failure)}", file=sys.stderr)
     if failures:
-        sys.exit(2 if all(isinstance(failure, _BAD_INPUT) for failure in failures) else 1)
+        refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)
+        sys.exit(2 if refused and not multirun.RayLauncher.done else 1)
 
 
 def run(composed: DictConfig) -> float | None:
@@ -67,21 +78,13 @@ def run(composed: DictConfig) -> float | None:
 
         return run_stages(config, directory, sys.argv[1:])
     finally:
-        _remove_empty(directory)
+        remove_empty(directory)
 
 
 def _quoted(argument: str) -> str:
     """`output=out/{alpha}` as Hydra's grammar wants it: braces of a placeholder would open a dictionary there."""
     key, _, value = argument.partition("=")
     return f"{key}='{value}'" if key == "output" and "{" in value and value[0] not in "'\"" else argument
-
-
-def _remove_empty(directory: Path) -> None:
-    """Hydra makes the run directory before anything is checked: bad input and plans leave nothing behind."""
-    for path in (directory, *directory.parents):
-        if path == Path.cwd() or any(path.iterdir()):
-            return
-        path.rmdir()
 
 
 def _sentence(error: Exception) -> str:

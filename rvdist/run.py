@@ -70,3 +70,11 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def remove_empty(directory: Path) -> None:
+    """Hydra makes the run directory before anything is checked: bad input and plans leave nothing behind."""
+    for path in (directory, *directory.parents):
+        if path == Path.cwd() or any(path.iterdir()):
+            return
+        path.rmdir()

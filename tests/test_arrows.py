@@ -35,7 +35,8 @@ MAY_IMPORT = {
         "run", "timing", "vector", "warm",
     },
     "verify": {"arithmetic", "checkpoint", "errors"},
-    "launch": {"config", "errors", "stages"},
+    "multirun": {"config", "run", "stages", "timing", "warm"},
+    "launch": {"config", "errors", "multirun", "run", "stages"},
 }  # fmt: skip
 
 

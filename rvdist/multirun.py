@@ -1,0 +1,127 @@
+"""The launcher `rvdist_ray`: runs the jobs of a Hydra sweep together, on one Ray cluster and one warm fleet.
+
+Hydra's jobs share global state, so none is run in a thread or process of its own: each is only composed, as Hydra
+composes it, and then all of them are run as one. Between the batches of a sweeper such as Optuna's, Ray and the
+engines stay up; `close` ends them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from hydra._internal import core_plugins
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rvdist.config import Config
+from rvdist.run import Run, remove_empty
+from rvdist.timing import Timing, seconds_since_process_start
+
+if TYPE_CHECKING:
+    from rvdist.warm import Warm
+
+NAME = "rvdist_ray"
+_MODULE = f"{core_plugins.__name__}.{NAME}"  # Hydra takes a plugin from its own packages only: see `register`
+
+
+@dataclass
+class LauncherConfig:
+    _target_: str = f"{_MODULE}.RayLauncher"
+
+
+def register() -> None:
+    """Makes the launcher known to Hydra, under the name of a module of Hydra's, which is this one."""
+    setattr(core_plugins, NAME, sys.modules[__name__])
+    ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=LauncherConfig)
+    Plugins.instance().register(RayLauncher)
+
+
+class RayLauncher(Launcher):
+    """Of all jobs so far `failures` are those of some, by name, which Hydra is not told: it would end the sweep."""
+
+    __module__ = _MODULE
+    failures: ClassVar[list[tuple[str, Exception]]] = []
+    done: ClassVar[int] = 0
+    _warm: ClassVar[Warm | None] = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Returns the mean primary score of each job, None of one that failed or scored nothing."""
+        from rvdist.stages import run_jobs
+        from rvdist.warm import Warm
+
+        setup_globals()
+        timing = Timing()
+        if RayLauncher._warm is None:
+            RayLauncher._warm = Warm()
+            timing.add("imports", seconds_since_process_start())
+        composed = [
+            self._compose(number, overrides, timing) for number, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+        runs = [job for _, job in composed if isinstance(job, Run)]
+        directories = [str(job.directory) if isinstance(job, Run) else "" for _, job in composed]
+        try:
+            ended = dict(zip(runs, run_jobs(runs, RayLauncher._warm), strict=True))
+        finally:
+            for run in runs:
+                remove_empty(run.directory)
+        everywhere = set.intersection(*(set(overrides) for overrides in job_overrides))
+        table = Table("job", "", "mean score", "directory", box=None)
+        jobs = zip(job_overrides, composed, directories, strict=True)
+        for number, (overrides, (returned, job), directory) in enumerate(jobs, initial_job_idx):
+            returned.status = JobStatus.COMPLETED
+            own = " ".join(override for override in overrides if override not in everywhere)
+            match job if isinstance(job, Exception) else ended[job]:
+                case Exception() as failure:
+                    RayLauncher.failures.append((f"job {number} ({own}): ", failure))
+                    table.add_row(str(number), Text(own), "failed")
+                case score:
+                    RayLauncher.done += 1
+                    returned.return_value = score
+                    shown = "" if score is None else f"{score:.4f}"
+                    table.add_row(str(number), Text(own), shown, Text(directory))
+        Console().print(table)
+        return [returned for returned, _ in composed]
+
+    def _compose(self, number: int, overrides: Sequence[str], timing: Timing) -> tuple[JobReturn, Run | Exception]:
+        """A job as Hydra makes it ready, and what there is to run or why there is nothing."""
+        jobs: list[Run] = []
+
+        def collect(composed: DictConfig) -> None:
+            settings = OmegaConf.to_object(composed)
+            assert isinstance(settings, Config)
+            command = " ".join(["python -m rvdist.launch", *overrides])
+            jobs.append(Run(settings, Path(HydraConfig.get().runtime.output_dir), command, timing))
+
+        config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        returned = run_job(
+            hydra_context=self._context,
+            task_function=collect,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+        return returned, jobs[0] if jobs else returned._return_value
+
+    @classmethod
+    def close(cls) -> None:
+        """Ends what stayed up."""
+        if cls._warm is not None:
+            cls._warm.close()
+            cls._warm = None
