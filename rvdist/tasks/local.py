@@ -1,0 +1,136 @@
+"""Benchmarks as files in a directory: under which names they may lie, and how their rows are read.
+
+What a file says is data alone: no script is run, nothing is fetched, and no name in a file is a path. Knows nothing
+of how lm-eval asks or scores.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rvdist.errors import BadInput
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
+_HUB = "-00000-of-00001"  # how the Hub names the only file of a split
+
+
+class MissingData(BadInput):
+    """There is no file for a task."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`fields` of a row make the document, in the Hub's order. A file is the first of `names`, which know {split} and
+    {subset}, that exists with one of SUFFIXES."""
+
+    fields: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "openai/gsm8k": Layout(
+        ("question", "answer"),
+        ("gsm8k_{split}", "gsm8k/{split}", "grade_school_math/data/{split}", f"gsm8k/{{subset}}/{{split}}{_HUB}"),
+    ),
+    "openai/openai_humaneval": Layout(
+        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+        ("humaneval", "HumanEval", "data/HumanEval", f"openai_humaneval/openai_humaneval/{{split}}{_HUB}"),
+    ),
+    "evalplus/humanevalplus": Layout(
+        ("task_id", "prompt", "canonical_solution", "entry_point", "test"),
+        ("humaneval_plus", "HumanEvalPlus", "HumanEvalPlus-OriginFmt", f"humanevalplus/data/{{split}}{_HUB}"),
+    ),
+    "allenai/sciq": Layout(
+        ("question", "distractor3", "distractor1", "distractor2", "correct_answer", "support"),
+        ("sciq_{split}", "sciq/{split}", "SciQ dataset-2 3/{split}", f"sciq/data/{{split}}{_HUB}"),
+    ),
+    "SaylorTwift/bbh": Layout(
+        ("input", "target"), ("bbh/{subset}", "BIG-Bench-Hard/bbh/{subset}", f"bbh/{{subset}}/{{split}}{_HUB}")
+    ),
+    "madrylab/gsm8k-platinum": Layout(
+        ("question", "answer"), ("gsm8k_platinum_{split}", f"gsm8k-platinum/{{subset}}/{{split}}{_HUB}")
+    ),
+    "qintongli/GSM-Plus": Layout(
+        ("question", "solution", "answer"), ("gsm_plus_{split}", f"GSM-Plus/data/{{split}}{_HUB}")
+    ),
+    "HuggingFaceH4/MATH-500": Layout(("problem", "solution", "answer"), ("math500_{split}", "MATH-500/{split}")),
+}
+
+
+def find(task: str, data_dir: Path, dataset: str, subset: str | None, split: str) -> Path:
+    """The file of a split of a data set in LAYOUTS. Raises MissingData with the names looked for, BadInput where the
+    subset or the split has a name that could lead out of `data_dir`."""
+    for part in (subset or "", split):
+        if not re.fullmatch(r"[\w-]*", part):
+            raise BadInput(f"task {task}: {part!r} is not a name of a subset or split; use letters, digits, - and _")
+    names = [name.format(subset=subset, split=split) for name in LAYOUTS[dataset].names]
+    for name in names:
+        for suffix in SUFFIXES:
+            if (path := data_dir / (name + suffix)).is_file():
+                return path
+    raise MissingData(
+        f"benchmarks.data_dir: {data_dir} has no data for {task}'s {split} split; looked for {', '.join(names)}, "
+        "each as .jsonl, .json, .parquet or one of these with .gz (docs/benchmarks.md)"
+    )
+
+
+def load(files: Mapping[str, str | None], fields: Sequence[str], **_: object) -> dict[str, Any]:
+    """lm-eval's `custom_dataset`: a `datasets.Dataset` of `fields` for each split, empty where there is no file."""
+    from datasets import Dataset
+
+    found = {}
+    for split, path in files.items():
+        rows = read(Path(path), fields) if path else []
+        found[split] = Dataset.from_dict({field: [row[field] for row in rows] for field in fields})
+    return found
+
+
+def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a file, with these fields alone. Raises BadInput where it cannot be read or has no such rows."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        rows = _parquet(content) if ".parquet" in path.suffixes else _json(content.decode("utf-8-sig"))
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: cannot be read ({reason}); is it a whole file, named for its format?") from None
+    if not isinstance(rows, list) or not rows:
+        raise BadInput(f"{path}: holds no rows; one JSON object a line, or a list of them, is expected")
+    for number, row in enumerate(rows, 1):
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise BadInput(
+                    f"{path}: row {number} has no text in its field {field!r}; is it another benchmark's file?"
+                )
+    return [{field: row[field] for field in fields} for row in rows]
+
+
+def _json(text: str) -> object:
+    """A list of rows, an object that holds it as `examples` (BIG-Bench-Hard), or one row a line."""
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return [_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return document.get("examples", [document]) if isinstance(document, dict) else document
+
+
+def _line(number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from None
+
+
+def _parquet(content: bytes) -> object:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
