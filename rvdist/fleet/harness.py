@@ -6,13 +6,11 @@ weights, engines or Ray.
 
 from __future__ import annotations
 
-import difflib
-import logging
 import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from rvdist.errors import BadInput
 from rvdist.fleet.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
-from rvdist.tasks import humaneval, sandbox
+from rvdist.tasks import catalogue, humaneval, sandbox
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
 
@@ -32,12 +30,14 @@ _LOGARITHM = "log2_"  # before the name of a perplexity in records
 
 @dataclass(frozen=True)
 class Suite:
-    """Loaded tasks and how they are asked. `load` makes one; `chosen`, by task, are the documents of `restricted`."""
+    """Loaded tasks and how they are asked. `load` makes one; `lacking` says why names were left out; `chosen`, by task,
+    are the documents of `restricted`."""
 
     loaded: Mapping[str, Any]
     limit: int | None
     chat: bool
     walls: sandbox.Mode | None = None
+    lacking: Mapping[str, str] = field(default_factory=dict)
     chosen: Mapping[str, list[int]] | None = None
 
     @classmethod
@@ -49,41 +49,20 @@ class Suite:
         num_fewshot: int | None = None,
         chat: bool = True,
         code: str | None = None,
+        data_dir: Path | None = None,
+        leave_out: bool = False,
     ) -> Suite:
         """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
 
         `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
         prompts into the model's chat template; `code` lets answers that are programs run in a "strict" or "degraded"
-        sandbox. Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
+        sandbox; `data_dir` holds the benchmarks as files, and `leave_out` goes on without those it does not hold.
+        Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
         """
-        from lm_eval.tasks import TaskManager
-
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        paths = [str(path) for path in (POCKET_TASKS, humaneval.TASKS, include_path) if path is not None]
-        manager = TaskManager(include_path=paths, include_defaults=False)
-        if not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=paths)
-        for name in names:
-            if name not in manager.all_tasks:
-                close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"did you mean {close[0]}?" if close else "set benchmarks.include_path for tasks of your own"
-                raise BadInput(f"benchmarks.tasks: there is no task {name!r}; {hint}")
-            settings = manager.task_index[name].cfg or {}
-            if settings.get("unsafe_code"):
-                _require_sandboxed(name, settings.get("metadata"), code)  # before loading, which may already run code
-        try:
-            loaded = manager.load(list(names))
-        except Exception as error:  # whatever a data set's loader raises
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadInput(f"benchmarks.tasks: {', '.join(names)} could not be loaded ({reason})") from None
-        for task in loaded["tasks"].values():
-            shots = task.get_config("num_fewshot")
-            if shots is None or (num_fewshot is not None and shots != 0):
-                task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        runs_code = [task for task in loaded["tasks"].values() if getattr(task, "UNSAFE_CODE", False)]
-        for task in runs_code:  # groups hold some that were not named
-            _require_sandboxed(task.task_name, task.get_config("metadata"), code)
-        return cls(loaded, limit, chat, sandbox.available_mode(code == "degraded") if runs_code else None)
+        include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
+        loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out)
+        runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+        return cls(loaded, limit, chat, sandbox.available_mode(code == "degraded") if runs_code else None, lacking)
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -189,16 +168,6 @@ class Suite:
         """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
         for task in self.tasks.values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-
-
-def _require_sandboxed(name: str, metadata: Mapping[str, Any] | None, code: str | None) -> None:
-    if not (metadata or {}).get("sandboxed"):
-        raise BadInput(f"benchmarks.tasks: {name} runs what the model wrote outside our sandbox; leave it out")
-    if code is None:
-        raise BadInput(
-            f"benchmarks.tasks: {name} runs what the model wrote; set benchmarks.allow_code_execution=true to let it, "
-            "in a sandbox (docs/sandbox.md)"
-        )
 
 
 def _requests(instance: Any) -> list[Request]:

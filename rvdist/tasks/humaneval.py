@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 
 from rvdist.tasks import sandbox
 
-TASKS = Path(__file__).resolve().parent
 _MODE: ContextVar[sandbox.Mode | None] = ContextVar("mode", default=None)
 
 

@@ -13,7 +13,7 @@ from rvdist.errors import BadInput
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Completion
 from rvdist.point import Arm, WeightPoint
-from rvdist.tasks import humaneval, sandbox
+from rvdist.tasks import catalogue, sandbox
 
 FIVE = Path(__file__).with_name("humaneval_5.jsonl")
 ROWS = [json.loads(line) for line in FIVE.read_text().splitlines()]
@@ -25,7 +25,7 @@ def local(tmp_path):
     """Our tasks with the five problems as their data."""
     for name in ("humaneval", "humaneval_instruct", "humaneval_plus"):
         (tmp_path / f"{name}_5.yaml").write_text(
-            f"include: {humaneval.TASKS}/{name}.yaml\ntask: {name}_5\ndataset_path: json\n"
+            f"include: {catalogue.OURS}/{name}.yaml\ntask: {name}_5\ndataset_path: json\n"
             f"dataset_kwargs: {{data_files: {{test: {FIVE}}}}}\n"
         )
     return tmp_path
