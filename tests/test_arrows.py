@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "cluster": {"errors"},
     "operand": {"checkpoint", "errors"},
     "vector": {"arithmetic", "checkpoint", "errors", "operand", "point"},
+    "anatomy": {"arithmetic", "checkpoint", "errors", "operand", "point"},
     "pipeline": {"arithmetic", "errors"},
     "reader": {"arithmetic", "checkpoint", "operand", "pipeline", "point"},
     "compat": {"checkpoint", "errors", "point"},

@@ -1,0 +1,85 @@
+"""What was found out about vectors, as plain numbers: what `analyze` returns and a report shows. Computes nothing.
+
+Only the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values σ₁ ≥ σ₂ ≥ … of v in one matrix.
+
+    `size`: how many there are, the smaller side. `values`: those whose places, from 1, are `ranks`: all up to 128,
+    beyond it a choice. `stable_rank`: ‖v‖² / σ₁². `effective_rank`: e^H, with H the entropy of σ / Σσ (Roy and
+    Vetterli 2007): the least and the most that it may be, which differ where only the largest values were computed.
+    `error`: every σ² is within error · σ₁² of a true one. `captured`: the share of ‖v‖² in the values computed.
+    """
+
+    size: int
+    ranks: tuple[int, ...]
+    values: tuple[float, ...]
+    stable_rank: float
+    effective_rank: tuple[float, float]
+    error: float
+    captured: float
+
+
+@dataclass(frozen=True)
+class Measures:
+    """One vector on a part of the target.
+
+    `elements`: of the target's, those that v has; the shares are of these. `relative`: ‖v‖ / ‖θ‖ of the whole part,
+    None where θ is 0. `zeros`: the share that is exactly 0. `below`: for each threshold τ the share with
+    |v| ≤ τ · |θ|, zeros included. `distance`: ‖θ − origin‖ / ‖θ‖ over the elements that both have, where the origin
+    is the checkpoint v begins at (minus); `toward`: the cosine between v and θ − origin. Both are None where there is
+    no origin to compare with, or no direction. `spectrum`: of a tensor that is a matrix and not all 0.
+    """
+
+    elements: int
+    norm: float
+    relative: float | None
+    largest: float
+    zeros: float
+    below: tuple[float, ...]
+    distance: float | None = None
+    toward: float | None = None
+    spectrum: Spectrum | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The floating-point tensors of the target that share a layer, a kind of module, both, or a name.
+
+    `norm`: ‖θ‖. `vectors`: by the name of each vector that has any of these elements. `cosines`: between vectors, in
+    the order of `Anatomy.vectors`; None beside one that is 0 here. What a vector lacks counts as 0.
+    """
+
+    name: str
+    layer: int | None
+    kind: str | None
+    elements: int
+    norm: float
+    vectors: dict[str, Measures]
+    cosines: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Vectors beside a target. `layers`, `kinds` and `cells` (a kind in a layer, or outside of all) are in the order
+    in which a token meets them, `tensors` in that of the target's files."""
+
+    target: str
+    vectors: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    whole: Part
+    layers: tuple[Part, ...]
+    kinds: tuple[Part, ...]
+    cells: tuple[Part, ...]
+    tensors: tuple[Part, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
