@@ -14,8 +14,8 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,10 +32,55 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+_ENVIRONMENT_CPU = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks want a NUMA node each, and engines all take the same cores
+}
 _ENVIRONMENT_CPU_EAGER = {
     "TORCH_COMPILE_DISABLE": "1",  # else the first log-probability waits seconds for a C++ compiler
 }
 
+
+# vLLM's arguments that no engine is started with, by why.
+_REFUSED = {
+    "is decided by the target or by another key of the configuration": (
+        "model tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init revision code_revision hf_config_path "
+        "config_format dtype seed max_model_len max_num_seqs tensor_parallel_size enforce_eager gpu_memory_utilization "
+        "kv_cache_memory_bytes use_tqdm_on_load"
+    ),
+    "makes weights that a swap cannot give to the bit": "quantization quantization_config",
+    "puts weights where no swap has been shown to reach them": (
+        "cpu_offload_gb cpu_offload_params offload_backend offload_group_size offload_num_in_group "
+        "offload_prefetch_step offload_params"
+    ),
+    "lets an engine wake with other weights than it went to sleep with, or with none": (
+        "enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names"
+    ),
+    "keeps what older weights made of a prompt, and is not the same to the bit": (
+        "enable_prefix_caching kv_transfer_config kv_offloading_size kv_offloading_backend"
+    ),
+    "adds weights that a swap leaves as they are; an adapter is a vector of a weight point": (
+        "enable_lora default_mm_loras lora_target_modules max_loras max_lora_rank max_cpu_loras lora_dtype "
+        "fully_sharded_loras"
+    ),
+    "brings a second model, which a swap leaves as it is": "speculative_config spec_method spec_model spec_tokens",
+    "loads other weights, or in another way, than a swap does": (
+        "load_format model_loader_extra_config ignore_patterns model_weights weight_transfer_config"
+    ),
+    "runs code that comes with the checkpoint": "trust_remote_code",
+    "is the place of the swap": "worker_extension_cls worker_cls",
+    "moves experts about while it serves": "enable_eplb eplb_config enable_elastic_ep",
+    "is for the task to say": "generation_config override_generation_config",
+    "gives other numbers than log-probabilities": "logprobs_mode",
+    "makes something else of the model than one that writes": "runner convert pooler_config diffusion_config",
+    "makes several engines of one; set engine.count": (
+        "data_parallel_size data_parallel_rank data_parallel_size_local data_parallel_backend"
+    ),
+    "wants a process started by hand on every node; set distributed_executor_backend=ray": (
+        "nnodes node_rank master_addr master_port"
+    ),
+}
+_EXECUTORS = ("mp", "ray")
+_QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
 
 # Part of what names a cached sample: raise it with every change here that may change an answer.
 _VERSION = 1
@@ -53,6 +98,7 @@ class EngineSettings:
     `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs; `kv_cache_gib`
     (GiB a rank, zeroed at start: two seconds a GiB) and `cpu_threads` on CPUs, where a thread too many on a busy
     machine costs far more than one too few. `truncate`: cut prompts that do not fit from the left, not raise.
+    `args`: what else vLLM is started with, as `further_arguments` gives it.
     """
 
     tensor_parallel_size: int = 1
@@ -65,6 +111,51 @@ class EngineSettings:
     max_num_seqs: int | None = None
     seed: int = 0
     truncate: bool = False
+    args: str = "{}"
+
+
+def further_arguments(arguments: Mapping[str, Any]) -> str:
+    """`EngineSettings.args` for these arguments of vllm.LLM: JSON, since settings are compared, hashed and part of the
+    cache's keys. Raises BadInput for one that is decided elsewhere, that makes answers at a swapped point wrong, or
+    that is no JSON. Whether vLLM knows them, a starting engine finds out."""
+    for name, value in arguments.items():
+        for reason, names in _REFUSED.items():
+            if name in names.split():
+                raise BadInput(f"engine.args: {name} {reason}; leave it out")
+        if name == "distributed_executor_backend" and value not in _EXECUTORS:
+            raise BadInput(f"engine.args: {name}={value!r} is not one of {', '.join(_EXECUTORS)}; set one of these")
+    try:
+        return json.dumps(dict(arguments), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"engine.args: must be numbers, texts, lists and mappings, as in JSON ({error})") from None
+
+
+def vllm_arguments(checkpoint: str, settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
+    """What vllm.LLM is started with, on the directory `checkpoint`. Raises BadInput for what only GPUs can do."""
+    further = json.loads(settings.args)
+    if on_cpu and (
+        further.get("pipeline_parallel_size", 1) != 1 or further.get("distributed_executor_backend") == "ray"
+    ):
+        raise BadInput(
+            "engine.args: pipeline_parallel_size and distributed_executor_backend=ray want GPUs; leave them out"
+        )
+    return {
+        **further,
+        "model": checkpoint,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_model_len": settings.max_model_len,
+        "dtype": settings.dtype,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30) if on_cpu else None,
+        "enforce_eager": settings.enforce_eager,
+        "max_num_seqs": settings.max_num_seqs,
+        "seed": settings.seed,
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # sampling parameters come from the request alone
+        "enable_prefix_caching": False,  # hits are not bitwise reproducible, and stale after a swap
+        "worker_extension_cls": "rvdist.fleet.swap.SwapExtension",
+        "use_tqdm_on_load": False,
+    }
 
 
 def identity(settings: EngineSettings, device: str) -> dict[str, Any]:
@@ -102,13 +193,13 @@ def _paused_collector() -> Iterator[None]:
 class Engine:
     """vLLM started on the checkpoint `base` (a directory or Hub repository). Takes seconds; see `info`.
 
-    Raises BadInput for a base that cannot be read or is quantized.
+    Raises BadInput for a base that cannot be read or is quantized, and for settings that vLLM refuses.
     """
 
     def __init__(self, base: str, settings: EngineSettings = EngineSettings()) -> None:
         self._checkpoint = open_source(base)
         if "quantization_config" in self._checkpoint.config:
-            raise BadInput(f"{base}: is quantized, and weights are only swapped exactly when they are not")
+            raise BadInput(f"{base}: {_QUANTIZED}")
         begin = time.perf_counter()
         os.environ.update(_ENVIRONMENT | os.environ)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
@@ -116,9 +207,12 @@ class Engine:
             import torch
 
             on_cpu = not torch.cuda.is_available()
+            if on_cpu:
+                os.environ.update(_ENVIRONMENT_CPU | {"OMP_NUM_THREADS": str(settings.cpu_threads)} | os.environ)
             if on_cpu and settings.enforce_eager:
                 os.environ.update(_ENVIRONMENT_CPU_EAGER | os.environ)
             from vllm import LLM
+            from vllm.engine.arg_utils import EngineArgs
         imported = time.perf_counter()
         if on_cpu and settings.cpu_threads != torch.get_num_threads():
             torch.set_num_threads(settings.cpu_threads)
@@ -126,23 +220,17 @@ class Engine:
         self.truncated = 0
         self._device = "cpu" if on_cpu else "cuda"
         hide_llvmlite()
+        arguments = vllm_arguments(str(self._checkpoint.path), settings, on_cpu)
+        if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
+            raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            self._llm = LLM(
-                model=str(self._checkpoint.path),
-                tensor_parallel_size=settings.tensor_parallel_size,
-                max_model_len=settings.max_model_len,
-                dtype=settings.dtype,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if on_cpu else None,
-                enforce_eager=settings.enforce_eager,
-                max_num_seqs=settings.max_num_seqs,
-                seed=settings.seed,
-                trust_remote_code=False,
-                generation_config="vllm",  # sampling parameters come from the request alone
-                enable_prefix_caching=False,  # hits are not bitwise reproducible, and stale after a swap
-                worker_extension_cls="rvdist.fleet.swap.SwapExtension",
-                use_tqdm_on_load=False,
-            )
+            try:
+                self._llm = LLM(**arguments)
+            except (TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({reason})") from None
+        if self._llm.llm_engine.model_config.quantization:
+            raise BadInput(f"{base}: {_QUANTIZED}")
         self._llm.collective_rpc("rvdist_ready")
         self._seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
         self._tokenizer: Any = self._llm.get_tokenizer()

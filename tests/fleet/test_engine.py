@@ -16,7 +16,7 @@ import pytest
 from families import SETTINGS, Family, start
 
 from rvdist.errors import BadInput
-from rvdist.fleet.engine import Engine
+from rvdist.fleet.engine import _REFUSED, Engine, EngineSettings, further_arguments, identity, vllm_arguments
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Choice, Generate, Rolling
 from rvdist.point import Arm, WeightPoint
@@ -264,6 +264,82 @@ def test_a_quantized_base_is_refused(families: dict[str, Family], tmp_path: Path
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(BadInput, match="quantized"):
         Engine(str(copy), SETTINGS)
+
+
+def test_a_base_that_vllm_finds_quantized_is_refused(families: dict[str, Family], tied: Engine, tmp_path: Path) -> None:
+    """By a file beside config.json, which names nothing."""
+    copy = shutil.copytree(families["tied"].target, tmp_path / "quantized")
+    (copy / "hf_quant_config.json").write_text(
+        '{"quantization": {"quant_algo": "FP8"}, "producer": {"name": "modelopt"}}'
+    )
+    with pytest.raises(BadInput, match="quantiz"):
+        Engine(str(copy), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"quantization": "fp8"}, "quantization makes weights that a swap cannot give to the bit; leave it out"),
+        ({"block_size": 32, "cpu_offload_gb": 4}, "cpu_offload_gb puts weights where no swap has been shown to reach"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode lets an engine wake with other weights"),
+        ({"enable_prefix_caching": True}, "enable_prefix_caching keeps what older weights made of a prompt"),
+        ({"enable_lora": True}, "enable_lora adds weights that a swap leaves as they are"),
+        ({"speculative_config": {"method": "ngram"}}, "speculative_config brings a second model"),
+        ({"trust_remote_code": True}, "trust_remote_code runs code that comes with the checkpoint"),
+        ({"load_format": "dummy"}, "load_format loads other weights"),
+        ({"worker_extension_cls": "mine.Extension"}, "worker_extension_cls is the place of the swap"),
+        ({"max_model_len": 9}, "max_model_len is decided by the target or by another key"),
+        ({"nnodes": 2}, "nnodes wants a process started by hand on every node; set distributed_executor_backend=ray"),
+        ({"distributed_executor_backend": "external_launcher"}, "'external_launcher' is not one of mp, ray"),
+        ({"hf_overrides": {"eos_token_id": {1, 2}}}, "must be numbers, texts, lists and mappings, as in JSON"),
+        ({"watermark": float("nan")}, "as in JSON"),
+    ],
+)
+def test_arguments_that_would_spoil_answers_are_refused(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadInput, match=f"^engine.args: .*{reason}") as error:
+        further_arguments(arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_vllm_knows_what_is_refused(tied: Engine) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    ours = vllm_arguments("x", EngineSettings(), True).keys()
+    refused = {name for names in _REFUSED.values() for name in names.split()}
+    assert refused | ours <= {field.name for field in dataclasses.fields(EngineArgs)}
+    assert ours <= refused, "whoever overrides what an engine sets is told so"
+
+
+def test_further_arguments_reach_vllm_and_name_the_answers(families: dict[str, Family], tied: Engine) -> None:
+    base = str(families["tied"].target)
+    settings = dataclasses.replace(SETTINGS, args=further_arguments({"max_num_batched_tokens": 1024, "block_size": 32}))
+    config = start(WeightPoint(base), settings)._llm.llm_engine.vllm_config
+    assert (config.scheduler_config.max_num_batched_tokens, config.cache_config.block_size) == (1024, 32)
+    same = dataclasses.replace(SETTINGS, args=further_arguments({"block_size": 32, "max_num_batched_tokens": 1024}))
+    assert settings == same and hash(settings) == hash(same)
+    assert identity(settings, "cpu") == identity(same, "cpu") != identity(SETTINGS, "cpu")
+    for arguments, reason in (
+        ({"max_num_batch": 9}, "engine.args: vLLM .* knows no argument max_num_batch; leave it out"),
+        ({"max_num_batched_tokens": "many"}, f"{base}: vLLM refuses to start on it with these settings .*many"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size and distributed_executor_backend=ray want GPUs"),
+    ):
+        with pytest.raises(BadInput, match=reason) as error:
+            Engine(base, dataclasses.replace(SETTINGS, args=further_arguments(arguments)))
+        assert "\n" not in str(error.value)
+
+
+def test_an_engine_over_several_nodes_is_configured(families: dict[str, Family], tied: Engine) -> None:
+    """As far as vLLM checks it where there are no GPUs: nothing of it has run."""
+    from vllm.config import ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = further_arguments({"pipeline_parallel_size": 2, "distributed_executor_backend": "ray"})
+    settings = EngineSettings(tensor_parallel_size=4, args=args)
+    arguments = EngineArgs(**vllm_arguments(str(families["tied"].target), settings, on_cpu=False))
+    sizes = {name: getattr(arguments, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+    parallel = ParallelConfig(distributed_executor_backend=arguments.distributed_executor_backend, **sizes)
+    assert (parallel.world_size, parallel.use_ray) == (8, True)
+    assert arguments.worker_extension_cls.endswith("SwapExtension")
 
 
 def test_a_fresh_process_is_silent_and_takes_a_first_prompt_of_one_token(families: dict[str, Family]) -> None:
