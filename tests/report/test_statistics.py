@@ -52,6 +52,13 @@ def test_row_is_the_contract_of_summary_json():
     )
 
 
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_an_interval_holds_its_score(score):
+    for n in range(1, 60):
+        [row] = summarise([BASE], make_records("baseline", [score] * n), [make_task()], None)
+        assert row.ci_low <= row.value <= row.ci_high
+
+
 def test_single_score_is_wilson():
     scores = [1.0] * 37 + [0.0] * 13
     [row] = summarise([BASE], make_records("baseline", scores), [make_task()], None)
