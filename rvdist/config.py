@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EXTRA_ROWS = ("refuse", "keep")
 SANDBOXES = ("strict", "degraded")
 METHODS = ("linear", "ties", "dare")
+SEARCHES = ("racing",)
+BASELINE = "baseline"
+MOST_CANDIDATES = 1000
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -67,6 +71,18 @@ class MergeConfig:
 @dataclass
 class SweepConfig:
     alphas: list[float] | None = None
+
+
+@dataclass
+class SearchConfig:
+    method: str | None = None
+    alphas: list[float] | None = None
+    groups: list[MaskConfig] = field(default_factory=list)
+    confidence: float = 0.95
+    tolerance: float = 0.01
+    round: int = 128
+    holdout: float = 0.2
+    seed: int = 0
 
 
 @dataclass
@@ -142,6 +158,7 @@ class Config:
     allow_nonfinite: bool = False
     merge: MergeConfig = field(default_factory=MergeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -199,14 +216,8 @@ def point(config: Config, alpha: float) -> WeightPoint:
     terms = []
     for number, vector in enumerate(weighted):
         key = f"vectors[{number}]" if config.vectors else "vector"
-        named = _named(vector, key)
+        named, mask = _named(vector, key), _mask(vector.mask, f"{key}.mask")
         try:
-            mask = Mask(
-                tuple(vector.mask.include),
-                tuple(vector.mask.exclude),
-                tuple((span[0], span[1]) for span in vector.mask.layers if _is_pair(span, key)),
-                tuple(vector.mask.depth),
-            )
             terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
@@ -249,10 +260,15 @@ def _renamed(named: Vector, vector: DonorsConfig, key: str) -> Vector:
         raise BadInput(f"{key}.{error}") from None
 
 
-def _is_pair(span: Sequence[int], key: str) -> bool:
-    if len(span) != 2:
-        raise BadInput(f"{key}.mask.layers: {list(span)} is not a range [first, last]")
-    return True
+def _mask(mask: MaskConfig, key: str) -> Mask:
+    for span in mask.layers:
+        if len(span) != 2:
+            raise BadInput(f"{key}.layers: {list(span)} is not a range [first, last]")
+    layers = tuple((first, last) for first, last in mask.layers)
+    try:
+        return Mask(tuple(mask.include), tuple(mask.exclude), layers, tuple(mask.depth))
+    except ValueError as error:
+        raise BadInput(f"{key.removesuffix('.mask')}: {error}") from None
 
 
 def jobs(config: Config) -> list[Config]:
@@ -293,17 +309,74 @@ def outputs(config: Config) -> dict[Path, WeightPoint]:
 
 
 def arms(config: Config) -> list[Arm]:
-    """What the evaluate stage scores: the baseline (the target itself), then every α. Raises BadInput."""
-    baseline = Arm("baseline", WeightPoint(config.target), alpha=0.0)
+    """What the evaluate stage scores: the baseline (the target itself), then every α, or of a search every candidate.
+    Raises BadInput."""
+    baseline = Arm(BASELINE, WeightPoint(config.target), alpha=0.0)
     if not point(config, 1.0).terms:
+        if config.search.method:
+            raise BadInput("search.method is set, and no vector; give vector.plus and vector.minus, or vector.path")
         return [baseline]
+    if config.search.method:
+        return [baseline, *(arm for arm in candidates(config) if arm.name != BASELINE)]
     values = alphas(config.alpha) if config.sweep.alphas is None else alphas(config.sweep.alphas, "sweep.alphas")
-    scored = []
-    for alpha in sorted(set(values) - {0.0}):
-        scaled = point(config, alpha)
-        single = scaled.terms[0].alpha if len(scaled.terms) == 1 else None
-        scored.append(Arm(f"alpha={spell(alpha)}", scaled, alpha=single))
-    return [baseline, *scored]
+    return [baseline, *(_arm(config, alpha) for alpha in sorted(set(values) - {0.0}))]
+
+
+def _arm(config: Config, alpha: float) -> Arm:
+    scaled = point(config, alpha)
+    single = scaled.terms[0].alpha if len(scaled.terms) == 1 else None
+    return Arm(f"alpha={spell(alpha)}", scaled, alpha=single)
+
+
+def candidates(config: Config) -> list[Arm]:
+    """What a search chooses from: every α, or with `search.groups` every choice of one α for each group of tensors. The
+    smallest come first: of equals the first is chosen. α = 0 is the baseline. Raises BadInput."""
+    search = config.search
+    _require_search(search)
+    if search.alphas is not None:
+        values = alphas(search.alphas, "search.alphas")
+    else:
+        values = alphas(config.alpha) if config.sweep.alphas is None else alphas(config.sweep.alphas, "sweep.alphas")
+    choices = sorted(product(sorted(set(values)), repeat=max(1, len(search.groups))), key=lambda c: sum(map(abs, c)))
+    if len(choices) < 2:
+        raise BadInput("search.alphas: a search needs at least two values to choose from")
+    if len(choices) > MOST_CANDIDATES:
+        raise BadInput(
+            f"search.groups: {len(search.groups)} groups of {len(set(values))} values each are {len(choices):,} "
+            f"candidates; at most {MOST_CANDIDATES:,} can be raced, so give fewer of one"
+        )
+    found = []
+    for choice in choices:
+        if not any(choice):
+            found.append(Arm(BASELINE, WeightPoint(config.target), alpha=0.0))
+        elif search.groups:
+            found.append(Arm(f"alpha={','.join(map(spell, choice))}", _grouped(config, choice)))
+        else:
+            found.append(_arm(config, choice[0]))
+    return found
+
+
+def _grouped(config: Config, choice: Sequence[float]) -> WeightPoint:
+    """target + Σ α_g · (m_g ⊙ v)."""
+    whole = point(config, 1.0)
+    if len(whole.terms) != 1 or whole.terms[0].mask != Mask():
+        raise BadInput("search.groups: are masks of one vector; set vector alone, without a mask of its own")
+    (term,) = whole.terms
+    masks = [_mask(group, f"search.groups[{number}]") for number, group in enumerate(config.search.groups)]
+    weighted = [(alpha * term.alpha, mask) for alpha, mask in zip(choice, masks, strict=True)]
+    return replace(whole, terms=tuple(Term(alpha, term.vector, mask) for alpha, mask in weighted))
+
+
+def _require_search(search: SearchConfig) -> None:
+    if search.method not in SEARCHES:
+        raise BadInput(f"search.method: {search.method!r} is not one of {', '.join(SEARCHES)}")
+    for key in ("confidence", "holdout"):
+        if not 0 < getattr(search, key) < 1:
+            raise BadInput(f"search.{key}: {getattr(search, key):g} is not a share; give a number above 0, below 1")
+    if not 0 <= search.tolerance < 1:
+        raise BadInput(f"search.tolerance: {search.tolerance:g} is not a difference of scores; give 0 or more, below 1")
+    if search.round < 1:
+        raise BadInput(f"search.round: {search.round} is not a number of documents; give at least 1")
 
 
 @dataclass(frozen=True)

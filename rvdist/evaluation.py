@@ -119,7 +119,8 @@ def answer(group: Group, arms: Sequence[tuple[Run, Arm]], requests: Requests, wa
                 for phase in ("engine_start", "swap", "generate"):
                     timing.add(phase, 0.0)
                 for other, _ in arms:
-                    other.engine["samples"] = "all from the cache: no engine was started"
+                    if "mode" not in other.engine:
+                        other.engine["samples"] = "all from the cache: no engine was started"
                 run.say(f"evaluate: all {cached} requests were answered before: no engine is needed")
     except BaseException:
         warm.cool()
@@ -148,10 +149,10 @@ def score(
             (run.directory / part).mkdir(exist_ok=True)
         for arm in arms:
             digest = run.digests[arm.point]
-            found = {piece: answered[piece] for piece in cut(_located(run, arm), requests, _slice_size(run))}
-            truncated += sum(one.truncated for one in found.values())
+            answers, own = answers_of(run, arm, requests, answered)
+            truncated += own
             if (arm, digest) not in known:
-                answers, seed = collect(found, requests), run.settings.engine.seed
+                seed = run.settings.engine.seed
                 known[arm, digest] = suite.score(arm, digest, tokenizer, requests, answers, seed)
             results, scored = known[arm, digest]
             (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
@@ -165,12 +166,16 @@ def score(
     return Scores(arms, rows, records, tasks)
 
 
-def collect(found: Mapping[Slice, Answered], requests: Requests) -> dict[str, list[Any]]:
-    """The answers of one point by task, in the order of the requests; `found` holds its slices in theirs."""
+def answers_of(
+    run: Run, arm: Arm, requests: Requests, answered: Mapping[Slice, Answered]
+) -> tuple[dict[str, list[Any]], int]:
+    """One arm's answers by task, in the order of the requests, and how many prompts were cut to fit."""
     answers: dict[str, list[Any]] = {task: [] for task in requests}
-    for piece, one in found.items():
-        answers[piece.task] += one.answers
-    return answers
+    truncated = 0
+    for piece in cut(_located(run, arm), requests, run.settings.engine.slice_size):
+        answers[piece.task] += answered[piece].answers
+        truncated += answered[piece].truncated
+    return answers, truncated
 
 
 def objective(rows: Sequence[Row]) -> float | None:
@@ -178,10 +183,6 @@ def objective(rows: Sequence[Row]) -> float | None:
     values = [row.value for row in rows if row.primary and row.delta is not None]
     values = values or [row.value for row in rows if row.primary]
     return sum(values) / len(values) if values else None
-
-
-def _slice_size(run: Run) -> int:
-    return run.settings.engine.slice_size
 
 
 def _located(run: Run, arm: Arm) -> WeightPoint:
@@ -265,6 +266,7 @@ def _note(arms: Sequence[tuple[Run, Arm]], fleet: Fleet, start: float) -> None:
     timing.fleet["utilisation"] = (timing.phases["swap"] + timing.phases["generate"]) / timing.fleet["engine_seconds"]
     info = next(iter(fleet.info()), {})
     for other, _ in arms:
+        other.engine.pop("samples", None)
         other.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe") if key in info}
         other.engine["utilisation"] = f"{timing.fleet['utilisation']:.0%}"
     run.say(

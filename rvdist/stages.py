@@ -60,6 +60,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing))
     if any(run.arms for run in jobs):
         from rvdist.evaluation import Group, evaluate, join, objective
+        from rvdist.racing import race
 
         groups: dict[str, Group] = {}
         jobs = _each(jobs, failed, lambda run: join(groups, run) if run.arms else None)
@@ -70,7 +71,9 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
     if any(run.arms for run in jobs):
         for group in groups.values():
             left = [run for run in group.runs if run not in failed]
-            _together(left, failed, partial(evaluate, group, warm))
+            racing = [run for run in left if run.settings.search.method]
+            _together([run for run in left if run not in racing], failed, partial(evaluate, group, warm))
+            _each(racing, failed, partial(race, group, warm))
         _each([run for run in jobs if run.scores], failed, _report)
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()

@@ -31,9 +31,10 @@ MAY_IMPORT = {
     "warm": {"cluster", "config", "errors", "fleet", "timing"},
     "preview": {"cluster", "config", "merge", "run"},
     "evaluation": {"config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
+    "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "run", "warm"},
     "stages": {
-        "checkpoint", "compat", "config", "errors", "evaluation", "merge", "point", "preview", "progress", "report",
-        "run", "timing", "vector", "warm",
+        "checkpoint", "compat", "config", "errors", "evaluation", "merge", "point", "preview", "progress", "racing",
+        "report", "run", "timing", "vector", "warm",
     },
     "verify": {"arithmetic", "checkpoint", "errors"},
     "multirun": {"config", "run", "stages", "timing", "warm"},

@@ -174,6 +174,7 @@ class Fleet:
         and again."""
         import ray
 
+        self.stats = FleetStats()
         schedule = Schedule(slices, self._home)
         answers: dict[Slice, Answered] = {}
         running: dict[Any, tuple[_Seat, Slice]] = {}

@@ -1,0 +1,125 @@
+"""The race as a stage: finds the best arm of a run, and scores it on documents that the race did not see."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+from rvdist import config
+from rvdist.errors import BadInput
+from rvdist.evaluation import Group, answer, answers_of, score
+from rvdist.fleet.search import Outcome, Race, split
+from rvdist.point import Arm
+from rvdist.record import Record, TaskInfo
+from rvdist.run import Run
+from rvdist.warm import Warm
+
+FILE = "search.json"
+
+
+def race(group: Group, warm: Warm, run: Run) -> None:
+    """Races the candidates of one run of the group, then scores baseline and best on what was held out.
+
+    The run's directory gets FILE, an account of the race. Raises BadInput for a task whose primary score is not a
+    number from 0 to 1 for each document.
+    """
+    search = run.settings.search
+    names = [arm.name for arm in config.candidates(run.settings)]
+    arms = {arm.name: arm for arm in run.arms}
+    try:
+        seen, held = split(group.suite.documents, search.holdout, search.seed)
+    except ValueError as error:
+        raise BadInput(f"search: {error}; raise benchmarks.limit, or leave the task out") from None
+    running = Race(
+        names,
+        seen,
+        round_size=search.round,
+        confidence=search.confidence,
+        tolerance=search.tolerance,
+        seed=search.seed,
+    )
+    with run.timing.phase("search"):
+        while turn := running.next():
+            documents, racing = turn
+            running.tell(_round(group, run, [arms[name] for name in racing], documents, warm))
+            run.say(_sentence(running.outcome))
+    outcome = running.outcome
+    best = arms[outcome.best]
+    _write(run, outcome, seen, held)
+    claim = _claim(outcome, sum(map(len, held.values())))
+    run.notes[run.arms[0].point] += (claim,)
+    run.say(claim)
+    suite = group.suite.restricted(held)
+    requests = suite.requests(group.tokenizer)
+    chosen = list(dict.fromkeys([run.arms[0], best]))
+    answered = answer(group, [(run, arm) for arm in chosen], requests, warm)
+    run.scores = score(run, chosen, suite, group.tokenizer, requests, answered, {})
+
+
+def _round(
+    group: Group, run: Run, arms: Sequence[Arm], documents: Sequence[tuple[str, int]], warm: Warm
+) -> dict[str, list[float]]:
+    """What each arm scored on each of the documents, in their order."""
+    wanted: dict[str, list[int]] = defaultdict(list)
+    for task, document in documents:
+        wanted[task].append(document)
+    suite = group.suite.restricted(wanted)
+    requests = suite.requests(group.tokenizer)
+    answered = answer(group, [(run, arm) for arm in arms], requests, warm)
+    found = {}
+    for arm in arms:
+        answers, _ = answers_of(run, arm, requests, answered)
+        with run.timing.phase("score"):
+            _, records = suite.score(
+                arm, run.digests[arm.point], group.tokenizer, requests, answers, run.settings.engine.seed
+            )
+        scores = _by_document(records, suite.infos(records))
+        found[arm.name] = [scores[document] for document in documents]
+    return found
+
+
+def _by_document(records: Iterable[Record], tasks: Iterable[TaskInfo]) -> dict[tuple[str, int], float]:
+    """The primary score of each document, more is better; of several samples their mean."""
+    infos = {task.name: task for task in tasks}
+    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for record in records:
+        metric, filtered = infos[record.task].primary
+        if record.filter != filtered:
+            continue
+        value = record.metrics[metric]
+        if not 0 <= value <= 1:
+            raise BadInput(
+                f"search: {record.task} has {metric}={value:g} of a document, and a race needs scores from 0 to 1; "
+                "leave the task out"
+            )
+        scores[record.task, record.doc_id].append(value if infos[record.task].higher_is_better[metric] else 1 - value)
+    return {document: sum(own) / len(own) for document, own in scores.items()}
+
+
+def _sentence(outcome: Outcome[str]) -> str:
+    left, best = len(outcome.tied) + 1, outcome.best
+    count = left + len(outcome.eliminated)
+    return (
+        f"search: round {outcome.rounds}: {left} of {count} candidates left, {best} leads with "
+        f"{outcome.means[best]:.4f}; {outcome.samples:,} of the grid's {outcome.full_grid:,} samples"
+    )
+
+
+def _claim(outcome: Outcome[str], held: int) -> str:
+    tied = f"; not told apart from it: {', '.join(outcome.tied)}" if outcome.tied else ""
+    count = 1 + len(outcome.tied) + len(outcome.eliminated)
+    share = outcome.samples / outcome.full_grid
+    return (
+        f"the race found {outcome.best} the best of {count} candidates, to within {outcome.tolerance:g} with "
+        f"{outcome.confidence:.0%} confidence, from {outcome.samples:,} of the grid's {outcome.full_grid:,} samples "
+        f"({share:.0%}){tied}; the scores here are of {held} documents that it did not see"
+    )
+
+
+def _write(
+    run: Run, outcome: Outcome[str], seen: Mapping[str, Sequence[int]], held: Mapping[str, Sequence[int]]
+) -> None:
+    account = asdict(outcome) | {"documents": {"race": seen, "held_out": held}}
+    (run.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
