@@ -47,10 +47,10 @@ TASKS = ["pocket_sums", "pocket_choice"]
 MAX_MODEL_LEN, KV_CACHE_GIB, SLICE_SIZE = 1024, 0.125, 256
 VALUES = [-1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.25]
 
-# lm-eval as its and vLLM's documentation have it, and with all that we found out about vLLM on CPUs (docs/vllm.md)
-DOCUMENTED = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# lm-eval as one types it, and with all that we found out about vLLM on CPUs (docs/vllm.md)
+TYPED = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # as our engines run
-TUNED = DOCUMENTED | ONE_THREAD | {"TORCH_COMPILE_DISABLE": "1"}
+TUNED = TYPED | ONE_THREAD | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
 
 LARGE = shapes.qwen2(768, 14, 3072, 256, 32000)
 LARGE_CONFIG = {
@@ -117,7 +117,7 @@ class Overhead:
 @dataclass
 class Measured:
     values: list[float]
-    documented: list[Peer] = field(default_factory=list)
+    typed: list[Peer] = field(default_factory=list)
     tuned: list[Peer] = field(default_factory=list)
     ours: dict[int, list[Ours]] = field(default_factory=lambda: defaultdict(list))  # by engines
     agreement: Agreement | None = None
@@ -154,7 +154,7 @@ def named_vllm(work: Path) -> Path:
 
 def peer(work: Path, alpha: float, tuned: bool) -> Peer:
     """mergekit writes a checkpoint, lm-eval scores it: both tasks in one process."""
-    name = f"{'tuned' if tuned else 'documented'}-{alpha:g}"
+    name = f"{'tuned' if tuned else 'typed'}-{alpha:g}"
     checkpoint, results = FAMILY["target"], work / f"lm-eval-{name}"
     merge = 0.0
     shutil.rmtree(results, ignore_errors=True)
@@ -176,7 +176,7 @@ def peer(work: Path, alpha: float, tuned: bool) -> Peer:
         ",".join(TASKS), "--include_path", POCKET / "tasks", "--apply_chat_template", "--batch_size", "auto",
         "--log_samples", "--output_path", results,
     ]  # fmt: skip
-    environment = (TUNED if tuned else DOCUMENTED) | {"PYTHONPATH": str(named_vllm(work))}
+    environment = (TUNED if tuned else TYPED) | {"PYTHONPATH": str(named_vllm(work))}
     return Peer(alpha, merge, timed(command, work / f"lm-eval-{name}.log", environment), results)
 
 
@@ -349,11 +349,11 @@ def measure(work: Path, values: list[float], rounds: int) -> Measured:
     mergekit(work)
     for round in range(rounds):
         share = values[round::rounds]
-        documented = max(share, key=abs)  # never 0, which needs no merge
-        for alpha, tuned in [*((alpha, True) for alpha in share), (documented, False)]:
+        typed = max(share, key=abs)  # never 0, which needs no merge
+        for alpha, tuned in [*((alpha, True) for alpha in share), (typed, False)]:
             one = peer(work, alpha, tuned)
-            (found.tuned if tuned else found.documented).append(one)
-            how = "all settings" if tuned else "documented settings"
+            (found.tuned if tuned else found.typed).append(one)
+            how = "tuned" if tuned else "as typed"
             print(f"α = {alpha:g}: mergekit {one.merge:.1f} s, lm-eval, {how}, {one.evaluate:.1f} s", flush=True)
         for engines in (1, 2):
             found.ours[engines].append(ours(work, values, engines))
@@ -368,10 +368,10 @@ def measure(work: Path, values: list[float], rounds: int) -> Measured:
 def report(found: Measured) -> str:
     """The README's section."""
     values, merges = len(found.values), sum(value != 0 for value in found.values)
-    documented = values * mean(p.evaluate for p in found.documented) + merges * mean(p.merge for p in found.documented)
+    typed = values * mean(p.evaluate for p in found.typed) + merges * mean(p.merge for p in found.typed)
     others = [
-        ("mergekit, lm-eval, all settings", sum(p.wall for p in found.tuned), found.tuned),
-        (f"the same, documented settings, from {len(found.documented)} of the values", documented, found.documented),
+        ("mergekit, lm-eval, tuned", sum(p.wall for p in found.tuned), found.tuned),
+        (f"the same, as typed, from {len(found.typed)} of the values", typed, found.typed),
     ]
     walls = {engines: [run.wall for run in runs] for engines, runs in found.ours.items()}
     one, two = (median(walls[engines]) for engines in (1, 2))
