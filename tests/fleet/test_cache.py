@@ -16,7 +16,7 @@ from rvdist.errors import Failed
 from rvdist.fleet import engine
 from rvdist.fleet.cache import FILE, SampleCache, serving_digest, slice_keys
 from rvdist.fleet.engine import EngineSettings, identity
-from rvdist.fleet.request import Answered, Choice, Completion, Generate, Loglikelihood
+from rvdist.fleet.request import Answered, Choice, Completion, Generate, Loglikelihood, Rolling
 from rvdist.fleet.schedule import cut
 from rvdist.point import Term, Vector, WeightPoint
 
@@ -69,13 +69,17 @@ def test_another_point_or_task_adds_cells_and_leaves_the_others():
     "change",
     [
         {"prompt": "0 + 0 ="}, {"max_tokens": 9}, {"stop": ()}, {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 3},
-        {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"seed": 1},
+        {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"seed": 1}, {"repeat": 1},
     ],
 )  # fmt: skip
 def test_a_changed_request_misses_with_its_slice_and_no_other(change):
     asked = [*REQUESTS["sums"]]
     asked[4] = dataclasses.replace(asked[4], **change)
     assert len(keys() - keys(requests=REQUESTS | {"sums": asked})) == 2
+
+
+def test_a_text_is_no_choice():
+    assert not keys(requests={"more": [Choice("", "text")]}) & keys(requests={"more": [Rolling("text")]})
 
 
 def test_every_other_ingredient_misses():
@@ -95,7 +99,7 @@ def test_every_other_ingredient_misses():
         "enforce_eager",
         "tensor_parallel_size",
     } < ENGINE.keys()
-    assert {"dtype", "truncate", "max_model_len", "seed", "max_num_seqs"} < ENGINE.keys()
+    assert {"dtype", "truncate", "max_model_len", "seed", "max_num_seqs", "args"} < ENGINE.keys()
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"])

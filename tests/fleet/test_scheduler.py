@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import EngineSettings
 from rvdist.fleet.harness import Suite
-from rvdist.fleet.request import Generate
+from rvdist.fleet.request import Generate, Rolling
 from rvdist.fleet.schedule import cut
 from rvdist.fleet.scheduler import Fleet
 from rvdist.point import Term, Vector, WeightPoint
@@ -43,9 +43,9 @@ def engine_processes():
 
 @pytest.fixture(scope="module")
 def requests():
-    return Suite.load(["pocket_sums", "pocket_choice"], limit=40).requests(
-        AutoTokenizer.from_pretrained(POCKET / "target")
-    )
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    texts = {"texts": [Rolling("12 + 34 = 46. " * k) for k in (1, 40)]}
+    return Suite.load(["pocket_sums", "pocket_choice"], limit=40).requests(tokenizer) | texts
 
 
 @pytest.fixture(scope="module")
