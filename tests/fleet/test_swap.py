@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
-from families import SETTINGS, Answers, Family, answers, shard, start
+from families import SETTINGS, Answers, Family, answers, make_deep, shard, start
 
 from rvdist.checkpoint.source import open_source
 from rvdist.fleet import swap
 from rvdist.fleet.engine import Engine
+from rvdist.fleet.request import Choice
 from rvdist.point import WeightPoint
+from rvdist.timing import anonymous_bytes
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, -1.0])
@@ -28,14 +32,43 @@ def test_a_donor_is_a_point_too(engine: Engine, family: Family) -> None:
     assert answers(engine) == answers(start(donor))
 
 
-def test_there_and_back_ten_times(engine: Engine, base: Answers, family: Family) -> None:
-    engine.swap(family.point(1.0))
-    there = answers(engine)
-    for _ in range(10):
-        engine.swap(family.point(0.0))
-        assert answers(engine) == base
-        engine.swap(family.point(1.0))
-        assert answers(engine) == there
+def test_fifty_swaps_leave_no_trace(engine: Engine, base: Answers, family: Family) -> None:
+    """Neither in what it answers nor in memory."""
+    points = [family.point(1.0), family.point(0.0), family.point(-0.5), WeightPoint(str(family.plus))]
+    choices = [Choice("what is 3+4? ", "7"), Choice("q a ", "a b")]
+    first, memory = {}, []
+    for k in range(52):
+        engine.swap(points[k % 4])
+        scores = engine.loglikelihood(choices)
+        assert first.setdefault(k % 4, scores) == scores, f"drift after {k} swaps"
+        memory.append(anonymous_bytes())
+    assert len(set(map(tuple, first.values()))) == 4
+    assert max(memory[40:]) - max(memory[:12]) < 16 << 20
+    engine.swap(family.point(0.0))
+    assert answers(engine) == base
+
+
+def test_memory_of_a_swap_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """So no engine has a host copy of target or vector: what they share is the page cache."""
+    family = make_deep(tmp_path / "deep", layers=28)
+    nbytes = sum(file.stat().st_size for file in family.target.glob("*.safetensors"))
+    engine = start(WeightPoint(str(family.target)))
+    answers(engine)
+    before, seen, over = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for k in range(1, 6):
+        engine.swap(family.point(k / 10))
+    over.set()
+    watcher.join()
+    shutil.rmtree(tmp_path / "deep")
+    print(f"a model of {nbytes >> 20} MiB: {max(seen) - before >> 20} MiB more while it was swapped")
+    assert nbytes > 150 << 20 and max(seen) - before < 0.7 * nbytes
 
 
 def test_a_point_where_the_engine_is_already_is_not_read(
@@ -123,11 +156,8 @@ def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_tensor_parallel(
-    kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+@pytest.mark.parametrize("kind", ["tied", "untied", "moe"])
+def test_tensor_parallel(kind: str, families: dict[str, Family], tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, tensor_parallel_size=2)
     family = families[kind]
     engine = start(WeightPoint(str(family.target)), settings)
@@ -135,7 +165,10 @@ def test_tensor_parallel(
     engine.swap(family.point(0.5))
     swapped = answers(engine)
     assert engine.info()["probe"] == "passed"
-    assert swapped == answers(start(family.write(0.5, tmp_path / "merged"), settings))
+    fresh = start(family.write(0.5, tmp_path / "merged"), settings)
+    assert swapped == answers(fresh)
     assert swapped.texts != base.texts
     engine.swap(family.point(0.0))
     assert answers(engine) == base
+    for ranks in (engine, fresh):
+        ranks._llm.llm_engine.model_executor.shutdown()
