@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "compat": {"checkpoint", "errors", "point"},
     "merge": {"arithmetic", "checkpoint", "errors", "pipeline", "point", "reader", "timing"},
     "fleet": {"checkpoint", "errors", "point", "reader", "record", "tasks"},
-    "report": {"point", "record"},
+    "report": {"anatomy", "point", "record"},
     "pocket": set(),
     "tasks": {"errors"},
     "run": {"checkpoint", "config", "point", "record", "report", "timing"},
