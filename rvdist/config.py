@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -23,6 +24,7 @@ SANDBOXES = ("strict", "degraded")
 METHODS = ("linear", "ties", "dare")
 SEARCHES = ("racing",)
 BASELINE = "baseline"
+PLAIN = "plain"
 MOST_CANDIDATES = 1000
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -69,6 +71,17 @@ class MergeConfig:
 
 
 @dataclass
+class ArmConfig:
+    """An arm: the checkpoint `weights` as it is, or the target plus `alpha` times the vector, its own if it has one."""
+
+    name: str = ""
+    prompt: str = PLAIN
+    weights: str | None = None
+    alpha: float | None = None
+    vector: DonorsConfig | None = None
+
+
+@dataclass
 class SweepConfig:
     alphas: list[float] | None = None
 
@@ -89,6 +102,8 @@ class SearchConfig:
 class BenchmarksConfig:
     tasks: list[str] = field(default_factory=list)
     include_path: str | None = None
+    data_dir: str | None = None
+    allow_missing: bool = False
     limit: int | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = True
@@ -110,6 +125,7 @@ class EngineConfig:
     enforce_eager: bool = True
     seed: int = 0
     slice_size: int = 256
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,6 +173,8 @@ class Config:
     device: str = "cpu"
     allow_nonfinite: bool = False
     merge: MergeConfig = field(default_factory=MergeConfig)
+    prompts: dict[str, str] = field(default_factory=lambda: {PLAIN: ""})
+    arms: list[ArmConfig] = field(default_factory=list)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
@@ -309,17 +327,51 @@ def outputs(config: Config) -> dict[Path, WeightPoint]:
 
 
 def arms(config: Config) -> list[Arm]:
-    """What the evaluate stage scores: the baseline (the target itself), then every α, or of a search every candidate.
-    Raises BadInput."""
-    baseline = Arm(BASELINE, WeightPoint(config.target), alpha=0.0)
-    if not point(config, 1.0).terms:
-        if config.search.method:
-            raise BadInput("search.method is set, and no vector; give vector.plus and vector.minus, or vector.path")
-        return [baseline]
-    if config.search.method:
-        return [baseline, *(arm for arm in candidates(config) if arm.name != BASELINE)]
-    values = alphas(config.alpha) if config.sweep.alphas is None else alphas(config.sweep.alphas, "sweep.alphas")
-    return [baseline, *(_arm(config, alpha) for alpha in sorted(set(values) - {0.0}))]
+    """What the evaluate stage scores, the baseline first: the listed `arms`, if there are any, and every α of
+    `sweep.alphas`; else the target itself and every α, or of a search every candidate. Raises BadInput."""
+    searched, swept = config.search.method, config.sweep.alphas
+    if config.arms and searched:
+        raise BadInput("arms and search.method are both set; a search makes its own arms, so leave one out")
+    if config.arms:
+        listed = [_listed(config, entry, number) for number, entry in enumerate(config.arms)]
+    else:
+        listed = [Arm(BASELINE, WeightPoint(config.target), alpha=0.0)]
+    has_vector = bool(point(config, 1.0).terms)
+    if searched and not has_vector:
+        raise BadInput("search.method is set, and no vector; give vector.plus and vector.minus, or vector.path")
+    if searched:
+        listed += [arm for arm in candidates(config) if arm.name != BASELINE]
+    elif has_vector and (swept is not None or not config.arms):
+        values = alphas(config.alpha) if swept is None else alphas(swept, "sweep.alphas")
+        listed += [_arm(config, alpha) for alpha in sorted(set(values) - {0.0})]
+    names = [arm.name for arm in listed]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadInput(f"arms: {twice[0]!r} is the name of two of them; give each its own")
+    for arm in listed:
+        if PLAIN not in config.prompts or arm.prompt not in config.prompts:
+            raise BadInput(f"prompts: there is no style {arm.prompt!r}; there are {', '.join(config.prompts)}")
+    return listed
+
+
+def _listed(config: Config, entry: ArmConfig, number: int) -> Arm:
+    key = f"arms[{number}]"
+    if not re.fullmatch(r"[^\s./\\][^/\\\x00-\x1f]{0,99}", entry.name):
+        raise BadInput(f"{key}.name: {entry.name!r} cannot be the name of a file; give a short one without / or \\")
+    if (entry.weights is None) == (entry.alpha is None):
+        raise BadInput(f"{key}: give weights=CHECKPOINT or alpha=NUMBER, one of them")
+    if entry.weights is not None:
+        alpha = 0.0 if entry.weights == config.target else None
+        return Arm(entry.name, WeightPoint(entry.weights), entry.prompt, alpha)
+    (alpha,) = alphas(entry.alpha, f"{key}.alpha")
+    if alpha == 0.0:
+        return Arm(entry.name, WeightPoint(config.target), entry.prompt, 0.0)
+    if entry.vector is not None:
+        config = replace(config, vector=VectorConfig(**vars(entry.vector)), vectors=[])
+    scaled = point(config, alpha)
+    if not scaled.terms:
+        raise BadInput(f"{key}.alpha is set, and no vector; give vector.plus and vector.minus, or vector.path")
+    own = entry.vector is None and len(scaled.terms) == 1
+    return Arm(entry.name, scaled, entry.prompt, scaled.terms[0].alpha if own else None)
 
 
 def _arm(config: Config, alpha: float) -> Arm:

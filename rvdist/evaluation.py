@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvdist import config
 from rvdist.errors import BadInput
 from rvdist.fleet.cache import SampleCache, serving_digest, slice_keys
-from rvdist.fleet.engine import EngineSettings, identity
+from rvdist.fleet.engine import EngineSettings, further_arguments, identity
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Answered, Request
 from rvdist.fleet.schedule import Slice, cut
@@ -28,142 +28,183 @@ if TYPE_CHECKING:
     from rvdist.report.summary import Row
 
 Requests = Mapping[str, Sequence[Request]]
-Scored = dict[
-    tuple[Arm, str], tuple[dict[str, Any], list[Record]]
-]  # lm-eval's results of an arm, by its point's digest
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-@dataclass(eq=False)
-class Group:
-    """Runs whose arms are asked the same by engines that serve the same: one fleet answers them all.
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """What arms of one prompt style are asked, through one tokenizer and template, of engines that serve alike.
 
-    `serving` is a digest of what else engines read of the target besides its weights."""
+    `serving` is a digest of what engines read of a checkpoint besides its weights; `tensors` are those it has."""
 
     serving: str
+    tensors: str
     suite: Suite
     tokenizer: Any
     requests: Requests
-    runs: list[Run] = field(default_factory=list)
+
+    def restricted(self, documents: Mapping[str, Sequence[int]]) -> Asking:
+        """The same, of these documents alone."""
+        suite = self.suite.restricted(documents)
+        return replace(self, suite=suite, requests=suite.requests(self.tokenizer))
 
 
-def join(groups: dict[str, Group], run: Run) -> None:
-    """Puts a run among the `groups`, into a new one if none fits. Raises BadInput for tasks that cannot be loaded and
-    targets that cannot be asked."""
-    settings, target = run.settings, run.sources[run.settings.target]
-    serving = serving_digest(target.path, run.cache / "digests")
-    tensors = [[spec.name, spec.dtype, spec.shape] for spec in target.tensors.values()]
-    asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
-    key = json.dumps([serving, sorted(tensors), *asked])
-    if key not in groups:
-        with run.timing.phase("tasks"):
-            suite, tokenizer = _suite(run), _tokenizer(run)
-        with run.timing.phase("requests"):
-            groups[key] = Group(serving, suite, tokenizer, suite.requests(tokenizer))
-    groups[key].runs.append(run)
+Answers = dict[Slice, Answered]
+Known = dict[tuple[Arm, str, Asking], tuple[dict[str, Any], list[Record]]]  # lm-eval's results, by the point's digest
 
 
-def evaluate(group: Group, warm: Warm, runs: Sequence[Run]) -> None:
-    """Scores every arm of some runs of the group, as one plan."""
-    arms = [(run, arm) for run in runs for arm in run.arms]
-    answered = answer(group, arms, group.requests, warm)
-    in_common: Scored = {}
-    for run in runs:
-        run.scores = score(run, run.arms, group.suite, group.tokenizer, group.requests, answered, in_common)
+class Examination:
+    """The arms of some runs, what each is asked, and the warm fleet that answers."""
 
+    def __init__(self, warm: Warm) -> None:
+        self._warm = warm
+        self._askings: dict[str, Asking] = {}
+        self._of: dict[tuple[Run, str], Asking] = {}
 
-def answer(group: Group, arms: Sequence[tuple[Run, Arm]], requests: Requests, warm: Warm) -> dict[Slice, Answered]:
-    """The requests, answered at the point of every arm; each point once, and what the cache has not at all."""
-    run = arms[0][0]
-    resources, timing = warm.resources(), run.timing
-    names: dict[WeightPoint, str] = {}
-    digests: dict[WeightPoint, str] = {}
-    several = len({other.settings.target for other, _ in arms}) > 1
-    for owner, arm in arms:
-        point = _located(owner, arm)
-        digests[point] = owner.digests[arm.point]
-        names[point] = f"{Path(owner.settings.target).name} {arm.name}" if several else arm.name
-    slices = [piece for point in digests for piece in cut(point, requests, run.settings.engine.slice_size)]
-    settings = _engine_settings(run)
-    served_by = identity(settings, device_kind(resources.gpus > 0)) | {"serving": group.serving}
-    for other, _ in arms:
-        other.engine["device"] = served_by["device"]
-    cache = SampleCache(run.cache) if run.settings.cache.samples else None
-    keys: dict[Slice, str] = {}
-    answered: dict[Slice, Answered] = {}
-    if cache:
-        with timing.phase("cache"):
-            keys = slice_keys(slices, requests, digests, group.suite.versions, served_by)
-            known = cache.read(list(keys.values()))
-            answered = {piece: known[key] for piece, key in keys.items() if key in known}
+    def join(self, run: Run) -> None:
+        """Makes ready what the run's arms are asked; what is asked already is shared. Raises BadInput for tasks that
+        cannot be loaded and checkpoints that cannot be asked."""
+        settings = run.settings
+        asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
+        for arm in run.arms:
+            source = run.sources[arm.point.base]
+            serving = serving_digest(source.path, run.cache / "digests")
+            tensors = json.dumps(sorted([spec.name, spec.dtype, spec.shape] for spec in source.tensors.values()))
+            prompt = settings.prompts[arm.prompt]
+            key = json.dumps([serving, tensors, prompt, *asked])
+            if key not in self._askings:
+                with run.timing.phase("tasks"):
+                    suite = _suite(run, prompt)
+                    tokenizer = _tokenizer(source.path, settings.benchmarks.apply_chat_template)
+                for sentence in suite.lacking.values():
+                    run.say(f"left out: {sentence}")
+                with run.timing.phase("requests"):
+                    self._askings[key] = Asking(serving, tensors, suite, tokenizer, suite.requests(tokenizer))
+            self._of[run, arm.name] = self._askings[key]
+        run.notes[run.arms[0].point] += tuple(
+            f"left out: {sentence}" for sentence in self.asking(run, run.arms[0]).suite.lacking.values()
+        )
 
-    def keep(piece: Slice, found: Answered) -> None:
+    def asking(self, run: Run, arm: Arm) -> Asking:
+        """What the arm is asked."""
+        return self._of[run, arm.name]
+
+    def evaluate(self, runs: Sequence[Run]) -> None:
+        """Scores every arm of these runs, as one plan."""
+        arms: dict[Asking, list[tuple[Run, Arm]]] = {}
+        for run in runs:
+            for arm in run.arms:
+                arms.setdefault(self.asking(run, arm), []).append((run, arm))
+        alike = sorted(arms, key=lambda asking: (asking.serving, asking.tensors))  # one fleet after the other
+        answered = {asking: self.answer(asking, arms[asking]) for asking in alike}
+        known: Known = {}
+        for run in runs:
+            score(run, [(arm, self.asking(run, arm), answered[self.asking(run, arm)]) for arm in run.arms], known)
+
+    def answer(self, asking: Asking, arms: Sequence[tuple[Run, Arm]]) -> Answers:
+        """The requests, answered at the point of every arm; each point once, and what the cache has not at all."""
+        run = arms[0][0]
+        resources, timing, requests = self._warm.resources(), run.timing, asking.requests
+        names: dict[WeightPoint, str] = {}
+        digests: dict[WeightPoint, str] = {}
+        several = len({other.settings.target for other, _ in arms}) > 1
+        for owner, one in arms:
+            point = _located(owner, one)
+            digests[point] = owner.digests[one.point]
+            names[point] = f"{Path(owner.settings.target).name} {one.name}" if several else one.name
+        slices = [piece for point in digests for piece in cut(point, requests, run.settings.engine.slice_size)]
+        settings = _engine_settings(run)
+        served_by = identity(settings, device_kind(resources.gpus > 0)) | {"serving": asking.serving}
+        for other, _ in arms:
+            other.engine["device"] = served_by["device"]
+        cache = SampleCache(run.cache) if run.settings.cache.samples else None
+        keys: dict[Slice, str] = {}
+        answered: dict[Slice, Answered] = {}
         if cache:
-            cache.write(keys[piece], digests[piece.point], piece.task, found)
+            with timing.phase("cache"):
+                keys = slice_keys(slices, requests, digests, asking.suite.versions, served_by)
+                known = cache.read(list(keys.values()))
+                answered = {piece: known[key] for piece, key in keys.items() if key in known}
 
-    todo = [piece for piece in slices if piece not in answered]
-    cached = sum(piece.end - piece.begin for piece in answered)
-    total = sum(piece.end - piece.begin for piece in slices)
-    timing.count("requests", total - cached)
-    timing.count("cached", cached)
-    try:
-        with timing.phase("evaluate"):
-            if todo:
-                fleet = _fleet(group, [other for other, _ in arms], settings, warm)
-                was_up = fleet.first_up is not None
-                with FleetView(total, cached, names, run.console) as view:
-                    answered |= fleet.answer(todo, requests, keep, view.show)
-                _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
-            else:
-                for phase in ("engine_start", "swap", "generate"):
-                    timing.add(phase, 0.0)
-                for other, _ in arms:
-                    if "mode" not in other.engine:
-                        other.engine["samples"] = "all from the cache: no engine was started"
-                run.say(f"evaluate: all {cached} requests were answered before: no engine is needed")
-    except BaseException:
-        warm.cool()
-        raise
-    finally:
-        if cache:
-            cache.close()
-    return answered
+        def keep(piece: Slice, found: Answered) -> None:
+            if cache:
+                cache.write(keys[piece], digests[piece.point], piece.task, found)
+
+        todo = [piece for piece in slices if piece not in answered]
+        cached = sum(piece.end - piece.begin for piece in answered)
+        total = sum(piece.end - piece.begin for piece in slices)
+        timing.count("requests", total - cached)
+        timing.count("cached", cached)
+        try:
+            with timing.phase("evaluate"):
+                if todo:
+                    fleet = self._fleet(asking, arms, settings)
+                    was_up = fleet.first_up is not None
+                    with FleetView(total, cached, names, run.console) as view:
+                        answered |= fleet.answer(todo, requests, keep, view.show)
+                    _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
+                else:
+                    for phase in ("engine_start", "swap", "generate"):
+                        timing.add(phase, 0.0)
+                    for other, _ in arms:
+                        if "mode" not in other.engine:
+                            other.engine["samples"] = "all from the cache: no engine was started"
+                    run.say(f"evaluate: all {cached} requests were answered before: no engine is needed")
+        except BaseException:
+            self._warm.cool()
+            raise
+        finally:
+            if cache:
+                cache.close()
+        return answered
+
+    def _fleet(self, asking: Asking, arms: Sequence[tuple[Run, Arm]], settings: EngineSettings) -> Fleet:
+        """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped."""
+        run, arm = arms[0]
+        for source in {source.path: source for other, _ in arms for source in other.sources.values()}.values():
+            if source.hub:
+                from rvdist.checkpoint.hub import download_weights
+
+                download_weights(source)
+        resources = self._warm.resources()
+        count, need = config.engines(run.settings, resources.cpus, resources.gpus)
+        base, patience = str(run.sources[arm.point.base].path.absolute()), run.settings.cluster.timeout
+        return self._warm.fleet(
+            (asking.serving, asking.tensors, settings, count, need),
+            lambda: Fleet(base, settings, count, *need, patience=patience),
+        )
 
 
-def score(
-    run: Run,
-    arms: Sequence[Arm],
-    suite: Suite,
-    tokenizer: Any,
-    requests: Requests,
-    answered: Mapping[Slice, Answered],
-    known: Scored,
-) -> Scores:
-    """The answers of some arms, the baseline first, scored and compared, in the files of the run directory. What
-    is `known` of the same answers is not scored again; the rest is added."""
+def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -> None:
+    """What some arms of a run answered, the baseline first, scored and compared, in the files of its directory. What is
+    `known` of the same answers is not scored again; the rest is added."""
     records: list[Record] = []
     truncated = 0
     with run.timing.phase("score"):
         for part in ("results", "samples"):
             (run.directory / part).mkdir(exist_ok=True)
-        for arm in arms:
+        for arm, asking, answered in arms:
             digest = run.digests[arm.point]
-            answers, own = answers_of(run, arm, requests, answered)
+            answers, own = answers_of(run, arm, asking.requests, answered)
             truncated += own
-            if (arm, digest) not in known:
+            if (arm, digest, asking) not in known:
                 seed = run.settings.engine.seed
-                known[arm, digest] = suite.score(arm, digest, tokenizer, requests, answers, seed)
-            results, scored = known[arm, digest]
+                known[arm, digest, asking] = asking.suite.score(
+                    arm, digest, asking.tokenizer, asking.requests, answers, seed
+                )
+            results, scored = known[arm, digest, asking]
             (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
             write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
             records += scored
+        baseline, asking, _ = arms[0]
         if truncated:
-            run.notes[arms[0].point] += (f"{truncated} prompts did not fit and were cut from the left",)
-        tasks = suite.infos([record for record in records if record.arm == arms[0].name])
-        rows = summarise(arms, records, tasks, baseline=arms[0].name)
+            run.notes[baseline.point] += (f"{truncated} prompts did not fit and were cut from the left",)
+        tasks = asking.suite.infos([record for record in records if record.arm == baseline.name])
+        scored_arms = [arm for arm, _, _ in arms]
+        rows = summarise(scored_arms, records, tasks, baseline=baseline.name)
         write_summary(run.directory / "summary.json", rows)
-    return Scores(arms, rows, records, tasks)
+        run.scores = Scores(scored_arms, rows, records, tasks)
 
 
 def answers_of(
@@ -190,23 +231,29 @@ def _located(run: Run, arm: Arm) -> WeightPoint:
     return arm.point.relocated({name: str(source.path.absolute()) for name, source in run.sources.items()})
 
 
-def _suite(run: Run) -> Suite:
+def _suite(run: Run, prompt: str) -> Suite:
     benchmarks = run.settings.benchmarks
     return Suite.load(
         benchmarks.tasks,
-        Path(benchmarks.include_path).expanduser().absolute() if benchmarks.include_path else None,
+        _path(benchmarks.include_path),
         benchmarks.limit,
         benchmarks.num_fewshot,
         benchmarks.apply_chat_template,
         config.code_sandbox(run.settings),
+        _path(benchmarks.data_dir),
+        benchmarks.allow_missing,
+        prompt,
     )
 
 
-def _tokenizer(run: Run) -> Any:
-    """The target's tokenizer. Raises BadInput where it has none, or no chat template and one is asked for."""
+def _path(text: str | None) -> Path | None:
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _tokenizer(path: Path, chat: bool) -> Any:
+    """The checkpoint's tokenizer. Raises BadInput where it has none, or no chat template and one is asked for."""
     from transformers import AutoTokenizer
 
-    path = run.sources[run.settings.target].path
     if not any((path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one
         raise BadInput(f"{path}: has no tokenizer, and scoring needs one; copy the tokenizer's files there")
     try:
@@ -214,7 +261,7 @@ def _tokenizer(run: Run) -> Any:
     except Exception as error:  # transformers raises what it likes for files it cannot use
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: has a tokenizer that cannot be loaded ({reason})") from None
-    if run.settings.benchmarks.apply_chat_template and not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise BadInput(f"{path}: has no chat template; set benchmarks.apply_chat_template=false")
     return tokenizer
 
@@ -231,23 +278,7 @@ def _engine_settings(run: Run) -> EngineSettings:
         enforce_eager=engine.enforce_eager,
         seed=engine.seed,
         truncate=run.settings.benchmarks.allow_truncation,
-    )
-
-
-def _fleet(group: Group, runs: Sequence[Run], settings: EngineSettings, warm: Warm) -> Fleet:
-    """The warm fleet, if its engines serve what this group's would; weights do not matter, they are swapped."""
-    run, resources = runs[0], warm.resources()
-    for source in {source.path: source for other in runs for source in other.sources.values()}.values():
-        if source.hub:
-            from rvdist.checkpoint.hub import download_weights
-
-            download_weights(source)
-    count, need = config.engines(run.settings, resources.cpus, resources.gpus)
-    target = run.sources[run.settings.target]
-    tensors = tuple(sorted((spec.name, spec.dtype, spec.shape) for spec in target.tensors.values()))
-    base, patience = str(target.path.absolute()), run.settings.cluster.timeout
-    return warm.fleet(
-        (group.serving, tensors, settings, count, need), lambda: Fleet(base, settings, count, *need, patience=patience)
+        args=further_arguments(engine.args),
     )
 
 

@@ -9,18 +9,17 @@ from dataclasses import asdict
 
 from rvdist import config
 from rvdist.errors import BadInput
-from rvdist.evaluation import Group, answer, answers_of, score
+from rvdist.evaluation import Asking, Examination, answers_of, score
 from rvdist.fleet.search import Outcome, Race, split
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
 from rvdist.run import Run
-from rvdist.warm import Warm
 
 FILE = "search.json"
 
 
-def race(group: Group, warm: Warm, run: Run) -> None:
-    """Races the candidates of one run of the group, then scores baseline and best on what was held out.
+def race(examination: Examination, run: Run) -> None:
+    """Races the candidates of a run, then scores baseline and best on what was held out.
 
     The run's directory gets FILE, an account of the race. Raises BadInput for a task whose primary score is not a
     number from 0 to 1 for each document.
@@ -28,8 +27,9 @@ def race(group: Group, warm: Warm, run: Run) -> None:
     search = run.settings.search
     names = [arm.name for arm in config.candidates(run.settings)]
     arms = {arm.name: arm for arm in run.arms}
+    asking = examination.asking(run, run.arms[0])
     try:
-        seen, held = split(group.suite.documents, search.holdout, search.seed)
+        seen, held = split(asking.suite.documents, search.holdout, search.seed)
     except ValueError as error:
         raise BadInput(f"search: {error}; raise benchmarks.limit, or leave the task out") from None
     running = Race(
@@ -43,39 +43,35 @@ def race(group: Group, warm: Warm, run: Run) -> None:
     with run.timing.phase("search"):
         while turn := running.next():
             documents, racing = turn
-            running.tell(_round(group, run, [arms[name] for name in racing], documents, warm))
+            running.tell(_round(examination, asking, run, [arms[name] for name in racing], documents))
             run.say(_sentence(running.outcome))
     outcome = running.outcome
-    best = arms[outcome.best]
     _write(run, outcome, seen, held)
     claim = _claim(outcome, sum(map(len, held.values())))
     run.notes[run.arms[0].point] += (claim,)
     run.say(claim)
-    suite = group.suite.restricted(held)
-    requests = suite.requests(group.tokenizer)
-    chosen = list(dict.fromkeys([run.arms[0], best]))
-    answered = answer(group, [(run, arm) for arm in chosen], requests, warm)
-    run.scores = score(run, chosen, suite, group.tokenizer, requests, answered, {})
+    confirmed = asking.restricted(held)
+    chosen = list(dict.fromkeys([run.arms[0], arms[outcome.best]]))
+    answered = examination.answer(confirmed, [(run, arm) for arm in chosen])
+    score(run, [(arm, confirmed, answered) for arm in chosen], {})
 
 
 def _round(
-    group: Group, run: Run, arms: Sequence[Arm], documents: Sequence[tuple[str, int]], warm: Warm
+    examination: Examination, asking: Asking, run: Run, arms: Sequence[Arm], documents: Sequence[tuple[str, int]]
 ) -> dict[str, list[float]]:
     """What each arm scored on each of the documents, in their order."""
     wanted: dict[str, list[int]] = defaultdict(list)
     for task, document in documents:
         wanted[task].append(document)
-    suite = group.suite.restricted(wanted)
-    requests = suite.requests(group.tokenizer)
-    answered = answer(group, [(run, arm) for arm in arms], requests, warm)
+    part = asking.restricted(wanted)
+    answered = examination.answer(part, [(run, arm) for arm in arms])
     found = {}
     for arm in arms:
-        answers, _ = answers_of(run, arm, requests, answered)
+        answers, _ = answers_of(run, arm, part.requests, answered)
+        digest, seed = run.digests[arm.point], run.settings.engine.seed
         with run.timing.phase("score"):
-            _, records = suite.score(
-                arm, run.digests[arm.point], group.tokenizer, requests, answers, run.settings.engine.seed
-            )
-        scores = _by_document(records, suite.infos(records))
+            _, records = part.suite.score(arm, digest, part.tokenizer, part.requests, answers, seed)
+        scores = _by_document(records, part.suite.infos(records))
         found[arm.name] = [scores[document] for document in documents]
     return found
 

@@ -59,21 +59,19 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
     jobs = [run for run in jobs if run.written or run.arms]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing))
     if any(run.arms for run in jobs):
-        from rvdist.evaluation import Group, evaluate, join, objective
+        from rvdist.evaluation import Examination, objective
         from rvdist.racing import race
 
-        groups: dict[str, Group] = {}
-        jobs = _each(jobs, failed, lambda run: join(groups, run) if run.arms else None)
+        examination = Examination(warm)
+        jobs = _each(jobs, failed, lambda run: examination.join(run) if run.arms else None)
     jobs = _each(jobs, failed, lambda run: _begin(run, warm))
     for alike in _alike([run for run in jobs if run.written]):
         _together(alike, failed, lambda some: _merge(some, warm))
     jobs = [run for run in jobs if run not in failed]
-    if any(run.arms for run in jobs):
-        for group in groups.values():
-            left = [run for run in group.runs if run not in failed]
-            racing = [run for run in left if run.settings.search.method]
-            _together([run for run in left if run not in racing], failed, partial(evaluate, group, warm))
-            _each(racing, failed, partial(race, group, warm))
+    if scored := [run for run in jobs if run.arms]:
+        racing = [run for run in scored if run.settings.search.method]
+        _together([run for run in scored if run not in racing], failed, examination.evaluate)
+        _each(racing, failed, partial(race, examination))
         _each([run for run in jobs if run.scores], failed, _report)
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()

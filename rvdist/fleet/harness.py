@@ -51,16 +51,18 @@ class Suite:
         code: str | None = None,
         data_dir: Path | None = None,
         leave_out: bool = False,
+        prompt: str = "",
     ) -> Suite:
         """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
 
         `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
         prompts into the model's chat template; `code` lets answers that are programs run in a "strict" or "degraded"
-        sandbox; `data_dir` holds the benchmarks as files, and `leave_out` goes on without those it does not hold.
+        sandbox; `data_dir` holds the benchmarks as files, and `leave_out` goes on without those it does not hold;
+        `prompt` is put before every question, but for those of examples.
         Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
         """
         include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
-        loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out)
+        loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
         runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
         return cls(loaded, limit, chat, sandbox.available_mode(code == "degraded") if runs_code else None, lacking)
 

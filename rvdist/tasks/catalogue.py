@@ -31,13 +31,29 @@ class Perturbed:
     doc_to_text: str | Callable[[Mapping[str, Any]], str]
 
     def __call__(self, doc: Mapping[str, Any]) -> str:
-        from lm_eval.utils import apply_template
-
         field = _question_field(self.doc_to_text, doc)
-        edited = {**doc, field: self.perturbation(doc[field])}
-        if callable(self.doc_to_text):
-            return self.doc_to_text(edited)
-        return str(edited[field] if self.doc_to_text == field else apply_template(self.doc_to_text, edited))
+        return str(_text(self.doc_to_text, {**doc, field: self.perturbation(doc[field])}))
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """The `doc_to_text` of a task whose questions come after a `prompt`."""
+
+    prompt: str
+    doc_to_text: str | Callable[[Mapping[str, Any]], str | int]
+
+    def __call__(self, doc: Mapping[str, Any]) -> str | int:
+        text = _text(self.doc_to_text, doc)
+        return text if isinstance(text, int) else self.prompt + text  # a number chooses among several questions
+
+
+def _text(doc_to_text: str | Callable[[Mapping[str, Any]], str | int], doc: Mapping[str, Any]) -> str | int:
+    """What lm-eval makes of a document."""
+    from lm_eval.utils import apply_template
+
+    if callable(doc_to_text):
+        return doc_to_text(doc)
+    return str(doc[doc_to_text] if doc_to_text in doc else apply_template(doc_to_text, doc))
 
 
 def load(
@@ -47,12 +63,14 @@ def load(
     code: str | None = None,
     data_dir: Path | None = None,
     leave_out: bool = False,
+    prompt: str = "",
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """lm-eval's TaskDict of these tasks and groups, and the names left out, each with the reason.
 
     Of two definitions the later counts: lm-eval's, ours, those under `include_paths`. `num_fewshot` overrides tasks
     that set a number other than 0. With `data_dir` the data sets in `local.LAYOUTS` are read from there and from
-    nowhere else; names without their files are left out on request. Raises BadInput for a name there is not, data that
+    nowhere else; names without their files are left out on request. A `prompt` is put before every question, but for
+    those of examples. Raises BadInput for a name there is not, data that
     cannot be had, code that may not be run (`code` is None) or would run outside our sandbox.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -92,7 +110,19 @@ def load(
         one.set_config(key="num_fewshot", value=_shots(one.get_config("num_fewshot"), num_fewshot))
         if getattr(one, "UNSAFE_CODE", False):  # defined inside a group, so that no check has seen it
             _require_sandbox(one.task_name, one.get_config("metadata"), code)
+        if prompt:
+            _prompt(one, prompt)
     return loaded, lacking
+
+
+def _prompt(task: Any, prompt: str) -> None:
+    original = task.config.doc_to_text
+    if original is None:
+        raise BadInput(
+            f"benchmarks.tasks: {task.task_name} has no doc_to_text, so no prompt can go before its questions"
+        )
+    task.fewshot_cfg.doc_to_text = task.fewshot_cfg.doc_to_text or original
+    task.config.doc_to_text = Prompted(prompt, original)
 
 
 def _manager(names: Sequence[str], include_paths: Sequence[Path]) -> Any:
