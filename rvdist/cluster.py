@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from rvdist.errors import BadInput
 
@@ -58,7 +59,7 @@ def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Res
         except (ConnectionError, ValueError) as error:
             raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
     deadline = time.monotonic() + timeout
-    while len(found := _live_nodes()) < nodes:
+    while len(found := _nodes()) < nodes:
         if time.monotonic() > deadline:
             raise BadInput(
                 f"cluster.nodes={nodes}: only {len(found)} joined the cluster in {timeout:g} s; start more, or lower it"
@@ -67,10 +68,15 @@ def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Res
     return Resources(found)
 
 
-def _live_nodes() -> tuple[Node, ...]:
+def live_nodes() -> list[dict[str, Any]]:
+    """What Ray says of every node of the connected cluster that lives."""
     import ray
 
-    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _nodes() -> tuple[Node, ...]:
+    alive = [(node["NodeID"], node["Resources"]) for node in live_nodes()]
     return tuple(Node(name, int(has.get("CPU", 0)), int(has.get("GPU", 0))) for name, has in alive)
 
 

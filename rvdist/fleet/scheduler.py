@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rvdist.cluster import live_nodes
 from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import Engine, EngineSettings, versions
 from rvdist.fleet.request import Answer, Answered, Choice, Generate, Request, Rolling
@@ -293,9 +294,7 @@ class Fleet:
             )
 
     def _has_room(self) -> bool:
-        import ray
-
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = [node["Resources"] for node in live_nodes()]
         return any(all(node.get(kind, 0) >= amount for kind, amount in self._need.items()) for node in alive)
 
     def _count(self, seat: _Seat, answered: Answered, swap: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import DISCARD, Probe, Staging
+from rvdist.cluster import live_nodes
 from rvdist.errors import BadInput, Failed
 from rvdist.merge.plan import Output, OutputFile, Plan, Unit, UnitDone
 
@@ -187,7 +188,7 @@ class Crew:
 
     def _share(self) -> float:
         """The cores each worker gets: its threads, or the most that lets all of them fit where there are fewer."""
-        cores = [node["Resources"].get("CPU", 0.0) for node in _live_nodes()]
+        cores = [node["Resources"].get("CPU", 0.0) for node in live_nodes()]
         threads = float(self._settings.threads)
         parts = {int(have / k * 1000) / 1000 for have in cores for k in range(1, self._count + 1)}
         for share in sorted((part for part in parts if 0 < part < threads), reverse=True):
@@ -204,7 +205,7 @@ class Crew:
         have = " and ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
         return (
             f"the cluster found no room for {self._count} workers of {want} each in {self._settings.timeout:g} s: "
-            f"{have} are free on its {len(_live_nodes())} nodes; lower merge.workers or wait for more nodes"
+            f"{have} are free on its {len(live_nodes())} nodes; lower merge.workers or wait for more nodes"
         )
 
     def _start(self, bundle: int, home: str | None = None, in_vain: int = 0) -> None:
@@ -403,7 +404,7 @@ class Crew:
         if not orphaned:
             return
         coming = {worker.home for worker in self._workers if worker.node is None}
-        alive = {node["NodeID"] for node in _live_nodes()}
+        alive = {node["NodeID"] for node in live_nodes()}
         for node in orphaned:
             if node in coming and node in alive:
                 continue
@@ -430,9 +431,3 @@ class Crew:
             "every worker died, perhaps for want of memory or because its node is gone, and none could be started in "
             f"its place; {kept}"
         )
-
-
-def _live_nodes() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]
