@@ -16,7 +16,7 @@ from typing import Any
 from rvdist.errors import BadInput
 from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 
-STAGES = ("plan", "merge", "evaluate", "report")
+STAGES = ("plan", "merge", "analyze", "evaluate", "report")
 DEVICES = ("cpu", "cuda")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EXTRA_ROWS = ("refuse", "keep")
@@ -323,6 +323,21 @@ def outputs(config: Config) -> dict[Path, WeightPoint]:
                     f"output: several points would be written to {directory}; put {{alpha}} or {{target}} into it"
                 )
             found[directory] = merged
+    return found
+
+
+def examined(config: Config) -> dict[str, WeightPoint]:
+    """What the analyze stage looks at: every vector of the configuration and of its arms, by what it is called, as the
+    target plus that vector. Raises BadInput."""
+    whole = point(config, 1.0)
+    names = ["vector"] if len(whole.terms) == 1 else [f"vectors[{k}]" for k in range(len(whole.terms))]
+    found = {name: replace(whole, terms=(term,)) for name, term in zip(names, whole.terms, strict=True)}
+    for number, entry in enumerate(config.arms):
+        if entry.vector is not None:
+            (term,) = _listed(config, entry, number).point.terms
+            found[entry.name] = replace(whole, terms=(term,))
+    if not found:
+        raise BadInput("stages: analyze needs a vector; give vector.plus and vector.minus, or vector.path")
     return found
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rvdist import __version__
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.config import Config
-from rvdist.point import Arm, Vector, WeightPoint
+from rvdist.point import Arm, WeightPoint
 from rvdist.record import Record, TaskInfo
 from rvdist.timing import Timing
 
@@ -37,7 +37,8 @@ class Scores:
 @dataclass(eq=False)
 class Run:
     """One job. `timing` is shared by the jobs of one command. `sources` by name; `notes` and `digests` by point;
-    `written` is what its merge stage still has to write, `saved` the vector it stores, `arms` what it scores."""
+    `written` is what its merge stage still has to write, `arms` what it scores, `examined` names vectors by points that
+    have just one, `anatomy` is what was found of them, in sentences, and `figures` shows it, as PNG."""
 
     settings: Config
     directory: Path
@@ -48,8 +49,10 @@ class Run:
     notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
     digests: dict[WeightPoint, str] = field(default_factory=dict)
     written: Mapping[Path, WeightPoint] = field(default_factory=dict)
-    saved: Vector | None = None
     arms: Sequence[Arm] = ()
+    examined: Mapping[str, WeightPoint] = field(default_factory=dict)
+    anatomy: Sequence[str] = ()
+    figures: dict[str, bytes] = field(default_factory=dict)
     engine: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None
 

@@ -56,8 +56,8 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
     failed: dict[Run, Exception] = {}
     promised: dict[Path, WeightPoint] = {}
     jobs = _each(runs, failed, lambda run: _prepare(run, promised))
-    jobs = [run for run in jobs if run.written or run.arms]
-    jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing))
+    jobs = [run for run in jobs if run.written or run.arms or run.examined]
+    jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
     if any(run.arms for run in jobs):
         from rvdist.evaluation import Examination, objective
         from rvdist.racing import race
@@ -65,6 +65,10 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
         examination = Examination(warm)
         jobs = _each(jobs, failed, lambda run: examination.join(run) if run.arms else None)
     jobs = _each(jobs, failed, lambda run: _begin(run, warm))
+    if any(run.examined for run in jobs):
+        from rvdist.analysis import analyse
+
+        jobs = _each(jobs, failed, lambda run: analyse(run) if run.examined else None)
     for alike in _alike([run for run in jobs if run.written]):
         _together(alike, failed, lambda some: _merge(some, warm))
     jobs = [run for run in jobs if run not in failed]
@@ -111,10 +115,12 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
     written = config.outputs(settings) if merges else {}
     arms = config.arms(settings) if "evaluate" in stages else []
     saved = config.saved(settings)
+    examined = config.examined(settings) if "analyze" in stages else {}
     with run.timing.phase("index"):
         vector = _index_vector(run, saved, written) if saved and "merge" in stages else None
-        _index(run, [*written.values(), *(arm.point for arm in arms)])
+        _index(run, [*written.values(), *(arm.point for arm in arms), *examined.values()])
         written = {output: compat.settle(point, run.sources) for output, point in written.items()}
+        run.examined = {name: compat.settle(point, run.sources) for name, point in examined.items()}
         run.arms = [replace(arm, point=compat.settle(arm.point, run.sources)) for arm in arms]
         used = {source for point in run.notes for source in point.sources()} | set(vector.sources() if vector else ())
         run.sources = {name: source for name, source in run.sources.items() if name in used}
@@ -139,9 +145,14 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
         promised |= written
 
 
+def _needs_ray(run: Run) -> bool:
+    return bool(run.written or run.arms)
+
+
 def _begin(run: Run, warm: Warm) -> None:
     """Nothing is refused any more, and Ray is there."""
-    warm.resources()
+    if _needs_ray(run):
+        warm.resources()
     _write_config(run)
 
 

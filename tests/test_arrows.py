@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "preview": {"cluster", "config", "merge", "run"},
     "evaluation": {"config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
     "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "run", "warm"},
+    "analysis": {"anatomy", "progress", "report", "run"},
     "stages": {
-        "checkpoint", "compat", "config", "errors", "evaluation", "merge", "point", "preview", "progress", "racing",
-        "report", "run", "timing", "vector", "warm",
+        "analysis", "checkpoint", "compat", "config", "errors", "evaluation", "merge", "point", "preview", "progress",
+        "racing", "report", "run", "timing", "vector", "warm",
     },
     "verify": {"arithmetic", "checkpoint", "errors"},
     "multirun": {"config", "run", "stages", "timing", "warm"},

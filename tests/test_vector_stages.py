@@ -42,6 +42,22 @@ def test_a_vector_alone_needs_no_target_and_no_cluster(family, tmp_path, monkeyp
     assert f"exact for {said['exact_for']}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rvdist.cluster.connect", None)
+    paths = {name: str(path) for name, path in family().items()}
+    (tmp_path / "run").mkdir()
+    vectors = [WeightedVectorConfig(paths["plus"], paths["minus"]), WeightedVectorConfig(paths["minus"], paths["plus"])]
+    cache = config.CacheConfig(str(tmp_path / "cache"))
+    settings = Config(target=paths["target"], vectors=vectors, stages=["analyze"], cache=cache)
+    assert run_stages(settings, tmp_path / "run", []) is None
+    found = json.loads((tmp_path / "run/anatomy.json").read_text())
+    assert found["vectors"] == ["vectors[0]", "vectors[1]"]
+    assert found["whole"]["cosines"][0][1] == pytest.approx(-1)
+    assert (tmp_path / "run/anatomy-cosines.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run/anatomy.csv").exists() and (tmp_path / "run/config.yaml").exists()
+    assert "The cosine between" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
