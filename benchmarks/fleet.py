@@ -120,6 +120,7 @@ class Measured:
     typed: list[Peer] = field(default_factory=list)
     tuned: list[Peer] = field(default_factory=list)
     ours: dict[int, list[Ours]] = field(default_factory=lambda: defaultdict(list))  # by engines
+    loads: list[float] = field(default_factory=list)  # of the machine, after each of all these
     agreement: Agreement | None = None
     swaps: list[Swap] = field(default_factory=list)
     overhead: Overhead | None = None
@@ -271,14 +272,14 @@ def swap(family: Mapping[str, Path], rounds: int) -> Swap:
 def overhead(name: Path, rounds: int) -> Overhead:
     """Both tasks at the target, by our path and by lm-eval's vLLM backend in turn, each with an engine that is up.
     Building requests, answering and scoring count, loading tasks does not. Run in a process of its own."""
-    from rvdist.fleet.engine import EngineSettings
+    from rvdist.fleet.engine import Engine, EngineSettings
     from rvdist.fleet.harness import Suite
+    from rvdist.fleet.request import Generate
     from rvdist.fleet.schedule import cut
-    from rvdist.fleet.scheduler import EngineActor
 
     target = str(FAMILY["target"])
     settings = EngineSettings(max_model_len=MAX_MODEL_LEN, kv_cache_gib=KV_CACHE_GIB)
-    engine, suite = EngineActor(target, settings), Suite.load(TASKS)
+    engine, suite = Engine(target, settings), Suite.load(TASKS)
     sys.path.insert(0, str(name))
     from lm_eval.evaluator import evaluate
     from lm_eval.models.vllm_causallms import VLLM
@@ -320,10 +321,12 @@ def overhead(name: Path, rounds: int) -> Overhead:
         answers: dict[str, list[Any]] = {task: [] for task in requests}
         seconds = 0.0
         for piece in cut(point, requests, SLICE_SIZE):
-            answered, _ = engine.answer(point, requests[piece.task][piece.begin : piece.end])
-            answers[piece.task] += answered.answers
-            seconds += answered.seconds
-        suite.score(Arm("baseline", point, 0.0), "", tokenizer, requests, answers, 0)
+            asked: list[Any] = requests[piece.task][piece.begin : piece.end]
+            method = engine.generate if isinstance(asked[0], Generate) else engine.loglikelihood
+            sent = time.perf_counter()
+            answers[piece.task] += method(asked)
+            seconds += time.perf_counter() - sent
+        suite.score(Arm("baseline", point, alpha=0.0), "", tokenizer, requests, answers, seed=0)
         return time.perf_counter() - began, seconds
 
     def by_theirs() -> tuple[float, float]:
@@ -353,10 +356,12 @@ def measure(work: Path, values: list[float], rounds: int) -> Measured:
         for alpha, tuned in [*((alpha, True) for alpha in share), (typed, False)]:
             one = peer(work, alpha, tuned)
             (found.tuned if tuned else found.typed).append(one)
+            found.loads.append(os.getloadavg()[0])
             how = "tuned" if tuned else "as typed"
             print(f"α = {alpha:g}: mergekit {one.merge:.1f} s, lm-eval, {how}, {one.evaluate:.1f} s", flush=True)
         for engines in (1, 2):
             found.ours[engines].append(ours(work, values, engines))
+            found.loads.append(os.getloadavg()[0])
             print(f"round {round + 1}: ours, engines: {engines}: {found.ours[engines][-1].wall:.1f} s", flush=True)
     found.agreement = agreement(work / "fleet-1", found.tuned)
     for family in (FAMILY, large_family(work)):
@@ -379,7 +384,7 @@ def report(found: Measured) -> str:
     alphas = ", ".join(f"{value:g}" for value in found.values)
     lines = [
         f"α = {alphas}; {', '.join(TASKS)}: {requests:,} requests; {len(found.ours[1])} rounds in turn, medians; "
-        f"{os.cpu_count()} cores, {platform.machine()}, no GPU.",
+        f"{os.cpu_count()} cores, {platform.machine()}, no GPU, a load of {spread(found.loads)}.",
         "",
         "| what | whole, s (min to max) | × one engine | × two engines | requests/s | of one value: mergekit, s | "
         "lm-eval, s |",

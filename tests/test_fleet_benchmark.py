@@ -53,6 +53,7 @@ def test_the_report_has_every_ratio():
     found.tuned = [fleet.Peer(0.0, 0.0, 30.0, Path()), fleet.Peer(1.0, 6.0, 40.0, Path())]
     found.typed = [fleet.Peer(1.0, 8.0, 50.0, Path())]
     found.ours = {1: [run(10.0), run(8.0), run(9.0)], 2: [run(6.0), run(7.0), run(6.0)]}
+    found.loads = [1.5, 2.5]
     found.agreement = fleet.Agreement(8, 1, 0.25)
     found.swaps = [fleet.Swap(400_000, 8.0, 0.5, [0.02, 0.04, 0.03], [0.01, 0.01, 0.02])]
     found.overhead = fleet.Overhead(100, [1.0, 1.1], [0.8, 0.9], [1.0, 1.0], [0.9, 0.9])
