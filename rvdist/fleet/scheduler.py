@@ -69,13 +69,21 @@ class Status:
 
 
 class EngineActor(Engine):
-    """An engine as a Ray actor answers a whole slice in one call."""
+    """An engine as a Ray actor answers a whole slice in one call. Any class of these methods can be in its place."""
 
-    def answer(self, point: WeightPoint, requests: Sequence[Request]) -> tuple[Answered, float]:
+    @staticmethod
+    def environment(settings: EngineSettings) -> dict[str, str]:
+        """With what variables its process starts."""
+        found = {"OMP_NUM_THREADS": str(settings.cpu_threads)}
+        if settings.tensor_parallel_size == 1:
+            found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine binds to the same cores
+        return found
+
+    def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered, float]:
         """The answers, and the seconds that the swap took (0: none was needed). Raises BadInput for a prompt that
         does not fit."""
-        begin, truncated, moved = time.perf_counter(), self.truncated, not self.is_at(point)
-        self.swap(point)
+        begin, truncated, moved = time.perf_counter(), self.truncated, not self.is_at(piece.point)
+        self.swap(piece.point)
         swapped = time.perf_counter()
         answers: list[Answer] = []
         try:
@@ -104,25 +112,24 @@ class _Seat:
 
 class Fleet:
     """`count` engines on the checkpoint `base`, each of which takes so many `cpus` and `gpus` of the connected Ray
-    cluster. Where it has no node that could hold one, it has `patience` seconds to get one."""
+    cluster. Where it has no node that could hold one, it has `patience` seconds to get one. `actor` is what answers,
+    made of `base` and `settings`."""
 
     def __init__(
         self,
         base: str,
-        settings: EngineSettings,
+        settings: Any,
         count: int,
         cpus: float = 1.0,
         gpus: float = 0.0,
         patience: float = 120.0,
+        actor: type[Any] = EngineActor,
     ) -> None:
         import ray
 
         self._need = {"CPU": cpus, "GPU": gpus}
-        environment = {"OMP_NUM_THREADS": str(settings.cpu_threads)}
-        if settings.tensor_parallel_size == 1:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every engine binds to the same cores
-        actor_class = ray.remote(EngineActor).options(
-            num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment}
+        actor_class = ray.remote(actor).options(
+            num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": actor.environment(settings)}
         )
         self._spawn: Callable[[], Any] = lambda: actor_class.remote(base, settings)
         self._home = WeightPoint(base)
@@ -278,7 +285,7 @@ class Fleet:
             if piece := schedule.take(seat.number, time.monotonic()):
                 seat.at = piece.point
                 batch = requests[piece.task][piece.begin : piece.end]
-                running[seat.actor.answer.remote(piece.point, batch)] = (seat, piece)
+                running[seat.actor.answer.remote(piece, batch)] = (seat, piece)
 
     def _require_engines(self, running: Mapping[Any, Any]) -> None:
         """Raises Failed where nothing works and nothing can come."""
