@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -44,6 +44,37 @@ class Row:
     p_value: float | None = None
     p_adjusted: float | None = None
     verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """Tasks with a score together, such as the 27 of BIG-Bench-Hard: the mean over their documents, or, not
+    `by_size`, the mean of their means. `metrics` are the (metric, filter) pairs they share, the primary one first."""
+
+    name: str
+    tasks: tuple[str, ...]
+    metrics: tuple[tuple[str, str], ...]
+    by_size: bool = True
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What each task of a run is: a benchmark by itself, a member of a group, or a benchmark's questions edited."""
+
+    names: Collection[str]
+    groups: Sequence[GroupInfo] = ()
+
+    def original(self, task: str) -> str | None:
+        """The task of which this one is `ORIGINAL+EDIT`, if it is there too."""
+        name, plus, _ = task.partition("+")
+        return name if plus and name in self.names else None
+
+    def is_benchmark(self, task: str) -> bool:
+        return self.original(task) is None and not any(task in group.tasks for group in self.groups)
+
+    def benchmarks(self, rows: Sequence[Row]) -> list[Row]:
+        """The primary scores of what stands for itself: the rows of the main table."""
+        return [row for row in rows if row.primary and self.is_benchmark(row.task)]
 
 
 def baseline_of(rows: Sequence[Row]) -> str | None:
