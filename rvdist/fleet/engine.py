@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for huge pages: fewer faults on the tensors that a swap makes
 }
 _ENVIRONMENT_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks want a NUMA node each, and engines all take the same cores

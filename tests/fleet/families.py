@@ -107,18 +107,17 @@ def make_family(kind: str, out: Path) -> Family:
     return Family(*paths)
 
 
-def make_deep(out: Path, layers: int, hidden: int = 512) -> Family:
-    """A Llama whose bytes are nearly all in its many layers, 3.1 M parameters each at 512 channels; its vector is
-    target − minus."""
+def make_deep(out: Path, layers: int) -> Family:
+    """A Llama whose bytes are nearly all in its many layers, of 3 M parameters each."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=70,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
+        hidden_size=512,
+        intermediate_size=1408,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=1,
@@ -126,13 +125,13 @@ def make_deep(out: Path, layers: int, hidden: int = 512) -> Family:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    for name, factor in (("target", 1.0), ("minus", 0.5)):
+    for name, factor in (("target", 1.0), ("minus", 0.5), ("plus", 1.5)):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(factor)
         model.save_pretrained(out / name)
         _tokenizer().save_pretrained(out / name)
-    return Family(out / "target", out / "target", out / "minus")
+    return Family(out / "target", out / "plus", out / "minus")
 
 
 def _tokenizer():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import statistics
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -48,8 +50,9 @@ def test_fifty_swaps_leave_no_trace(engine: Engine, base: Answers, family: Famil
     assert answers(engine) == base
 
 
-def test_memory_of_a_swap_does_not_grow_with_the_model(tmp_path: Path) -> None:
+def test_memory_of_a_swap_does_not_grow_with_the_model(families: dict[str, Family], tmp_path: Path) -> None:
     """So no engine has a host copy of target or vector: what they share is the page cache."""
+    start(WeightPoint(str(families["untied"].target))).swap(families["untied"].point(0.5))  # loads what swaps need
     family = make_deep(tmp_path / "deep", layers=28)
     nbytes = sum(file.stat().st_size for file in family.target.glob("*.safetensors"))
     engine = start(WeightPoint(str(family.target)))
@@ -153,6 +156,43 @@ def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family
     assert swap.mirror_obstacle(names, config) is None
     assert "conv.weight" in str(swap.mirror_obstacle([*names, "model.layers.0.conv.weight"], config))
     assert "root mean square" in str(swap.mirror_obstacle(names, {}))
+
+
+@pytest.mark.slow
+def test_what_a_swap_costs(tmp_path: Path) -> None:
+    """Against reading every byte of target and donors once and vLLM's own reload of tensors that are merged already;
+    and against a start, of an engine in a process that has imported vLLM."""
+    family = make_deep(tmp_path / "deep", layers=36)
+    point = family.point(0.5)
+    files = [file for path in point.sources() for file in Path(path).glob("*.safetensors")]
+    engine = start(WeightPoint(str(family.target)))
+    engine.swap(point)
+    merged = dict(swap.read_point(point))
+    buffer = bytearray(8 << 20)
+
+    def read() -> None:
+        for file in files:
+            with open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+    def reload() -> None:
+        engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(merged.items())})
+
+    seconds: dict[str, list[float]] = {"swap": [], "read": [], "reload": []}
+    for _ in range(9):
+        for name, step in (("swap", lambda: engine._load(point)), ("read", read), ("reload", reload)):
+            begin = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begin)
+    took = {name: statistics.median(times) for name, times in seconds.items()}
+    took["start"] = start(WeightPoint(str(family.target))).info()["start_seconds"]
+    shutil.rmtree(tmp_path / "deep")
+    count = sum(tensor.numel() for tensor in merged.values())
+    ratio = took["swap"] / (took["read"] + took["reload"])
+    print(f"{count / 1e6:.0f} M parameters: " + ", ".join(f"{name} {t:.2f} s" for name, t in took.items()))
+    print(f"a swap takes {ratio:.2f} times reading and reloading, {took['swap'] / took['start']:.2f} times a start")
+    assert count > 1e8 and ratio < 2 and took["swap"] < took["start"]
 
 
 @pytest.mark.slow
