@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from rvdist.anatomy.analyze import analyze
+from rvdist.checkpoint.hub import download_weights
 from rvdist.progress import Bar
 from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences
 from rvdist.run import Run
@@ -17,7 +18,10 @@ def analyse(run: Run) -> None:
     target = next(iter(run.examined.values())).base
     names = {target, *(source for vector in vectors.values() for source in vector.sources())}
     sources = {name: run.sources[name] for name in names}
-    nbytes = sum(spec.nbytes for source in sources.values() for spec in source.tensors.values())
+    for source in sources.values():
+        if source.hub:
+            download_weights(source)
+    nbytes = sum(spec.nbytes for spec in sources[target].tensors.values())
     with run.timing.phase("analyze"):
         with Bar("analyze", nbytes, "bytes", run.console) as bar:
             anatomy = analyze(vectors, target, sources, progress=bar.advance)

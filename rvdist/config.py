@@ -87,6 +87,12 @@ class SweepConfig:
 
 
 @dataclass
+class AnalyzeConfig:
+    text: str | None = None
+    points: int = 11
+
+
+@dataclass
 class SearchConfig:
     method: str | None = None
     alphas: list[float] | None = None
@@ -177,6 +183,7 @@ class Config:
     arms: list[ArmConfig] = field(default_factory=list)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -339,6 +346,34 @@ def examined(config: Config) -> dict[str, WeightPoint]:
     if not found:
         raise BadInput("stages: analyze needs a vector; give vector.plus and vector.minus, or vector.path")
     return found
+
+
+def lines(config: Config) -> dict[str, list[Arm]]:
+    """The points along which `analyze.text` is read, evenly from 0 to 1: from minus to plus, and from the target along
+    the vector. Raises BadInput."""
+    count = config.analyze.points
+    if count < 3:
+        raise BadInput(f"analyze.points: {count} points show no barrier; give at least 3")
+    whole = point(config, 1.0)
+    if len(whole.terms) != 1:
+        raise BadInput(
+            "analyze.text needs one vector; give vector.plus and vector.minus, or vector.path, and no vectors"
+        )
+    (term,) = whole.terms
+    starts = {"target": (config.target, term)}
+    if term.vector.minus is not None:
+        starts = {"donors": (term.vector.minus, Term(1.0, term.vector))} | starts
+    return {
+        name: [
+            Arm(f"{name} {step / (count - 1):.3f}", replace(whole, base=base, terms=_at(one, step / (count - 1))))
+            for step in range(count)
+        ]
+        for name, (base, one) in starts.items()
+    }
+
+
+def _at(term: Term, share: float) -> tuple[Term, ...]:
+    return (replace(term, alpha=share * term.alpha),) if share else ()
 
 
 def arms(config: Config) -> list[Arm]:

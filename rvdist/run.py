@@ -38,7 +38,8 @@ class Scores:
 class Run:
     """One job. `timing` is shared by the jobs of one command. `sources` by name; `notes` and `digests` by point;
     `written` is what its merge stage still has to write, `arms` what it scores, `examined` names vectors by points that
-    have just one, `anatomy` is what was found of them, in sentences, and `figures` shows it, as PNG."""
+    have just one; `anatomy` is what was found of them, in sentences, and `figures` shows it, as PNG. `reader` is the
+    run that reads a text along lines between models."""
 
     settings: Config
     directory: Path
@@ -53,6 +54,7 @@ class Run:
     examined: Mapping[str, WeightPoint] = field(default_factory=dict)
     anatomy: Sequence[str] = ()
     figures: dict[str, bytes] = field(default_factory=dict)
+    reader: Run | None = None
     engine: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None
 

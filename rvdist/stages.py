@@ -23,7 +23,7 @@ from rvdist.config import Config
 from rvdist.errors import BadInput
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
-from rvdist.point import Rename, Vector, WeightPoint
+from rvdist.point import Arm, Rename, Vector, WeightPoint
 from rvdist.preview import print_plan
 from rvdist.progress import Bar
 from rvdist.run import Run, versions
@@ -58,20 +58,24 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
     jobs = _each(runs, failed, lambda run: _prepare(run, promised))
     jobs = [run for run in jobs if run.written or run.arms or run.examined]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
-    if any(run.arms for run in jobs):
+    if any(run.arms or run.reader for run in jobs):
         from rvdist.evaluation import Examination, objective
         from rvdist.racing import race
 
         examination = Examination(warm)
         jobs = _each(jobs, failed, lambda run: examination.join(run) if run.arms else None)
+        jobs = _each(jobs, failed, lambda run: examination.join(run.reader) if run.reader else None)
     jobs = _each(jobs, failed, lambda run: _begin(run, warm))
     if any(run.examined for run in jobs):
         from rvdist.analysis import analyse
+        from rvdist.connectivity import measure
 
         jobs = _each(jobs, failed, lambda run: analyse(run) if run.examined else None)
     for alike in _alike([run for run in jobs if run.written]):
         _together(alike, failed, lambda some: _merge(some, warm))
     jobs = [run for run in jobs if run not in failed]
+    if any(run.reader for run in jobs):
+        jobs = _each(jobs, failed, lambda run: measure(examination, run) if run.reader else None)
     if scored := [run for run in jobs if run.arms]:
         racing = [run for run in scored if run.settings.search.method]
         _together([run for run in scored if run not in racing], failed, examination.evaluate)
@@ -116,12 +120,14 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
     arms = config.arms(settings) if "evaluate" in stages else []
     saved = config.saved(settings)
     examined = config.examined(settings) if "analyze" in stages else {}
+    lines = config.lines(settings) if examined and settings.analyze.text else {}
     with run.timing.phase("index"):
         vector = _index_vector(run, saved, written) if saved and "merge" in stages else None
-        _index(run, [*written.values(), *(arm.point for arm in arms), *examined.values()])
+        on_lines = [arm.point for line in lines.values() for arm in line]
+        _index(run, [*written.values(), *(arm.point for arm in arms), *examined.values(), *on_lines])
         written = {output: compat.settle(point, run.sources) for output, point in written.items()}
         run.examined = {name: compat.settle(point, run.sources) for name, point in examined.items()}
-        run.arms = [replace(arm, point=compat.settle(arm.point, run.sources)) for arm in arms]
+        run.arms = [_settled(run, arm) for arm in arms]
         used = {source for point in run.notes for source in point.sources()} | set(vector.sources() if vector else ())
         run.sources = {name: source for name, source in run.sources.items() if name in used}
     with run.timing.phase("plan"):
@@ -137,16 +143,24 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
         print_plan(run, plan)
     if saved and vector:
         _save_vector(run, saved, vector)
-    if run.arms:
+    if run.arms or lines:
         with run.timing.phase("digest"):
             _digest(run)
+    if lines:
+        from rvdist.connectivity import reader
+
+        run.reader = reader(run, {name: [_settled(run, arm) for arm in line] for name, line in lines.items()})
     if "merge" in stages:
         run.written = written
         promised |= written
 
 
+def _settled(run: Run, arm: Arm) -> Arm:
+    return replace(arm, point=compat.settle(arm.point, run.sources))
+
+
 def _needs_ray(run: Run) -> bool:
-    return bool(run.written or run.arms)
+    return bool(run.written or run.arms or run.reader)
 
 
 def _begin(run: Run, warm: Warm) -> None:

@@ -18,6 +18,7 @@ from rvdist.errors import BadInput
 from rvdist.tasks import local, perturb
 
 OURS = Path(__file__).resolve().parent
+TEXT = "text"  # followed by a colon and a file: a task of ours
 _FOLDERS = ("bbh", "gsm8k", "gsm8k_platinum", "gsm_plus", "sciq")  # of lm-eval's; reading all of them takes 10 s
 _QUESTIONS = ("question", "problem", "input")
 
@@ -76,7 +77,7 @@ def load(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if data_dir is not None and not data_dir.is_dir():
         raise BadInput(f"benchmarks.data_dir: {data_dir} is not a directory")
-    parsed = {name: perturb.parse(name) for name in names}
+    parsed = {name: (TEXT, None) if name.startswith(f"{TEXT}:") else perturb.parse(name) for name in names}
     manager = _manager([task for task, _ in parsed.values()], include_paths)
     for name, (task, perturbation) in parsed.items():
         _check(manager.task_index, task, code)
@@ -91,6 +92,8 @@ def load(
                 _localise(manager.task_index, task, data_dir, num_fewshot)
             if perturbation:
                 manager.task_index[name] = _perturbed(manager.task_index[task], name, perturbation)
+            elif name.startswith(f"{TEXT}:"):
+                manager.task_index[name] = _text_file(manager.task_index[TEXT], name)
             found = manager.load([name])
         except local.MissingData as error:
             lacking[name] = str(error)
@@ -216,6 +219,14 @@ def _splits(config: Mapping[str, Any], shots: int) -> dict[str, bool]:
     if not drawn and "samples" not in fewshot:
         drawn = config.get("training_split") or config.get("validation_split")
     return {drawn: shots > 0, asked: True} if drawn else {asked: True}
+
+
+def _text_file(entry: Any, name: str) -> Any:
+    """The entry of the task that is the perplexity of a file."""
+    path = Path(name.removeprefix(f"{TEXT}:")).expanduser().absolute()
+    return replace(
+        entry, name=name, cfg=_config(entry) | {"task": name, "dataset_kwargs": {"path": str(path)}}, yaml_path=None
+    )
 
 
 def _perturbed(entry: Any, name: str, perturbation: perturb.Perturbation) -> Any:

@@ -93,6 +93,20 @@ def load(files: Mapping[str, str | None], fields: Sequence[str], **_: object) ->
     return found
 
 
+def paragraphs(path: str, **_: object) -> dict[str, Any]:
+    """A `custom_dataset` of lm-eval's: the paragraphs of a text file, in UTF-8, as its test split. Raises BadInput."""
+    from datasets import Dataset
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as a text in UTF-8 ({error})") from None
+    found = [paragraph for paragraph in (part.strip("\n") for part in re.split(r"\n\s*\n", text)) if paragraph.strip()]
+    if not found:
+        raise BadInput(f"{path}: holds no text")
+    return {"test": Dataset.from_dict({"text": found})}
+
+
 def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a file, with these fields alone. Raises BadInput where it cannot be read or has no such rows."""
     try:
