@@ -1,6 +1,7 @@
 """The fleet with real engines as Ray actors: who answers, and what dies meanwhile, changes no answer."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -111,6 +112,16 @@ def test_engines_that_cannot_be_had_or_start_are_reported(ray_local):
     fleet = Fleet("/nowhere", SETTINGS, count=2, cpus=0.5)
     with pytest.raises(Failed, match="an engine could not start: .*nowhere"):
         fleet.answer(cut(TARGET, requests, 4), requests)
+    fleet.stop()
+
+
+@pytest.mark.slow
+def test_an_engine_of_two_ranks(ray_local, requests):
+    """On cores of one NUMA node, too, which vLLM by itself does not share out."""
+    fleet = Fleet(TARGET.base, dataclasses.replace(SETTINGS, tensor_parallel_size=2), count=1, cpus=1.0)
+    answered = fleet.answer([piece for point in POINTS[:2] for piece in cut(point, requests, 40)], requests)
+    assert fleet.info()[0]["probe"] == "passed" and fleet.stats.deaths == 0
+    assert len(set(texts(answered).values())) == len(answered)
     fleet.stop()
 
 
