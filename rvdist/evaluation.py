@@ -66,6 +66,7 @@ class Examination:
         """Makes ready what the run's arms are asked; what is asked already is shared. Raises BadInput for tasks that
         cannot be loaded and checkpoints that cannot be asked."""
         settings = run.settings
+        _engine_settings(run)
         asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
         for arm in run.arms:
             source = run.sources[arm.point.base]
@@ -77,14 +78,12 @@ class Examination:
                 with run.timing.phase("tasks"):
                     suite = _suite(run, prompt)
                     tokenizer = _tokenizer(source.path, settings.benchmarks.apply_chat_template)
-                for sentence in suite.lacking.values():
-                    run.say(f"left out: {sentence}")
                 with run.timing.phase("requests"):
                     self._askings[key] = Asking(serving, tensors, suite, tokenizer, suite.requests(tokenizer))
             self._of[run, arm.name] = self._askings[key]
-        run.notes[run.arms[0].point] += tuple(
-            f"left out: {sentence}" for sentence in self.asking(run, run.arms[0]).suite.lacking.values()
-        )
+        for sentence in self.asking(run, run.arms[0]).suite.lacking.values():
+            run.notes[run.arms[0].point] += (f"left out: {sentence}",)
+            run.say(f"left out: {sentence}")
 
     def asking(self, run: Run, arm: Arm) -> Asking:
         """What the arm is asked."""
@@ -201,6 +200,8 @@ def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -
         if truncated:
             run.notes[baseline.point] += (f"{truncated} prompts did not fit and were cut from the left",)
         tasks = asking.suite.infos([record for record in records if record.arm == baseline.name])
+        results, _ = known[baseline, run.digests[baseline.point], asking]
+        run.notes[baseline.point] += tuple(asking.suite.left_out(results, tasks))
         scored_arms = [arm for arm, _, _ in arms]
         rows = summarise(scored_arms, records, tasks, baseline=baseline.name)
         write_summary(run.directory / "summary.json", rows)
