@@ -84,7 +84,7 @@ _EXECUTORS = ("mp", "ray")
 _QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
 
 # Part of what names a cached sample: raise it with every change here that may change an answer.
-_VERSION = 1
+_VERSION = 2
 
 _TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for each
 

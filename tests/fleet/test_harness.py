@@ -1,6 +1,8 @@
 """lm-eval's side of the fleet: requests in, scores out, on the pocket family's real tasks."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from checkpoints import POCKET
@@ -11,6 +13,7 @@ from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
 from rvdist.point import Arm, WeightPoint
 from rvdist.record import read_records, write_records
+from rvdist.tasks import catalogue, sandbox
 
 TASKS = ["pocket_sums", "pocket_choice", "pocket_control"]
 ARM = Arm("baseline", WeightPoint("t"), alpha=0.0)
@@ -141,7 +144,7 @@ def test_a_perplexity_is_the_other_way_round(tmp_path, tokenizer):
     results, records = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
     assert [record.metrics["log2_perplexity"] for record in records] == pytest.approx([1, 3])
     assert results["results"]["mine"]["perplexity,none"] == pytest.approx(2**2)
-    assert records[1].response == records[1].filtered == "-2.0794 2"
+    assert records[1].response == records[1].filtered == f"{-3 * math.log(2)} (not greedy) 2"
     (info,) = suite.infos(records)
     assert info.higher_is_better == {"log2_perplexity": False, "acc": True}
     assert suite.left_out(results, [info]) == []
@@ -159,6 +162,46 @@ def test_what_only_all_documents_together_have_is_said_to_be_left_out(tmp_path, 
     answers = {"mine": [Loglikelihood(logprob, False, 1) for logprob in (-1.0, -1.0, -2.0, -2.0) * 2]}
     results, records = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
     assert [record.metrics for record in records] == [{"acc": 1.0}, {"acc": 0.0}]
-    assert records[0].response.splitlines()[:4] == ["[1 of 2]", "-1.0000  a", "[2 of 2]", "-1.0000  a"]
+    shown = ["[1 of 2, 20 characters]", "-1.0 (not greedy)  a", "[2 of 2, 20 characters]", "-1.0 (not greedy)  a"]
+    assert records[0].response.splitlines()[:4] == shown
     (sentence,) = suite.left_out(results, suite.infos(records))
     assert sentence == "mine: mcc is one number for all documents together and not a mean over them: see results/"
+
+
+@pytest.mark.skipif(
+    bool(sandbox._refusal("namespaces") and sandbox._refusal("landlock")), reason="this kernel gives no sandbox"
+)
+def test_every_sample_of_a_program_is_judged(tmp_path, tokenizer):
+    """pass@k, for a task of one's own that asks HumanEval's questions several times."""
+    five = Path(__file__).parents[1] / "tasks" / "humaneval_5.jsonl"
+    (tmp_path / "passes.py").write_text(
+        "import math\n"
+        "def at(doc, results):\n"
+        "    (verdicts,) = results\n"
+        "    n, wrong = len(verdicts), sum(not v.startswith('passed ') for v in verdicts)\n"
+        "    return {f'pass@{k}': 1 - math.comb(wrong, k) / math.comb(n, k) for k in (1, 2)}\n"
+    )
+    (tmp_path / "thrice.yaml").write_text(
+        f"include: {catalogue.OURS}/humaneval.yaml\ntask: thrice\ndataset_path: json\nrepeats: 3\n"
+        f"dataset_kwargs: {{data_files: {{test: {five}}}}}\n"
+        'generation_kwargs: {until: ["\\ndef"], do_sample: true, temperature: 0.8, max_gen_toks: 64}\n'
+        "filter_list:\n  - name: create_test\n    filter:\n      - function: custom\n"
+        "        filter_fn: !function rvdist.tasks.humaneval.judge\n"
+        "process_results: !function passes.at\n"
+        "metric_list: [{metric: pass@1, aggregation: mean}, {metric: pass@2, aggregation: mean}]\n"
+    )
+    suite = Suite.load(["thrice"], tmp_path, limit=2, chat=False, code="degraded")
+    requests = suite.requests(tokenizer)
+    assert [(r.repeat, r.temperature, r.stop) for r in requests["thrice"]] == [
+        (k, 0.8, ("\ndef",)) for k in (0, 1, 2)
+    ] * 2
+    right = [json.loads(line)["canonical_solution"] for line in five.read_text().splitlines()[:2]]
+    texts = [right[0], "    return 7\n", "    return 8\n", right[1], right[1], right[1]]
+    answers = {"thrice": [Completion(text, "stop", 9, 9) for text in texts]}
+    results, records = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
+    assert [record.metrics for record in records] == [
+        {"pass@1": pytest.approx(1 / 3), "pass@2": pytest.approx(2 / 3)},
+        {"pass@1": 1.0, "pass@2": 1.0},
+    ]
+    assert results["results"]["thrice"]["pass@2,create_test"] == pytest.approx(5 / 6)
+    assert records[0].filtered.count("\npassed (") == 1 and records[0].filtered.count("\nfailed (") == 2
