@@ -5,20 +5,25 @@ import pytest
 from rvdist import config
 from rvdist.arithmetic import registry
 from rvdist.config import (
+    ArmConfig,
     BatchConfig,
     BenchmarksConfig,
     ClusterConfig,
     CompatConfig,
     Config,
+    DonorsConfig,
     EngineConfig,
     MaskConfig,
     MergeConfig,
+    SearchConfig,
     SweepConfig,
     VectorConfig,
     WeightedVectorConfig,
 )
 from rvdist.errors import BadInput
 from rvdist.point import MethodSpec, Vector
+
+MASK = MaskConfig(layers=[[0, 3]])
 
 
 def settings(**changes):
@@ -47,6 +52,68 @@ def test_default_stages_follow_what_is_asked_for():
 def test_stages_that_cannot_run(changes, reason):
     with pytest.raises(BadInput, match=reason):
         config.stages(settings(**changes))
+
+
+RACING = {"method": "racing", "alphas": [0.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"search": SearchConfig("halving")}, "search.method: 'halving' is not one of racing"),
+        ({"search": SearchConfig("racing", [1.0])}, "search.alphas: a search needs at least two values"),
+        ({"search": SearchConfig(**RACING, confidence=1.0)}, "search.confidence: 1 is not a share"),
+        ({"search": SearchConfig(**RACING, holdout=0.0)}, "search.holdout: 0 is not a share"),
+        ({"search": SearchConfig(**RACING, tolerance=1.5)}, "search.tolerance: 1.5 is not a difference of scores"),
+        ({"search": SearchConfig(**RACING, round=0)}, "search.round: 0 is not a number of documents"),
+        ({"search": SearchConfig(**RACING), "vector": VectorConfig()}, "search.method is set, and no vector"),
+        ({"search": SearchConfig(**RACING), "arms": [ArmConfig("a", alpha=1.0)]}, "arms and search.method are both"),
+        ({"search": SearchConfig(**RACING, groups=[MaskConfig()] * 12)}, "are 4,096 candidates; at most 1,000"),
+        (
+            {"search": SearchConfig(**RACING, groups=[MaskConfig()]), "vector": VectorConfig("p", "m", mask=MASK)},
+            "search.groups: are masks of one vector; set vector alone",
+        ),
+        ({"search": SearchConfig(**RACING, groups=[MaskConfig(layers=[[1]])])}, r"search.groups\[0\].layers: \[1\]"),
+        ({"arms": [ArmConfig("a/b", alpha=1.0)]}, r"arms\[0\].name: 'a/b' cannot be the name of a file"),
+        ({"arms": [ArmConfig("..", alpha=1.0)]}, "cannot be the name of a file"),
+        ({"arms": [ArmConfig("a")]}, r"arms\[0\]: give weights=CHECKPOINT or alpha=NUMBER, one of them"),
+        ({"arms": [ArmConfig("a", weights="w", alpha=1.0)]}, "one of them"),
+        ({"arms": [ArmConfig("a", alpha=1.0), ArmConfig("a", alpha=2.0)]}, "'a' is the name of two of them"),
+        ({"arms": [ArmConfig("a", "think", alpha=1.0)]}, "prompts: there is no style 'think'; there are plain"),
+        ({"arms": [ArmConfig("a", alpha=1.0)], "vector": VectorConfig()}, r"arms\[0\].alpha is set, and no vector"),
+    ],
+)
+def test_arms_that_cannot_be(changes, reason):
+    with pytest.raises(BadInput, match=reason):
+        config.arms(settings(**changes))
+
+
+def test_candidates_of_a_race_are_every_alpha_or_every_choice_for_groups():
+    race = SearchConfig("racing", [1.0, 0.0, -0.5])
+    assert [arm.name for arm in config.candidates(settings(search=race))] == ["baseline", "alpha=-0.5", "alpha=1"]
+    race.groups = [MaskConfig(layers=[[0, 3]]), MaskConfig(layers=[[4, 7]])]
+    found = {arm.name: arm for arm in config.candidates(settings(search=race))}
+    assert len(found) == 9 and found["alpha=0,1"].alpha is None
+    terms = found["alpha=-0.5,1"].point.terms
+    assert [(term.alpha, term.mask.layers) for term in terms] == [(-0.5, ((0, 3),)), (1.0, ((4, 7),))]
+    assert next(arm.name for arm in config.arms(settings(search=race))) == "baseline"
+
+
+def test_arms_of_ones_own():
+    listed = [
+        ArmConfig("Baseline", alpha=0.0),
+        ArmConfig("G+T", "think", weights="p"),
+        ArmConfig("cross", alpha=0.5, vector=DonorsConfig("q", "m")),
+    ]
+    prompts = {"plain": "", "think": "Think. "}
+    arms = config.arms(settings(arms=listed, prompts=prompts, sweep=SweepConfig([2.0])))
+    assert [(arm.name, arm.prompt, arm.alpha) for arm in arms] == [
+        ("Baseline", "plain", 0.0),
+        ("G+T", "think", None),
+        ("cross", "plain", None),
+        ("alpha=2", "plain", 2.0),
+    ]
+    assert arms[1].point.base == "p" and arms[2].point.terms[0].vector.plus == "q"
 
 
 def test_an_entry_of_a_batch_overrides_the_top_level():
