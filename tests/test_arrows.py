@@ -9,6 +9,7 @@ PACKAGE = Path(rvdist.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "point": set(),
+    "recipe": {"errors", "point"},
     "record": set(),
     "timing": set(),
     "progress": set(),
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "preview", "progress", "racing", "report", "run", "timing", "vector", "warm",
     },
     "verify": {"arithmetic", "checkpoint", "errors"},
+    "inspect": {"checkpoint", "config", "errors", "point", "report", "timing"},
     "multirun": {"config", "run", "stages", "timing", "warm"},
     "launch": {"config", "errors", "multirun", "run", "stages"},
 }  # fmt: skip

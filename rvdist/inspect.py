@@ -1,0 +1,357 @@
+"""python -m rvdist.inspect PATH [--json]: what is this, how large, made of what, how far along?
+
+PATH is a checkpoint, a stored vector or a LoRA adapter (a directory, or org/name@revision), a run directory, or what an
+unfinished merge left (OUTPUT.partial). Headers and small files are read, never a tensor. What is found is one nested
+mapping: `--json` prints it, and the tree shows the same. Exit status 0 shown, 1 out of reach, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from rvdist.checkpoint.artifact import DESCRIPTION
+from rvdist.checkpoint.difference import Dense, Difference, Form, LowRank
+from rvdist.checkpoint.directory import Checkpoint, read_json
+from rvdist.checkpoint.header import TensorSpec, read_header
+from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read_journal
+from rvdist.checkpoint.scaled import Scaled
+from rvdist.checkpoint.source import open_source
+from rvdist.config import Config
+from rvdist.errors import BadInput, Failed
+from rvdist.point import layer_count
+from rvdist.report.summary import Row
+from rvdist.report.wording import printable
+from rvdist.timing import Timing
+
+Facts = dict[str, Any]  # of what JSON has
+
+_RUN_FILES = ("timing.json", "summary.json", "config.yaml")
+_MODEL_KEYS = ("model_type", "dtype", "torch_dtype", "hidden_size", "vocab_size", "tie_word_embeddings")
+_SCORE_KEYS = ("value", "ci_low", "ci_high", "p_adjusted", "verdict")
+_DEPTH = 20  # of a configuration
+_UNWRAPPED = 10_000  # columns, where no terminal says how many there are
+_FORMULA = re.compile(r"^    θ = (.+)$", re.MULTILINE)  # on the card that report.card writes
+_ON_ONE_LINE, _BRANCHES = 6, 40  # entries at most: of a mapping that stands on one line; under one branch of the tree
+
+
+def inspect(source: str) -> Facts:
+    """What `source` is; `kind` is "checkpoint", "vector", "adapter", "run" or "unfinished output". Raises BadInput,
+    and Failed where the Hub cannot be reached."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            names = {entry.name for entry in path.iterdir()}
+            if JOURNAL in names or path.name.endswith(".partial"):
+                return _unfinished(path)
+            if names.intersection(_RUN_FILES) and not any(name.endswith(".safetensors") for name in names):
+                return _run(path)
+        elif path.exists():
+            raise BadInput(f"{path}: is not a directory; give the directory it stands in")
+        elif (partial := path.with_name(path.name + ".partial")).is_dir():
+            raise BadInput(f"{path}: is not written yet; inspect {partial}")
+        return _weights(open_source(source))
+    except OSError as error:
+        raise BadInput(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise BadInput(f"{path}: has JSON that is nested too deep to be what it should be") from None
+
+
+def _weights(found: Checkpoint) -> Facts:
+    stored = list(_stored(found))
+    kind = found.kind if isinstance(found, Difference) else "checkpoint"
+    made_of: Facts = {"hub": str(found.hub)} if found.hub else {}
+    if isinstance(found, Difference):
+        made_of |= {"trained_on": found.trained_on} if found.kind == "adapter" else _donors(found)
+        made_of |= {"stored": _forms(found.forms.values())}
+    elif isinstance(found, Scaled):
+        made_of |= {"fp8_tensors": len(found.scales), "block": list(found.block)}
+    return {
+        "path": str(found.path),
+        "kind": kind,
+        "model": _model(found.config),
+        "bytes": sum(stamp.size for stamp in found.stamps.values()),
+        "tensors": len(found.tensors),
+        "elements": sum(spec.numel for spec in found.tensors.values()),
+        "layers": layer_count(found.tensors),
+        "dtypes": _totals(stored, lambda spec: spec.dtype),
+        "files": _totals(stored, lambda spec: spec.file),
+        "names": _names(found.tensors.values()),
+        "made_of": _manifest(found.path) | made_of,
+    }
+
+
+def _stored(found: Checkpoint) -> Iterable[TensorSpec]:
+    """The tensors as the files hold them: factors, indices and scales are tensors of their own."""
+    if not isinstance(found, Difference):
+        yield from found.tensors.values()
+        yield from found.scales.values() if isinstance(found, Scaled) else ()
+        return
+    for form in found.forms.values():
+        if isinstance(form, Dense):
+            yield form.values
+        else:
+            yield from (form.left, form.right) if isinstance(form, LowRank) else (form.indices, form.values)
+
+
+def _totals(specs: Iterable[TensorSpec], key: Any) -> dict[str, Facts]:
+    found: dict[str, Facts] = {}
+    for spec in specs:
+        total = found.setdefault(key(spec), {"tensors": 0, "bytes": 0})
+        total["tensors"] += 1
+        total["bytes"] += spec.nbytes
+    return dict(sorted(found.items()))
+
+
+def _names(specs: Iterable[TensorSpec]) -> dict[str, Facts]:
+    """Tensors whose names differ in a number only (of a layer, of an expert) stand together, with `*` in its place."""
+    found: dict[str, Facts] = {}
+    for spec in specs:
+        pattern = ".".join("*" if part.isdecimal() else part for part in spec.name.split("."))
+        alike = found.setdefault(pattern, {"count": 0, "dtypes": [], "shapes": []})
+        alike["count"] += 1
+        for key, value in (("dtypes", spec.dtype), ("shapes", list(spec.shape))):
+            alike[key] += [value] if value not in alike[key] else []
+    return found
+
+
+def _model(config: Mapping[str, Any]) -> Facts:
+    architectures = config.get("architectures")
+    named = {"architecture": architectures[0]} if isinstance(architectures, list) and architectures else {}
+    told = named | {key: config[key] for key in _MODEL_KEYS if key in config}
+    return {key: value for key, value in told.items() if isinstance(value, str | int | float)}
+
+
+def _forms(forms: Iterable[Form]) -> Facts:
+    kinds: Counter[str] = Counter()
+    ranks, scales = set(), set()
+    for form in forms:
+        kinds[{"Dense": "dense", "LowRank": "low_rank", "Sparse": "sparse"}[type(form).__name__]] += 1
+        if isinstance(form, LowRank):
+            ranks.add(form.right.shape[0])
+            scales.add(form.scale)
+    return {**kinds, "ranks": sorted(ranks), "scales": sorted(scales)}
+
+
+def _donors(found: Checkpoint) -> Facts:
+    """What vector.json says the vector is, and how exactly it is held."""
+    said = read_json(found.path / DESCRIPTION)
+    donors = said.get("donors")
+    told = {key: said.get(key) for key in ("formula", "exact_for", "relative_error")}
+    if isinstance(donors, dict):
+        told |= {part: donor.get("name") for part, donor in donors.items() if isinstance(donor, dict)}
+    return {key: value for key, value in told.items() if isinstance(value, str | int | float)}
+
+
+def _manifest(path: Path) -> Facts:
+    """What rvdist.json and the card beside it say of an output of ours."""
+    if not (path / MANIFEST).exists():
+        return {}
+    manifest = Manifest.read(path)
+    card = path / "README.md"
+    formula = _FORMULA.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    return {
+        "formula": f"θ = {formula[1]}" if formula else None,
+        "plan": manifest.plan,
+        "digested_ranges": len(manifest.ranges),
+        "digested_bytes": sum(written.nbytes for written in manifest.ranges),
+    }
+
+
+def _run(path: Path) -> Facts:
+    found: Facts = {"path": str(path), "kind": "run"}
+    if (file := path / "config.yaml").exists():
+        found["settings"] = _settings(file)
+    if (file := path / "summary.json").exists():
+        found |= _scores(file)
+    if (file := path / "timing.json").exists():
+        found["timing"] = _timing(file)
+    return found | {"files": sorted(entry.name for entry in path.iterdir())}
+
+
+def _settings(file: Path) -> Facts:
+    """What was set otherwise than by default."""
+    import yaml
+
+    depth = 0
+    try:
+        text = file.read_text(encoding="utf-8")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH or isinstance(event, yaml.AliasEvent):  # a few aliases can stand for billions of values
+                raise ValueError("it has aliases, or is nested too deep")
+        said = yaml.safe_load(text)
+        if not isinstance(said, dict):
+            raise ValueError("it is not a mapping")
+    except (yaml.YAMLError, ValueError) as error:
+        raise BadInput(f"{file}: is not the configuration of a run ({' '.join(str(error).split())})") from None
+    default = OmegaConf.to_container(OmegaConf.structured(Config))
+    assert isinstance(default, dict)
+    return _differences(said, default)
+
+
+def _differences(said: Mapping[Any, Any], default: Mapping[Any, Any], prefix: str = "") -> Facts:
+    found: Facts = {}
+    for key, value in said.items():
+        usual = default.get(key)
+        if isinstance(value, dict) and isinstance(usual, dict):
+            found |= _differences(value, usual, f"{prefix}{key}.")
+        elif value != usual:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _scores(file: Path) -> Facts:
+    """The primary scores of summary.json, task by task."""
+    arms: dict[str, None] = {}
+    tasks: dict[str, Facts] = {}
+    scores: dict[str, dict[str, Facts]] = {}
+    try:
+        rows = [Row(**_plain(row)) for row in json.loads(file.read_bytes())]
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{file}: is not the summary of a run ({error}); run its evaluation again") from None
+    for row in rows:
+        if row.primary:
+            arms[row.arm] = None
+            tasks[row.task] = {"metric": row.metric, "filter": row.filter, "documents": row.n}
+            scores.setdefault(row.task, {})[row.arm] = {key: getattr(row, key) for key in _SCORE_KEYS}
+    return {"arms": list(arms), "tasks": tasks, "scores": scores}
+
+
+def _timing(file: Path) -> Facts:
+    try:
+        timing = vars(Timing(**read_json(file)))
+        for key, value in timing.items():
+            _plain(value if isinstance(value, dict) else {key: value})
+        return timing
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{file}: is not the timing of a run ({error})") from None
+
+
+def _plain(mapping: Mapping[str, Any]) -> Facts:
+    """A mapping of plain values, as it is. Raises ValueError for any other."""
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{str(mapping)[:40]} stands where a mapping belongs")
+    for key, value in mapping.items():
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{key} has no plain value")
+    return mapping
+
+
+def _unfinished(path: Path) -> Facts:
+    """How much of its weight files the journal claims. Their headers are written first, so the whole is known."""
+    plan, claims = _claims(path)
+    files: dict[str, Facts] = {}
+    sizes: dict[str, int] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        specs, _, stamp = read_header(file)
+        sizes[file.name] = stamp.size
+        files[file.name] = {"ranges_done": 0, "bytes_done": 0, "bytes": sum(spec.nbytes for spec in specs)}
+    for claim in claims:
+        if not 0 <= claim.start <= claim.start + claim.nbytes <= sizes.get(claim.file, -1):
+            raise BadInput(f"{path / JOURNAL}: speaks of bytes that {claim.file} does not have; delete {path}")
+        files[claim.file]["ranges_done"] += 1
+        files[claim.file]["bytes_done"] += claim.nbytes
+    done, whole = (sum(file[key] for file in files.values()) for key in ("bytes_done", "bytes"))
+    last = max((entry.stat().st_mtime for entry in (path / JOURNAL, path / MANIFEST) if entry.exists()), default=None)
+    return {
+        "path": str(path),
+        "kind": "unfinished output",
+        "plan": plan,
+        "ranges_done": len(claims),
+        "bytes_done": done,
+        "bytes": whole,
+        "done": f"{done / whole:.1%}" if whole else None,
+        "journalled": datetime.fromtimestamp(last).isoformat(" ", "seconds") if last is not None else None,
+        "files": files,
+    }
+
+
+def _claims(path: Path) -> tuple[str | None, list[Written]]:
+    """The plan whose output is under construction, and what is done of it."""
+    if not (path / JOURNAL).exists():
+        if not (path / MANIFEST).exists():
+            return None, []
+        manifest = Manifest.read(path)
+        return manifest.plan, list(manifest.ranges)
+    try:
+        with open(path / JOURNAL, "rb") as file:
+            _, (_, plan) = json.loads(file.readline())
+        claims = list(read_journal(path, plan))
+        for claim in claims:
+            if not (isinstance(claim.file, str) and type(claim.start) is type(claim.nbytes) is int):
+                raise ValueError(f"{claim} is no range")
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path / JOURNAL}: is not the journal of an output ({error}); delete {path}") from None
+    return plan, claims
+
+
+def tree(facts: Facts) -> Tree:
+    """The same for people: what is plain stands on one line, what is many is cut short. Nothing in it is markup."""
+    root = Tree(Text(printable(f"{facts['path']}: {facts['kind']}"), style="bold"))
+    _grow(root, {key: value for key, value in facts.items() if key not in ("path", "kind")})
+    return root
+
+
+def _grow(branch: Tree, facts: Mapping[str, Any] | list[Any]) -> None:
+    items = list(facts.items()) if isinstance(facts, Mapping) else [("", value) for value in facts]
+    items = [(key, value) for key, value in items if value is not None and value != {} and value != []]
+    for key, value in items[:_BRANCHES]:
+        line = _line(value)
+        label = Text(printable(str(key)), style="cyan")
+        child = branch.add(Text("  " if key and line else "").join((label, Text(printable(line or "")))))
+        if line is None:
+            _grow(child, value)
+    if len(items) > _BRANCHES:
+        branch.add(Text(f"… and {len(items) - _BRANCHES:,} more (--json has them all)", style="dim"))
+
+
+def _line(value: Any) -> str | None:
+    """A value on one line; None for what needs a branch."""
+    if isinstance(value, Mapping):
+        told = {key: entry for key, entry in value.items() if entry is not None and entry != []}
+        lines = {key: _line(entry) for key, entry in told.items() if not isinstance(entry, Mapping)}
+        if len(lines) < len(told) or len(lines) > _ON_ONE_LINE or None in lines.values():
+            return None
+        return ", ".join(f"{key.replace('_', ' ')} {line}" for key, line in lines.items())
+    if isinstance(value, list):
+        if any(isinstance(entry, Mapping) for entry in value):
+            return None
+        return ", ".join(str(entry) for entry in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rvdist.inspect", description=__doc__)
+    parser.add_argument("path", help="a directory, or org/name@revision")
+    parser.add_argument("--json", action="store_true", help="print what is found as JSON")
+    arguments = parser.parse_args()
+    try:
+        facts = inspect(arguments.path)
+    except (BadInput, Failed) as error:
+        print(f"rvdist: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+    if arguments.json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        Console(width=None if sys.stdout.isatty() else _UNWRAPPED).print(tree(facts))
+
+
+if __name__ == "__main__":
+    main()
