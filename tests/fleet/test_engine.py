@@ -17,7 +17,7 @@ from families import SETTINGS, Family, start
 
 from rvdist.errors import BadInput
 from rvdist.fleet.engine import _REFUSED, Engine, EngineSettings, further_arguments, identity, vllm_arguments
-from rvdist.fleet.harness import Suite
+from rvdist.fleet.harness import Suite, shown_answers
 from rvdist.fleet.request import Choice, Generate, Rolling
 from rvdist.point import Arm, WeightPoint
 from rvdist.report.statistics import summarise
@@ -221,8 +221,8 @@ def test_repeats_of_a_task_are_samples_of_their_own(tied: Engine, tmp_path: Path
     _, records = suite.score(arm, "digest", tied._tokenizer, {"drawn": asked}, {"drawn": completions}, seed=0)
     first = {record.filter: record for record in records if record.doc_id == 0}
     assert first["first"].filtered == texts[0] and first["vote-of-3"].filtered in texts[:3]
-    numbered = "\n".join(f"[{k} of 4]\n{text}" for k, text in enumerate(texts[:4], start=1))
-    assert {record.response for record in first.values()} == {first["all"].filtered} == {numbered}
+    (shown,) = {record.response for record in first.values()}
+    assert [answer.text for answer in shown_answers(shown, [asked[:4]])] == texts[:4] and shown == first["all"].filtered
     right = sum(text[:1] == docs[0]["a"] for text in texts[:4])
     assert first["all"].metrics == {"pass@1": right / 4, "pass@4": 1.0}
     (info,) = suite.infos(records)
