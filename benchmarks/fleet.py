@@ -153,8 +153,8 @@ def named_vllm(work: Path) -> Path:
     return directory
 
 
-def peer(work: Path, alpha: float, tuned: bool) -> Peer:
-    """mergekit writes a checkpoint, lm-eval scores it: both tasks in one process."""
+def peer(merger: Path, work: Path, alpha: float, tuned: bool) -> Peer:
+    """mergekit (`merger`) writes a checkpoint, lm-eval scores it: both tasks in one process."""
     name = f"{'tuned' if tuned else 'typed'}-{alpha:g}"
     checkpoint, results = FAMILY["target"], work / f"lm-eval-{name}"
     merge = 0.0
@@ -168,7 +168,7 @@ def peer(work: Path, alpha: float, tuned: bool) -> Peer:
             f"  - {{model: {FAMILY['plus']}, parameters: {{weight: {alpha}}}}}\n"
             f"  - {{model: {FAMILY['minus']}, parameters: {{weight: {-alpha}}}}}\n"
         )
-        merge = timed([mergekit(work), recipe, checkpoint], work / f"mergekit-{name}.log")
+        merge = timed([merger, recipe, checkpoint], work / f"mergekit-{name}.log")
     model = f"pretrained={checkpoint},max_model_len={MAX_MODEL_LEN},enforce_eager=True"
     if tuned:
         model += f",kv_cache_memory_bytes={int(KV_CACHE_GIB * 2**30)}"
@@ -182,7 +182,7 @@ def peer(work: Path, alpha: float, tuned: bool) -> Peer:
 
 
 def ours(work: Path, values: Sequence[float], engines: int) -> Ours:
-    run, cache = work / f"fleet-{engines}", work / "fleet-cache"
+    run, cache = work / f"engines-{engines}", work / "cache"
     for directory in (run, cache):
         shutil.rmtree(directory, ignore_errors=True)
     command = [
@@ -192,7 +192,7 @@ def ours(work: Path, values: Sequence[float], engines: int) -> Ours:
         f"engine.count={engines}", f"engine.max_model_len={MAX_MODEL_LEN}", f"engine.kv_cache_gib={KV_CACHE_GIB}",
         f"engine.slice_size={SLICE_SIZE}", "cache.samples=false", f"cache.dir={cache}", f"hydra.run.dir={run}",
     ]  # fmt: skip
-    wall = timed(command, work / f"fleet-{engines}.log")
+    wall = timed(command, work / f"engines-{engines}.log")
     return Ours(wall, json.loads((run / "timing.json").read_text()))
 
 
@@ -228,7 +228,7 @@ def in_a_process(log: Path, function: Callable[..., Any], *arguments: object) ->
 
 
 def _talk_to(log: Path) -> None:
-    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for standard in (1, 2):
         os.dup2(opened, standard)
 
@@ -346,15 +346,14 @@ def overhead(name: Path, rounds: int) -> Overhead:
     return found
 
 
-def measure(work: Path, values: list[float], rounds: int) -> Measured:
+def measure(merger: Path, work: Path, values: list[float], rounds: int) -> Measured:
     """Everything in turn: in each round its share of the values by the others' tools, and all of them by ours."""
     found = Measured(values)
-    mergekit(work)
     for round in range(rounds):
         share = values[round::rounds]
         typed = max(share, key=abs)  # never 0, which needs no merge
         for alpha, tuned in [*((alpha, True) for alpha in share), (typed, False)]:
-            one = peer(work, alpha, tuned)
+            one = peer(merger, work, alpha, tuned)
             (found.tuned if tuned else found.typed).append(one)
             found.loads.append(os.getloadavg()[0])
             how = "tuned" if tuned else "as typed"
@@ -363,7 +362,7 @@ def measure(work: Path, values: list[float], rounds: int) -> Measured:
             found.ours[engines].append(ours(work, values, engines))
             found.loads.append(os.getloadavg()[0])
             print(f"round {round + 1}: ours, engines: {engines}: {found.ours[engines][-1].wall:.1f} s", flush=True)
-    found.agreement = agreement(work / "fleet-1", found.tuned)
+    found.agreement = agreement(work / "engines-1", found.tuned)
     for family in (FAMILY, large_family(work)):
         found.swaps.append(in_a_process(work / "swap.log", swap, family, 9))
     found.overhead = in_a_process(work / "overhead.log", overhead, named_vllm(work), max(5, rounds))
@@ -476,8 +475,9 @@ def main() -> None:
     values = sorted(set(arguments.values))
     if 0 not in values or len(values) < 2 * arguments.rounds:
         parser.error("--values: give 0, the baseline, among them, and at least two for each round")
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    text = report(measure(arguments.work, values, arguments.rounds))
+    work = arguments.work / "fleet"
+    work.mkdir(parents=True, exist_ok=True)
+    text = report(measure(mergekit(arguments.work), work, values, arguments.rounds))
     print(text)
     if BEGIN in README.read_text():
         before, _, rest = README.read_text().partition(BEGIN)
