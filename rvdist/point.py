@@ -116,8 +116,9 @@ class Term:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """How the terms are combined: `linear` (their sum), `ties` or `dare`. `density` is the share of each vector
-    that is kept, `seed` what its random choice begins with; linear has no use for either."""
+    """How the terms are combined: `linear` (their sum), `ties` or `dare`, or as mergekit's recipes do: `ties_sum`,
+    `ties_mean`, `dare_ties_sum`, `dare_ties_mean` or `slerp`. `density` is the share of each vector that is kept,
+    `seed` what its random choice begins with; linear and slerp have no use for either."""
 
     name: str = "linear"
     density: float = 1.0
@@ -126,7 +127,7 @@ class MethodSpec:
     @property
     def whole_tensors(self) -> bool:
         """Whether all of a tensor must be seen before any of it can be computed."""
-        return self.name == "ties"
+        return self.name.startswith("ties") or self.name == "slerp"
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,11 @@ class PointReader:
         recipes = [self._recipe(point, name) for point in self.points]
         stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
         works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
-        for method, terms, work in zip(self._methods, recipes, works, strict=True):
+        for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
             if method.whole_tensors and terms:
                 assert (start, stop) == (0, spec.numel)
-                method.survey(Place(name, spec.numel), partial(self._differences, name, terms, work))
+                base = [point.base] * method.surveys_base
+                method.survey(Place(name, spec.numel), partial(self._differences, name, base, terms, work))
         bases = [point.base for point in self.points]
         copied = [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
         cuts = self._cuts(name, start, stop, [v for terms in recipes for _, v in terms], self._lanes[0].chunk)
@@ -161,20 +162,24 @@ class PointReader:
             for k, source in enumerate(dict.fromkeys(sources))
         }
 
-    def _differences(self, name: str, terms: Recipe, work: torch.dtype) -> Iterator[list[torch.Tensor]]:
-        """Streams a whole tensor: for each chunk the difference of every term in working precision, on the CPU."""
+    def _differences(
+        self, name: str, bases: Sequence[str], terms: Recipe, work: torch.dtype
+    ) -> Iterator[list[torch.Tensor]]:
+        """Streams a whole tensor: for each chunk the base, if it is asked for, and the difference of every term, in
+        working precision, on the CPU."""
         numel, lane = self.base.tensors[name].numel, self._lanes[0]
         cuts = self._cuts(name, 0, numel, [vector for _, vector in terms], min(CHUNK, lane.chunk))
         for begin, end, present in cuts:
-            operand = self._read(_donors(present), name, begin, end, lane)
+            operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
             subtrahend, *taken = (self._scratch(1 + k, end - begin, work) for k in range(1 + len(terms)))
+            own = [self._scratch(2 + len(terms), end - begin, work).copy_(operand[base]) for base in bases]
             for difference, (_, vector) in zip(taken, terms, strict=True):
                 if vector in present:
                     minus = operand[vector.minus] if vector.minus else None
                     subtract(difference, operand[vector.plus], minus, subtrahend)
                 else:
                     difference.zero_()
-            yield taken
+            yield own + taken
 
     def close(self) -> None:
         for files in self._files.values():

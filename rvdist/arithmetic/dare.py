@@ -26,6 +26,7 @@ class Dare:
 
     whole_tensors = False
     elementwise_sum = False
+    surveys_base = False
 
     def __init__(self, density: float, seed: int) -> None:
         self._density = density
@@ -38,10 +39,14 @@ class Dare:
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
     ) -> None:
         for vector, (alpha, difference) in enumerate(zip(alphas, differences, strict=True)):
-            difference.mul_(alpha / self._density)
-            if self._density < 1:
-                difference.mul_(self._kept(place.tensor, vector, place.start, total.numel()).to(total.device))
+            self.drop(difference, alpha, vector, place)
             total.add_(difference)
+
+    def drop(self, difference: torch.Tensor, alpha: float, vector: int, place: Place) -> None:
+        """b_k·(α / density)·d_k, in place; `vector` is k."""
+        difference.mul_(alpha / self._density)
+        if self._density < 1:
+            difference.mul_(self._kept(place.tensor, vector, place.start, difference.numel()).to(difference.device))
 
     def _kept(self, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
         """1 for those of the elements [start, start + n) of the vector's tensor that stay, else 0."""

@@ -17,6 +17,7 @@ class Linear:
 
     whole_tensors = False
     elementwise_sum = True
+    surveys_base = False
 
     def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
         """Needs no survey."""

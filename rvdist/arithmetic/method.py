@@ -35,14 +35,17 @@ class Place:
 
 class Method(Protocol):
     """Turns differences into the change of a tensor. `whole_tensors`: must see all of a tensor before any of it
-    is changed, so that a unit may not hold a part of one. `elementwise_sum`: is base + Σ α·(plus − minus)."""
+    is changed, so that a unit may not hold a part of one. `elementwise_sum`: is base + Σ α·(plus − minus).
+    `surveys_base`: must see the base too."""
 
     whole_tensors: bool
     elementwise_sum: bool
+    surveys_base: bool
 
     def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
         """Looks at a whole tensor before `add` is called for its chunks. Each call of `chunks` streams all of it,
-        one 1-d difference a vector and chunk, valid until the next. Only called where `whole_tensors`."""
+        one 1-d difference a vector and chunk, valid until the next, with the base before them where `surveys_base`.
+        Only called where `whole_tensors`."""
 
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place

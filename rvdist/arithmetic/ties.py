@@ -34,6 +34,7 @@ class Ties:
 
     whole_tensors = True
     elementwise_sum = False
+    surveys_base = False
 
     def __init__(self, density: float) -> None:
         self._density = density

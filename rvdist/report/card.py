@@ -97,15 +97,28 @@ def _part(point: WeightPoint, source: str) -> str:
     return ", ".join(parts) or "α = 0"
 
 
+_DROPS = {
+    "ties": "in every tensor, each vector keeps that share of its largest elements",
+    "dare_ties": "each element of a vector stays with that probability and is divided by it",
+}
+
+
 def _method(method: MethodSpec) -> str:
-    return {
+    said = {
         "ties": "The terms are combined by TIES ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)) with density "
         f"{method.density:g}: in every tensor, each vector keeps that share of its largest elements, a sign is elected "
         "for each element, and the mean of the terms that agree with it is added.",
         "dare": "The terms are combined by DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)) with density "
         f"{method.density:g} and seed {method.seed}: each element of a vector stays with that probability and is "
         "divided by it, or else counts as zero, before the terms are added.",
-    }[method.name]
+        "slerp": "The target and the other model are interpolated on the sphere, each tensor as one vector.",
+    } | {
+        f"{name}_{how}": f"The terms are combined as by mergekit's {name}, with density {method.density:g}: {drop}, "
+        f"a sign is elected for each element, and the {found} of the terms that agree with it is added."
+        for name, drop in _DROPS.items()
+        for how, found in (("sum", "sum"), ("mean", "weighted mean"))
+    }
+    return said[method.name]
 
 
 def _mask(mask: Mask) -> str:

@@ -1,0 +1,230 @@
+"""mergekit's recipes: our results against mergekit's own, which tests/mergekit/record.py recorded; and refusals."""
+
+import os
+import subprocess
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from safetensors.torch import load_file
+
+from rvdist import compat
+from rvdist.checkpoint.source import open_source
+from rvdist.errors import BadInput
+from rvdist.merge.crew import WorkerSettings
+from rvdist.merge.engine import merge
+from rvdist.merge.plan import build_plan
+from rvdist.pipeline import HostLane
+from rvdist.point import MethodSpec
+from rvdist.reader import PointReader, read_point
+from rvdist.recipe import read_recipe
+from rvdist.report import card
+from rvdist.report.wording import formula
+
+HERE = Path(__file__).parent / "mergekit"
+CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}
+# How far apart two roundings of the same formula may be, in units in the last place of the largest number at an
+# element. mergekit's arithmetic is the inputs' dtype, and in bf16 the weights and differences are rounded to it too.
+# Of slerp it finds the angle in fp32.
+UNITS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 2.0}
+RANDOM = {"dare_linear"}
+EXACT = sorted(path.stem for path in HERE.glob("*.yml") if path.stem not in RANDOM)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return by_prefix(load_file(HERE / "expected.safetensors"))
+
+
+def by_prefix(tensors):
+    found = defaultdict(dict)
+    for name, tensor in tensors.items():
+        prefix, _, key = name.rpartition("/")
+        found[prefix][key] = tensor
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(expected, tmp_path_factory):
+    """A directory with the models, where the recipes' relative paths are right."""
+    where = tmp_path_factory.mktemp("models")
+    for prefix, tensors in expected.items():
+        if prefix.startswith("inputs/"):
+            write_checkpoint(where / prefix.removeprefix("inputs/"), tensors, config=CONFIG)
+    return where
+
+
+@pytest.fixture
+def here(models, monkeypatch):
+    monkeypatch.chdir(models)
+    return models
+
+
+def names(source):
+    return open_source(source).tensors
+
+
+def merged(path, seed=0):
+    recipe = read_recipe(path, names, seed)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    reader = PointReader([recipe.point], {source: open_source(source) for source in recipe.point.sources()}, dtype)
+    try:
+        return {
+            name: torch.cat([chunk.clone() for _, (chunk,) in reader.chunks(name, 0, spec.numel)]).view(spec.shape)
+            for name, spec in reader.base.tensors.items()
+        }
+    finally:
+        reader.close()
+
+
+def units_apart(found, wanted, inputs):
+    """The largest distance of two sets of tensors, in units in the last place of the largest number there."""
+    worst = 0.0
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        size = torch.stack([t[name].double().abs() for t in (*inputs, found, wanted)]).amax(0)
+        unit = torch.finfo(tensor.dtype).eps * 2 ** size.log2().floor()
+        worst = max(worst, float(((found[name].double() - tensor.double()).abs() / unit).max()))
+    return worst
+
+
+@pytest.mark.parametrize("recipe", EXACT)
+def test_equals_mergekit_to_rounding(recipe, expected, here):
+    found, wanted = merged(HERE / f"{recipe}.yml"), expected[recipe]
+    assert found.keys() == wanted.keys()
+    point = read_recipe(HERE / f"{recipe}.yml", names).point
+    inputs = [expected[f"inputs/{source}"] for source in point.sources()]
+    dtype = next(iter(wanted.values())).dtype
+    assert units_apart(found, wanted, inputs) <= UNITS[dtype] * (2 if recipe.startswith("slerp") else 1)
+    base = expected[f"inputs/{point.base}"]
+    moved = sum(float((wanted[name].double() - base[name].double()).norm()) for name in wanted)
+    apart = sum(float((wanted[name].double() - found[name].double()).norm()) for name in wanted)
+    assert apart < 0.05 * moved, "agrees with mergekit no better than the base does"
+
+
+def test_random_dropping_differs_only_in_the_scale(expected, here):
+    """What stays is random. mergekit scales it so that the sum of magnitudes is again that of the whole tensor,
+    we divide by the density, which gives that sum in expectation."""
+    base, donor = expected["inputs/base"], expected["inputs/a"]
+    for found, by_norm in ((expected["dare_linear"], True), (merged(HERE / "dare_linear.yml", 3), False)):
+        kept = total = 0
+        for name, tensor in found.items():
+            difference = donor[name].double() - base[name].double()
+            change = tensor.double() - base[name].double()
+            stays = change.abs() > 1e-7
+            scale = difference.abs().sum() / difference[stays].abs().sum() if by_norm else 1 / 0.6
+            torch.testing.assert_close(change[stays], 0.5 * scale * difference[stays], rtol=1e-4, atol=1e-7)
+            kept, total = kept + int(stays.sum()), total + tensor.numel()
+        assert kept / total == pytest.approx(0.6, abs=4 * (0.6 * 0.4 / total) ** 0.5)
+
+
+def test_dropped_by_density_without_rescale(here, tmp_path):
+    recipe = read_recipe(written(tmp_path, "dare_linear.yml", "density: 0.6", "density: 0.5, rescale: false"), names, 7)
+    assert recipe.point.method == MethodSpec("dare", 0.5, 7)
+    assert [term.alpha for term in recipe.point.terms] == [0.25]  # the method divides by 0.5 again
+
+
+def written(where, recipe, old="", new=""):
+    """A recipe with one thing changed."""
+    text = (HERE / recipe).read_text()
+    assert old in text
+    path = where / "recipe.yml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+REFUSED = [
+    ("linear.yml", "merge_method: linear", "merge_method: breadcrumbs", "merge_method 'breadcrumbs'"),
+    ("linear.yml", "dtype: float32", "dtype: float64", "dtype 'float64'"),
+    ("linear.yml", "dtype: float32", "chat_template: auto", "chat_template is not supported"),
+    ("linear.yml", "dtype: float32", "tokenizer_source: union", "tokenizer_source 'union'"),
+    ("linear.yml", "dtype: float32", "tokenizer: {source: base, pad_to_multiple_of: 8}", "tokenizer {"),
+    ("linear.yml", "dtype: float32", "parameters: {normalize: false}", "parameters.normalize is false and the weights"),
+    ("linear.yml", "dtype: float32", "parameters: {normalize: 1}", "parameters.normalize 1 is not true or false"),
+    ("linear.yml", "weight: 0.3", "gamma: 0.3", r"models\[1\].parameters.gamma is not a parameter we have"),
+    ("linear.yml", "weight: 0.3", "density: 0.3", r"models\[1\].parameters.weight is not set for tensor"),
+    ("linear.yml", "weight: 0.3", "weight: x", r"models\[1\].parameters.weight 'x' is not a finite number"),
+    ("linear.yml", "weight: 0.3", "weight: []", r"models\[1\].parameters.weight is an empty list"),
+    ("linear.yml", "weight: 0.3", "weight: -1.5", "weight adds up to 0"),
+    ("linear.yml", "model: a", "model: a+adapter", r"models\[1\].model 'a\+adapter': an adapter"),
+    ("linear.yml", "model: a", "model: b", r"models\[2\].model b is listed before"),
+    ("linear.yml", "model: a,", "model: a, layer_range: [0, 2],", r"models\[1\].layer_range is not supported here"),
+    ("linear.yml", "models:", "slices:", "slices has to be a list of one slice"),
+    ("ties.yml", "base_model: base\n", "", "base_model is not set; ties needs one"),
+    ("ties.yml", "density: 0.3", "density: 0.3, int8_mask: true", "parameters.int8_mask is not supported"),
+    ("ties.yml", "density: 0.3", "density: [0.3, 0.5]", "density differs between models or tensors"),
+    ("ties.yml", "density: 0.3", "density: 0", "density 0 is not above 0"),
+    ("ties.yml", "density: 0.3", "density: 0.3, lambda: 0.5", "parameters.lambda 0.5 is not supported for ties"),
+    ("ties.yml", "density: 0.3", "density: 0.3, rescale: true", "parameters.rescale true is not supported"),
+    ("slerp.yml", "[0, 3]", "[0, 2]", r"slices\[0\].sources\[0\].layer_range \[0, 2\] is not \[0, 3\]"),
+    (
+        "slerp_bf16.yml",
+        "model: far-bf16",
+        "model: far-bf16}\n  - {model: a-bf16",
+        "models name 2 models beside the base",
+    ),
+    ("slerp_bf16.yml", "t: 0.3", "weight: 0.3", "parameters.t is not set for tensor"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "old", "new", "sentence"), REFUSED, ids=[new or old for _, old, new, _ in REFUSED])
+def test_refuses_what_we_lack_by_name(recipe, old, new, sentence, here, tmp_path):
+    with pytest.raises(BadInput, match=f"recipe.yml: {sentence}") as refused:
+        read_recipe(written(tmp_path, recipe, old, new), names)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["- a", "a: [", ""])
+def test_refuses_what_is_no_recipe(text, tmp_path):
+    (tmp_path / "recipe.yml").write_text(text)
+    with pytest.raises(BadInput, match="recipe.yml: is not"):
+        read_recipe(tmp_path / "recipe.yml", names)
+    with pytest.raises(BadInput, match="nothing.yml: cannot be read"):
+        read_recipe(tmp_path / "nothing.yml", names)
+
+
+@pytest.mark.parametrize("recipe", ["ties", "ties_sum", "dare_ties_whole", "slerp"])
+def test_bytes_do_not_depend_on_chunks(recipe, here):
+    asked = read_recipe(HERE / f"{recipe}.yml", names, 5).point
+    if recipe.startswith("dare"):
+        asked = replace(asked, method=replace(asked.method, density=0.4))
+    whole = dict(read_point(asked))
+    reader = PointReader([asked], {s: open_source(s) for s in asked.sources()}, lanes=[HostLane(5)])
+    for name, spec in reader.base.tensors.items():
+        parts = torch.cat([tensor.clone() for _, (tensor,) in reader.chunks(name, 0, spec.numel)])
+        assert torch.equal(parts.view(spec.shape), whole[name]), name
+    reader.close()
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
+    recipes = {tmp_path / name: read_recipe(HERE / f"{name}.yml", names).point for name in ("slerp", "ties")}
+    points = {  # workers have directories of their own
+        where: point.relocated({source: str(here / source) for source in point.sources()})
+        for where, point in recipes.items()
+    }
+    sources = {source: open_source(source) for point in points.values() for source in point.sources()}
+    for point in points.values():
+        assert not compat.check(point, sources).refusals
+        assert card._method(point.method)
+    merge(build_plan(points, sources, "F32"), sources, lambda point: formula(point), WorkerSettings(1))
+    for where, point in points.items():
+        found = load_file(where / "model.safetensors")
+        inputs = [expected[f"inputs/{Path(source).name}"] for source in point.sources()]
+        assert units_apart(found, expected[where.name], inputs) <= 4
+
+
+@pytest.mark.skipif(
+    "RVDIST_MERGEKIT" not in os.environ, reason="RVDIST_MERGEKIT names no Python that has mergekit 0.1.5"
+)
+def test_mergekit_still_gives_what_was_recorded(expected, tmp_path):
+    command = [os.environ["RVDIST_MERGEKIT"], str(HERE / "record.py"), "--out", str(tmp_path / "now.safetensors")]
+    subprocess.run(command, check=True, timeout=300)
+    now = by_prefix(load_file(tmp_path / "now.safetensors"))
+    assert now.keys() == expected.keys()
+    for prefix, tensors in expected.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(now[prefix][name], tensor, msg=f"{prefix}/{name}")
