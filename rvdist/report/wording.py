@@ -146,5 +146,7 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
         vector = " − ".join(name(source) for source in term.vector.sources())
         text += f" {sign} {abs(term.alpha):g} · {mask}({vector})"
     method = point.method
-    parameters = {"ties": f"density {method.density:g}", "dare": f"density {method.density:g}, seed {method.seed}"}
-    return text if method.name == "linear" else f"{method.name.upper()}({text}; {parameters[method.name]})"
+    if method.name in ("linear", "slerp"):
+        return text if method.name == "linear" else f"SLERP({text})"
+    seed = f", seed {method.seed}" if method.name.startswith("dare") else ""
+    return f"{method.name.upper().replace('_', '-')}({text}; density {method.density:g}{seed})"
