@@ -132,6 +132,7 @@ class EngineConfig:
     seed: int = 0
     slice_size: int = 256
     args: dict[str, Any] = field(default_factory=dict)
+    replay: str | None = None
 
 
 @dataclass

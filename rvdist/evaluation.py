@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from rvdist import config
 from rvdist.errors import BadInput
 from rvdist.fleet.cache import SampleCache, serving_digest, slice_keys
 from rvdist.fleet.engine import EngineSettings, further_arguments, identity
-from rvdist.fleet.harness import Suite
-from rvdist.fleet.request import Answered, Request
+from rvdist.fleet.harness import Document, Suite
+from rvdist.fleet.replay import Recording, ReplayActor
+from rvdist.fleet.request import Answer, Answered, Request
 from rvdist.fleet.schedule import Slice, cut
 from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.fleet.view import FleetView
@@ -44,6 +46,11 @@ class Asking:
     tokenizer: Any
     requests: Requests
 
+    @cached_property
+    def documents(self) -> dict[str, list[Document]]:
+        """The requests by document."""
+        return self.suite.asked(self.tokenizer)
+
     def restricted(self, documents: Mapping[str, Sequence[int]]) -> Asking:
         """The same, of these documents alone."""
         suite = self.suite.restricted(documents)
@@ -61,10 +68,11 @@ class Examination:
         self._warm = warm
         self._askings: dict[str, Asking] = {}
         self._of: dict[tuple[Run, str], Asking] = {}
+        self._recordings: dict[Path, Recording] = {}
 
     def join(self, run: Run) -> None:
         """Makes ready what the run's arms are asked; what is asked already is shared. Raises BadInput for tasks that
-        cannot be loaded and checkpoints that cannot be asked."""
+        cannot be loaded, checkpoints that cannot be asked and a recording that lacks answers."""
         settings = run.settings
         _engine_settings(run)
         asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
@@ -84,6 +92,38 @@ class Examination:
         for sentence in self.asking(run, run.arms[0]).suite.lacking.values():
             run.notes[run.arms[0].point] += (f"left out: {sentence}",)
             run.say(f"left out: {sentence}")
+        if settings.engine.replay:
+            self._join_replay(run)
+
+    def _join_replay(self, run: Run) -> None:
+        recording = self._recording(run)
+        if recording.logged and len(run.arms) > 1:
+            raise BadInput(
+                f"engine.replay: {recording.path} has samples of lm-eval's, which are of one model, and there are "
+                f"{len(run.arms)} arms; leave out vector, arms and sweep.alphas"
+            )
+        reworded = 0
+        for arm in run.arms:
+            _, own = self._recorded(self.asking(run, arm), run, arm)
+            reworded += own
+        run.engine |= {"replay": str(recording.path), "replay digest": recording.digest}
+        if reworded:
+            sentence = f"{reworded} documents were asked with another prompt when they were recorded"
+            run.notes[run.arms[0].point] += (sentence,)
+            run.say(f"note: {sentence}")
+
+    def _recording(self, run: Run) -> Recording:
+        path = _path(run.settings.engine.replay)
+        assert path
+        if path not in self._recordings:
+            with run.timing.phase("replay"):
+                self._recordings[path] = Recording(path)
+        return self._recordings[path]
+
+    def _recorded(self, asking: Asking, run: Run, arm: Arm) -> tuple[dict[str, list[Answer]], int]:
+        seed = run.settings.engine.seed
+        with run.timing.phase("replay"):
+            return self._recording(run).answers(asking.documents, run.digests[arm.point], seed, arm.name)
 
     def asking(self, run: Run, arm: Arm) -> Asking:
         """What the arm is asked."""
@@ -114,10 +154,12 @@ class Examination:
             names[point] = f"{Path(owner.settings.target).name} {one.name}" if several else one.name
         slices = [piece for point in digests for piece in cut(point, requests, run.settings.engine.slice_size)]
         settings = _engine_settings(run)
-        served_by = identity(settings, device_kind(resources.gpus > 0)) | {"serving": asking.serving}
-        for other, _ in arms:
-            other.engine["device"] = served_by["device"]
-        cache = SampleCache(run.cache) if run.settings.cache.samples else None
+        cache = None
+        if not run.settings.engine.replay:
+            served_by = identity(settings, device_kind(resources.gpus > 0)) | {"serving": asking.serving}
+            for other, _ in arms:
+                other.engine["device"] = served_by["device"]
+            cache = SampleCache(run.cache) if run.settings.cache.samples else None
         keys: dict[Slice, str] = {}
         answered: dict[Slice, Answered] = {}
         if cache:
@@ -159,8 +201,19 @@ class Examination:
         return answered
 
     def _fleet(self, asking: Asking, arms: Sequence[tuple[Run, Arm]], settings: EngineSettings) -> Fleet:
-        """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped."""
+        """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped. Of a replay,
+        one that has the answers."""
         run, arm = arms[0]
+        base, patience = str(run.sources[arm.point.base].path.absolute()), run.settings.cluster.timeout
+        if run.settings.engine.replay:
+            answers = {
+                (_located(owner, one), task): own
+                for owner, one in arms
+                for task, own in self._recorded(asking, owner, one)[0].items()
+            }
+            return self._warm.fleet(
+                object(), lambda: Fleet(base, answers, 1, cpus=0.0, patience=patience, actor=ReplayActor)
+            )
         for source in {source.path: source for other, _ in arms for source in other.sources.values()}.values():
             if source.hub:
                 from rvdist.checkpoint.hub import download_weights
@@ -168,7 +221,6 @@ class Examination:
                 download_weights(source)
         resources = self._warm.resources()
         count, need = config.engines(run.settings, resources.cpus, resources.gpus)
-        base, patience = str(run.sources[arm.point.base].path.absolute()), run.settings.cluster.timeout
         return self._warm.fleet(
             (asking.serving, asking.tensors, settings, count, need),
             lambda: Fleet(base, settings, count, *need, patience=patience),
@@ -178,6 +230,8 @@ class Examination:
 def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -> None:
     """What some arms of a run answered, the baseline first, scored and compared, in the files of its directory. What is
     `known` of the same answers is not scored again; the rest is added."""
+    from lm_eval.utils import handle_non_serializable
+
     records: list[Record] = []
     truncated = 0
     with run.timing.phase("score"):
@@ -193,7 +247,8 @@ def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -
                     arm, digest, asking.tokenizer, asking.requests, answers, seed
                 )
             results, scored = known[arm, digest, asking]
-            (run.directory / "results" / f"{arm.name}.json").write_text(json.dumps(results, indent=2, default=str))
+            text = json.dumps(results, indent=2, default=handle_non_serializable)
+            (run.directory / "results" / f"{arm.name}.json").write_text(text)
             write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
             records += scored
         baseline, asking, _ = arms[0]

@@ -165,6 +165,13 @@ class Suite:
                 fewshot_as_multiturn=self.chat,
                 confirm_run_unsafe_code=self.walls is not None,
             )
+        results["config"] = {
+            "model": "rvdist",
+            "model_args": {"pretrained": arm.point.base, "arm": arm.name, "point": digest, "prompt": arm.prompt},
+            "limit": self.limit,
+            "bootstrap_iters": 0,
+            "fewshot_seed": _FEWSHOT_SEED,
+        }
         if self.walls:
             results["sandbox"] = self.walls
         samples = results.pop("samples")
