@@ -122,6 +122,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "seed": "of sampling, with the number of the sample and its prompt",
         "slice_size": "requests of one call to an engine, at most",
         "args": "further arguments of `vllm.LLM`, as they are",
+        "replay": "a run directory or lm-eval's log of samples that answers instead of engines; null: none",
     },
     config.ClusterConfig: {
         "address": "local: a cluster of this machine that ends with the run; auto, or `ray://host:port`: one that runs",
