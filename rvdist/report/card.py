@@ -137,7 +137,10 @@ def _patterns(patterns: Sequence[str]) -> str:
 
 
 def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    terms = [{**term, "vector": {k: v and names[v] for k, v in term["vector"].items()}} for term in data["terms"]]
+    terms = []
+    for term in data["terms"]:
+        donors = {key: source and names[source] for key, source in term["vector"].items() if key in ("plus", "minus")}
+        terms.append({**term, "vector": term["vector"] | donors})
     return {**data, "base": names[data["base"]], "terms": terms}
 
 

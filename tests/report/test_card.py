@@ -45,6 +45,13 @@ def test_the_json_of_a_hub_card_is_the_point():
     assert r"`.*\.bias`" in text and "layers 0–3" in text
 
 
+def test_a_vector_of_renamed_tensors_has_a_card():
+    renamed = Vector("org/plus", "org/minus", (("^language_model", "model"),))
+    text = card(WeightPoint("org/base", (Term(1.0, renamed),)))
+    point = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
+    assert point["terms"][0]["vector"]["rename"] == [["^language_model", "model"]]
+
+
 def test_no_absolute_path_leaves_the_house(tmp_path):
     home = tmp_path / "secret user" / "private"
     paths = [str(home / name) for name in ("target", "a/checkpoint-100", "b/checkpoint-100")]
