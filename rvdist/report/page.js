@@ -4,6 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const find = (id) => document.getElementById(id);
   const PAGE = 20;
+  const ALONE = -1;
   let page = 0;
 
   // Characters that are invisible, reorder the line or are half a pair are named, so that no answer can
@@ -23,26 +24,40 @@
   }
 
   function options(select, entries) {
+    const before = select.value;
     select.replaceChildren(...entries.map(([value, text]) => {
       const option = element("option", "", text);
       option.value = value;
       return option;
     }));
+    if (entries.some(([value]) => String(value) === before)) select.value = before;
   }
 
   const task = () => data.tasks[find("task").value];
-  const arm = () => data.arms[find("arm").value];
+  const left = () => Number(find("left").value);
+  const right = () => Number(find("right").value);
+  const answerOf = (arm, place) => task().answers[data.arms[arm]][place];
   const isRight = (score) => (score === 1 ? true : score === 0 ? false : null);
 
-  function badge(change, before, after) {
-    if (isRight(before) === null || isRight(after) === null)
-      return { better: "better", worse: "worse", same: "unchanged" }[change];
-    const words = [before, after].map((score) => (score ? "right" : "wrong"));
-    if (data.baseline === null) return words[1];
-    return change === "same" ? "unchanged, " + words[1] : words.join(" → ");
+  // What became of a document from the left arm to the right one; of one arm alone, whether it is right.
+  function kindOf(place) {
+    const ours = answerOf(right(), place);
+    if (left() === ALONE) return isRight(ours[0]) === null ? "same" : ours[0] ? "right" : "wrong";
+    const change = (ours[0] - answerOf(left(), place)[0]) * (task().higher_is_better ? 1 : -1);
+    return change > 0 ? "better" : change < 0 ? "worse" : "same";
   }
 
-  function answer(name, [score, , filtered, response]) {
+  function badge(place, kind) {
+    const after = answerOf(right(), place)[0];
+    if (left() === ALONE) return isRight(after) === null ? "" : kind;
+    const before = answerOf(left(), place)[0];
+    if (isRight(before) === null || isRight(after) === null)
+      return { better: "better", worse: "worse", same: "unchanged" }[kind];
+    const words = [before, after].map((score) => (score ? "right" : "wrong"));
+    return kind === "same" ? "unchanged, " + words[1] : words.join(" → ");
+  }
+
+  function answer(name, [score, , , filtered, response]) {
     const right = isRight(score);
     const mark = right === null ? ["", task().metric + " " + score.toPrecision(4)] : right ? ["right", "✓"] : ["wrong", "✗"];
     const raw = element("pre", "", data.texts[response] || "(empty)");
@@ -52,48 +67,75 @@
       element("div", "filtered", "scored: " + (data.texts[filtered] || "(nothing)")), raw);
   }
 
-  function sample([doc, change]) {
-    const [id, target] = task().documents[doc];
-    const ours = task().answers[arm()][doc];
-    const theirs = data.baseline === null ? ours : task().answers[data.baseline][doc];
-    const asked = [...new Set([theirs[1], ours[1]])];
-    const prompts = asked.map((text) => {
-      const prompt = element("pre", "", data.texts[text]);
-      prompt.dir = "auto";
-      return prompt;
+  function sample([place, kind]) {
+    const [id, target] = task().documents[place];
+    const arms = [left(), right()].filter((arm) => arm !== ALONE);
+    const prompts = [...new Set(arms.map((arm) => answerOf(arm, place)).map((a) => data.texts[a[1]] + data.texts[a[2]]))];
+    const ending = element("bdi", "", prompts[0].slice(-160));
+    const whole = element("details", "", "", element("summary", "", prompts.length > 1 ? "Prompts … " : "Prompt … ", ending));
+    whole.addEventListener("toggle", () => {
+      if (whole.childElementCount > 1) return;
+      whole.append(...prompts.map((text) => {
+        const prompt = element("pre", "", text);
+        prompt.dir = "auto";
+        return prompt;
+      }));
     });
-    const ending = element("bdi", "", data.texts[asked[0]].slice(-160));
-    const columns = element("div", "columns", "");
-    if (data.baseline !== null) columns.append(answer(data.baseline, theirs));
-    columns.append(answer(arm(), ours));
-    return element("article", "sample " + change, "",
+    return element("article", "sample " + kind, "",
       element("header", "", "",
         element("strong", "", "document " + id),
-        element("span", "badge", badge(change, theirs[0], ours[0])),
+        element("span", "badge", badge(place, kind)),
         element("span", "expected", "expected: " + data.texts[target])),
-      element("details", "", "", element("summary", "", prompts.length > 1 ? "Prompts … " : "Prompt … ", ending), ...prompts),
-      columns);
+      whole,
+      element("div", "columns", "", ...arms.map((arm) => answer(data.arms[arm], answerOf(arm, place)))));
   }
 
-  function matches(doc, words) {
-    const sides = [arm(), data.baseline].filter((name) => name !== null).map((name) => task().answers[name][doc]);
-    const texts = [task().documents[doc][1], ...sides.flatMap((side) => side.slice(1))];
-    return texts.some((text) => data.texts[text].toLowerCase().includes(words));
+  // Each text is searched once for each search, however many answers point to it.
+  const lower = [];
+  function containing(words) {
+    const known = new Map();
+    return (text) => {
+      if (!known.has(text)) {
+        lower[text] ??= data.texts[text].toLowerCase();
+        known.set(text, lower[text].includes(words));
+      }
+      return known.get(text);
+    };
+  }
+
+  // The beginning that a task's prompts have in common is not searched: all or none would match.
+  function matching(place, has) {
+    const arms = [left(), right()].filter((arm) => arm !== ALONE);
+    return has(task().documents[place][1]) || arms.some((arm) => answerOf(arm, place).slice(2).some(has));
+  }
+
+  function leftOut(kinds) {
+    const alone = left() === ALONE;
+    const [i, j] = alone ? [right(), right()] : [left(), right()].sort((a, b) => a - b);
+    const [better, worse, same] = task().counts[i + "," + j];
+    const flipped = kinds.filter((kind) => kind === "better" || kind === "worse").length;
+    if (alone) return [[same - kinds.length, ""]];
+    return [[better + worse - flipped, "that flipped"], [same - (kinds.length - flipped), "that did not flip"]];
   }
 
   function show() {
     const change = find("change").value;
-    const words = find("search").value.trim().toLowerCase();
-    const all = task().pairs[arm()];
-    const some = all.filter(([doc, kind]) => (change === "all" || kind === change) && (!words || matches(doc, words)));
+    const has = containing(find("search").value.trim().toLowerCase());
+    const all = task().documents.map((_, place) => place)
+      .filter((place) => [left(), right()].every((arm) => arm === ALONE || answerOf(arm, place)))
+      .map((place) => [place, kindOf(place)]);
+    const flips = all.filter(([, kind]) => kind !== "same");
+    const some = (left() === ALONE ? all : [...flips, ...all.filter(([, kind]) => kind === "same")])
+      .filter(([, kind]) => change === "all" || kind === change)
+      .filter(([place]) => matching(place, has));
     const pages = Math.max(1, Math.ceil(some.length / PAGE));
     page = Math.min(Math.max(page, 0), pages - 1);
-    const left = task().left_out[arm()];
-    const omitted = [[left.flipped, "that flipped"], [left.same, "that did not flip"]].filter(([count]) => count);
-    find("count").textContent = some.length + (some.length === 1 ? " document" : " documents")
-      + (omitted.length ? "; in samples/ but not here: " + omitted.map((part) => part.join(" ")).join(", ") : "");
+    const omitted = leftOut(all.map(([, kind]) => kind)).filter(([count]) => count > 0);
+    find("count").textContent = visible(task().name) + ": " + some.length.toLocaleString("en") + (some.length === 1 ? " document" : " documents")
+      + (omitted.length ? "; in samples/ but not here: " + omitted.map(([count, what]) =>
+        (count.toLocaleString("en") + " " + what).trim()).join(", ") : "");
     find("list").replaceChildren(...some.slice(page * PAGE, (page + 1) * PAGE).map(sample));
-    find("where").textContent = `${page + 1} of ${pages}`;
+    find("where").textContent = `${page + 1} of ${pages.toLocaleString("en")}`;
     find("previous").disabled = page === 0;
     find("next").disabled = page === pages - 1;
     document.querySelector(".pager").hidden = pages === 1;
@@ -110,19 +152,34 @@
     show();
   }
 
+  function choose() {
+    const alone = left() === ALONE;
+    options(find("change"), alone ? [["all", "all"], ["right", "right"], ["wrong", "wrong"]]
+      : [["all", "all"], ["better", "wrong → right"], ["worse", "right → wrong"], ["same", "unchanged"]]);
+    restart();
+  }
+
   if (!data.tasks.length || !data.arms.length) {
-    find("count").textContent = "There is no arm to compare.";
+    find("count").textContent = "There is no answer to show.";
     return;
   }
+  const arms = data.arms.map((name, i) => [i, name]);
+  const reference = data.arms.indexOf(data.baseline);
   options(find("task"), data.tasks.map((entry, i) => [i, entry.name]));
-  options(find("arm"), data.arms.map((name, i) => [i, name]));
-  options(find("change"), data.baseline === null ? [["all", "all"]]
-    : [["all", "all"], ["better", "wrong → right"], ["worse", "right → wrong"], ["same", "unchanged"]]);
+  options(find("left"), [...arms, [ALONE, "(nothing)"]]);
+  options(find("right"), arms);
+  find("left").value = data.arms.length > 1 ? reference : ALONE;
+  find("right").value = arms.findIndex(([i]) => i !== reference || data.arms.length === 1);
   document.querySelector(".controls").hidden = false;
   document.querySelector(".controls").addEventListener("submit", (event) => event.preventDefault());
-  for (const id of ["task", "arm", "change"]) find(id).addEventListener("change", restart);
-  find("search").addEventListener("input", restart);
+  for (const id of ["left", "right"]) find(id).addEventListener("change", choose);
+  for (const id of ["task", "change"]) find(id).addEventListener("change", restart);
+  let waiting;
+  find("search").addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(restart, 150);
+  });
   find("previous").addEventListener("click", () => turn(-1));
   find("next").addEventListener("click", () => turn(1));
-  show();
+  choose();
 })();

@@ -15,65 +15,83 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
+from rvdist.report.findings import Anatomy, Findings, Making
+from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
+from rvdist.report.robustness import Change, Edited
 from rvdist.report.samples import choose_samples
-from rvdist.report.statistics import detectable_effects
-from rvdist.report.summary import Row, baseline_of
-from rvdist.report.wording import Scale, by_task, claims, footnotes, formula, p_text, printable, survives, verdict_text
+from rvdist.report.seeds import Spread
+from rvdist.report.summary import Row
+from rvdist.report.wording import (
+    MARK,
+    Scale,
+    Tested,
+    by_task,
+    formula,
+    mark,
+    p_text,
+    persistence_text,
+    printable,
+    survives,
+    verdict_text,
+)
 
 _HERE = Path(__file__).parent
 _WIDTH = 120  # of the small picture of an interval, in its own units
 
 
-def write_page(
-    path: Path,
-    *,
-    title: str,
-    command: str,
-    rows: Sequence[Row],
-    arms: Sequence[Arm],
-    digests: Mapping[str, str],
-    records: Sequence[Record],
-    tasks: Sequence[TaskInfo],
-    plot_png: bytes,
-    versions: Mapping[str, str],
-    timing: Mapping[str, float],
-    notes: Sequence[str],
+def write_page(path: Path, **given: Any) -> None:
+    """What `rvdist.report.report.write_report` replaces."""
+    findings = Findings(given["arms"], given["rows"], given["records"], given["tasks"])
+    making = Making(*(given[name] for name in ("title", "command", "digests", "versions", "timing", "notes")))
+    write_html(path, findings, making, {"alpha": given["plot_png"]})
+
+
+def write_html(
+    path: Path, findings: Findings, making: Making, pictures: Mapping[str, bytes], anatomy: Anatomy | None = None
 ) -> None:
-    """`digests` maps arm names to point digests; `timing` phases to seconds."""
-    baseline = baseline_of(rows)
-    sentence, *details = claims(rows)
+    """`pictures` are PNG: `alpha` and `robustness`, those there are."""
+    anatomy = anatomy or Anatomy()
+    sentence, *details = [*findings.claims, *anatomy.sentences[: not findings.rows], ""]
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["printable"] = printable
+    environment.filters |= {"printable": printable, "name": _name, "base64": lambda png: base64.b64encode(png).decode()}
+    samples = choose_samples(findings.records, findings.tasks, [arm.name for arm in findings.arms], findings.baseline)
     html = environment.get_template("page.html.jinja").render(
-        title=title,
-        command=command,
+        title=making.title,
+        command=making.command,
         sentence=sentence,
-        claims=details,
-        primary=[_task_table(group) for _, group in by_task(rows)],
-        others=[_task_table(list(group)) for score, group in groupby(rows, _score_of) if not score[0]],
-        footnotes=footnotes(rows, detectable_effects(records, tasks, baseline) if baseline else {}),
+        claims=[text for text in details if text],
+        paper=_paper_table(findings.lines) if len(findings.arms) > 1 or findings.lacking else None,
+        primary=[_task_table(group) for _, group in by_task(findings.benchmarks)],
+        members=[_task_table(group) for _, group in by_task(findings.members)],
+        others=[_task_table(list(group)) for _, group in groupby(findings.others, _score_of)],
+        footnotes=findings.footnotes,
+        edited=[
+            _edited_table(list(group), findings.scales[task])
+            for task, group in groupby(findings.edited, lambda row: row.task)
+        ],
+        baseline=findings.baseline,
+        spreads=[_spread_line(spread, findings.scales[spread.task]) for spread in findings.spreads],
         arms=[
             {
                 "name": arm.name,
                 "prompt": arm.prompt,
                 "formula": formula(arm.point),
-                "digest": digests[arm.name],
+                "digest": making.digests[arm.name],
                 "json": json.dumps(arm.point.to_json(), indent=2),
             }
-            for arm in arms
+            for arm in findings.arms
         ],
-        plot=base64.b64encode(plot_png).decode(),
-        versions=versions,
-        timing=timing,
-        notes=notes,
-        data=_json_for_html(choose_samples(records, tasks, [arm.name for arm in arms], baseline)),
+        pictures=pictures,
+        anatomy=anatomy,
+        versions=making.versions,
+        timing=making.timing,
+        notes=making.notes,
+        data=_json_for_html(samples),
         style=Markup(style),
         script=Markup(script),
         style_hash=_csp_hash(style),
@@ -82,8 +100,75 @@ def write_page(
     path.write_bytes(html.encode("utf-8", "replace"))  # names may hold lone surrogates
 
 
-def _score_of(row: Row) -> tuple[bool, str, str, str]:
-    return row.primary, row.task, row.metric, row.filter
+def _score_of(row: Row) -> tuple[str, str, str]:
+    return row.task, row.metric, row.filter
+
+
+def _name(text: str) -> Markup:
+    """Where it must be broken, beside an underscore or a plus."""
+    return Markup(str(escape(printable(text))).replace("_", "_<wbr>").replace("+", "<wbr>+"))
+
+
+def _kind(tested: Tested) -> str:
+    """A class of the style sheet."""
+    kind = {"better": "better", "worse": "worse"}.get(tested.verdict or "", "none")
+    return f"{kind} firm" if survives(tested) else kind
+
+
+def _paper_table(lines: Sequence[Line]) -> dict[str, Any]:
+    arms = paper_arms(lines)
+    asked = [line for line in lines if line.cells]
+    cells = [cell for line in asked for cell in line.cells.values()]
+    notes = [INSIDE_NOTE] if any(cell.inside is not None for cell in cells) else []
+    return {"arms": arms, "lines": lines, "kind": _kind, "notes": notes}
+
+
+def _edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
+    def change(found: Change | None) -> dict[str, str] | None:
+        if found is None:
+            return None
+        text = scale.change(found.delta, found.ci_low, found.ci_high)
+        return {"text": text, "p": p_text(found.p_adjusted), "verdict": verdict_text(found), "kind": _kind(found)}
+
+    def line(row: Edited, value: float, gain: Change | None, own: bool) -> dict[str, Any]:
+        return {
+            "arm": row.arm,
+            "value": scale.number(value),
+            "change": change(row.change if own else None),
+            "gain": change(gain),
+            "kept": change(row.gain_change if own else None),
+            "persistence": persistence_text(row) if own else "",
+        }
+
+    edits = [
+        {"name": edit, "n": group[0].n, "rows": [line(row, row.value, row.gain, True) for row in group]}
+        for edit, group in ((edit, list(group)) for edit, group in groupby(rows, lambda row: row.edit))
+    ]
+    first, marked = rows[0], any(MARK in text for row in rows for text in (mark(row.change), persistence_text(row)))
+    asked = [line(row, row.original, row.gain_original, False) for row in rows if row.edit == first.edit]
+    return {
+        "task": first.task,
+        "metric": first.metric,
+        "unit": scale.unit,
+        "edits": [{"name": "as asked", "n": first.n, "rows": asked}, *edits],
+        "marked": marked,
+    }
+
+
+def _spread_line(spread: Spread, scale: Scale) -> dict[str, Any]:
+    def interval(sd: float) -> str:
+        return f"{scale.number(sd)} [{scale.number(spread.sd_low)}, {scale.number(spread.sd_high)}]"
+
+    return {
+        "task": spread.task,
+        "arm": spread.arm,
+        "seeds": ", ".join(map(str, spread.seeds)),
+        "values": ", ".join(map(scale.number, spread.values)),
+        "sd": interval(spread.sd),
+        "deltas": ", ".join(scale.number(delta, sign=True) for delta in spread.deltas or ()),
+        "delta_sd": "" if spread.delta_sd is None else scale.number(spread.delta_sd),
+        "unit": scale.unit,
+    }
 
 
 def _task_table(rows: Sequence[Row]) -> dict[str, Any]:
@@ -106,8 +191,7 @@ def _task_table(rows: Sequence[Row]) -> dict[str, Any]:
                 "p": p_text(row.p_value),
                 "p_adjusted": p_text(row.p_adjusted),
                 "verdict": verdict_text(row),
-                "kind": {"better": "better", "worse": "worse"}.get(row.verdict or "", "none"),
-                "firm": survives(row),
+                "kind": _kind(row),
             }
         )
     first = rows[0]

@@ -6,74 +6,52 @@ target + α·v are curves, one for each prompt style; all other arms are marks b
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from rvdist.report.drawing import FAINT, QUIET, STYLE, columns_for, empty, grid, label, legend_below, render, title
 from rvdist.report.summary import Row, baseline_of
-from rvdist.report.wording import Scale, by_task, printable
+from rvdist.report.wording import Scale, by_task
 
 # Okabe and Ito's palette, told apart without colour by shape and dashes too.
 _CURVES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "v", ":")]
 _MARKS = [("#CC79A7", "D"), ("#009E73", "P"), ("#E69F00", "X"), ("#56B4E9", "*"), ("#000000", "h")]
-_INK, _QUIET = "#222222", "#6b7280"
-_STYLE = {
-    "text.parse_math": False,  # names may contain dollar signs
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _QUIET,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+_QUIET, _STYLE, _label = QUIET, STYLE, label
 
 
 def alpha_plot(rows: Sequence[Row]) -> bytes:
     """The picture as PNG."""
+    (png,) = render(lambda: alpha_figure(rows), "png")
+    return png
+
+
+def alpha_figure(rows: Sequence[Row]) -> Figure:
     tasks = by_task(rows)
-    columns = min(len(tasks), 3)
+    columns = columns_for(len(tasks))
     lines = math.ceil(len(tasks) / columns)
-    size = (6.4, 4.0) if len(tasks) == 1 else (3.6 * columns + 0.4, 2.9 * lines + 0.5)
-    with rc_context(_STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
-        figure = Figure(figsize=size, dpi=200, layout=layout)
-        canvas = FigureCanvasAgg(figure)
-        legend: dict[str, Any] = {}
-        for i, (task, group) in enumerate(tasks):
-            axes = figure.add_subplot(lines, columns, i + 1)
-            legend |= _panel(axes, task, group, baseline_of(rows))
-        inches_each = 0.08 * (max(map(len, legend)) + 7)
-        figure.legend(
-            legend.values(),
-            legend.keys(),
-            loc="outside lower center",
-            ncols=max(1, min(len(legend), int(size[0] / inches_each))),
-            frameon=False,
-        )
-        png = io.BytesIO()
-        canvas.print_png(png)
-    return png.getvalue()
+    figure = empty(6.4, 4.0) if len(tasks) == 1 else empty(3.6 * columns + 0.4, 2.9 * lines + 0.5)
+    legend: dict[str, Any] = {}
+    for i, (task, group) in enumerate(tasks):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        legend |= _panel(axes, task, group, baseline_of(rows))
+    legend_below(figure, legend)
+    return figure
 
 
 def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None) -> dict[str, Any]:
     """Draw one task; returns what the legend must explain."""
     scale = Scale(rows)
-    factor = 100 if scale.percent else 1
+    factor = scale.factor
     legend: dict[str, Any] = {}
 
     for row in rows:
         if row.arm == baseline:
-            line = axes.axhline(row.value * factor, color=_QUIET, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-            legend[_label(row.arm)] = line
+            line = axes.axhline(row.value * factor, color=QUIET, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            legend[label(row.arm)] = line
 
     on_line = [row for row in rows if row.alpha is not None]
     prompts = list(dict.fromkeys(row.prompt for row in on_line))
@@ -87,26 +65,24 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None) -> d
         else:
             axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0, zorder=2)
             (handle,) = axes.plot(x, y, color=color, marker=marker, linestyle=dashes, markersize=4.5, zorder=4)
-        legend[f"target + α·v, {_label(prompt)} prompt"] = handle
+        legend[f"target + α·v, {label(prompt)} prompt"] = handle
 
     alphas = sorted({row.alpha for row in on_line if row.alpha is not None}) or [0.0]
     others = [row for row in rows if row.alpha is None]
     span = alphas[-1] - alphas[0] or 1.0
     for place, (row, (color, marker)) in enumerate(zip(others, cycle(_MARKS), strict=False)):
         beside = alphas[-1] + span * (0.16 + 0.09 * place)
-        legend[_label(row.arm)] = _bar(axes, beside, row, factor, color, marker)
+        legend[label(row.arm)] = _bar(axes, beside, row, factor, color, marker)
     if others and on_line:
-        axes.axvline(alphas[-1] + span * 0.08, color="#d1d5db", linewidth=0.8, zorder=0)
+        axes.axvline(alphas[-1] + span * 0.08, color=FAINT, linewidth=0.8, zorder=0)
 
     axes.set_xticks(alphas, minor=True)
     axes.set_xticks(labelled := _labelled(alphas), [f"{a:g}".replace("-", "−") for a in labelled])
     axes.set_xlim(alphas[0] - 0.06 * span, alphas[-1] + span * (0.06 + bool(others) * (0.06 + 0.09 * len(others))))
     axes.set_xlabel("α")
-    axes.set_ylabel(_label(rows[0].metric) + (", %" if scale.percent else ""))
-    axes.set_title(_label(task), loc="left", fontsize=10, fontweight="bold")
-    axes.set_title(f"{rows[0].n} documents", loc="right", fontsize=8, color=_QUIET)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.set_ylabel(label(rows[0].metric) + (", %" if scale.percent else ""))
+    title(axes, task, f"{rows[0].n} documents")
+    grid(axes, "y")
     return legend
 
 
@@ -132,10 +108,3 @@ def _labelled(alphas: list[float]) -> list[float]:
         if all(abs(alpha - other) >= room for other in kept) and alpha not in kept:
             kept.append(alpha)
     return sorted(kept)
-
-
-def _label(text: str) -> str:
-    text = printable(text)
-    if len(text) > 40:
-        text = text[:39] + "…"
-    return f" {text}" if text.startswith("_") else text  # matplotlib hides legend entries that start with _

@@ -36,9 +36,9 @@ class Change:
 class Edited:
     """One arm's primary score on a task with its questions edited, over the `n` documents asked both ways.
 
-    `edit` is the perturbation as the task names it, or "all N" for the mean of N of them. `change` is edited minus
-    original, within the arm. The gain is arm minus baseline: on the original, on the edited questions, and how the
-    second differs from the first; None for the baseline and without one. `persistence` says it in words.
+    `edit` is the perturbation as the task names it, or "all N edits" for the mean of N of them. `change` is edited
+    minus original, within the arm. The gain is arm minus baseline: on the original, on the edited questions, and how
+    the second differs from the first; None for the baseline and without one. `persistence` says it in words.
     """
 
     task: str
@@ -112,7 +112,7 @@ def _pairs(
     pairs |= {edit: {arm: common([originals[arm], found[arm]]) for arm in arms} for edit, found in edited.items()}
     if len(edits) > 1:
         every = {arm: common([originals[arm], *(found[arm] for found in edited.values())]) for arm in arms}
-        pairs[f"all {len(edits)}"] = {arm: [own, averaged(rest)] for arm, (own, *rest) in every.items()}
+        pairs[f"all {len(edits)} edits"] = {arm: [own, averaged(rest)] for arm, (own, *rest) in every.items()}
     return {edit: found for edit, found in pairs.items() if all(len(own.values) for own, _ in found.values())}
 
 
@@ -152,9 +152,12 @@ def _change(found: Comparison, higher_is_better: bool) -> Change:
 
 
 def _persistence(before: Comparison, after: Comparison, kept: Comparison) -> str:
-    """What became of a difference to the baseline when the questions were edited."""
+    """What became of a difference to the baseline when the questions were edited; that it appeared, shrank
+    or grew is said only where `kept` is significant."""
     if before.p_value >= LEVEL:
-        return "no difference before" if after.p_value >= LEVEL else "only when edited"
+        if after.p_value >= LEVEL:
+            return "no difference"
+        return "only when edited" if kept.p_value < LEVEL else "cannot be told"
     less = (kept.delta > 0) != (before.delta > 0)
     if after.p_value >= LEVEL:
         return "shrinks" if kept.p_value < LEVEL and less else "cannot be told"

@@ -1,95 +1,127 @@
-"""Which answers the page shows: the documents that flipped against the baseline, and some that did not.
+"""Which answers the page shows: first the documents that arms scored differently on, then the others.
 
-Knows records and returns plain JSON data; knows nothing of HTML. The page must open on a phone, so both
-the number of answers and the length of each text are bounded, and what is left out is counted.
+Knows records and returns plain JSON data; knows nothing of HTML. The page must open on a phone, so the length of each
+text and of all texts together is bounded, and what is left out is counted.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations_with_replacement
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rvdist.record import Record, TaskInfo
 
-CHOSEN = 2000  # answers to compare, over all tasks and arms
-UNCHANGED = 20  # of them that did not flip, for each task and arm
+CHARACTERS = 12_000_000  # of all texts together
+_GOLDEN = 0.6180339887498949
+
+Answers = Mapping[str, Mapping[str, Record]]  # to one task, by arm and document
 
 
 def choose_samples(
-    records: Iterable[Record], tasks: Sequence[TaskInfo], arms: Sequence[str], baseline: str | None
+    records: Iterable[Record],
+    tasks: Sequence[TaskInfo],
+    arms: Sequence[str],
+    baseline: str | None,
+    characters: int = CHARACTERS,
 ) -> dict[str, Any]:
-    """For each task and arm, `pairs` of (document, "better" | "worse" | "same"); the answers of each arm;
-    and `texts`, every text once, which the answers point into. A document that was asked several times is
-    shown by its first record. Without a baseline each arm stands alone and all is "same"."""
-    first: defaultdict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
-    primary = {task.name: task.primary[1] for task in tasks}
+    """Of each task some `documents` as [number, expected]; in their order the `answers` of each arm as [score,
+    beginning of the prompt, rest of the prompt, what was scored, response], null where there is none; and for each two
+    arms, by their places, how many documents there are that the second does better, worse and the same on, shown or
+    not. All text is in `texts`, once, and pointed into. A document that was asked several times is shown by its first
+    record."""
+    first: dict[str, defaultdict[str, dict[str, Record]]] = {task.name: defaultdict(dict) for task in tasks}
+    filters = {task.name: task.primary[1] for task in tasks}
     for record in records:
-        if primary.get(record.task) == record.filter:
-            first[record.task, record.arm].setdefault(record.doc, record)
-
-    texts: dict[str, int] = {}
-
-    def text(whole: str, head: int, tail: int) -> int:
-        return texts.setdefault(_clip(whole, head, tail), len(texts))
-
-    compared = [arm for arm in arms if arm != baseline]
-    share = max(UNCHANGED, CHOSEN // max(1, len(tasks) * len(compared)))
-    shown = []
-    for task in tasks:
-        sign = 1 if task.higher_is_better.get(task.primary[0], True) else -1
-        answers: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-        documents: dict[str, list[Any]] = {}
-        pairs, left_out = {}, {}
-        for arm in compared:
-            ours, theirs = first[task.name, arm], first[task.name, baseline or arm]
-            changes: defaultdict[str, list[Record]] = defaultdict(list)
-            for record in sorted(ours.values(), key=lambda record: record.doc_id):
-                if record.doc in theirs:
-                    change = sign * (_score(record, task) - _score(theirs[record.doc], task))
-                    changes["better" if change > 0 else "worse" if change < 0 else "same"].append(record)
-            flipped = sorted(changes["better"] + changes["worse"], key=lambda record: record.doc_id)
-            same = changes["same"]
-            some_flipped, some_same = _spread(flipped, share), _spread(same, UNCHANGED if baseline else share)
-            chosen = some_flipped + some_same
-            kind = {record.doc: name for name, group in changes.items() for record in group}
-            pairs[arm] = [(record.doc, kind[record.doc]) for record in chosen]
-            left_out[arm] = {"flipped": len(flipped) - len(some_flipped), "same": len(same) - len(some_same)}
-            for record in chosen:
-                documents[record.doc] = [record.doc_id, text(record.target, 1500, 500)]
-                for side in (record, theirs[record.doc]):
-                    answers[side.arm][record.doc] = [
-                        _score(side, task),
-                        text(side.prompt_text, 500, 3000),
-                        text(side.filtered, 1500, 500),
-                        text(side.response, 4000, 2000),
-                    ]
-        shown.append(
-            {
-                "name": task.name,
-                "metric": task.primary[0],
-                "documents": documents,
-                "answers": answers,
-                "pairs": pairs,
-                "left_out": left_out,
-            }
-        )
-    return {"baseline": baseline, "arms": compared, "tasks": shown, "texts": list(texts)}
+        if filters.get(record.task) == record.filter:
+            first[record.task][record.arm].setdefault(record.doc, record)
+    texts = _Texts()
+    shown = {}
+    smallest_first = sorted(tasks, key=lambda task: sum(map(len, first[task.name].values())))
+    for i, task in enumerate(smallest_first):  # who needs little leaves the rest to the others
+        limit = texts.size + (characters - texts.size) // (len(tasks) - i)
+        shown[task.name] = _task(task, arms, first[task.name], texts, limit)
+    return {
+        "baseline": baseline,
+        "arms": list(arms),
+        "tasks": [shown[task.name] for task in tasks],
+        "texts": list(texts.places),
+    }
 
 
-def _score(record: Record, task: TaskInfo) -> float:
-    return float(record.metrics[task.primary[0]])
+class _Texts:
+    """Every text once, and how long they are together."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+        self.size = 0
+
+    def place(self, whole: str, head: int, tail: int) -> int:
+        """Where the text stands, without its middle if it is longer than head and tail."""
+        left_out = len(whole) - head - tail
+        if left_out > 0:
+            whole = f"{whole[:head]}\n[… {left_out:,} characters left out …]\n{whole[-tail:]}"
+        if whole not in self.places:
+            self.places[whole] = len(self.places)
+            self.size += len(whole)
+        return self.places[whole]
 
 
-def _spread(items: Sequence[Record], most: int) -> list[Record]:
-    """At most so many, evenly from first to last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i * len(items) // most] for i in range(most)]
+def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, limit: int) -> dict[str, Any]:
+    """Documents are added until the texts are as long as `limit`."""
+    metric = task.primary[0]
+    any_of = {doc: record for arm in arms for doc, record in answers.get(arm, {}).items()}
+    order = sorted(any_of, key=lambda doc: (any_of[doc].doc_id, doc))
+    scores = np.full((len(arms), len(order)), np.nan)
+    for i, arm in enumerate(arms):
+        for j, doc in enumerate(order):
+            if doc in answers.get(arm, {}):
+                scores[i, j] = answers[arm][doc].metrics[metric]
+    scores *= 1 if task.higher_is_better.get(metric, True) else -1
+    counts = {}
+    for i, j in combinations_with_replacement(range(len(arms)), 2):
+        change = scores[j] - scores[i]
+        counts[f"{i},{j}"] = [int((change > 0).sum()), int((change < 0).sum()), int((change == 0).sum())]
+
+    beginnings = {arm: _beginning([record.prompt_text for record in of.values()]) for arm, of in answers.items()}
+    flipped = np.nanmin(scores, axis=0) < np.nanmax(scores, axis=0) if order else np.zeros(0, dtype=bool)
+    chosen: dict[int, dict[str, Any]] = {}
+    for j in [*_spread(np.flatnonzero(flipped)), *_spread(np.flatnonzero(~flipped))]:
+        if texts.size >= limit:
+            break
+        found = {arm: answers[arm][order[j]] for arm in arms if order[j] in answers.get(arm, {})}
+        chosen[j] = {
+            arm: [
+                round(float(record.metrics[metric]), 6),
+                texts.place(beginnings[arm], 8000, 8000),
+                texts.place(record.prompt_text[len(beginnings[arm]) :], 2000, 2000),
+                texts.place(record.filtered, 1500, 500),
+                texts.place(record.response, 4000, 2000),
+            ]
+            for arm, record in found.items()
+        }
+    kept = sorted(chosen)
+    return {
+        "name": task.name,
+        "metric": metric,
+        "higher_is_better": task.higher_is_better.get(metric, True),
+        "documents": [[any_of[order[j]].doc_id, texts.place(any_of[order[j]].target, 1500, 500)] for j in kept],
+        "answers": {arm: [chosen[j].get(arm) for j in kept] for arm in arms},
+        "counts": counts,
+    }
 
 
-def _clip(whole: str, head: int, tail: int) -> str:
-    left_out = len(whole) - head - tail
-    if left_out <= 0:
-        return whole
-    return f"{whole[:head]}\n[… {left_out:,} characters left out …]\n{whole[-tail:]}"
+def _beginning(texts: Sequence[str]) -> str:
+    """The lines that all of them begin with."""
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: first.rfind("\n", 0, length) + 1]
+
+
+def _spread(places: NDArray[np.intp]) -> list[int]:
+    """The same in an order of which any beginning is spread evenly from first to last."""
+    return [int(places[i]) for i in sorted(range(len(places)), key=lambda i: i * _GOLDEN % 1)]

@@ -52,10 +52,9 @@ def plain_lines(rows: Sequence[Row]) -> list[str]:
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def print_summary(rows: Sequence[Row], detectable: Mapping[str, float], console: Console | None = None) -> None:
-    """Claims, table, footnotes. `detectable` is what `statistics.detectable_effects` found."""
-    console = console or Console()
-    for sentence in claims(rows):
+def print_scores(said: Sequence[str], rows: Sequence[Row], notes: Sequence[str], console: Console) -> None:
+    """Claims, table, footnotes."""
+    for sentence in said:
         console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
     console.print()
     if console.is_terminal:
@@ -64,5 +63,10 @@ def print_summary(rows: Sequence[Row], detectable: Mapping[str, float], console:
         for line in plain_lines(rows):
             console.print(Text(line), soft_wrap=True)
     console.print()
-    for note in footnotes(rows, detectable):
+    for note in notes:
         console.print(Text(printable(note), style="dim"), soft_wrap=not console.is_terminal)
+
+
+def print_summary(rows: Sequence[Row], detectable: Mapping[str, float], console: Console | None = None) -> None:
+    """What `rvdist.report.report.print_findings` replaces."""
+    print_scores(claims(rows), rows, footnotes(rows, detectable), console or Console())

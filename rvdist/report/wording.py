@@ -9,9 +9,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from rvdist.point import WeightPoint
 from rvdist.report.summary import LEVEL, Row, baseline_of
+
+if TYPE_CHECKING:
+    from rvdist.report.robustness import Edited
+    from rvdist.report.seeds import Spread
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 MARK = "†"
@@ -35,21 +40,24 @@ class Scale:
         ends = [x for row in rows for x in (row.value, row.ci_low, row.ci_high) if x is not None]
         self.percent = all(0 <= x <= 1 for x in ends)
         self.unit = "%" if self.percent else ""
+        self.factor = 100 if self.percent else 1
 
     def number(self, x: float | None, sign: bool = False) -> str:
         if x is None:
             return "?"
         text = f"{100 * x:+.1f}" if self.percent else f"{x:+.4g}"
+        if not float(text):
+            text = text[1:]  # neither +0 nor −0
         return (text if sign else text.removeprefix("+")).replace("-", "−")
 
     def score(self, row: Row) -> str:
         return f"{self.number(row.value)} [{self.number(row.ci_low)}, {self.number(row.ci_high)}]"
 
     def delta(self, row: Row) -> str:
-        if row.delta is None:
-            return ""
-        low, high = self.number(row.delta_ci_low, sign=True), self.number(row.delta_ci_high, sign=True)
-        return f"{self.number(row.delta, sign=True)} [{low}, {high}]"
+        return "" if row.delta is None else self.change(row.delta, row.delta_ci_low, row.delta_ci_high)
+
+    def change(self, delta: float, low: float | None, high: float | None) -> str:
+        return f"{self.number(delta, sign=True)} [{self.number(low, sign=True)}, {self.number(high, sign=True)}]"
 
     def amount(self, x: float) -> str:
         return f"{self.number(abs(x))} points" if self.percent else self.number(abs(x))
@@ -61,16 +69,33 @@ def p_text(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def significant(row: Row) -> bool:
-    return row.p_value is not None and row.p_value < LEVEL
+class Tested(Protocol):
+    """A difference and what its test says, or neither."""
+
+    @property
+    def delta(self) -> float | None: ...
+    @property
+    def p_value(self) -> float | None: ...
+    @property
+    def p_adjusted(self) -> float | None: ...
+    @property
+    def verdict(self) -> str | None: ...
 
 
-def survives(row: Row) -> bool:
-    return row.p_adjusted is not None and row.p_adjusted < LEVEL
+def significant(tested: Tested) -> bool:
+    return tested.p_value is not None and tested.p_value < LEVEL
 
 
-def verdict_text(row: Row) -> str:
-    return (row.verdict or "baseline" * (row.delta is None)) + MARK * (significant(row) and not survives(row))
+def survives(tested: Tested) -> bool:
+    return tested.p_adjusted is not None and tested.p_adjusted < LEVEL
+
+
+def mark(tested: Tested) -> str:
+    return MARK * (significant(tested) and tested.p_adjusted is not None and not survives(tested))
+
+
+def verdict_text(tested: Tested) -> str:
+    return (tested.verdict or "baseline" * (tested.delta is None)) + mark(tested)
 
 
 def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
@@ -103,7 +128,8 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
             f"{'.' if survives(row) else ', but this does not survive the correction.'}"
         )
     if len(found) > most:
-        sentences.append(f"{len(found) - most} more are in the table.")
+        left = len(found) - most
+        sentences.append(f"{left} more {'is' if left == 1 else 'are'} in the table.")
     return sentences
 
 
@@ -120,6 +146,43 @@ def footnotes(rows: Sequence[Row], detectable: Mapping[str, float]) -> list[str]
             )
         notes.append(note + ".")
     return notes
+
+
+def persistence_text(row: Edited) -> str:
+    text = row.persistence or ""
+    return text + mark(row.gain_change) if row.gain_change and text != "no difference" else text
+
+
+def persistence_claims(rows: Sequence[Edited], scales: Mapping[str, Scale], baseline: str | None) -> list[str]:
+    """What editing a task's questions made of the differences to the baseline, a sentence for each task; of several
+    edits for their mean."""
+    sentences = []
+    for task, group in groupby(rows, lambda row: row.task):
+        edited = list(group)
+        last = [row for row in edited if row.edit == edited[-1].edit]
+        by_outcome: dict[str, list[str]] = {}
+        for row in last:
+            if row.persistence and row.gain_original and row.gain and row.persistence != "no difference":
+                before, after = (scales[task].number(x.delta, sign=True) for x in (row.gain_original, row.gain))
+                by_outcome.setdefault(row.persistence, []).append(f"“{row.arm}” ({before} as asked, {after} edited)")
+        if by_outcome:
+            said = "; ".join(f"{outcome} with {', '.join(arms)}" for outcome, arms in by_outcome.items())
+            sentences.append(f"{task}, {last[0].edit}: the difference to “{baseline}” {said}.")
+    return sentences
+
+
+def spread_sentences(spreads: Sequence[Spread], scales: Mapping[str, Scale]) -> list[str]:
+    """How much other seeds differ, a sentence for each benchmark."""
+    sentences = []
+    for task, group in groupby(spreads, lambda spread: spread.task):
+        arms, scale = list(group), scales[task]
+        low, high = (scale.amount(f(spread.sd for spread in arms)) for f in (min, max))
+        text = f"{task} under {len(arms[0].seeds)} seeds: the standard deviation between seeds is {low}"
+        text += f" to {high}, by arm" if len(arms) > 1 else ""
+        if changes := [spread.delta_sd for spread in arms if spread.delta_sd is not None]:
+            text += f"; of the changes at most {scale.amount(max(changes))}"
+        sentences.append(f"{text}.")
+    return sentences
 
 
 def is_hub_id(source: str) -> bool:

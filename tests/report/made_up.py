@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from rvdist.point import Arm, Term, Vector, WeightPoint
 from rvdist.record import Record, TaskInfo
+from rvdist.report.summary import GroupInfo
 
 VECTOR = Vector(plus="org/grpo", minus="org/sft")
 
@@ -69,3 +71,41 @@ def make_experiment(
             scores = [float(e + 0.1 * rng.standard_normal() < skill) for e in ease]
             records += make_records(arm.name, scores, info.name, **text)
     return arms, records, infos
+
+
+EDITS = ("typos", "shuffle", "distractor", "numbers", "instruction")
+SKILL = {"Baseline": 0.0, "G+T": 0.02, "+Vector": 0.04, "+Vector+Think": 0.08, "−Vector": -0.12}
+REPORTED = {
+    "gsm8k": {"+Vector": 2.6, "+Vector+Think": 4.9, "−Vector": -11.8},
+    "humaneval_instruct": {"+Vector": 2.2, "+Vector+Think": 4.3},
+    "sciq": {"+Vector+Think": 1.7},
+    "bbh_cot_fewshot": {"+Vector": 12.3, "+Vector+Think": 12.3},
+}
+
+
+def make_paper(
+    n: int = 120, members: int = 4, seeds: int = 1, **text: str
+) -> tuple[list[Arm], list[Record], list[TaskInfo], list[GroupInfo]]:
+    """The paper's arms on its benchmarks, with GSM8K perturbed and some of BIG-Bench-Hard as a group."""
+    rng = np.random.default_rng(7)
+    arms = [
+        make_arm("Baseline", 0.0),
+        make_arm("G+T", None, "think"),
+        make_arm("+Vector", 1.0),
+        make_arm("+Vector+Think", 1.0, "think"),
+        make_arm("−Vector", -1.0),
+    ]
+    inside = [f"bbh_cot_fewshot_{name}" for name in ("navigate", "snarks", "ruin_names", "web_of_lies")][:members]
+    names = ["gsm8k", *(f"gsm8k+{edit}" for edit in EDITS), "humaneval_instruct", "sciq", *inside]
+    records = []
+    ease = rng.random(n)
+    for name in names:
+        own = ease if name.startswith("gsm8k") else rng.random(n)
+        for arm in arms:
+            skill = 0.55 + SKILL[arm.name] - 0.05 * ("+" in name)
+            scores = (own[:, None] + 0.15 * rng.standard_normal((n, seeds)) < skill).astype(float).tolist()
+            made = make_records(arm.name, scores, name, **text)
+            document = name.partition("+")[0]
+            records += [replace(r, doc=f"{document}-{r.doc_id:05d}", prompt=arm.prompt, alpha=arm.alpha) for r in made]
+    groups = [GroupInfo("bbh_cot_fewshot", tuple(inside), (("exact_match", "none"),))] if inside else []
+    return arms, records, [make_task(name) for name in names], groups

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_up import make_arm, make_experiment, make_records, make_task
+from made_up import REPORTED, make_arm, make_experiment, make_paper, make_records, make_task
 
-from rvdist.report.page import write_page
+from rvdist.report.findings import Anatomy, Exhibit, Findings, Making
+from rvdist.report.page import write_html
 from rvdist.report.plot import alpha_plot
-from rvdist.report.samples import CHOSEN, UNCHANGED, choose_samples
+from rvdist.report.samples import choose_samples
 from rvdist.report.statistics import summarise
 
 HOSTILE = (
@@ -24,31 +25,37 @@ LONG = "x" * 100_000
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def write(path: Path, arms, records, tasks, baseline="baseline", **changes) -> str:
-    rows = summarise(arms, records, tasks, baseline)
+def write(
+    path: Path, arms, records, tasks, baseline="baseline", groups=(), reported=None, lacking=None, anatomy=None, **made
+):
+    rows = summarise(arms, records, tasks, baseline, groups)
+    findings = Findings(arms, rows, records, tasks, groups, reported or {}, lacking or {})
     given = {
         "title": "A report",
         "command": "python -m rvdist.launch",
         "digests": {arm.name: "d1935700" for arm in arms},
-        "plot_png": alpha_plot(rows),
         "versions": {"rvdist": "0.1.0"},
         "timing": {"generate": 12.5},
-        "notes": [],
     }
-    write_page(path, rows=rows, arms=arms, records=records, tasks=tasks, **(given | changes))
+    write_html(path, findings, Making(**(given | made)), {"alpha": alpha_plot(findings.benchmarks)}, anatomy)
     return path.read_text(encoding="utf-8")
 
 
 def hostile_page(path: Path) -> str:
     arms = [make_arm("baseline", 0.0), make_arm(f"arm {HOSTILE}", 1.0)]
-    task = make_task(f"task {HOSTILE}")
+    name = f"task {HOSTILE.replace('+', ' ')}"
     records = []
     for arm, scores in zip(arms, ([0.0, 1.0, 1.0], [1.0, 0.0, 1.0]), strict=True):
-        made = make_records(arm.name, scores, task.name, response=HOSTILE, prompt_text=HOSTILE)
-        records += [replace(made[0], filtered=HOSTILE, target=HOSTILE), replace(made[1], response=LONG), made[2]]
+        made = make_records(arm.name, scores, name, response=HOSTILE, prompt_text=HOSTILE)
+        made = [replace(made[0], filtered=HOSTILE, target=HOSTILE), replace(made[1], response=LONG), made[2]]
+        records += made + [replace(record, task=f"{name}+{HOSTILE}") for record in made]
+        records += [replace(record, seed=1) for record in made]
+    anatomy = Anatomy([HOSTILE], [Exhibit(HOSTILE, b"PNG", HOSTILE)], [(HOSTILE, [HOSTILE], [[HOSTILE]])])
     return write(
-        path, arms, records, [task], title=HOSTILE, command=HOSTILE, notes=[HOSTILE], versions={HOSTILE: HOSTILE},
-        timing={HOSTILE: 1.0}, digests={arm.name: HOSTILE for arm in arms},
+        path, arms, records, [make_task(name), make_task(f"{name}+{HOSTILE}")], title=HOSTILE, command=HOSTILE,
+        notes=[HOSTILE], versions={HOSTILE: HOSTILE}, timing={HOSTILE: 1.0},
+        digests={arm.name: HOSTILE for arm in arms}, lacking={HOSTILE: HOSTILE},
+        reported={name: {arms[1].name: 1.0}}, anatomy=anatomy,
     )  # fmt: skip
 
 
@@ -72,7 +79,7 @@ class Elements(HTMLParser):
 def test_hostile_text_adds_no_element(tmp_path):
     page = Elements(hostile_page(tmp_path / "report.html"))
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 2 and tags.count("img") == 1
+    assert tags.count("script") == 2 and tags.count("img") == 2
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     texts = json.loads(page.data)["texts"]
     assert HOSTILE in texts  # the data are whole: escaped, not filtered
@@ -106,27 +113,90 @@ def test_says_what_changed_and_how_it_was_made(tmp_path):
         assert said in text
 
 
-def test_flips_come_first_and_the_rest_is_counted():
-    theirs = [1.0] * 50 + [0.0] * 50
-    ours = [0.0] * 3 + [1.0] * 47 + [1.0] * 5 + [0.0] * 45
-    records = make_records("baseline", theirs) + make_records("α=1", ours)
-    chosen = choose_samples(records, [make_task()], ["baseline", "α=1"], "baseline")
-    [task] = chosen["tasks"]
-    kinds = [kind for _, kind in task["pairs"]["α=1"]]
-    assert kinds == ["worse"] * 3 + ["better"] * 5 + ["same"] * UNCHANGED
-    assert task["left_out"] == {"α=1": {"flipped": 0, "same": 92 - UNCHANGED}}
-    assert set(task["answers"]) == {"baseline", "α=1"}
-    [lower] = choose_samples(records, [make_task(higher_is_better=False)], ["α=1"], "baseline")["tasks"]
-    assert [kind for _, kind in lower["pairs"]["α=1"]][:3] == ["better"] * 3
+def test_the_papers_layout_with_what_was_reported_and_what_is_lacking(tmp_path):
+    arms, records, tasks, groups = make_paper(80)
+    lacking = {"humaneval_plus_instruct": "there is no file humaneval_plus"}
+    html = write(tmp_path / "report.html", arms, records, tasks, "Baseline", groups, REPORTED, lacking)
+    text = re.sub(r"<[^>]*>", "", html)
+    assert re.search(r"reported \+4\.9, (in|out)side", text) and "reported −11.8" in text
+    assert "humaneval_plus_instruct" in text and "not asked: there is no file humaneval_plus" in text
+    assert "The members of groups (4)" in text and "bbh_cot_fewshot_snarks" in text
+    for section in ("Results", "Scores", "Along α", "Edited questions", "Samples", "Weight points"):
+        assert f"<h2>{section}</h2>" in html
+    assert "all 5 edits" in text and "Between seeds" not in text and "Vector anatomy" not in text
+    assert "Between seeds" in write(tmp_path / "seeds.html", *make_paper(20, seeds=2)[:3], "Baseline")  # no groups
 
 
-def test_many_flips_are_bounded():
-    n = 3 * CHOSEN
-    records = make_records("baseline", [0.0] * n) + make_records("α=1", [1.0] * n)
-    [task] = choose_samples(records, [make_task()], ["baseline", "α=1"], "baseline")["tasks"]
-    documents = [doc for doc, _ in task["pairs"]["α=1"]]
-    assert len(documents) == CHOSEN and task["left_out"]["α=1"]["flipped"] == n - CHOSEN
-    assert documents[-1] > f"gsm8k-{n - 10:05d}"  # spread over the task, not its beginning
+def test_a_run_that_scored_nothing_shows_its_vectors(tmp_path):
+    anatomy = Anatomy(["v is small."], [Exhibit("Layers", b"PNG", "norms")], [("v", ["layer", "norm"], [["0", "1.5"]])])
+    making = Making("Vectors", "python -m rvdist.launch stages=[analyze]", {})
+    write_html(tmp_path / "report.html", Findings([], [], [], []), making, {}, anatomy)
+    html = (tmp_path / "report.html").read_text()
+    assert "v is small." in html and "data:image/png;base64,UE5H" in html and "1.5" in html
+    assert "Samples" not in html and "Scores" not in html and "nan" not in html
+
+
+ARMS = ["baseline", "α=1", "α=2"]
+
+
+def flips(chosen, task=0):
+    """(document, scores by arm) of all that is shown."""
+    shown = chosen["tasks"][task]
+    answers = zip(*(shown["answers"][arm] for arm in chosen["arms"]), strict=True)
+    return [(number, [a and a[0] for a in of]) for (number, _), of in zip(shown["documents"], answers, strict=True)]
+
+
+def test_every_pair_of_arms_is_counted_whatever_is_shown():
+    records = make_records("baseline", [1, 1, 0, 0]) + make_records("α=1", [1, 0, 1, 0]) + make_records("α=2", [0] * 4)
+    chosen = choose_samples(records, [make_task()], ARMS, "baseline")
+    counts = {
+        "0,0": [0, 0, 4],
+        "0,1": [1, 1, 2],
+        "0,2": [0, 2, 2],
+        "1,1": [0, 0, 4],
+        "1,2": [0, 2, 2],
+        "2,2": [0, 0, 4],
+    }
+    assert chosen["tasks"][0]["counts"] == counts
+    assert flips(chosen) == [(0, [1, 1, 0]), (1, [1, 0, 0]), (2, [0, 1, 0]), (3, [0, 0, 0])]
+    lower = choose_samples(records, [make_task(higher_is_better=False)], ARMS, "baseline")["tasks"][0]
+    assert lower["counts"]["0,2"] == [2, 0, 2] and not lower["higher_is_better"]
+
+
+def test_what_flipped_comes_first_when_there_is_too_much():
+    n = 400
+    theirs, ours = [float(i % 2) for i in range(n)], [float(i % 2) for i in range(n)]
+    for i in range(0, n, 20):
+        ours[i] = 1.0 - theirs[i]
+    records = [
+        replace(r, response=f"{r.arm} {r.doc_id} {'x' * 1000}")
+        for r in make_records("baseline", theirs) + make_records("α=1", ours)
+    ]
+    records += make_records("baseline", [1.0] * 3, "small") + make_records("α=1", [1.0] * 3, "small")
+    chosen = choose_samples(records, [make_task(), make_task("small")], ARMS[:2], "baseline", characters=100_000)
+    shown = flips(chosen)
+    assert sum(map(len, chosen["texts"])) < 105_000 and 30 < len(shown) < 60
+    assert [number for number, (a, b) in shown if a != b] == list(range(0, n, 20))  # all of them
+    same = [number for number, (a, b) in shown if a == b]
+    assert min(same) < 100 and max(same) > 300  # spread over the task, not its beginning
+    assert len(flips(chosen, 1)) == 3  # a small task is not crowded out
+
+
+def test_what_prompts_begin_with_is_stored_once():
+    made = make_records("baseline", [1.0, 0.0])
+    records = [replace(r, prompt_text=f"Examples. {'e' * 500}\nQuestion {r.doc_id}") for r in made]
+    chosen = choose_samples(records, [make_task()], ["baseline"], None)
+    first, second = chosen["tasks"][0]["answers"]["baseline"]
+    assert chosen["texts"][first[1]] + chosen["texts"][first[2]] == records[0].prompt_text
+    assert first[1] == second[1] and chosen["texts"][second[2]] == "Question 1"
+    assert sum("Examples." in text for text in chosen["texts"]) == 1
+
+
+def test_an_arm_that_was_asked_less_has_gaps():
+    records = make_records("baseline", [1.0, 0.0]) + make_records("α=1", [1.0])
+    chosen = choose_samples(records, [make_task()], ARMS[:2], None)
+    assert flips(chosen) == [(0, [1, 1]), (1, [0, None])]
+    assert chosen["tasks"][0]["counts"]["0,1"] == [0, 0, 1]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
@@ -147,7 +217,7 @@ class TestInBrowser:
         hostile_page(path)
         html = self.dom(path, tmp_path)
         tags = [tag for tag, _ in Elements(html).tags]
-        assert tags.count("script") == 2 and tags.count("img") == 1 and "<title>owned" not in html
+        assert tags.count("script") == 2 and tags.count("img") == 2 and "<title>owned" not in html
         assert tags.count("article") == 3
         shown = re.search(r'<div id="list">(.*?)</section>', html, re.S)[1]
         assert (
@@ -159,15 +229,57 @@ class TestInBrowser:
         assert "wrong → right" in shown and "right → wrong" in shown and "unchanged, right" in shown
         assert "characters left out" in shown
 
-    def test_thousands_of_samples_are_shown_twenty_at_a_time(self, tmp_path):
-        n = 2500
-        arms = [make_arm("baseline", 0.0), make_arm("α=1", 1.0)]
-        records = make_records("baseline", [0.0] * n) + make_records("α=1", [1.0] * n)
+    def test_twenty_thousand_records_are_shown_twenty_at_a_time(self, tmp_path):
+        n = 5000
+        arms = [make_arm("baseline", 0.0), *(make_arm(f"α={k}", float(k)) for k in (1, 2, 3))]
+        records = [
+            replace(r, response=f"{r.arm} {r.doc_id}: {'because ' * 100}", prompt_text=f"{'Example. ' * 50}{r.doc_id}")
+            for k, arm in enumerate(arms)
+            for r in make_records(arm.name, [float(i % 4 < k) for i in range(n)])
+        ]
         path = tmp_path / "report.html"
         write(path, arms, records, [make_task()])
+        assert path.stat().st_size < 20_000_000
         html = self.dom(path, tmp_path)
         assert [tag for tag, _ in Elements(html).tags].count("article") == 20
-        assert "2000 documents; in samples/ but not here: 500 that flipped" in html and "1 of 100" in html
+        said = re.search(r'<p id="count"[^>]*>gsm8k: (.*?)</p>', html)[1]
+        shown, *left_out = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", said)]
+        assert shown > 2000 and shown + sum(left_out) == n, said
+
+    def test_searching_is_quick_and_any_two_arms_are_compared(self, tmp_path):
+        """The page's script in a copy without its policy, driven by one of ours."""
+        arms, records, tasks, groups = make_paper(400, members=2)
+        records = [
+            replace(r, response=f"{r.arm} wrote {r.doc_id}: {'because ' * 40}", prompt_text=f"Ask {r.doc_id % 7} now")
+            for r in records
+        ]
+        path = tmp_path / "report.html"
+        html = write(path, arms, records, tasks, "Baseline", groups)
+        html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+        driver = """
+          const find = (id) => document.getElementById(id), said = [];
+          const act = (id, value) => {
+            const start = performance.now();
+            find(id).value = value;
+            find(id === "search" ? "task" : id).dispatchEvent(new Event("change"));
+            const found = [find("count").textContent, find("list").childElementCount];
+            said.push([id, value, ...found, performance.now() - start]);
+          };
+          act("search", "ASK 3 NOW"); act("search", "nowhere to be found"); act("search", "");
+          act("left", 2); act("right", 4); act("change", "worse"); act("left", -1); act("change", "right");
+          find("where").textContent = JSON.stringify(said);"""
+        path.write_text(html.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
+        said = json.loads(re.search(r'<span id="where">(.*?)</span>', self.dom(path, tmp_path))[1])
+        counts = [text.removeprefix("gsm8k: ").partition(" ")[0] for _, _, text, _, _ in said]
+        scores = {
+            arm.name: [r.metrics["exact_match"] for r in records if (r.arm, r.task) == (arm.name, "gsm8k")]
+            for arm in arms
+        }
+        worse = sum(b < a for a, b in zip(scores["+Vector"], scores["−Vector"], strict=True))
+        right = int(sum(scores["−Vector"]))
+        assert counts == ["57", "0", "400", "400", "400", str(worse), "400", str(right)]
+        assert [articles for *_, articles, _ in said][:3] == [20, 0, 20]
+        assert max(milliseconds for *_, milliseconds in said) < 3000  # on a busy machine; 50 on a quiet one
 
     def test_without_a_baseline_each_arm_stands_alone(self, tmp_path):
         path = tmp_path / "report.html"

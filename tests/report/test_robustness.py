@@ -94,7 +94,7 @@ def test_the_change_of_the_gain_is_the_clustered_interaction():
         ((40, 70), (40, 40), "shrinks"),
         ((40, 48), (40, 44), "cannot be told"),
         ((40, 60), (40, 20), "reverses"),
-        ((40, 41), (40, 41), "no difference before"),
+        ((40, 41), (40, 41), "no difference"),
         ((40, 41), (40, 70), "only when edited"),
         ((70, 40), (70, 42), "persists"),
         ((70, 40), (70, 70), "shrinks"),
@@ -118,7 +118,7 @@ def test_all_edits_together_count_a_document_once():
             arm: [s * float(rng.random() < 0.8) for s in values] for arm, values in scores[TASK].items()
         }
     rows = edited(scores)
-    together = rows["all 3", "α=1"]
+    together = rows["all 3 edits", "α=1"]
     parts = [rows[edit, "α=1"] for edit in ("typos", "shuffle", "numbers")]
     assert together.n == n and together.value == pytest.approx(np.mean([row.value for row in parts]))
     assert together.change.delta == pytest.approx(np.mean([row.change.delta for row in parts]))

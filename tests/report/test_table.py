@@ -6,15 +6,16 @@ import pytest
 from made_up import make_arm, make_experiment, make_records, make_task
 from rich.console import Console
 
-from rvdist.report.statistics import detectable_effects, summarise
-from rvdist.report.table import print_summary
+from rvdist.report.findings import Findings
+from rvdist.report.report import print_findings
+from rvdist.report.statistics import summarise
 
 
 def show(arms, records, tasks, terminal: bool, width: int = 100) -> str:
     out = io.StringIO()
     rows = summarise(arms, records, tasks, "baseline" if any(a.name == "baseline" for a in arms) else None)
     console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
-    print_summary(rows, detectable_effects(records, tasks, "baseline"), console)
+    print_findings(Findings(arms, rows, records, tasks), console)
     return out.getvalue()
 
 

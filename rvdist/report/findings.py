@@ -1,0 +1,120 @@
+"""What a report is made from: scores, what follows from them, how they were made, and what else is shown.
+
+Knows records and rows; nothing of files, terminals or pages. What follows is computed once, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rvdist.point import Arm
+from rvdist.record import Record, TaskInfo
+from rvdist.report.paper import Line, Reported, paper_lines
+from rvdist.report.robustness import Edited, robustness
+from rvdist.report.seeds import Spread, seed_spread
+from rvdist.report.statistics import detectable_effects
+from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of
+from rvdist.report.wording import Scale, claims, footnotes, persistence_claims
+
+
+@dataclass(frozen=True)
+class Findings:
+    """`rows` are those of `summarise` of the same arms, records, tasks and groups. `reported` are changes that somebody
+    else found, in points, by benchmark and arm; `lacking` says of tasks why they could not be asked."""
+
+    arms: Sequence[Arm]
+    rows: Sequence[Row]
+    records: Sequence[Record]
+    tasks: Sequence[TaskInfo]
+    groups: Sequence[GroupInfo] = ()
+    reported: Reported = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def outline(self) -> Outline:
+        return Outline([task.name for task in self.tasks], self.groups)
+
+    @cached_property
+    def baseline(self) -> str | None:
+        return baseline_of(self.rows)
+
+    @cached_property
+    def benchmarks(self) -> list[Row]:
+        """The rows of the main table."""
+        return self.outline.benchmarks(self.rows)
+
+    @cached_property
+    def members(self) -> list[Row]:
+        """The primary scores of what groups are made of."""
+        return [
+            row
+            for row in self.rows
+            if row.primary and not self.outline.is_benchmark(row.task) and not self.outline.original(row.task)
+        ]
+
+    @cached_property
+    def others(self) -> list[Row]:
+        return [row for row in self.rows if not row.primary]
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """The paper's table."""
+        return paper_lines(self.benchmarks, self.reported, self.lacking)
+
+    @cached_property
+    def edited(self) -> list[Edited]:
+        return robustness(self.arms, self.records, self.tasks, self.baseline)
+
+    @cached_property
+    def spreads(self) -> list[Spread]:
+        return seed_spread(self.arms, self.records, self.tasks, self.baseline, self.groups)
+
+    @cached_property
+    def scales(self) -> dict[str, Scale]:
+        """How the primary scores of each task and group are written."""
+        names = dict.fromkeys(row.task for row in self.rows)
+        return {name: Scale([row for row in self.rows if row.primary and row.task == name]) for name in names}
+
+    @cached_property
+    def claims(self) -> list[str]:
+        """What it all means, in sentences; the first for the whole."""
+        if not self.rows:
+            return []
+        return claims(self.benchmarks) + persistence_claims(self.edited, self.scales, self.baseline)
+
+    @cached_property
+    def footnotes(self) -> list[str]:
+        effects = detectable_effects(self.records, self.tasks, self.baseline, self.groups) if self.baseline else {}
+        return footnotes(self.benchmarks, effects)
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a run was made. `digests` maps arm names to point digests; `timing` phases to seconds."""
+
+    title: str
+    command: str
+    digests: Mapping[str, str]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A picture that was made elsewhere."""
+
+    title: str
+    png: bytes
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the page shows of vectors: sentences, pictures, and tables as (title, head, rows) of text."""
+
+    sentences: Sequence[str] = ()
+    exhibits: Sequence[Exhibit] = ()
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
