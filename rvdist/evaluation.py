@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvdist import config
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.cluster import Resources
 from rvdist.errors import BadInput
-from rvdist.fleet.cache import SampleCache, serving_digest, slice_keys
+from rvdist.fleet.cache import FILE, SampleCache, serving_digest, slice_keys
 from rvdist.fleet.engine import EngineSettings, further_arguments, identity
 from rvdist.fleet.harness import Document, Suite
 from rvdist.fleet.replay import Recording, ReplayActor
@@ -58,7 +63,8 @@ class Asking:
 
 
 Answers = dict[Slice, Answered]
-Known = dict[tuple[Arm, str, Asking], tuple[dict[str, Any], list[Record]]]  # lm-eval's results, by the point's digest
+Scored = tuple[dict[str, Any], list[Record]]
+Known = dict[tuple[Arm, str, Asking], Future[Scored]]  # what lm-eval finds, by the point's digest
 
 
 class Examination:
@@ -83,6 +89,8 @@ class Examination:
             prompt = settings.prompts[arm.prompt]
             key = json.dumps([serving, tensors, prompt, *asked])
             if key not in self._askings:
+                if not self._askings:
+                    self._expect(run, source, serving, tensors)
                 with run.timing.phase("tasks"):
                     suite = _suite(run, prompt)
                     tokenizer = _tokenizer(source.path, settings.benchmarks.apply_chat_template)
@@ -135,14 +143,29 @@ class Examination:
         for run in runs:
             for arm in run.arms:
                 arms.setdefault(self.asking(run, arm), []).append((run, arm))
-        alike = sorted(arms, key=lambda asking: (asking.serving, asking.tensors))  # one fleet after the other
-        answered = {asking: self.answer(asking, arms[asking]) for asking in alike}
+        answered: dict[Asking, Answers] = {}
         known: Known = {}
-        for run in runs:
-            score(run, [(arm, self.asking(run, arm), answered[self.asking(run, arm)]) for arm in run.arms], known)
+        with ThreadPoolExecutor(1) as scorer:  # while engines answer; lm-eval's tasks are for one thread at a time
 
-    def answer(self, asking: Asking, arms: Sequence[tuple[Run, Arm]]) -> Answers:
-        """The requests, answered at the point of every arm; each point once, and what the cache has not at all."""
+            def complete(asking: Asking, point: WeightPoint, answers: Answers) -> None:
+                for run, arm in arms[asking]:
+                    key = (arm, run.digests[arm.point], asking)
+                    if key not in known and _located(run, arm) == point:
+                        known[key] = scorer.submit(_scored, run, arm, asking, answers)
+
+            for asking in sorted(arms, key=lambda asking: (asking.serving, asking.tensors)):  # a fleet after the other
+                answered[asking] = self.answer(asking, arms[asking], partial(complete, asking))
+            for run in runs:
+                score(run, [(arm, self.asking(run, arm), answered[self.asking(run, arm)]) for arm in run.arms], known)
+
+    def answer(
+        self,
+        asking: Asking,
+        arms: Sequence[tuple[Run, Arm]],
+        complete: Callable[[WeightPoint, Answers], None] = lambda point, answers: None,
+    ) -> Answers:
+        """The requests, answered at the point of every arm; each point once, and what the cache has not at all.
+        `complete` is told of each point that is answered, and of all that is so far."""
         run = arms[0][0]
         resources, timing, requests = self._warm.resources(), run.timing, asking.requests
         names: dict[WeightPoint, str] = {}
@@ -153,10 +176,9 @@ class Examination:
             digests[point] = owner.digests[one.point]
             names[point] = f"{Path(owner.settings.target).name} {one.name}" if several else one.name
         slices = [piece for point in digests for piece in cut(point, requests, run.settings.engine.slice_size)]
-        settings = _engine_settings(run)
         cache = None
         if not run.settings.engine.replay:
-            served_by = identity(settings, device_kind(resources.gpus > 0)) | {"serving": asking.serving}
+            served_by = identity(_engine_settings(run), device_kind(resources.gpus > 0)) | {"serving": asking.serving}
             for other, _ in arms:
                 other.engine["device"] = served_by["device"]
             cache = SampleCache(run.cache) if run.settings.cache.samples else None
@@ -168,11 +190,20 @@ class Examination:
                 known = cache.read(list(keys.values()))
                 answered = {piece: known[key] for piece, key in keys.items() if key in known}
 
+        todo = [piece for piece in slices if piece not in answered]
+        left = Counter(piece.point for piece in todo)
+
         def keep(piece: Slice, found: Answered) -> None:
             if cache:
                 cache.write(keys[piece], digests[piece.point], piece.task, found)
+            answered[piece] = found
+            left[piece.point] -= 1
+            if not left[piece.point]:
+                complete(piece.point, answered)
 
-        todo = [piece for piece in slices if piece not in answered]
+        for point in digests:
+            if not left[point]:
+                complete(point, answered)
         cached = sum(piece.end - piece.begin for piece in answered)
         total = sum(piece.end - piece.begin for piece in slices)
         timing.count("requests", total - cached)
@@ -180,10 +211,10 @@ class Examination:
         try:
             with timing.phase("evaluate"):
                 if todo:
-                    fleet = self._fleet(asking, arms, settings)
+                    fleet = self._fleet(asking, arms)
                     was_up = fleet.first_up is not None
                     with FleetView(total, cached, names, run.console) as view:
-                        answered |= fleet.answer(todo, requests, keep, view.show)
+                        fleet.answer(todo, requests, keep, view.show)
                     _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
                 else:
                     for phase in ("engine_start", "swap", "generate"):
@@ -200,7 +231,7 @@ class Examination:
                 cache.close()
         return answered
 
-    def _fleet(self, asking: Asking, arms: Sequence[tuple[Run, Arm]], settings: EngineSettings) -> Fleet:
+    def _fleet(self, asking: Asking, arms: Sequence[tuple[Run, Arm]]) -> Fleet:
         """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped. Of a replay,
         one that has the answers."""
         run, arm = arms[0]
@@ -219,34 +250,53 @@ class Examination:
                 from rvdist.checkpoint.hub import download_weights
 
                 download_weights(source)
-        resources = self._warm.resources()
+        return self._warm.fleet(*self._wanted(run, base, asking.serving, asking.tensors, self._warm.resources()))
+
+    def _wanted(
+        self, run: Run, base: str, serving: str, tensors: str, resources: Resources
+    ) -> tuple[Hashable, Callable[[], Fleet]]:
+        """The key of the fleet that a run needs, and how it is started."""
+        settings, patience = _engine_settings(run), run.settings.cluster.timeout
         count, need = config.engines(run.settings, resources.cpus, resources.gpus)
-        return self._warm.fleet(
-            (asking.serving, asking.tensors, settings, count, need),
-            lambda: Fleet(base, settings, count, *need, patience=patience),
+        key = (serving, tensors, settings, count, need)
+        return key, lambda: Fleet(base, settings, count, *need, patience=patience)
+
+    def _expect(self, run: Run, source: Checkpoint, serving: str, tensors: str) -> None:
+        """Lets engines start while tasks are loaded, where they are sure to be needed and nothing else needs the cores
+        or the network first."""
+        if run.settings.engine.replay or run.written or any(one.hub for one in run.sources.values()):
+            return
+        if run.settings.cache.samples and (run.cache / FILE).exists():
+            with closing(SampleCache(run.cache)) as cache:
+                if all(cache.knows(run.digests[arm.point]) for arm in run.arms):
+                    return
+        self._warm.expect(partial(self._wanted, run, str(source.path.absolute()), serving, tensors))
+
+
+def _scored(run: Run, arm: Arm, asking: Asking, answered: Answers) -> Scored:
+    answers, _ = answers_of(run, arm, asking.requests, answered)
+    with run.timing.phase("score"):
+        return asking.suite.score(
+            arm, run.digests[arm.point], asking.tokenizer, asking.requests, answers, run.settings.engine.seed
         )
 
 
 def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -> None:
     """What some arms of a run answered, the baseline first, scored and compared, in the files of its directory. What is
-    `known` of the same answers is not scored again; the rest is added."""
+    `known` is not scored again."""
     from lm_eval.utils import handle_non_serializable
 
     records: list[Record] = []
+    reported: dict[Asking, dict[str, Any]] = {}
     truncated = 0
-    with run.timing.phase("score"):
+    with run.timing.phase("records"):
         for part in ("results", "samples"):
             (run.directory / part).mkdir(exist_ok=True)
         for arm, asking, answered in arms:
-            digest = run.digests[arm.point]
-            answers, own = answers_of(run, arm, asking.requests, answered)
-            truncated += own
-            if (arm, digest, asking) not in known:
-                seed = run.settings.engine.seed
-                known[arm, digest, asking] = asking.suite.score(
-                    arm, digest, asking.tokenizer, asking.requests, answers, seed
-                )
-            results, scored = known[arm, digest, asking]
+            truncated += answers_of(run, arm, asking.requests, answered)[1]
+            found = known.get((arm, run.digests[arm.point], asking))
+            results, scored = found.result() if found else _scored(run, arm, asking, answered)
+            reported.setdefault(asking, results)
             text = json.dumps(results, indent=2, default=handle_non_serializable)
             (run.directory / "results" / f"{arm.name}.json").write_text(text)
             write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
@@ -255,8 +305,7 @@ def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -
         if truncated:
             run.notes[baseline.point] += (f"{truncated} prompts did not fit and were cut from the left",)
         tasks = asking.suite.infos([record for record in records if record.arm == baseline.name])
-        results, _ = known[baseline, run.digests[baseline.point], asking]
-        run.notes[baseline.point] += tuple(asking.suite.left_out(results, tasks))
+        run.notes[baseline.point] += tuple(asking.suite.left_out(reported[asking], tasks))
         scored_arms = [arm for arm, _, _ in arms]
         rows = summarise(scored_arms, records, tasks, baseline=baseline.name)
         write_summary(run.directory / "summary.json", rows)
@@ -276,9 +325,13 @@ def answers_of(
 
 
 def objective(rows: Sequence[Row]) -> float | None:
-    """What a sweeper maximises: the mean primary score over tasks, of the arms other than the baseline if any."""
-    values = [row.value for row in rows if row.primary and row.delta is not None]
-    values = values or [row.value for row in rows if row.primary]
+    """What a sweeper maximises: the mean primary score over tasks (less it where less is better), of the arms other
+    than the baseline if any."""
+    primary = [row for row in rows if row.primary]
+    values = [
+        row.value if row.higher_is_better else -row.value
+        for row in [row for row in primary if row.delta is not None] or primary
+    ]
     return sum(values) / len(values) if values else None
 
 

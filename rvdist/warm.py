@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rvdist import cluster
@@ -30,6 +31,7 @@ class Warm:
         self._thread: threading.Thread | None = None
         self._key: Hashable = None
         self._fleet: Fleet | None = None
+        self._lock = threading.RLock()  # of these two
 
     def begin(self, settings: ClusterConfig, timing: Timing) -> None:
         """Starts to connect. Raises BadInput for another cluster than that of an earlier call."""
@@ -46,16 +48,28 @@ class Warm:
 
     def fleet(self, key: Hashable, start: Callable[[], Fleet]) -> Fleet:
         """The fleet that is up, if it was started for the same `key`; or another in its place."""
-        if self._fleet is None or key != self._key:
-            self.cool()
-            self._fleet, self._key = start(), key
-        return self._fleet
+        with self._lock:
+            if self._fleet is None or key != self._key:
+                self.cool()
+                self._fleet, self._key = start(), key
+            return self._fleet
+
+    def expect(self, wanted: Callable[[cluster.Resources], tuple[Hashable, Callable[[], Fleet]]]) -> None:
+        """Starts a fleet, of which `wanted` says the key and how, as soon as there is Ray. What goes wrong is for
+        whoever asks for the fleet to hear."""
+
+        def begin(resources: Future[cluster.Resources]) -> None:
+            with suppress(Exception):
+                self.fleet(*wanted(resources.result()))
+
+        self._resources.add_done_callback(begin)
 
     def cool(self) -> None:
         """Ends the fleet, so that its cores and GPUs are free for something else."""
-        if self._fleet is not None:
-            self._fleet.stop()
-            self._fleet = None
+        with self._lock:
+            if self._fleet is not None:
+                self._fleet.stop()
+                self._fleet = None
 
     def close(self) -> None:
         if self._thread is not None:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "run": {"checkpoint", "config", "point", "record", "report", "timing"},
     "warm": {"cluster", "config", "errors", "fleet", "timing"},
     "preview": {"cluster", "config", "merge", "run"},
-    "evaluation": {"config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
+    "evaluation": {"cluster", "config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
     "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "run", "warm"},
     "connectivity": {"config", "evaluation", "point", "report", "run"},
     "analysis": {"anatomy", "checkpoint", "progress", "report", "run"},

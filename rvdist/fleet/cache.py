@@ -98,6 +98,12 @@ class SampleCache:
                     found[key] = Answered(tuple(map(_from_json, json.loads(answers))), truncated, seconds)
         return found
 
+    def knows(self, point: str) -> bool:
+        """Whether there is anything of the point with this digest."""
+        with self._saying():
+            found = self._connection.execute("SELECT 1 FROM slices WHERE point = ? LIMIT 1", (point,)).fetchone()
+        return found is not None
+
     def write(self, key: str, point: str, task: str, answered: Answered) -> None:
         """Keeps a slice; `point` (its digest) and `task` only tell people what it is. When this returns, it is on
         disk; of two runs that write the same slice the first is kept."""

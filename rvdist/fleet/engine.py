@@ -324,6 +324,7 @@ class Engine:
                 seed=self._seed(request),
                 skip_special_tokens=False,
                 spaces_between_special_tokens=False,
+                skip_clone=True,  # vLLM else copies every request's deeply
             )
             for request, stop in zip(requests, stops, strict=True)
         ]
@@ -405,7 +406,9 @@ class Engine:
         """For each prompt a list over its positions: what vLLM says of the token there and of the likeliest."""
         from vllm import SamplingParams
 
-        parameters = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+        parameters = SamplingParams(
+            temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False, flat_logprobs=True, skip_clone=True
+        )
         return [answer.prompt_logprobs for answer in self._run(prompts, parameters)]
 
     def _run(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
