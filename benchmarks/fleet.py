@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
@@ -103,15 +103,21 @@ class Swap:
     cat: list[float]
 
 
+class Round(NamedTuple):
+    """All requests once: wall seconds, those of them within the engine, and seconds of CPU (there is one thread)."""
+
+    wall: float
+    engine: float
+    cpu: float
+
+
 @dataclass
 class Overhead:
-    """Rounds of the same requests by our path and by lm-eval's backend: whole seconds, and those within the engine."""
+    """The same requests again and again, by our path and by lm-eval's backend."""
 
     requests: int
-    ours: list[float] = field(default_factory=list)
-    ours_engine: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-    theirs_engine: list[float] = field(default_factory=list)
+    ours: list[Round] = field(default_factory=list)
+    theirs: list[Round] = field(default_factory=list)
 
 
 @dataclass
@@ -315,8 +321,7 @@ def overhead(name: Path, rounds: int) -> Overhead:
     theirs = Suite.load(TASKS).loaded
     found = Overhead(sum(map(len, suite.requests(tokenizer).values())))
 
-    def by_ours() -> tuple[float, float]:
-        began = time.perf_counter()
+    def by_ours() -> float:
         requests = suite.requests(tokenizer)
         answers: dict[str, list[Any]] = {task: [] for task in requests}
         seconds = 0.0
@@ -327,22 +332,25 @@ def overhead(name: Path, rounds: int) -> Overhead:
             answers[piece.task] += method(asked)
             seconds += time.perf_counter() - sent
         suite.score(Arm("baseline", point, alpha=0.0), "", tokenizer, requests, answers, seed=0)
-        return time.perf_counter() - began, seconds
+        return seconds
 
-    def by_theirs() -> tuple[float, float]:
-        began, backend.seconds = time.perf_counter(), 0.0
+    def by_theirs() -> float:
+        before = backend.seconds
         evaluate(lm=backend, task_dict=theirs, bootstrap_iters=0, apply_chat_template=True, fewshot_as_multiturn=True)
-        return time.perf_counter() - began, backend.seconds
+        return backend.seconds - before
 
-    for round in range(rounds + 1):  # the first warms up
-        results = by_ours(), by_theirs()
-        if round:
-            for kept, seconds in zip(
-                (found.ours, found.ours_engine, found.theirs, found.theirs_engine),
-                (seconds for pair in results for seconds in pair),
-                strict=True,
-            ):
-                kept.append(seconds)
+    def once(evaluation: Callable[[], float]) -> Round:
+        wall, cpu = time.perf_counter(), time.process_time()
+        seconds = evaluation()
+        return Round(time.perf_counter() - wall, seconds, time.process_time() - cpu)
+
+    both = [(by_ours, found.ours), (by_theirs, found.theirs)]
+    for evaluation, _ in both:  # the first of each warms up
+        evaluation()
+    for _ in range(rounds):
+        for evaluation, kept in both:
+            kept.append(once(evaluation))
+        both.reverse()
     return found
 
 
@@ -449,20 +457,23 @@ def _swaps(swaps: Sequence[Swap]) -> list[str]:
 
 def _overhead(found: Overhead | None) -> list[str]:
     assert found
-    ratio = median(found.ours) / median(found.theirs)
+    lines = [
+        "| one engine that is up, one point | whole, s (min to max) | in the engine, s | around it, s | CPU, s (min to "
+        "max) | requests/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    wall, cpu = {}, {}
+    for name, rounds in (("rvdist", found.ours), ("lm-eval's vLLM backend", found.theirs)):
+        wall[name], cpu[name] = median(r.wall for r in rounds), median(r.cpu for r in rounds)
+        cells = [spread([r.wall for r in rounds]), spread([r.engine for r in rounds])]
+        cells += [f"{median(r.wall - r.engine for r in rounds):.2f}", spread([r.cpu for r in rounds])]
+        lines.append(f"| {name} | {' | '.join(cells)} | {found.requests / wall[name]:.0f} |")
+    ratios = [ours / theirs for ours, theirs in (wall.values(), cpu.values())]
     return [
-        "| one engine that is up, one point | whole, s (min to max) | in the engine, s | around it, s | requests/s |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {spread(whole)} | {spread(engine)} | "
-            f"{median(a - b for a, b in zip(whole, engine, strict=True)):.2f} | {found.requests / median(whole):.0f} |"
-            for name, whole, engine in (
-                ("rvdist", found.ours, found.ours_engine),
-                ("lm-eval's vLLM backend", found.theirs, found.theirs_engine),
-            )
-        ),
+        *lines,
         "",
-        f"{found.requests:,} requests, {len(found.ours)} rounds in turn: ours takes {ratio:.2f} × as long.",
+        f"{found.requests:,} requests, {len(found.ours)} rounds in turn: ours takes {ratios[0]:.2f} × as long, and "
+        f"{ratios[1]:.2f} × the CPU.",
     ]
 
 

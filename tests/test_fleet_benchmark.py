@@ -56,11 +56,11 @@ def test_the_report_has_every_ratio():
     found.loads = [1.5, 2.5]
     found.agreement = fleet.Agreement(8, 1, 0.25)
     found.swaps = [fleet.Swap(400_000, 8.0, 0.5, [0.02, 0.04, 0.03], [0.01, 0.01, 0.02])]
-    found.overhead = fleet.Overhead(100, [1.0, 1.1], [0.8, 0.9], [1.0, 1.0], [0.9, 0.9])
+    found.overhead = fleet.Overhead(100, [fleet.Round(1.05, 0.8, 0.9)] * 2, [fleet.Round(1.0, 0.9, 1.0)] * 2)
     text = fleet.report(found)
     assert "| mergekit, lm-eval, tuned | 76 | 8.4 | 12.7 | 1 | 6.0 (6.0 to 6.0) | 35.0 (30.0 to 40.0) |" in text
     assert "| the same, as typed, from 1 of the values | 108 | 12.0 | 18.0 |" in text
     assert "| rvdist, two engines | 6.0 (6.0 to 7.0) | 0.67 | 1.00 | 17 |" in text
     assert "of their scores 1 differ, of a task's mean at one α at most 25.0 points" in text
     assert "| 0.4 M | 8.0 | 0.50 | 0.030 (0.020 to 0.040) | 0.4% | 0.010 | 3.0 |" in text
-    assert "ours takes 1.05 × as long" in text
+    assert "ours takes 1.05 × as long, and 0.90 × the CPU." in text
