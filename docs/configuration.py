@@ -42,6 +42,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "allow_nonfinite": "write infinite values and NaN instead of refusing",
         "merge": "how the merge is computed, and by how many",
         "prompts": "what is put before every question, by the name of the style; conf/config.yaml adds `think`",
+        "reported": "changes against the baseline that somebody else found, in points, shown beside ours: by task, arm",
         "arms": "what is scored, the baseline first, instead of the target; `sweep.alphas`, if set, come on top",
         "sweep": "which α are scored",
         "search": "how to find the best α without scoring all of them on everything (docs/search.md)",

@@ -7,7 +7,7 @@ import json
 from rvdist.anatomy.analyze import analyze
 from rvdist.checkpoint.hub import download_weights
 from rvdist.progress import Bar
-from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences
+from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
 from rvdist.run import Run
 
 
@@ -31,6 +31,7 @@ def analyse(run: Run) -> None:
             (run.directory / f"anatomy-{name}.png").write_bytes(picture)
             run.figures[name] = picture
     run.anatomy = anatomy_sentences(anatomy)
+    run.tables = [(table.title, table.head, table.rows) for table in anatomy_tables(anatomy)]
     for sentence in run.anatomy:
         run.say(sentence)
     run.say(f"vector: {run.directory / 'anatomy.csv'}")

@@ -182,6 +182,7 @@ class Config:
     merge: MergeConfig = field(default_factory=MergeConfig)
     prompts: dict[str, str] = field(default_factory=lambda: {PLAIN: ""})
     arms: list[ArmConfig] = field(default_factory=list)
+    reported: dict[str, dict[str, float]] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
@@ -208,8 +209,8 @@ def stages(config: Config) -> list[str]:
         raise BadInput("output is not set; the merge stage needs output=DIRECTORY or vector.save=DIRECTORY")
     if "evaluate" in chosen and not config.benchmarks.tasks:
         raise BadInput("benchmarks.tasks is empty; the evaluate stage needs benchmarks=… or benchmarks.tasks=[…]")
-    if "report" in chosen and "evaluate" not in chosen:
-        raise BadInput("stages: report needs evaluate")
+    if "report" in chosen and not {"evaluate", "analyze"} & set(chosen):
+        raise BadInput("stages: report needs evaluate or analyze")
     return chosen
 
 

@@ -25,9 +25,9 @@ from rvdist.fleet.schedule import Slice, cut
 from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.fleet.view import FleetView
 from rvdist.point import Arm, WeightPoint
-from rvdist.record import Record, write_records
+from rvdist.record import Record, TaskInfo, write_records
 from rvdist.report.statistics import summarise
-from rvdist.report.summary import write_summary
+from rvdist.report.summary import GroupInfo, write_summary
 from rvdist.run import Run, Scores
 from rvdist.warm import Warm
 
@@ -307,9 +307,28 @@ def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -
         tasks = asking.suite.infos([record for record in records if record.arm == baseline.name])
         run.notes[baseline.point] += tuple(asking.suite.left_out(reported[asking], tasks))
         scored_arms = [arm for arm, _, _ in arms]
-        rows = summarise(scored_arms, records, tasks, baseline=baseline.name)
+        groups = _groups(asking.suite, tasks)
+        rows = summarise(scored_arms, records, tasks, baseline.name, groups)
         write_summary(run.directory / "summary.json", rows)
-        run.scores = Scores(scored_arms, rows, records, tasks)
+        run.scores = Scores(scored_arms, rows, records, tasks, groups, asking.suite.lacking)
+
+
+def _groups(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
+    """The groups that lm-eval scores, by the metrics that it puts together and that their records have."""
+    known = {task.name: task for task in tasks}
+    found = []
+    for name, (group, members) in suite.groups.items():
+        shared = [pair for pair in known[members[0]].metrics if all(pair in known[task].metrics for task in members)]
+        together = {
+            (metric, filtered): one
+            for one in group.aggregate_metric_list
+            for metric, filtered in shared
+            if metric == one.metric and (one.filter_list is None or filtered in one.filter_list)
+        }
+        if together:
+            metrics = tuple(pair for pair in shared if pair in together)
+            found.append(GroupInfo(name, tuple(members), metrics, bool(together[metrics[0]].weight_by_size)))
+    return found
 
 
 def answers_of(

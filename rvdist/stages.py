@@ -26,7 +26,7 @@ from rvdist.merge.plan import Plan, build_plan
 from rvdist.point import Arm, Rename, Vector, WeightPoint
 from rvdist.preview import print_plan
 from rvdist.progress import Bar
-from rvdist.run import Run, versions
+from rvdist.run import Run, Scores, versions
 from rvdist.timing import Timing, anonymous_bytes, seconds_since_process_start
 from rvdist.warm import Warm
 
@@ -80,7 +80,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
         racing = [run for run in scored if run.settings.search.method]
         _together([run for run in scored if run not in racing], failed, examination.evaluate)
         _each(racing, failed, partial(race, examination))
-        _each([run for run in jobs if run.scores], failed, _report)
+    jobs = _each(jobs, failed, _report)
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
@@ -353,30 +353,24 @@ def _write_config(run: Run) -> None:
 
 
 def _report(run: Run) -> None:
-    if "report" not in config.stages(run.settings) or not run.scores:
+    if "report" not in config.stages(run.settings) or not (run.scores or run.anatomy):
         return
-    from rvdist.report.page import write_page
-    from rvdist.report.plot import alpha_plot
-    from rvdist.report.statistics import detectable_effects
-    from rvdist.report.table import print_summary
+    from rvdist.report.findings import Anatomy, Exhibit, Findings, Making
+    from rvdist.report.report import print_findings, write_report
 
-    scores, arms = run.scores, run.scores.arms
+    scores, reported = run.scores or Scores((), [], [], []), run.settings.reported
+    findings = Findings(scores.arms, scores.rows, scores.records, scores.tasks, scores.groups, reported, scores.lacking)
+    named = ", ".join(dict.fromkeys(row.task for row in findings.benchmarks))
+    making = Making(
+        title=f"{Path(run.settings.target).name}: {named or 'its vectors'}",
+        command=run.command,
+        digests={arm.name: run.digests[arm.point] for arm in scores.arms},
+        versions=versions() | {f"engine {key}": value for key, value in run.engine.items()},
+        timing=run.timing.phases,
+        notes=list(dict.fromkeys(note for notes in run.notes.values() for note in notes)),
+    )
+    anatomy = Anatomy(run.anatomy, [Exhibit(name, picture) for name, picture in run.figures.items()], run.tables)
     with run.timing.phase("report"):
-        print_summary(scores.rows, detectable_effects(scores.records, scores.tasks, arms[0].name), run.console)
-        plot = alpha_plot(scores.rows)
-        (run.directory / "alpha.png").write_bytes(plot)
-        write_page(
-            run.directory / "report.html",
-            title=f"{Path(run.settings.target).name}: {', '.join(task.name for task in scores.tasks)}",
-            command=run.command,
-            rows=scores.rows,
-            arms=arms,
-            digests={arm.name: run.digests[arm.point] for arm in arms},
-            records=scores.records,
-            tasks=scores.tasks,
-            plot_png=plot,
-            versions=versions() | {f"engine {key}": value for key, value in run.engine.items()},
-            timing=run.timing.phases,
-            notes=list(dict.fromkeys(note for notes in run.notes.values() for note in notes)),
-        )
+        print_findings(findings, run.console)
+        write_report(run.directory, findings, making, anatomy)
     run.say(f"report: {run.directory / 'report.html'}")

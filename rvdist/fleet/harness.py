@@ -205,6 +205,16 @@ class Suite:
             if (name, metric) not in recorded and not metric.endswith("_stderr")
         ]
 
+    @property
+    def groups(self) -> dict[str, tuple[Any, list[str]]]:
+        """lm-eval's Group objects that have a score of their own, by name, and the tasks of each that are asked."""
+        scored = {name: group for name, group in self.loaded.get("groups", {}).items() if group.aggregate_metric_list}
+        names = {id(task): name for name, task in self.tasks.items()}
+        return {
+            name: (group, [names[id(task)] for task in group.get_all_tasks() if id(task) in names])
+            for name, group in scored.items()
+        }
+
     def _reseed(self) -> None:
         """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
         for task in self.tasks.values():

@@ -11,6 +11,7 @@ import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def load(
     cannot be had, code that may not be run (`code` is None) or would run outside our sandbox.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _compile_templates_once()
     if data_dir is not None and not data_dir.is_dir():
         raise BadInput(f"benchmarks.data_dir: {data_dir} is not a directory")
     parsed = {name: (TEXT, None) if name.startswith(f"{TEXT}:") else perturb.parse(name) for name in names}
@@ -126,6 +128,14 @@ def _prompt(task: Any, prompt: str) -> None:
         )
     task.fewshot_cfg.doc_to_text = task.fewshot_cfg.doc_to_text or original
     task.config.doc_to_text = Prompted(prompt, original)
+
+
+def _compile_templates_once() -> None:
+    """lm-eval compiles a task's templates anew for every document, which takes most of the time of scoring."""
+    from lm_eval.utils import env
+
+    if not hasattr(env.from_string, "cache_info"):
+        env.from_string = lru_cache(env.from_string)
 
 
 def _manager(names: Sequence[str], include_paths: Sequence[Path]) -> Any:
