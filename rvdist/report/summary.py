@@ -70,7 +70,11 @@ class Outline:
         return name if plus and name in self.names else None
 
     def is_benchmark(self, task: str) -> bool:
-        return self.original(task) is None and not any(task in group.tasks for group in self.groups)
+        """Whether a task or group stands for itself; a group within a larger one does not."""
+        members = {group.name: set(group.tasks) for group in self.groups}
+        own = members.get(task)
+        within = any(own < others if own else task in others for others in members.values())
+        return self.original(task) is None and not within
 
     def benchmarks(self, rows: Sequence[Row]) -> list[Row]:
         """The primary scores of what stands for itself: the rows of the main table."""

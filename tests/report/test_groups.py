@@ -103,6 +103,21 @@ def test_members_and_edited_questions_are_families_of_their_own():
     assert (outline.original("alone+typos"), outline.original("gone+typos")) == ("alone", None)
 
 
+def test_a_group_within_a_group_is_a_member():
+    groups = [GroupInfo("all", ("a", "b", "c"), (PAIR,)), GroupInfo("some", ("a", "b"), (PAIR,))]
+    outline = Outline(["a", "b", "c", "d"], groups)
+    assert [name for name in ("all", "some", "a", "c", "d") if outline.is_benchmark(name)] == ["all", "d"]
+
+
+def test_a_groups_score_is_lm_evals():
+    from lm_eval.api.metrics import aggregate_subtask_metrics
+
+    theirs = draw(np.random.default_rng(3), SIZES, CHANCES)
+    for by_size in (True, False):
+        expected = aggregate_subtask_metrics([float(np.mean(x)) for x in theirs], SIZES, by_size)
+        assert group_row(theirs, theirs, by_size)[0].value == pytest.approx(expected)
+
+
 def test_what_a_group_can_detect():
     tasks = [make_task("a"), make_task("b")]
     records = []
