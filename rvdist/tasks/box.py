@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import Any, NoReturn
 
 from rvdist.tasks import jail
@@ -202,12 +203,20 @@ def _check(options: dict[str, Any]) -> NoReturn:
     names = {"__name__": "tests"}
     try:
         put([program["prompt"] + program["completion"], program["entry_point"]])
-        exec(compile(program["prompt"], "<prompt>", "exec"), names)
+        exec(_definitions(program["prompt"]), names)
         names[program["entry_point"]] = function  # type: ignore[assignment]
         exec(compile(program["test"], "<test>", "exec"), names)
     except BaseException as error:
         verdict("failed", _why(error, program["test"]))
     verdict("passed", "")
+
+
+def _definitions(prompt: str) -> CodeType:
+    """A prompt without an answer. Where nothing but its header stands of the last function, that has no body yet."""
+    try:
+        return compile(prompt, "<prompt>", "exec")
+    except IndentationError:
+        return compile(f"{prompt}\n    pass\n", "<prompt>", "exec")
 
 
 def _why(error: BaseException, test: str) -> str:

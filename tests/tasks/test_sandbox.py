@@ -466,3 +466,11 @@ def test_a_kernel_that_refuses_is_said_once_and_clearly(mode, monkeypatch):
     assert "refuses the sandbox" in str(sandbox._refusal(mode)) and "No such file" in str(sandbox._refusal(mode))
     sandbox._refusal.cache_clear()
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_prompt_may_end_with_the_header_of_its_function(mode):
+    """As that of the original benchmark's own example does."""
+    prompt, test = "two = 2\ndef one():\n", "assert one() == 1 and two == 2"
+    answers = ("    return 1", "\treturn 1", "  return 2", "return 1")
+    verdicts = run([Program(prompt, answer, test, "one") for answer in answers], LIMITS, mode=mode)
+    assert [verdict.outcome for verdict in verdicts] == ["passed", "passed", "failed", "failed"]
