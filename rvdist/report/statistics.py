@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 RESAMPLES = 9999
+_FEW = 16  # documents a distinct score, from where on counting is faster than drawing: as measured
 # The order statistic at which the bootstrap interval ends: with the add-one p value 2(1+k)/(RESAMPLES+1),
 # p < LEVEL exactly when fewer than TAIL resamples lie on the far side of zero.
 TAIL = int(LEVEL / 2 * (RESAMPLES + 1)) - 1
@@ -252,16 +253,16 @@ def _bootstrap_means(values: Floats, strata: Sequence[int], informative: int, se
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
-    # Scores take few distinct values: drawing how often each one comes up is the same and much faster.
+    """The means of RESAMPLES draws with replacement, not sorted."""
     distinct, counts = np.unique(values, return_counts=True)
     n = len(values)
-    batch = max(1, 2_000_000 // len(distinct))
-    return np.concatenate(
-        [
-            rng.multinomial(n, counts / n, size=min(batch, RESAMPLES - start)) @ distinct / n
-            for start in range(0, RESAMPLES, batch)
-        ]
-    )
+    # Scores that take few values are drawn by how often each comes up, which is the same and much faster.
+    few = n > _FEW * len(distinct)
+    batch = max(1, 2_000_000 // (len(distinct) if few else n))
+    sizes = [min(batch, RESAMPLES - start) for start in range(0, RESAMPLES, batch)]
+    if few:
+        return np.concatenate([rng.multinomial(n, counts / n, size=size) @ distinct / n for size in sizes])
+    return np.concatenate([values[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes])
 
 
 def _clopper_pearson(count: int, n: int) -> tuple[float, float]:
