@@ -41,14 +41,7 @@ _HERE = Path(__file__).parent
 _WIDTH = 120  # of the small picture of an interval, in its own units
 
 
-def write_page(path: Path, **given: Any) -> None:
-    """What `rvdist.report.report.write_report` replaces."""
-    findings = Findings(given["arms"], given["rows"], given["records"], given["tasks"])
-    making = Making(*(given[name] for name in ("title", "command", "digests", "versions", "timing", "notes")))
-    write_html(path, findings, making, {"alpha": given["plot_png"]})
-
-
-def write_html(
+def write_page(
     path: Path, findings: Findings, making: Making, pictures: Mapping[str, bytes], anatomy: Anatomy | None = None
 ) -> None:
     """`pictures` are PNG: `alpha` and `robustness`, those there are."""

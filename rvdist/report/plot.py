@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rvdist.report.drawing import FAINT, QUIET, STYLE, columns_for, empty, grid, label, legend_below, render, title
+from rvdist.report.drawing import FAINT, QUIET, STYLE, columns_for, empty, grid, label, legend_below, title
 from rvdist.report.summary import Row, baseline_of
 from rvdist.report.wording import Scale, by_task
 
@@ -23,13 +23,8 @@ _MARKS = [("#CC79A7", "D"), ("#009E73", "P"), ("#E69F00", "X"), ("#56B4E9", "*")
 _QUIET, _STYLE, _label = QUIET, STYLE, label
 
 
-def alpha_plot(rows: Sequence[Row]) -> bytes:
-    """The picture as PNG."""
-    (png,) = render(lambda: alpha_figure(rows), "png")
-    return png
-
-
 def alpha_figure(rows: Sequence[Row]) -> Figure:
+    """A panel for each task with a primary score."""
     tasks = by_task(rows)
     columns = columns_for(len(tasks))
     lines = math.ceil(len(tasks) / columns)

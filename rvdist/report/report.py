@@ -20,7 +20,7 @@ from rvdist.report.drawing import render
 from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.forest import changes_figure, robustness_figure
 from rvdist.report.grids import print_paper_table, print_robustness
-from rvdist.report.page import write_html
+from rvdist.report.page import write_page
 from rvdist.report.paper import write_paper_table
 from rvdist.report.plot import alpha_figure
 from rvdist.report.robustness import write_robustness
@@ -64,4 +64,4 @@ def write_report(directory: Path, findings: Findings, making: Making, anatomy: A
         (directory / f"{name}.png").write_bytes(png)
         (directory / f"{name}.pdf").write_bytes(pdf)
     shown = {name: png for name, (png, _) in pictures.items()}
-    write_html(directory / "report.html", findings, making, shown, anatomy)
+    write_page(directory / "report.html", findings, making, shown, anatomy)

@@ -5,14 +5,14 @@ Knows rows and rich; computes nothing. Off the terminal the same lines are print
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rvdist.report.summary import Row
-from rvdist.report.wording import Scale, by_task, claims, footnotes, p_text, printable, survives, verdict_text
+from rvdist.report.wording import Scale, by_task, p_text, printable, survives, verdict_text
 
 _STYLES = {"better": "green", "worse": "red"}
 
@@ -65,8 +65,3 @@ def print_scores(said: Sequence[str], rows: Sequence[Row], notes: Sequence[str],
     console.print()
     for note in notes:
         console.print(Text(printable(note), style="dim"), soft_wrap=not console.is_terminal)
-
-
-def print_summary(rows: Sequence[Row], detectable: Mapping[str, float], console: Console | None = None) -> None:
-    """What `rvdist.report.report.print_findings` replaces."""
-    print_scores(claims(rows), rows, footnotes(rows, detectable), console or Console())

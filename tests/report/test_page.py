@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from made_up import REPORTED, make_arm, make_experiment, make_paper, make_records, make_task
 
+from rvdist.report.drawing import render
 from rvdist.report.findings import Anatomy, Exhibit, Findings, Making
-from rvdist.report.page import write_html
-from rvdist.report.plot import alpha_plot
+from rvdist.report.page import write_page
+from rvdist.report.plot import alpha_figure
 from rvdist.report.samples import choose_samples
 from rvdist.report.statistics import summarise
 
@@ -37,7 +38,8 @@ def write(
         "versions": {"rvdist": "0.1.0"},
         "timing": {"generate": 12.5},
     }
-    write_html(path, findings, Making(**(given | made)), {"alpha": alpha_plot(findings.benchmarks)}, anatomy)
+    (alpha,) = render(lambda: alpha_figure(findings.benchmarks), "png")
+    write_page(path, findings, Making(**(given | made)), {"alpha": alpha}, anatomy)
     return path.read_text(encoding="utf-8")
 
 
@@ -130,7 +132,7 @@ def test_the_papers_layout_with_what_was_reported_and_what_is_lacking(tmp_path):
 def test_a_run_that_scored_nothing_shows_its_vectors(tmp_path):
     anatomy = Anatomy(["v is small."], [Exhibit("Layers", b"PNG", "norms")], [("v", ["layer", "norm"], [["0", "1.5"]])])
     making = Making("Vectors", "python -m rvdist.launch stages=[analyze]", {})
-    write_html(tmp_path / "report.html", Findings([], [], [], []), making, {}, anatomy)
+    write_page(tmp_path / "report.html", Findings([], [], [], []), making, {}, anatomy)
     html = (tmp_path / "report.html").read_text()
     assert "v is small." in html and "data:image/png;base64,UE5H" in html and "1.5" in html
     assert "Samples" not in html and "Scores" not in html and "nan" not in html
