@@ -100,7 +100,7 @@ class Examination:
         for sentence in self.asking(run, run.arms[0]).suite.lacking.values():
             run.notes[run.arms[0].point] += (f"left out: {sentence}",)
             run.say(f"left out: {sentence}")
-        if settings.engine.replay:
+        if settings.engine.replay is not None:
             self._join_replay(run)
 
     def _join_replay(self, run: Run) -> None:
@@ -122,7 +122,8 @@ class Examination:
 
     def _recording(self, run: Run) -> Recording:
         path = _path(run.settings.engine.replay)
-        assert path
+        if not path:
+            raise BadInput("engine.replay is not set; give a run directory of ours, or one of lm-eval's samples")
         if path not in self._recordings:
             with run.timing.phase("replay"):
                 self._recordings[path] = Recording(path)
