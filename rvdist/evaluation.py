@@ -27,12 +27,12 @@ from rvdist.fleet.view import FleetView
 from rvdist.point import Arm, WeightPoint
 from rvdist.record import Record, TaskInfo, write_records
 from rvdist.report.statistics import summarise
-from rvdist.report.summary import GroupInfo, write_summary
+from rvdist.report.summary import GroupInfo, Outline, write_summary
 from rvdist.run import Run, Scores
 from rvdist.warm import Warm
 
 if TYPE_CHECKING:
-    from rvdist.report.summary import Row
+    pass
 
 Requests = Mapping[str, Sequence[Request]]
 
@@ -344,10 +344,10 @@ def answers_of(
     return answers, truncated
 
 
-def objective(rows: Sequence[Row]) -> float | None:
-    """What a sweeper maximises: the mean primary score over tasks (less it where less is better), of the arms other
-    than the baseline if any."""
-    primary = [row for row in rows if row.primary]
+def objective(scores: Scores) -> float | None:
+    """What a sweeper maximises: the mean score over benchmarks (less it where less is better), of the arms other than
+    the baseline if any. A group is one benchmark; edited questions are none."""
+    primary = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
     values = [
         row.value if row.higher_is_better else -row.value
         for row in [row for row in primary if row.delta is not None] or primary

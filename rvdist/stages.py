@@ -84,7 +84,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
-    return [failed.get(run) or (objective(run.scores.rows) if run.scores else None) for run in runs]
+    return [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]
 
 
 def _each(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[[Run], None]) -> list[Run]:
