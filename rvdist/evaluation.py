@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rvdist import config
 from rvdist.checkpoint.directory import Checkpoint
@@ -30,9 +30,6 @@ from rvdist.report.statistics import summarise
 from rvdist.report.summary import GroupInfo, Outline, write_summary
 from rvdist.run import Run, Scores
 from rvdist.warm import Warm
-
-if TYPE_CHECKING:
-    pass
 
 Requests = Mapping[str, Sequence[Request]]
 
