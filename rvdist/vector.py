@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, astuple, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import xxhash
 
-from rvdist.arithmetic.method import Scratch, count_nonfinite, subtract, working_dtype
+from rvdist.arithmetic.method import Scratch, count_nonfinite, subtract, torch_threads, working_dtype
 from rvdist.checkpoint.artifact import DESCRIPTION, MARK, VERSION, as_vector, part_names
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.digest import checkpoint_digest
@@ -101,7 +101,7 @@ def save(
         entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
         staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
         written = as_vector(_reopen(staging.partial, list(files)))
-        with ExitStack() as opened, _threads(1):
+        with ExitStack() as opened, torch_threads(1):
             donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
             result = opened.enter_context(closing(open_operand(written)))
             differences = _Differences(donors, donor_operands)
@@ -215,17 +215,6 @@ def _work(specs: Sequence[TensorSpec]) -> torch.dtype:
     return working_dtype((), [(plus, minus[0] if minus else None)])
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many for torch's operations: on chunks as small as ours, more than one only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Differences:
     """v by chunks: in the working precision as a merge computes it, and in fp64. Valid until the next chunk."""
 
@@ -324,7 +313,7 @@ def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer:
     whole = differences.whole(tensor.name)
     writer.require_finite(tensor.name, whole)
     if tensor.form == "low_rank":
-        with _threads(len(os.sched_getaffinity(0))):
+        with torch_threads(len(os.sched_getaffinity(0))):
             pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
     else:
         indices = largest(whole, tensor.parts[0].numel)

@@ -7,8 +7,8 @@ is wanted are read again, right after, by rows (see `spectrum`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from rvdist.anatomy.findings import Anatomy, Measures, Part, Spectrum
 from rvdist.anatomy.kind import in_order, kind_of
 from rvdist.anatomy.spectrum import spectrum
 from rvdist.anatomy.sums import BLOCK, Dot, Floats
-from rvdist.arithmetic.method import Scratch, subtract
+from rvdist.arithmetic.method import Scratch, subtract, torch_threads
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.errors import BadInput
@@ -53,7 +53,7 @@ def analyze(
     used = {target, *(s for one in displacements for s in one.sources())}
     tensors: list[_Tensor] = []
     opened = closing(_Values({source: sources[source] for source in used}))
-    with _one_thread(), np.errstate(over="ignore", invalid="ignore"), opened as values:
+    with torch_threads(1), np.errstate(over="ignore", invalid="ignore"), opened as values:
         for spec in base.tensors.values():
             if spec.is_floating_point:
                 found = _survey(spec.name, target, displacements, values, thresholds)
@@ -67,17 +67,6 @@ def analyze(
     if not any(one.elements for tensor in tensors for one in tensor.vectors):
         raise BadInput(f"{base.path}: has no floating-point tensor in common with a vector; check the sources")
     return _findings(base.path.name, names, tuple(thresholds), tensors)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For torch's operations: on chunks as small as ours several only wait for each other, twenty times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

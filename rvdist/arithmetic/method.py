@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -170,3 +171,15 @@ def unify_nans(tensor: torch.Tensor) -> None:
     integer, _ = _EXPONENT[tensor.dtype]  # torch fills no fp8 tensor by a mask, but one of integers
     one = int(torch.tensor(math.nan, dtype=tensor.dtype).view(integer))
     tensor.view(integer).masked_fill_(tensor.isnan(), one)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many for torch's operations: on chunks as small as ours, more than one only wait for each other, twenty times
+    as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

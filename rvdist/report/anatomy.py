@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rvdist.anatomy.findings import Anatomy, Measures, Part, Spectrum
-from rvdist.report.plot import _QUIET, _STYLE, _label
+from rvdist.report.drawing import QUIET, STYLE, label
 from rvdist.report.wording import printable
 
 # Okabe and Ito's palette, told apart without colour by shape and dashes too.
@@ -56,7 +56,7 @@ def anatomy_plots(anatomy: Anatomy) -> dict[str, bytes]:
         wanted["spectra"] = _spectra
     if len(anatomy.vectors) > 1:
         wanted["cosines"] = _cosines
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         return {name: _png(draw(anatomy)) for name, draw in wanted.items()}
 
 
@@ -88,7 +88,7 @@ def _layers(anatomy: Anatomy) -> Figure:
             points = [
                 (cell.layer, max(x, scale.vmin or 0)) for cell in cells if (x := _percent(cell, vector)) is not None
             ]
-            legend[_label(kind)] = _line(axes, points, style)
+            legend[label(kind)] = _line(axes, points, style)
         axes.set_xticks(ticks)
         axes.set_xlabel("layer")
         axes.set_ylabel("‖v‖ / ‖θ‖, %")
@@ -98,11 +98,11 @@ def _layers(anatomy: Anatomy) -> Figure:
             beside = figure.add_subplot(grid[row, 1])
             for place, cell in enumerate(outside):
                 if (x := _percent(cell, vector)) is not None:
-                    color, marker, _ = styles.get(cell.kind or "", (_QUIET, "d", ""))
+                    color, marker, _ = styles.get(cell.kind or "", (QUIET, "d", ""))
                     beside.plot(
                         [place], [max(x, scale.vmin or 0)], color=color, marker=marker, markersize=6, linestyle=""
                     )
-            names = [_label(cell.kind or "") for cell in outside]
+            names = [label(cell.kind or "") for cell in outside]
             beside.set_xticks(range(len(outside)), names, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
             beside.set_xlim(-0.6, len(outside) - 0.4)
             _percent_axis(beside, scale)
@@ -132,7 +132,7 @@ def _modules(anatomy: Anatomy) -> Figure:
         axes = figure.add_subplot(len(grids), 1, row + 1)
         image = axes.imshow(grid, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
         axes.set_facecolor("#f3f4f6")  # what the vector or the target lacks
-        axes.set_yticks(range(len(kinds)), [_label(kind) for kind in kinds])
+        axes.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
         ticks = [columns.index(tick) for tick in _ticks(layers[0] or 0, layers[-1] or 0) if tick in layers]
         ticks = [tick for tick in ticks if not outside or tick < len(layers) - len(layers) / 20]  # leaves room
         names = [str(columns[tick]) for tick in ticks]
@@ -174,7 +174,7 @@ def _spectra(anatomy: Anatomy) -> Figure:
             curves[curves <= 0] = np.nan
             with np.errstate(all="ignore"):
                 axes.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.1, linewidth=0)
-            legend[_label(kind)] = axes.plot(at, np.median(curves, 0), color=color, linestyle=dashes, linewidth=1.3)[0]
+            legend[label(kind)] = axes.plot(at, np.median(curves, 0), color=color, linestyle=dashes, linewidth=1.3)[0]
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(max(axes.get_ylim()[0], _FLOOR), 1.15)
@@ -190,7 +190,7 @@ def _spectra(anatomy: Anatomy) -> Figure:
 def _cosines(anatomy: Anatomy) -> Figure:
     """Between all pairs of vectors: over everything as a map, and along the layers as lines."""
     count = len(anatomy.vectors)
-    names = [_label(vector) for vector in anatomy.vectors]
+    names = [label(vector) for vector in anatomy.vectors]
     side = 1.2 + 0.62 * count
     figure = _figure(side + 1.2 + (4.4 if anatomy.layers else 0), max(3.2, side + 0.6))
     grid_spec = figure.add_gridspec(1, 2, width_ratios=[side, 4.0]) if anatomy.layers else figure.add_gridspec(1, 1)
@@ -210,7 +210,7 @@ def _cosines(anatomy: Anatomy) -> Figure:
         for (i, j), style in zip(pairs, _LINES, strict=False):
             points = [(part.layer, x) for part in anatomy.layers if (x := part.cosines[i][j]) is not None]
             _line(along, points, style).set_label(f"{names[i]} · {names[j]}")
-        along.axhline(0, color=_QUIET, linewidth=0.8, zorder=0)
+        along.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
         along.set_xticks(_ticks(anatomy.layers[0].layer or 0, anatomy.layers[-1].layer or 0))
         along.set_xlabel("layer")
         found = [x for part in anatomy.layers for i, j in pairs if (x := part.cosines[i][j]) is not None]
@@ -288,7 +288,7 @@ def _line(axes: Any, points: Sequence[tuple[int | None, float]], style: tuple[st
 
 
 def _titled(axes: Any, vector: str) -> None:
-    axes.set_title(_label(vector), loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(label(vector), loc="left", fontsize=10, fontweight="bold")
 
 
 def _with_legend(figure: Figure, legend: dict[str, Any], width: float) -> Figure:

@@ -13,14 +13,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rvdist.report.drawing import FAINT, QUIET, STYLE, columns_for, empty, grid, label, legend_below, title
+from rvdist.report.drawing import FAINT, QUIET, columns_for, empty, grid, label, legend_below, title
 from rvdist.report.summary import Row, baseline_of
 from rvdist.report.wording import Scale, by_task
 
 # Okabe and Ito's palette, told apart without colour by shape and dashes too.
 _CURVES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "v", ":")]
 _MARKS = [("#CC79A7", "D"), ("#009E73", "P"), ("#E69F00", "X"), ("#56B4E9", "*"), ("#000000", "h")]
-_QUIET, _STYLE, _label = QUIET, STYLE, label
 
 
 def alpha_figure(rows: Sequence[Row]) -> Figure:
