@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.fleet.view import FleetView
 from rvdist.point import Arm, WeightPoint
 from rvdist.record import Record, TaskInfo, write_records
-from rvdist.report.statistics import summarise
 from rvdist.report.summary import GroupInfo, Outline, write_summary
 from rvdist.run import Run, Scores
 from rvdist.warm import Warm
@@ -144,6 +144,7 @@ class Examination:
         answered: dict[Asking, Answers] = {}
         known: Known = {}
         with ThreadPoolExecutor(1) as scorer:  # while engines answer; lm-eval's tasks are for one thread at a time
+            scorer.submit(import_module, "rvdist.report.report")
 
             def complete(asking: Asking, point: WeightPoint, answers: Answers) -> None:
                 for run, arm in arms[asking]:
@@ -283,6 +284,8 @@ def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -
     """What some arms of a run answered, the baseline first, scored and compared, in the files of its directory. What is
     `known` is not scored again."""
     from lm_eval.utils import handle_non_serializable
+
+    from rvdist.report.statistics import summarise
 
     records: list[Record] = []
     reported: dict[Asking, dict[str, Any]] = {}

@@ -40,9 +40,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     timing.add("imports", seconds_since_process_start())
     run = Run(settings, directory, " ".join(["python -m rvdist.launch", *command]), timing)
     with closing(Warm()) as warm:
-        (found,) = run_jobs([run], warm)
-        with timing.phase("ray_shutdown"):
-            warm.close()
+        (found,) = run_jobs([run], warm, last=True)
     if isinstance(found, Exception):
         raise found
     if (directory / "timing.json").exists():
@@ -50,9 +48,9 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> flo
     return found
 
 
-def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
-    """Runs some jobs together. Returns the mean primary score of each, None where nothing is scored, or what it failed
-    of; that leaves the others alone."""
+def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float | Exception | None]:
+    """Runs some jobs together, the `last` that need what is warm. Returns the mean primary score of each, None where
+    nothing is scored, or what it failed of; that leaves the others alone."""
     failed: dict[Run, Exception] = {}
     promised: dict[Path, WeightPoint] = {}
     jobs = _each(runs, failed, lambda run: _prepare(run, promised))
@@ -80,6 +78,8 @@ def run_jobs(runs: Sequence[Run], warm: Warm) -> list[float | Exception | None]:
         racing = [run for run in scored if run.settings.search.method]
         _together([run for run in scored if run not in racing], failed, examination.evaluate)
         _each(racing, failed, partial(race, examination))
+    if last:
+        warm.finish()
     jobs = _each(jobs, failed, _report)
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()

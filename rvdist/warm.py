@@ -71,10 +71,15 @@ class Warm:
                 self._fleet.stop()
                 self._fleet = None
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Begins to end what was started, which takes Ray a second; `close` waits for it."""
         if self._thread is not None:
             self.cool()
             self._over.set()
+
+    def close(self) -> None:
+        self.finish()
+        if self._thread is not None:
             self._thread.join()
 
     def _connect(self, settings: ClusterConfig, timing: Timing) -> None:
@@ -86,4 +91,5 @@ class Warm:
             return
         self._resources.set_result(resources)
         self._over.wait()
-        cluster.disconnect()
+        with timing.phase("ray_shutdown"):
+            cluster.disconnect()

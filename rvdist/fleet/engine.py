@@ -11,9 +11,11 @@ import gc
 import hashlib
 import json
 import logging
+import operator
 import os
 import time
 import warnings
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +24,6 @@ from typing import Any
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
 from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood, Rolling
-from rvdist.fleet.swap import hide_llvmlite, mirror_obstacle
 from rvdist.point import Term, WeightPoint
 
 # Set before vLLM is imported; whoever exports one of these keeps his value.
@@ -87,6 +88,8 @@ _QUANTIZED = "is quantized, and weights are only swapped exactly when they are n
 _VERSION = 2
 
 _TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for each
+
+_REMEMBERED = 2**24  # tokens of prompts, so that no prompt is cut into tokens again for every point
 
 _PROBE = "12 + 34 = 46, and the sum of 5 and 6 is 11."
 _PROBE_TOLERANCE = 1e-3  # nats: only the order in which a normaliser is summed may differ
@@ -214,13 +217,14 @@ class Engine:
                 os.environ.update(_ENVIRONMENT_CPU_EAGER | os.environ)
             from vllm import LLM
             from vllm.engine.arg_utils import EngineArgs
+
+            import rvdist.fleet.swap  # noqa: F401  which hides llvmlite
         imported = time.perf_counter()
         if on_cpu and settings.cpu_threads != torch.get_num_threads():
             torch.set_num_threads(settings.cpu_threads)
         self.settings = settings
         self.truncated = 0
         self._device = "cpu" if on_cpu else "cuda"
-        hide_llvmlite()
         arguments = vllm_arguments(str(self._checkpoint.path), settings, on_cpu)
         if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
             raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
@@ -242,6 +246,8 @@ class Engine:
         self._prefix_text: str = self._tokenizer.decode(self._prefix)
         self._at: tuple[str, tuple[Term, ...]] | None = (base, ())
         self._probe: str | None = None
+        self._tokens: dict[tuple[str, bool | None], array[int]] = {}
+        self._memory = _REMEMBERED
 
     def info(self) -> dict[str, Any]:
         """What this engine is and what it found out."""
@@ -267,6 +273,8 @@ class Engine:
         if self.is_at(point):
             return
         if self._probe is None:
+            from rvdist.fleet.swap import mirror_obstacle
+
             self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
         self._load(point)
         self._at = (point.base, point.active_terms)
@@ -394,16 +402,15 @@ class Engine:
         answers = dict(zip(order, self._candidates([prompts[i] for i in order]), strict=True))
         scores = []
         for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            logprob, greedy = 0.0, True
-            for token, candidates in zip(prompt[start:], answers[i][start:], strict=True):
-                logprob += candidates[token].logprob
-                # lm-eval's rule: a token that ties with the likeliest is greedy, whatever vLLM's rank says
-                greedy &= all(candidates[token].logprob >= other.logprob for other in candidates.values())
-            scores.append(Loglikelihood(logprob, greedy, len(prompt) - start))
+            found = answers[i].logprobs[answers[i].start_indices[start] :]
+            own, likeliest = found[::2], found[1::2]
+            # lm-eval's rule: a token that ties with the likeliest is greedy, whatever vLLM's rank says
+            greedy = all(map(operator.ge, own, likeliest))
+            scores.append(Loglikelihood(sum(own, 0.0), greedy, len(prompt) - start))
         return scores
 
     def _candidates(self, prompts: Sequence[list[int]]) -> list[Any]:
-        """For each prompt a list over its positions: what vLLM says of the token there and of the likeliest."""
+        """For each prompt vLLM's FlatLogprobs over its positions: the token there, then the likeliest."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(
@@ -443,8 +450,13 @@ class Engine:
         if text.startswith(self._prefix_text):
             special = False
         keywords = {} if special is None else {"add_special_tokens": special}
-        ids: list[int] = self._tokenizer(text, verbose=False, **keywords).input_ids
-        return ids
+        known = self._tokens.get((text, special))
+        if known is None:
+            known = array("i", self._tokenizer(text, verbose=False, **keywords).input_ids)
+            if self._memory >= len(known):  # the next point is asked the same
+                self._memory -= len(known)
+                self._tokens[text, special] = known
+        return known.tolist()
 
     def _encode_pair(self, request: Choice) -> tuple[list[int], list[int]]:
         """lm-eval's `loglikelihood` and `_encode_pair`: white space at the end of the context is scored with the

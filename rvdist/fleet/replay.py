@@ -42,10 +42,6 @@ class ReplayActor:
     def __init__(self, base: str, answers: Answers) -> None:
         self._answers = answers
 
-    @staticmethod
-    def environment(answers: Answers) -> dict[str, str]:
-        return {}
-
     def info(self) -> dict[str, Any]:
         return {**versions(), "mode": "replay"}
 

@@ -130,7 +130,7 @@ def test_the_actor_answers_slices_as_an_engine_does(suite, tokenizer, recorded):
         answered, swap = actor.answer(piece, requests[piece.task][piece.begin : piece.end])
         assert swap == 0 and answered.truncated == 0
         given[piece.task] += answered.answers
-    assert given == answers and ReplayActor.environment({}) == {}
+    assert given == answers
 
 
 @pytest.mark.parametrize(
