@@ -91,6 +91,13 @@ def _require_listener(address: str) -> None:
         raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
 
 
+def is_connected() -> bool:
+    """Whether this process is connected to a cluster."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 def disconnect() -> None:
     """Leaves the cluster, and ends it where `connect` started it."""
     import ray

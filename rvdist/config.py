@@ -405,10 +405,15 @@ def arms(config: Config) -> list[Arm]:
     return listed
 
 
+def require_name(name: str, key: str) -> None:
+    """Raises BadInput unless files can have the name of this arm."""
+    if not re.fullmatch(r"[^\s./\\][^/\\\x00-\x1f]{0,99}", name):
+        raise BadInput(f"{key}: {name!r} cannot be the name of a file; give a short one without / or \\")
+
+
 def _listed(config: Config, entry: ArmConfig, number: int) -> Arm:
     key = f"arms[{number}]"
-    if not re.fullmatch(r"[^\s./\\][^/\\\x00-\x1f]{0,99}", entry.name):
-        raise BadInput(f"{key}.name: {entry.name!r} cannot be the name of a file; give a short one without / or \\")
+    require_name(entry.name, f"{key}.name")
     if (entry.weights is None) == (entry.alpha is None):
         raise BadInput(f"{key}: give weights=CHECKPOINT or alpha=NUMBER, one of them")
     if entry.weights is not None:

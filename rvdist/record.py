@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+from rvdist.errors import BadInput
+
+_TEXTS = ("arm", "point", "prompt", "task", "filter", "doc", "prompt_text", "target", "response", "filtered")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,41 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield Record(**json.loads(line))
+    """The records of a file, which anybody may have written. Raises BadInput, for a damaged line with its number."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield _record(json.loads(line.decode("utf-8")))
+                except (ValueError, RecursionError) as error:
+                    reason = " ".join(str(error).split())[:200]
+                    raise BadInput(f"{path}: line {number} is no record ({reason}); evaluate again") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); give a file of records") from None
+
+
+def _record(found: Any) -> Record:
+    """Raises ValueError for what is none."""
+    wanted = {one.name for one in fields(Record)}
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")
+    if wrong := wanted ^ found.keys():
+        name = min(wrong)
+        raise ValueError(f"it {'lacks' if name in wanted else 'has'} {name[:50]!r}")
+    record = Record(**found)
+    if not isinstance(record.metrics, dict):
+        raise ValueError("metrics are not an object")
+    for name in _TEXTS:
+        _require(name, found[name], str)
+    for name in ("seed", "doc_id"):
+        _require(name, found[name], int)
+    if record.alpha is not None:
+        _require("alpha", record.alpha, int, float)
+    for metric, value in record.metrics.items():
+        _require(metric, value, int, float)
+    return record
+
+
+def _require(name: str, value: Any, *kinds: type) -> None:
+    if type(value) not in kinds:
+        raise ValueError(f"{name[:50]} is {repr(value)[:50]}")

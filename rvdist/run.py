@@ -40,9 +40,10 @@ class Scores:
 @dataclass(eq=False)
 class Run:
     """One job. `timing` is shared by the jobs of one command. `sources` by name; `notes` and `digests` by point;
-    `written` is what its merge stage still has to write, `arms` what it scores, `examined` names vectors by points that
-    have just one; `anatomy` is what was found of them, in sentences, `figures` show it, as PNG, and `tables` tell
-    it (title, head, rows). `reader` is the run that reads a text along lines between models."""
+    `written` is what its merge stage still has to write, `arms` what it scores: those of `settings`, unless they are
+    given. `examined` names vectors by points that have just one; `anatomy` is what was found of them, in sentences,
+    `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is the run that reads a text along
+    lines between models."""
 
     settings: Config
     directory: Path

@@ -116,8 +116,8 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
     settings = run.settings
     stages = config.stages(settings)
     merges = (settings.output or settings.batch) and {"plan", "merge"} & set(stages)
-    written = config.outputs(settings) if merges else {}
-    arms = config.arms(settings) if "evaluate" in stages else []
+    written = run.written or (config.outputs(settings) if merges else {})
+    arms = run.arms or (config.arms(settings) if "evaluate" in stages else [])
     saved = config.saved(settings)
     examined = config.examined(settings) if "analyze" in stages else {}
     lines = config.lines(settings) if examined and settings.analyze.text else {}
@@ -349,6 +349,7 @@ def _card(run: Run, point: WeightPoint) -> str:
 
 
 def _write_config(run: Run) -> None:
+    run.directory.mkdir(parents=True, exist_ok=True)
     (run.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run.settings)))
 
 

@@ -83,13 +83,16 @@ class Warm:
             self._thread.join()
 
     def _connect(self, settings: ClusterConfig, timing: Timing) -> None:
+        with timing.phase("ray_init"):
+            found = cluster.is_connected()  # then by somebody else, who is to disconnect it
         try:
             with timing.phase("ray_init"):
                 resources = cluster.connect(settings.address, settings.nodes or 1, settings.timeout)
         except Exception as error:
             self._resources.set_exception(error)
-            return
-        self._resources.set_result(resources)
-        self._over.wait()
-        with timing.phase("ray_shutdown"):
-            cluster.disconnect()
+        else:
+            self._resources.set_result(resources)
+            self._over.wait()
+        if not found:
+            with timing.phase("ray_shutdown"):
+                cluster.disconnect()

@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "errors": set(),
     "point": set(),
     "recipe": {"errors", "point"},
-    "record": set(),
+    "record": {"errors"},
     "timing": set(),
     "progress": set(),
     "config": {"errors", "point"},
