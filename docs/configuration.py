@@ -52,6 +52,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "cluster": "the Ray cluster (docs/merge.md)",
         "compat": "which vectors may be added to which target (docs/formats.md)",
         "cache": "what is kept between runs",
+        "log": "what is printed: text, or a JSON object a line and nothing else (docs/logs.md)",
     },
     config.MaskConfig: {
         "include": "regular expressions on whole tensor names; empty: every name",
@@ -155,6 +156,7 @@ _TYPES = {  # what the schema cannot say
 _CHOICES = {
     (config.Config, "stages"): config.STAGES,
     (config.Config, "device"): config.DEVICES,
+    (config.Config, "log"): config.LOGS,
     (config.Config, "dtype"): config.DTYPES,
     (config.VectorConfig, "dtype"): config.DTYPES,
     (config.MergeConfig, "method"): config.METHODS,

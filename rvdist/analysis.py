@@ -23,7 +23,7 @@ def analyse(run: Run) -> None:
             download_weights(source)
     nbytes = sum(spec.nbytes for spec in sources[target].tensors.values())
     with run.timing.phase("analyze"):
-        with Bar("analyze", nbytes, "bytes", run.console) as bar:
+        with Bar("analyze", nbytes, run.log) as bar:
             anatomy = analyze(vectors, target, sources, progress=bar.advance)
         (run.directory / "anatomy.json").write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
         (run.directory / "anatomy.csv").write_text(anatomy_csv(anatomy))

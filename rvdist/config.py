@@ -23,6 +23,7 @@ EXTRA_ROWS = ("refuse", "keep")
 SANDBOXES = ("strict", "degraded")
 METHODS = ("linear", "ties", "dare")
 SEARCHES = ("racing",)
+LOGS = ("text", "json")
 BASELINE = "baseline"
 PLAIN = "plain"
 MOST_CANDIDATES = 1000
@@ -191,6 +192,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     compat: CompatConfig = field(default_factory=CompatConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    log: str = "text"
 
 
 def stages(config: Config) -> list[str]:
@@ -569,6 +571,13 @@ def require_resources(config: Config) -> None:
         raise BadInput(
             f"engine.gpus={part:g}: an engine of engine.tensor_parallel_size={ranks} takes whole GPUs; set one to 1"
         )
+
+
+def logs_json(config: Config) -> bool:
+    """Whether the command prints JSON Lines. Raises BadInput."""
+    if config.log not in LOGS:
+        raise BadInput(f"log: {config.log!r} is not one of {', '.join(LOGS)}")
+    return config.log == "json"
 
 
 def keeps_extra_rows(config: Config) -> bool:

@@ -115,7 +115,7 @@ class Examination:
         if reworded:
             sentence = f"{reworded} documents were asked with another prompt when they were recorded"
             run.notes[run.arms[0].point] += (sentence,)
-            run.say(f"note: {sentence}")
+            run.note(sentence)
 
     def _recording(self, run: Run) -> Recording:
         path = _path(run.settings.engine.replay)
@@ -212,7 +212,7 @@ class Examination:
                 if todo:
                     fleet = self._fleet(asking, arms)
                     was_up = fleet.first_up is not None
-                    with FleetView(total, cached, names, run.console) as view:
+                    with FleetView(total, cached, names, run.log) as view:
                         fleet.answer(todo, requests, keep, view.show)
                     _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
                 else:
@@ -434,4 +434,4 @@ def _note(arms: Sequence[tuple[Run, Arm]], fleet: Fleet, start: float) -> None:
         f"swaps, {stats.deaths} engines died"
     )
     for number, reason in fleet.empty.items():
-        run.say(f"note: engine {number} could not start: {reason}")
+        run.note(f"engine {number} could not start: {reason}")

@@ -24,6 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rvdist import multirun
 from rvdist.config import Config
 from rvdist.errors import BadInput, Failed
+from rvdist.log import Log
 from rvdist.run import remove_empty
 
 _HERE = Path(__file__).resolve().parent
@@ -37,6 +38,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them and exiting with 1
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
     ConfigStore.instance().store(name="schema", node=Config)
+    log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
     multirun.register()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     failures: list[tuple[str, Exception]] = []
@@ -44,7 +46,7 @@ def main() -> None:
     def job(composed: DictConfig) -> float | None:
         """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
         try:
-            return run(composed)
+            return run(composed, log)
         except Exception as error:
             if os.environ.get("RVDIST_TRACEBACK"):
                 raise
@@ -54,7 +56,7 @@ def main() -> None:
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except KeyboardInterrupt:
-        print("rvdist: interrupted", file=sys.stderr)
+        log.fail("interrupted", 130)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("RVDIST_TRACEBACK"):
@@ -64,17 +66,18 @@ def main() -> None:
     finally:
         multirun.RayLauncher.close()
     failures += multirun.RayLauncher.failures
-    for name, failure in failures:
-        print(f"rvdist: {name}{_sentence(failure)}", file=sys.stderr)
     if failures:
         refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)
-        sys.exit(2 if refused and not multirun.RayLauncher.done else 1)
+        status = 2 if refused and not multirun.RayLauncher.done else 1
+        for name, failure in failures:
+            log.fail(f"{name}{_sentence(failure)}", status)
+        sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(0)  # the interpreter would take a second and a half to take apart what it holds
 
 
-def run(composed: DictConfig) -> float | None:
+def run(composed: DictConfig, log: Log) -> float | None:
     """One job: checks the configuration, runs its stages, returns the mean primary score (None without one)."""
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -82,7 +85,7 @@ def run(composed: DictConfig) -> float | None:
         assert isinstance(config, Config)
         from rvdist.stages import run_stages
 
-        return run_stages(config, directory, sys.argv[1:])
+        return run_stages(config, directory, sys.argv[1:], log)
     finally:
         remove_empty(directory)
 

@@ -21,11 +21,11 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rvdist.config import Config
+from rvdist.config import Config, logs_json
+from rvdist.log import Log, LoggedTiming
 from rvdist.run import Run, remove_empty
 from rvdist.timing import Timing, seconds_since_process_start
 
@@ -49,9 +49,11 @@ def register() -> None:
 
 
 class RayLauncher(Launcher):
-    """Of all jobs so far `failures` are those of some, by name, which Hydra is not told: it would end the sweep."""
+    """Of all jobs so far `failures` are those of some, by name, which Hydra is not told: it would end the sweep. What
+    happens is told in `log`, the command's."""
 
     __module__ = _MODULE
+    log: ClassVar[Log]
     failures: ClassVar[list[tuple[str, Exception]]] = []
     done: ClassVar[int] = 0
     _warm: ClassVar[Warm | None] = None
@@ -65,7 +67,7 @@ class RayLauncher(Launcher):
         from rvdist.warm import Warm
 
         setup_globals()
-        timing = Timing()
+        timing = LoggedTiming(RayLauncher.log)
         if RayLauncher._warm is None:
             RayLauncher._warm = Warm()
             timing.add("imports", seconds_since_process_start())
@@ -77,6 +79,7 @@ class RayLauncher(Launcher):
         try:
             ended = dict(zip(runs, run_jobs(runs, RayLauncher._warm), strict=True))
         finally:
+            RayLauncher.log.release()
             for run in runs:
                 remove_empty(run.directory)
         everywhere = set.intersection(*(set(overrides) for overrides in job_overrides))
@@ -94,7 +97,7 @@ class RayLauncher(Launcher):
                     returned.return_value = score
                     shown = "" if score is None else f"{score:.4f}"
                     table.add_row(str(number), Text(own), shown, Text(directory))
-        Console().print(table)
+        RayLauncher.log.console.print(table)
         return [returned for returned, _ in composed]
 
     def _compose(self, number: int, overrides: Sequence[str], timing: Timing) -> tuple[JobReturn, Run | Exception]:
@@ -104,8 +107,10 @@ class RayLauncher(Launcher):
         def collect(composed: DictConfig) -> None:
             settings = OmegaConf.to_object(composed)
             assert isinstance(settings, Config)
+            RayLauncher.log.as_json = logs_json(settings)
             command = " ".join(["python -m rvdist.launch", *overrides])
-            jobs.append(Run(settings, Path(HydraConfig.get().runtime.output_dir), command, timing))
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            jobs.append(Run(settings, directory, command, timing, RayLauncher.log))
 
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):

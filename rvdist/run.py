@@ -14,6 +14,7 @@ from rich.console import Console
 from rvdist import __version__
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.config import Config
+from rvdist.log import Log
 from rvdist.point import Arm, WeightPoint
 from rvdist.record import Record, TaskInfo
 from rvdist.timing import Timing
@@ -39,9 +40,9 @@ class Scores:
 
 @dataclass(eq=False)
 class Run:
-    """One job. `timing` is shared by the jobs of one command. `sources` by name; `notes` and `digests` by point;
-    `written` is what its merge stage still has to write, `arms` what it scores: those of `settings`, unless they are
-    given. `examined` names vectors by points that have just one; `anatomy` is what was found of them, in sentences,
+    """One job. `timing` and `log` are shared by the jobs of one command. `sources` by name; `notes` and `digests` by
+    point; `written` is what its merge stage still has to write, `arms` what it scores: those of `settings`, unless they
+    are given. `examined` names vectors by points that have just one; `anatomy` is what was found of them, in sentences,
     `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is the run that reads a text along
     lines between models."""
 
@@ -49,7 +50,7 @@ class Run:
     directory: Path
     command: str
     timing: Timing
-    console: Console = field(default_factory=Console)
+    log: Log = field(default_factory=Log)
     sources: dict[str, Checkpoint] = field(default_factory=dict)
     notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
     digests: dict[WeightPoint, str] = field(default_factory=dict)
@@ -68,9 +69,18 @@ class Run:
         """`cache.dir`."""
         return Path(self.settings.cache.dir).expanduser()
 
+    @property
+    def console(self) -> Console:
+        """Where tables are printed."""
+        return self.log.console
+
     def say(self, text: str) -> None:
         """A plain line; nothing in it is markup."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.log.say("message", text, directory=str(self.directory))
+
+    def note(self, sentence: str) -> None:
+        """What whoever reads the result should know."""
+        self.log.say("note", f"note: {sentence}", "warning", directory=str(self.directory))
 
 
 def versions() -> dict[str, str]:

@@ -14,31 +14,34 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rvdist import compat, config
+from rvdist import __version__, compat, config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import discards, require_free
 from rvdist.config import Config
 from rvdist.errors import BadInput
+from rvdist.log import Log, LoggedTiming
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.point import Arm, Rename, Vector, WeightPoint
 from rvdist.preview import print_plan
 from rvdist.progress import Bar
 from rvdist.run import Run, Scores, versions
-from rvdist.timing import Timing, anonymous_bytes, seconds_since_process_start
+from rvdist.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.warm import Warm
 
 
-def run_stages(settings: Config, directory: Path, command: Sequence[str]) -> float | None:
+def run_stages(settings: Config, directory: Path, command: Sequence[str], log: Log | None = None) -> float | None:
     """Runs the stages of one job and writes its run directory. Returns the mean primary score, if any.
 
     Everything that can be refused is refused before anything is written or Ray is waited for.
     """
-    timing = Timing()
+    log = log or Log()
+    log.as_json = config.logs_json(settings)
+    timing = LoggedTiming(log)
     timing.add("imports", seconds_since_process_start())
-    run = Run(settings, directory, " ".join(["python -m rvdist.launch", *command]), timing)
+    run = Run(settings, directory, " ".join(["python -m rvdist.launch", *command]), timing, log)
     with closing(Warm()) as warm:
         (found,) = run_jobs([run], warm, last=True)
     if isinstance(found, Exception):
@@ -53,6 +56,8 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     nothing is scored, or what it failed of; that leaves the others alone."""
     failed: dict[Run, Exception] = {}
     promised: dict[Path, WeightPoint] = {}
+    for run in runs:
+        run.log.record("begin", run.command, directory=str(run.directory), version=__version__)
     jobs = _each(runs, failed, lambda run: _prepare(run, promised))
     jobs = [run for run in jobs if run.written or run.arms or run.examined]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
@@ -84,7 +89,18 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
-    return [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]
+    found = [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]
+    for run, ended in zip(runs, found, strict=True):
+        _tell_end(run, ended)
+    return found
+
+
+def _tell_end(run: Run, found: float | Exception | None) -> None:
+    where = str(run.directory)
+    if isinstance(found, Exception):
+        run.log.record("end", f"failed: {type(found).__name__}: {found}", "error", directory=where)
+    else:
+        run.log.record("end", "done", directory=where, objective=found)
 
 
 def _each(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[[Run], None]) -> list[Run]:
@@ -192,7 +208,7 @@ def _index(run: Run, points: Sequence[WeightPoint]) -> None:
         report = compat.check(point, run.sources, run.settings.compat.force, config.keeps_extra_rows(run.settings))
         run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions)
     for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
-        run.say(f"note: {note}")
+        run.note(note)
 
 
 def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> Vector:
@@ -201,7 +217,7 @@ def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> V
         raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
     run.sources |= {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
     for note in compat.check_vector(saved.vector, run.sources):
-        run.say(f"note: {note}")
+        run.note(note)
     return compat.settle_vector(saved.vector, run.sources)
 
 
@@ -211,7 +227,7 @@ def _save_vector(run: Run, saved: config.Saved, vector: Vector) -> None:
     _require_no_source(run, saved.directory)
     max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
     nbytes = sum(spec.nbytes for spec in run.sources[vector.plus].tensors.values())
-    with run.timing.phase("vector"), Bar("vector", nbytes, "bytes", run.console) as bar:
+    with run.timing.phase("vector"), Bar("vector", nbytes, run.log) as bar:
         save(
             vector,
             run.sources,
@@ -292,7 +308,7 @@ def _merge(runs: Sequence[Run], warm: Warm) -> None:
     sources = _sources(runs) if any(run.arms for run in runs) else _by_ranges(_sources(runs), plan)
     device = config.device(settings, resources.gpus)
     workers = sum(config.workers(settings, resources.counts))
-    with Bar("merge", plan.bytes_written, "bytes", first.console) as bar:
+    with Bar("merge", plan.bytes_written, first.log) as bar:
         stats = merge(
             plan,
             sources,
@@ -349,6 +365,7 @@ def _card(run: Run, point: WeightPoint) -> str:
 
 
 def _write_config(run: Run) -> None:
+    run.log.keep(run.directory)
     run.directory.mkdir(parents=True, exist_ok=True)
     (run.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run.settings)))
 
@@ -366,7 +383,7 @@ def _report(run: Run) -> None:
         title=f"{Path(run.settings.target).name}: {named or 'its vectors'}",
         command=run.command,
         digests={arm.name: run.digests[arm.point] for arm in scores.arms},
-        versions=versions() | {f"engine {key}": value for key, value in run.engine.items()},
+        versions=versions() | {f"engine {key}": value for key, value in run.engine.items()} | {"run": run.log.run},
         timing=run.timing.phases,
         notes=list(dict.fromkeys(note for notes in run.notes.values() for note in notes)),
     )

@@ -14,7 +14,8 @@ from pathlib import Path
 
 @dataclass
 class Timing:
-    """Wall seconds by phase; phases may overlap. Bytes, CPU seconds, peak memory by who used it, what the fleet did."""
+    """Of the command with the id `run`: wall seconds by phase; phases may overlap. Bytes, CPU seconds, peak memory by
+    who used it, what the fleet did."""
 
     phases: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
@@ -22,6 +23,7 @@ class Timing:
     cpu_seconds: float = 0.0
     peak_anonymous_bytes: dict[str, int] = field(default_factory=dict)
     fleet: dict[str, float] = field(default_factory=dict)
+    run: str = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from rvdist.fleet.scheduler import Status
+from rvdist.log import Log
 from rvdist.point import WeightPoint
 
 _LINE_EVERY = 10.0  # seconds
@@ -20,29 +20,30 @@ _ROWS = 16  # engines shown one by one
 
 
 class FleetView:
-    """`with FleetView(total, cached, names, console) as view: view.show(status)`. `total` requests, of which so many
+    """`with FleetView(total, cached, names, log) as view: view.show(status)`. `total` requests, of which so many
     were `cached`; `names` says how points are called."""
 
-    def __init__(self, total: int, cached: int, names: Mapping[WeightPoint, str], console: Console) -> None:
-        self._total, self._cached, self._names, self._console = total, cached, names, console
+    def __init__(self, total: int, cached: int, names: Mapping[WeightPoint, str], log: Log) -> None:
+        self._total, self._cached, self._names, self._log = total, cached, names, log
+        self._drawn = log.console.is_terminal
         self._started = self._last = time.monotonic()
         self._status = Status((), 0, 0, None)
-        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=True)
+        self._live = Live(console=log.console, get_renderable=self._table, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> FleetView:
-        if self._console.is_terminal:
+        if self._drawn:
             self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._console.is_terminal:
+        if self._drawn:
             self._live.stop()
-        self._line()
+        self._tell(self._log.say)
 
     def show(self, status: Status) -> None:
         self._status = status
-        if not self._console.is_terminal and time.monotonic() - self._last > _LINE_EVERY:
-            self._line()
+        if time.monotonic() - self._last > _LINE_EVERY:
+            self._tell(self._log.record if self._drawn else self._log.say)
 
     def _table(self) -> RenderableType:
         engines = self._status.engines
@@ -58,15 +59,38 @@ class FleetView:
 
     def _sentence(self) -> str:
         status, seconds = self._status, time.monotonic() - self._started
-        done = self._cached + status.requests
         cached = f" ({self._cached} from the cache)" if self._cached else ""
-        left = "" if status.seconds_left is None or done == self._total else f", {status.seconds_left:.0f} s left"
-        up = sum(engine.up for engine in status.engines)
+        left = "" if self._left is None else f", {self._left:.0f} s left"
         return (
-            f"evaluate: {done} of {self._total} requests{cached} in {seconds:.1f} s, "
-            f"{status.tokens / seconds if seconds else 0:.0f} tokens/s, {up} of {len(status.engines)} engines up{left}"
+            f"evaluate: {self._done} of {self._total} requests{cached} in {seconds:.1f} s, "
+            f"{status.tokens / seconds if seconds else 0:.0f} tokens/s, {self._up} of {len(status.engines)} engines "
+            f"up{left}"
         )
 
-    def _line(self) -> None:
+    @property
+    def _done(self) -> int:
+        return self._cached + self._status.requests
+
+    @property
+    def _left(self) -> float | None:
+        return None if self._done == self._total else self._status.seconds_left
+
+    @property
+    def _up(self) -> int:
+        return sum(engine.up for engine in self._status.engines)
+
+    def _tell(self, tell: Callable[..., None]) -> None:
         self._last = time.monotonic()
-        print(self._sentence(), file=sys.stdout, flush=True)
+        tell(
+            "progress",
+            self._sentence(),
+            phase="evaluate",
+            requests=self._done,
+            total=self._total,
+            cached=self._cached,
+            tokens=self._status.tokens,
+            seconds=round(self._last - self._started, 3),
+            engines_up=self._up,
+            engines=len(self._status.engines),
+            seconds_left=self._left,
+        )
