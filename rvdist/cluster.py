@@ -6,9 +6,14 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rvdist.errors import BadInput
+
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has the cluster's"
+_PATIENCE = 30.0  # seconds for a node to say what it sees
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class Resources:
 
 def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Resources:
     """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" starts
-    one that ends with this process. Raises BadInput where it cannot be reached, or has fewer than `nodes` nodes
-    after `timeout` seconds."""
+    one that ends with this process; a job that was submitted to a cluster joins that one. Raises BadInput where it
+    cannot be reached, or has fewer than `nodes` nodes after `timeout` seconds."""
     import ray
 
+    if address == "local" and _IN_A_JOB in os.environ:
+        address = "auto"
     if not ray.is_initialized():
         _require_listener(address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -56,8 +63,11 @@ def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Res
                 log_to_driver=False,
                 **({"include_dashboard": False} if address == "local" else {}),
             )
+        except ray.exceptions.AuthenticationError:
+            raise BadInput(f"cluster.address={address}: there is no token for it; {_TOKEN}") from None
         except (ConnectionError, ValueError) as error:
-            raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
+            hint = "" if address == "auto" else f"; if it wants a token, {_TOKEN}"
+            raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error}){hint}") from None
     deadline = time.monotonic() + timeout
     while len(found := _nodes()) < nodes:
         if time.monotonic() > deadline:
@@ -73,6 +83,43 @@ def live_nodes() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def blind_nodes(file: Path) -> list[str]:
+    """The nodes of the connected cluster on which `file` is not what it is here, or that do not say so in time."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, max_retries=0)(_holds)
+    content = file.read_bytes()
+    asked = {}
+    for node in live_nodes():
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        answer = look.options(scheduling_strategy=there).remote(file, content)
+        asked[answer] = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+    ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
+    return [name for answer, name in asked.items() if not _said_yes(answer)]
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return file.read_bytes() == content
+    except OSError:
+        return False
+
+
+def _said_yes(answer: Any) -> bool:
+    import ray
+
+    try:
+        return bool(ray.get(answer, timeout=0))
+    except ray.exceptions.RayError:
+        return False
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` lies in a working directory that Ray unpacked for a job and deletes after it."""
+    return "working_dir_files" in path.absolute().parts
 
 
 def _nodes() -> tuple[Node, ...]:

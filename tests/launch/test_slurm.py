@@ -1,0 +1,131 @@
+"""launch/slurm.sh under a `srun` and a `scontrol` of ours, which start real Ray on two machines within this one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import POCKET, load_checkpoint
+from machines import NAMES, connected, processes_in
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm.sh"
+STUBS = Path(__file__).with_name("slurm")
+_jobs = itertools.count(os.getpid() * 10)
+
+
+@dataclass
+class Job:
+    """A job of this cluster while it runs: its process, and what was seen of it from outside."""
+
+    number: int
+    place: Path
+    process: subprocess.Popen[str]
+    networks: set[str] = field(default_factory=set)
+    modes: set[int] = field(default_factory=set)
+
+    def watch(self) -> None:
+        """Notes the networks of the merge's workers and the modes of the token's file."""
+        while self.process.poll() is None:
+            for entry in os.listdir("/proc"):
+                try:
+                    if entry.isdigit() and Path(f"/proc/{entry}/cmdline").read_bytes().startswith(b"ray::WorkerActor"):
+                        self.networks.add(os.readlink(f"/proc/{entry}/ns/net"))
+                except OSError:
+                    continue
+            for path in self.place.glob(f".rvdist-{self.number}-*/token"):
+                self.modes |= {stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)}
+            time.sleep(0.05)
+
+    def end(self, timeout: float = 300) -> tuple[int, str]:
+        """Exit status and everything it printed; nothing of it is left running or lying about."""
+        watcher = threading.Thread(target=self.watch)
+        watcher.start()
+        shown, _ = self.process.communicate(timeout=timeout)
+        watcher.join()
+        assert not list(self.place.glob(".rvdist-*")), "the token is still there"
+        assert not Path(f"/tmp/rvdist-{self.number}").exists(), "Ray's files are still there"
+        return self.process.returncode, shown
+
+
+class Allocation:
+    """Two nodes; where namespaces are not permitted both are this machine itself."""
+
+    def __init__(self, place: Path) -> None:
+        self.machines = connected(place)
+        self.nodes = place / "nodes"
+        self.nodes.mkdir()
+        for name in NAMES:
+            (self.nodes / name).touch()
+        for machine in self.machines:
+            (self.nodes / machine.name).write_text(str(machine.pid))
+
+    def sbatch(self, place: Path, *arguments: str) -> Job:
+        """Runs a copy of the script on the first node, as slurmd does."""
+        number = next(_jobs)
+        spooled = self.nodes / f"job{number}" / "slurm_script"
+        spooled.parent.mkdir()
+        shutil.copy(SCRIPT, spooled)
+        environment = os.environ | {
+            "SLURM_JOB_ID": str(number),
+            "SLURM_JOB_NODELIST": ",".join(NAMES),
+            "SLURM_JOB_NUM_NODES": str(len(NAMES)),
+            "NODES": str(self.nodes),
+            "PATH": f"{STUBS}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+        }
+        command = ["bash", str(spooled), *arguments]
+        if self.machines:
+            command = self.machines[0].enter(*command, wd=place)
+        else:
+            environment["HEAD_ADDRESS"] = "127.0.0.1"
+        process = subprocess.Popen(
+            command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return Job(number, place, process)
+
+    def left(self) -> list[str]:
+        """What still runs on its nodes."""
+        here = {machine.pid for machine in self.machines}
+        found = {pid for machine in self.machines for pid in processes_in(machine.network)} - here
+        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in found]
+
+
+@pytest.fixture(scope="module")
+def allocation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Allocation]:
+    made = Allocation(tmp_path_factory.mktemp("allocation"))
+    yield made
+    for machine in made.machines:
+        machine.end()
+
+
+def merge(*more: str) -> tuple[str, ...]:
+    donors = (f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}")
+    return (f"target={POCKET / 'target'}", *donors, "max_shard_size=200KB", "merge.workers=2", *more)
+
+
+def test_a_merge_on_two_nodes(allocation: Allocation, tmp_path: Path) -> None:
+    job = allocation.sbatch(tmp_path, *merge("alpha=0.5", "output=out", "hydra.run.dir=run"))
+    status, shown = job.end()
+    assert status == 0, shown
+    assert "not seen" not in shown
+    target, plus, minus = (load_checkpoint(POCKET / name) for name in ("target", "grpo", "sft"))
+    merged = load_checkpoint(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    for name, tensor in target.items():
+        vector = plus[name].float() - minus[name].float()
+        assert torch.equal(merged[name], (tensor.float() + 0.5 * vector).to(tensor.dtype)), name
+    assert job.modes == {0o600, 0o700}
+    assert allocation.left() == []
+    if allocation.machines:
+        assert {machine.network for machine in allocation.machines} <= job.networks
