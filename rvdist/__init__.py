@@ -1,3 +1,6 @@
-"""rvdist: move a skill between large models by weight arithmetic, and know whether it worked."""
+"""rvdist: move a skill between large models by weight arithmetic, and know whether it worked.
+
+From Python: `rvdist.api`.
+"""
 
 __version__ = "0.1.0"

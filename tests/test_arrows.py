@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "analysis", "checkpoint", "compat", "config", "connectivity", "errors", "evaluation", "log", "merge",
         "point", "preview", "progress", "racing", "report", "run", "timing", "vector", "warm",
     },
+    "api": {"arithmetic", "config", "errors", "log", "point", "record", "report", "run", "stages", "timing", "warm"},
     "verify": {"arithmetic", "checkpoint", "errors"},
     "inspect": {"checkpoint", "config", "errors", "point", "report", "timing"},
     "multirun": {"config", "log", "run", "stages", "timing", "warm"},
