@@ -93,7 +93,7 @@ def run(composed: DictConfig, log: Log) -> float | None:
 def _quoted(argument: str) -> str:
     """`output=out/{alpha}` as Hydra's grammar wants it: braces of a placeholder would open a dictionary there."""
     key, _, value = argument.partition("=")
-    return f"{key}='{value}'" if key == "output" and "{" in value and value[0] not in "'\"" else argument
+    return f"{key}='{value}'" if key in ("output", "publish") and "{" in value and value[0] not in "'\"" else argument
 
 
 def _sentence(error: Exception) -> str:

@@ -88,6 +88,13 @@ def download_weights(checkpoint: Checkpoint) -> None:
         list(pool.map(lambda file: download(hub, file), checkpoint.files))
 
 
+def download_card(checkpoint: Checkpoint) -> None:
+    """Puts README.md of a Hub checkpoint beside its small files in this node's cache, if it is to be had."""
+    if checkpoint.hub:
+        with suppress(BadInput, Failed):
+            download(checkpoint.hub, "README.md")
+
+
 def obtainable(hub: Hub, file: str) -> bool:
     """Whether this node can have a file: it is in the cache, or may be asked for."""
     return not constants.HF_HUB_OFFLINE or _cached(hub, file) is not None

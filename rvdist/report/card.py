@@ -1,7 +1,7 @@
-"""The model card of a merged checkpoint: its README.md.
+"""The card of a merged checkpoint or a stored vector: its README.md.
 
-Knows the point and what the caller says of its sources. Cheap to import, since every merge writes one.
-A card is published, so it names local checkpoints by the last component of their path only.
+Knows the point, or what vector.json says, and what the caller says of its sources. Cheap to import, since every merge
+writes one. A card is published, so it names local checkpoints by the last component of their path only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rvdist.point import Mask, MethodSpec, WeightPoint
-from rvdist.report.wording import formula, is_hub_id, printable, source_name
+from rvdist.report.metadata import Licence, Result, front_matter, licence_fields, model_index, task_name
+from rvdist.report.wording import MARK_NOTE, Scale, formula, is_hub_id, mark, printable, source_name, verdict_text
 
 # An absolute path (/a/b, ~/b, file:///a/b), but not the path of a URL; the group is its last component.
 _PATH = re.compile(r"(?<![\w/.~-])(?!//)(?:file://)?~?/(?:[^\s/\"'`]+/)*([^\s/\"'`]+)/?")
@@ -26,11 +27,15 @@ def model_card(
     dtype: str,
     notes: Sequence[str],
     versions: Mapping[str, str],
+    licences: Mapping[str, Licence | None] | None = None,
+    name: str | None = None,
+    results: Sequence[Result] = (),
 ) -> str:
     """`digest` is the point's, None where the contents of its checkpoints were not hashed. `sources` says of
-    each checkpoint of the point where it came from. `notes` is what the reader must know: what was skipped,
-    forced or rounded.
+    each checkpoint of the point where it came from, `licences` what its own card says. `notes` is what the reader must
+    know: what was skipped, forced or rounded. `name` is the one on the Hub, and `results` its scores.
     """
+    licences = {source: (licences or {}).get(source) for source in point.sources()}
     names = _public_names(point)
 
     def public(text: str) -> str:
@@ -38,17 +43,29 @@ def model_card(
             text = text.replace(source, names[source])
         return _line(text)
 
-    hub = [source.split("@")[0] for source in point.sources() if is_hub_id(source)]
+    title = name.split("/")[-1] if name else f"{names[point.base]}, merged"
     sections = [
-        _front_matter(hub),
-        f"# {names[point.base]}, merged",
+        front_matter(
+            {
+                "library_name": "transformers",
+                **_origin([source.split("@")[0] for source in point.sources() if is_hub_id(source)]),
+                **licence_fields(list(licences.values())),
+                "tags": ["merge", "task-arithmetic", "rvdist"],
+                "model-index": model_index(title, results),
+            }
+        ),
+        f"# {_line(title)}",
         f"Weight arithmetic with [task vectors](https://arxiv.org/abs/2509.01363), written in {_line(dtype)}:",
         f"    θ = {formula(point, names)}",
-        "| checkpoint | part | from |\n|---|---|---|\n"
-        + "\n".join(f"| {names[s]} | {_part(point, s)} | {public(sources.get(s, ''))} |" for s in names),
+        _table(
+            ("checkpoint", "part", "from", "licence"),
+            [(names[s], _part(point, s), public(sources.get(s, "")), _licence(licences[s])) for s in names],
+        ),
     ]
     if point.method.name != "linear":
         sections.insert(-1, _method(point.method))
+    if results:
+        sections += ["## Results", *_results(results)]
     masks = [(i, term.mask) for i, term in enumerate(point.active_terms, 1) if term.mask != Mask()]
     if masks:
         sections += ["## Masks", "\n".join(f"- Term {i}, m = 1 on {_mask(mask)}; 0 elsewhere." for i, mask in masks)]
@@ -57,23 +74,112 @@ def model_card(
     sections += [
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'path = "."  # this directory, or its name on the Hub\n'
-        'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
+        + (f"path = {json.dumps(name)}\n" if name else 'path = "."  # this directory, or its name on the Hub\n')
+        + 'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
         "tokenizer = AutoTokenizer.from_pretrained(path)\n```",
         "## Reproduce",
         "Written by rvdist as the weight point below."
         + (f" Its digest, `{digest}`, depends on contents and coefficients, not on names." if digest else ""),
         f"```json\n{json.dumps(_renamed(point.to_json(), names), indent=2)}\n```",
-        "Versions: " + ", ".join(f"{_line(name)} {_line(version)}" for name, version in versions.items()) + ".",
+        _versions(versions),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(hub: Sequence[str]) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- merge", "- task-arithmetic", "- rvdist"]
-    if hub:
-        lines += ["base_model:", *(f"- {json.dumps(name)}" for name in dict.fromkeys(hub))]
-    return "\n".join([*lines, "---"])
+def vector_card(
+    description: Mapping[str, Any],
+    *,
+    versions: Mapping[str, str],
+    licences: Mapping[str, Licence | None] | None = None,
+    name: str | None = None,
+) -> str:
+    """`description` is what vector.json holds; `licences` are its donors', by their part in it (plus, minus)."""
+    donors: Mapping[str, Mapping[str, Any]] = description["donors"]
+    licences = {part: (licences or {}).get(part) for part in donors}
+    made_of = " − ".join(_line(donor["name"]) for donor in donors.values())
+    exact_for, skipped = description["exact_for"], description["skipped"]
+    rows = [
+        (_line(donor["name"]), part, _line(donor["revision"] or "a local directory"), _licence(licences[part]))
+        for part, donor in donors.items()
+    ]
+    sections = [
+        front_matter(
+            {
+                "library_name": "rvdist",
+                **_origin([donor["name"] for donor in donors.values() if donor["revision"]]),
+                **licence_fields(list(licences.values())),
+                "tags": ["task-vector", "task-arithmetic", "rvdist"],
+            }
+        ),
+        f"# {_line(name.split('/')[-1] if name else made_of)}",
+        "A [task vector](https://arxiv.org/abs/2509.01363): no model by itself, but what is added to one.",
+        f"    {_line(description['formula'])} = {made_of}",
+        _table(("checkpoint", "part", "revision", "licence"), rows),
+        "## How it is stored",
+        f"{len(description['tensors'])} tensors in {description['bytes']:,} bytes, "
+        f"{_storage(description['storage'])}. Against the donors the relative error, ‖stored − v‖ / ‖v‖, is "
+        f"{description['relative_error']:.3g}, the largest of an element "
+        f"{description['max_error']:.3g}; "
+        + (f"exact for {_line(exact_for)}." if exact_for else "it is not exact.")
+        + (f" {len(skipped)} tensors that are not floating-point were skipped." if skipped else "")
+        + " `vector.json` says so of every tensor.",
+        "## Use",
+        f"```sh\npython -m rvdist.launch vector.path={name or 'DIR'} target=DIR_OR_REPO alpha=1 output=DIR\n```",
+        _versions(versions),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _origin(hub: Sequence[str]) -> dict[str, Any]:
+    return {"base_model": list(dict.fromkeys(hub)), "base_model_relation": "merge"} if hub else {}
+
+
+def _storage(stored: Mapping[str, Any]) -> str:
+    dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(stored["dtype"], "their working precision")
+    if stored["rank"] is not None:
+        return f"matrices as two factors of rank {stored['rank']}, in {dtype}"
+    if stored["density"] is not None:
+        return f"of each the largest elements, a share of {stored['density']:g}, in {dtype}"
+    return f"every element in {dtype}"
+
+
+def _results(results: Sequence[Result]) -> list[str]:
+    """The table, and what its reader must know."""
+    rows = []
+    for result in results:
+        row, baseline = result.row, result.baseline
+        scale = Scale([one for one in (row, baseline) if one])
+        rows.append(
+            (
+                _line(task_name(row)),
+                _line(f"{row.metric} {scale.unit}".strip()),
+                str(row.n),
+                scale.score(baseline) if baseline else "",
+                scale.score(row),
+                scale.delta(row),
+                verdict_text(row),
+            )
+        )
+    head = ("task", "metric", "documents", "baseline [95 %]", "this [95 %]", "change [95 %]", "verdict")
+    said = ["Scored in place by vLLM and lm-eval; this and the baseline answered the same documents."]
+    if any(mark(result.row) for result in results):
+        said.append(MARK_NOTE)
+    return [_table(head, rows), " ".join(said)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" if cells else "|---" * len(head) + "|" for cells in (head, (), *rows))
+
+
+def _licence(licence: Licence | None) -> str:
+    if licence is None:
+        return "unknown"
+    text = _line(str(licence))
+    return f"[{text}]({licence.link})" if licence.link else text
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return "Versions: " + ", ".join(f"{_line(name)} {_line(version)}" for name, version in versions.items()) + "."
 
 
 def _public_names(point: WeightPoint) -> dict[str, str]:
@@ -145,5 +251,6 @@ def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _line(text: str) -> str:
-    """One line of Markdown, also inside a table, without absolute paths."""
-    return _PATH.sub(r"\1", printable(text)).replace("|", "\\|")
+    """One line of Markdown, also inside a table, without absolute paths, HTML, or links of its own."""
+    text = _PATH.sub(r"\1", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|\[\]])", r"\\\1", text)

@@ -30,6 +30,7 @@ def test_hub_card_names_its_base_models_and_formula():
         "library_name": "transformers",
         "tags": ["merge", "task-arithmetic", "rvdist"],
         "base_model": ["Qwen/Qwen2.5-1.5B-Instruct", "org/grpo", "org/sft"],
+        "base_model_relation": "merge",
     }
     assert "θ = Qwen/Qwen2.5-1.5B-Instruct − 0.5 · (org/grpo@main − org/sft)" in text
     assert "| org/sft | minus | revision 1234567 |" in text

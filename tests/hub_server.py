@@ -1,16 +1,20 @@
 """A real HTTP server that answers as the Hub does, from directories, counts what it sends, and fails when told to.
 
-It speaks the part of the Hub's API that huggingface_hub 2.4 uses for models: the listing of a revision, and files
-(HEAD and GET, commit and etag in headers, weights by a redirect to another origin that serves ranges).
+It speaks the part of the Hub's API that huggingface_hub 2.4 uses for models: the listing of a revision, files (HEAD and
+GET, commit and etag in headers, weights by a redirect to another origin that serves ranges), and, for the token, new
+repositories and branches, uploads of weights (LFS) and commits.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import socket
 import struct
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -29,23 +33,29 @@ class Request:
     range: str
     authorized: bool
     nbytes: int = 0
+    received: int = 0
 
 
 @dataclass
 class Failure:
-    """What goes wrong with the next `times` GET requests whose path or file contains `where`."""
+    """What goes wrong with the next `times` requests of this method whose path or file contains `where`."""
 
     where: str
-    kind: str  # stall, pause, reset, truncate, whole (no ranges), or an HTTP status
+    kind: str  # stall, pause, reset, truncate, whole (no ranges), or an HTTP status; of a PUT only stall, or a status
     times: int
+    method: str
     headers: dict[str, str]
 
 
 class HubServer:
-    """`publish` makes a directory a repository at a revision; `fail` injects failures; `requests` is what was asked."""
+    """`publish` makes a directory a repository at a revision; `fail` injects failures; `requests` is what was asked.
+    Whoever has the `token` may write."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = "hf_secret") -> None:
+        self.token = token
         self.requests: list[Request] = []
+        self.private: dict[str, bool] = {}
+        self._storage = Path(tempfile.mkdtemp(prefix="hub-"))
         self._failures: list[Failure] = []
         self._commits: dict[tuple[str, str], Path] = {}
         self._revisions: dict[tuple[str, str], str] = {}
@@ -67,17 +77,48 @@ class HubServer:
         commit = hashlib.sha1(made_of.encode()).hexdigest()
         self._commits[repository, commit] = path
         self._revisions[repository, revision] = self._revisions[repository, commit] = commit
+        self.private.setdefault(repository, False)
         self._blobs |= {digest: file for file, digest in files.items()}
         return commit
 
-    def fail(self, where: str, kind: str, times: int = 1, **headers: str) -> None:
+    def create(self, repository: str, private: bool) -> bool:
+        """A repository as a new one is; False if it is there already."""
+        if self.knows(repository):
+            return False
+        self.private[repository] = private
+        first = Path(tempfile.mkdtemp(dir=self._storage))
+        (first / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        self.publish(repository, first)
+        return True
+
+    def stored(self, digest: str) -> Path:
+        """Where an uploaded weight file lies, or would."""
+        return self._storage / digest
+
+    def change(self, repository: str, revision: str, operations: list[tuple[str, dict[str, str]]]) -> str:
+        """A commit on top of another. Returns its name."""
+        root = Path(tempfile.mkdtemp(dir=self._storage))
+        shutil.copytree(self.root(repository, self._revisions[repository, revision]), root, dirs_exist_ok=True)
+        for kind, value in operations:
+            file = root / value["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "file":
+                file.write_bytes(base64.b64decode(value["content"]))
+            elif kind == "lfsFile":
+                shutil.copyfile(self.stored(value["oid"]), file)
+            elif kind == "deletedFile":
+                file.unlink()
+        return self.publish(repository, root, revision)
+
+    def fail(self, where: str, kind: str, times: int = 1, method: str = "GET", **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self._failures.append(Failure(where, kind, times, named))
+        self._failures.append(Failure(where, kind, times, method, named))
 
     def failure(self, request: Request) -> Failure | None:
         with self._lock:
             for failure in self._failures:
-                if failure.times and request.method == "GET" and failure.where in request.path + " " + request.file:
+                where = request.path + " " + request.file
+                if failure.times and request.method == failure.method and failure.where in where:
                     failure.times -= 1
                     return failure
         return None
@@ -93,6 +134,7 @@ class HubServer:
         self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
+        shutil.rmtree(self._storage, ignore_errors=True)
 
     def commit(self, repository: str, revision: str) -> str | None:
         return self._revisions.get((repository, revision))
@@ -124,8 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.request_ = Request(self.command, path, "", self.headers.get("Range", ""), "Authorization" in self.headers)
         hub.requests.append(self.request_)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
-            return self._listing(hub, *match.groups())
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self._listing(hub, match[1], match[2] or "main")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(hub, *match.groups())
         if match := re.fullmatch(r"/warehouse/([0-9a-f]{64})", path):
@@ -147,7 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if file.suffix == ".safetensors":
                     entry["lfs"] = {"sha256": sha256(file), "size": file.stat().st_size, "pointerSize": 130}
                 siblings.append(entry)
-        listing = {"id": repository, "modelId": repository, "sha": commit, "private": False, "siblings": siblings}
+        private = hub.private[repository]
+        listing = {"id": repository, "modelId": repository, "sha": commit, "private": private, "siblings": siblings}
         self._body(hub, json.dumps(listing).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, hub: HubServer, repository: str, revision: str, name: str) -> None:
@@ -164,6 +207,95 @@ class _Handler(BaseHTTPRequestHandler):
         digest = sha256(file)
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(file.stat().st_size)}
         self._head(302, common | linked | {"Location": f"{hub.warehouse}/warehouse/{digest}", "Content-Length": "0"})
+
+    def do_PUT(self) -> None:
+        """A weight file, to an address that needs no token."""
+        hub: HubServer = self.server.hub
+        path = unquote(urlsplit(self.path).path)
+        request = Request(self.command, path, "", "", "Authorization" in self.headers)
+        hub.requests.append(request)
+        failure = hub.failure(request)
+        length = int(self.headers["Content-Length"])
+        if failure and failure.kind == "stall":
+            request.received = len(self.rfile.read(length // 2))
+            hub.stopped.wait(600)
+            return
+        body = self.rfile.read(length)
+        request.received = len(body)
+        if failure:
+            return self._refuse(int(failure.kind), headers=failure.headers)
+        digest = path.removeprefix("/upload/")
+        if hashlib.sha256(body).hexdigest() != digest:
+            return self._refuse(400)
+        hub.stored(digest).write_bytes(body)
+        self._head(200, {"Content-Length": "0"})
+
+    def do_POST(self) -> None:
+        hub: HubServer = self.server.hub
+        path = unquote(urlsplit(self.path).path)
+        request = Request(self.command, path, "", "", "Authorization" in self.headers)
+        hub.requests.append(request)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request.received = len(body)
+        if failure := hub.failure(request):
+            return self._refuse(int(failure.kind), headers=failure.headers)
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._refuse(401)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            made = hub.create(name, asked.get("visibility") == "private" or asked.get("private", False))
+            return self._json(hub, {"url": f"{hub.endpoint}/{name}"}, 200 if made else 409)
+        if path == "/api/validate-yaml":
+            return self._json(hub, {"errors": [], "warnings": []})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path):
+            name, act, revision = match.groups()
+            if not hub.knows(name):
+                return self._refuse(404, "RepoNotFound")
+            return {"branch": self._branch, "preupload": self._preupload, "commit": self._commit}[act](
+                hub, name, revision, body
+            )
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._batch(hub, json.loads(body))
+        self._refuse(404)
+
+    def _branch(self, hub: HubServer, name: str, branch: str, body: bytes) -> None:
+        if hub.commit(name, branch):
+            return self._refuse(409)
+        hub.publish(name, hub.root(name, hub.commit(name, "main")), branch)
+        self._json(hub, {})
+
+    def _preupload(self, hub: HubServer, name: str, revision: str, body: bytes) -> None:
+        root = hub.root(name, hub.commit(name, revision))
+        files = []
+        for file in json.loads(body)["files"]:
+            weights, there = file["path"].endswith(".safetensors"), root / file["path"]
+            entry = {"path": file["path"], "uploadMode": "lfs" if weights else "regular", "shouldIgnore": False}
+            if there.is_file():
+                entry["oid"] = sha256(there) if weights else git_id(there)
+            files.append(entry)
+        self._json(hub, {"files": files})
+
+    def _batch(self, hub: HubServer, asked: dict) -> None:
+        objects = []
+        for one in asked["objects"]:
+            entry = {"oid": one["oid"], "size": one["size"]}
+            if not hub.stored(one["oid"]).exists():
+                entry["actions"] = {"upload": {"href": f"{hub.warehouse}/upload/{one['oid']}"}}
+            objects.append(entry)
+        self._json(hub, {"transfer": "basic", "objects": objects})
+
+    def _commit(self, hub: HubServer, name: str, revision: str, body: bytes) -> None:
+        header, *operations = [json.loads(line) for line in body.splitlines()]
+        if header["value"].get("parentCommit") not in (None, hub.commit(name, revision)):
+            return self._refuse(412)
+        commit = hub.change(name, revision, [(one["key"], one["value"]) for one in operations])
+        self._json(hub, {"success": True, "commitUrl": f"{hub.endpoint}/{name}/commit/{commit}", "commitOid": commit})
+
+    def _json(self, hub: HubServer, content: dict, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
 
     def _body(self, hub: HubServer, body: bytes, headers: dict[str, str]) -> None:
         status = 200
