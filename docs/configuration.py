@@ -49,7 +49,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "analyze": "what the analyze stage looks at (docs/anatomy.md)",
         "benchmarks": "what is asked (docs/benchmarks.md)",
         "engine": "the vLLM engines (docs/fleet.md)",
-        "cluster": "the Ray cluster (docs/merge.md)",
+        "cluster": "the Ray cluster (docs/clusters.md)",
         "compat": "which vectors may be added to which target (docs/formats.md)",
         "cache": "what is kept between runs",
         "log": "what is printed: text, or a JSON object a line and nothing else (docs/logs.md)",
@@ -127,7 +127,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "replay": "a run directory or lm-eval's log of samples that answers instead of engines; null: none",
     },
     config.ClusterConfig: {
-        "address": "local: a cluster of this machine that ends with the run; auto, or `ray://host:port`: one that runs",
+        "address": "local: a cluster of this machine that ends with the run (in a Ray job: its own); auto, or `host:port`",
         "nodes": "wait for so many; of a plan without a cluster: so many like this machine",
         "timeout": "seconds to wait for nodes, workers and engines",
     },

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rvdist import __version__, compat, config
+from rvdist import __version__, cluster, compat, config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
@@ -30,6 +30,8 @@ from rvdist.progress import Bar
 from rvdist.run import Run, Scores, versions
 from rvdist.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.warm import Warm
+
+_CONFIG = "config.yaml"
 
 
 def run_stages(settings: Config, directory: Path, command: Sequence[str], log: Log | None = None) -> float | None:
@@ -69,6 +71,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
         jobs = _each(jobs, failed, lambda run: examination.join(run) if run.arms else None)
         jobs = _each(jobs, failed, lambda run: examination.join(run.reader) if run.reader else None)
     jobs = _each(jobs, failed, lambda run: _begin(run, warm))
+    _tell_who_is_blind([run for run in jobs if _needs_ray(run)], warm)
     if any(run.examined for run in jobs):
         from rvdist.analysis import analyse
         from rvdist.connectivity import measure
@@ -137,6 +140,8 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
     saved = config.saved(settings)
     examined = config.examined(settings) if "analyze" in stages else {}
     lines = config.lines(settings) if examined and settings.analyze.text else {}
+    if stages != ["plan"]:
+        _require_kept(run, written, saved)
     with run.timing.phase("index"):
         vector = _index_vector(run, saved, written) if saved and "merge" in stages else None
         on_lines = [arm.point for line in lines.values() for arm in line]
@@ -184,6 +189,25 @@ def _begin(run: Run, warm: Warm) -> None:
     if _needs_ray(run):
         warm.resources()
     _write_config(run)
+
+
+def _tell_who_is_blind(runs: Sequence[Run], warm: Warm) -> None:
+    """Says so where run directories are not on a file system that all nodes share; those of one command are alike."""
+    if runs and len(warm.resources().nodes) > 1 and (blind := cluster.blind_nodes(runs[0].directory / _CONFIG)):
+        runs[0].note(
+            f"{runs[0].directory.absolute()}: the run directory is written here and not seen on other nodes "
+            f"({', '.join(blind)}); hydra.run.dir=DIRECTORY on a file system that all nodes share puts it there"
+        )
+
+
+def _require_kept(run: Run, outputs: Collection[Path], saved: config.Saved | None) -> None:
+    """Nothing is written where Ray deletes it."""
+    places = [("output", output) for output in outputs] + ([("vector.save", saved.directory)] if saved else [])
+    for key, path in [*places, ("hydra.run.dir (with -m hydra.sweep.dir)", run.directory)]:
+        if cluster.is_temporary(path):
+            raise BadInput(
+                f"{key}: {path} is in the working directory of a Ray job and deleted with it; give an absolute path"
+            )
 
 
 def _promised_already(written: Mapping[Path, WeightPoint], promised: Mapping[Path, WeightPoint]) -> set[Path]:
@@ -367,7 +391,7 @@ def _card(run: Run, point: WeightPoint) -> str:
 def _write_config(run: Run) -> None:
     run.log.keep(run.directory)
     run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run.settings)))
+    (run.directory / _CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run.settings)))
 
 
 def _report(run: Run) -> None:

@@ -37,8 +37,8 @@ MAY_IMPORT = {
     "connectivity": {"config", "evaluation", "point", "report", "run"},
     "analysis": {"anatomy", "checkpoint", "progress", "report", "run"},
     "stages": {
-        "analysis", "checkpoint", "compat", "config", "connectivity", "errors", "evaluation", "log", "merge",
-        "point", "preview", "progress", "racing", "report", "run", "timing", "vector", "warm",
+        "analysis", "checkpoint", "cluster", "compat", "config", "connectivity", "errors", "evaluation", "log",
+        "merge", "point", "preview", "progress", "racing", "report", "run", "timing", "vector", "warm",
     },
     "api": {"arithmetic", "config", "errors", "log", "point", "record", "report", "run", "stages", "timing", "warm"},
     "verify": {"arithmetic", "checkpoint", "errors"},
