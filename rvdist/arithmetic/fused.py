@@ -1,7 +1,8 @@
 """The one loop most merges spend their arithmetic in: linear sums of bf16 tensors, compiled.
 
 Does in one pass over a core's nearest cache what `combine` does in one pass over memory for every operation,
-with the same roundings: LLVM fuses no multiply and add unless told to. So its bytes equal `combine`'s.
+with the same roundings: LLVM fuses no multiply and add unless told to. So its bytes equal `combine`'s. Sums of 32 bits
+are 64 in numba, which halves what a vector register holds: the rounding casts them back.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ def _linear(base, plus, minus, alphas, out):  # type: ignore[no-untyped-def]
         found = np.uint32(0)
         for i in range(n):
             u = _as_bits(total[i])
-            rounded = (u + np.uint32(0x7FFF) + ((u >> half) & np.uint32(1))) >> half
+            rounded = np.uint32(np.uint32(u + np.uint32(0x7FFF) + ((u >> half) & np.uint32(1))) >> half)
             if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
                 rounded = np.uint32(0x7FC0)  # a NaN stays one
             o[i] = np.uint16(rounded)
-            found += np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80))
+            found = np.uint32(found + np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)))
         nonfinite += found
     return nonfinite
