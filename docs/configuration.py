@@ -32,9 +32,16 @@ MEANINGS: dict[type, dict[str, str]] = {
         "vector": "the vector",
         "vectors": "several vectors, added together, instead of `vector`",
         "alpha": "α of what is written, times the `alpha` of each entry of `vectors`; of a list each is an output",
-        "batch": "several merges as one plan: every source byte is read once",
+        "batch": "several merges as one plan, of which one may fail alone: every source byte is read once "
+        "(docs/batches.md)",
+        "recipe": "a mergekit recipe (YAML) that says what is merged, instead of target, vector and alpha "
+        "(docs/recipes.md)",
         "stages": "what to do; null: merge if there is something to write, evaluate and report if there are tasks",
-        "output": "the directory to write, with `{alpha}` and `{target}` filled in; `/dev/null` keeps nothing",
+        "output": "the directory to write, with `{alpha}`, `{target}`, `{vector}` and `{recipe}` filled in; "
+        "`/dev/null` keeps nothing",
+        "publish": "upload what was written to this Hub repository: `org/name` or `org/name@branch`, filled in like "
+        "`output` (docs/publishing.md)",
+        "hub": "how `publish` uploads",
         "overwrite": "replace a checkpoint that stands at `output`",
         "max_shard_size": "the largest weight file of an output; null: sharded as the target is",
         "dtype": "of the output; null: the target's own",
@@ -139,18 +146,25 @@ MEANINGS: dict[type, dict[str, str]] = {
         "dir": "where digests of files and answered samples are kept",
         "samples": "keep answers, and use those that are there",
     },
-    config.BatchConfig: {
-        "target": "null, here and below: as at the top level",
-        "vector": "of this merge",
-        "vectors": "of this merge",
-        "alpha": "of this merge",
-        "output": "of this merge",
+    config.HubConfig: {
+        "private": "create a repository that only its members see",
+        "confirmed": "upload without asking; without a terminal to ask at nothing is uploaded unless this is set",
     },
+    config.BatchConfig: {
+        "target": "checkpoints, each with every vector and α; null, here and below: as at the top level",
+        "vector": "of these merges",
+        "vectors": "of these merges, added together",
+        "each": "several vectors, each for merges of its own",
+        "alpha": "of these merges",
+        "output": "of these merges",
+    },
+    config.EachConfig: {"name": "what `{vector}` stands for; null: the last part of plus or path"},
 }
 
 _TYPES = {  # what the schema cannot say
     (config.Config, "alpha"): "number, or a list of them",
     (config.BatchConfig, "alpha"): "number, or a list of them",
+    (config.BatchConfig, "target"): "text, or a list of them",
     (config.Config, "max_shard_size"): "bytes, or a text like 5GB or 512MiB",
 }
 _CHOICES = {

@@ -10,13 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rvdist.errors import BadInput
 from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 
-STAGES = ("plan", "merge", "analyze", "evaluate", "report")
+STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
 DEVICES = ("cpu", "cuda")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EXTRA_ROWS = ("refuse", "keep")
@@ -26,7 +27,11 @@ SEARCHES = ("racing",)
 LOGS = ("text", "json")
 BASELINE = "baseline"
 PLAIN = "plain"
+RECIPE = "recipe"
+PLACEHOLDERS = "{alpha}, {target}, {vector} or {recipe}"
 MOST_CANDIDATES = 1000
+_NAME = r"\w([\w.-]{0,94}\w)?"
+_REPOSITORY = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}/{_NAME}(@\w[\w.-]*(/\w[\w.-]*)*)?", re.ASCII)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -156,12 +161,24 @@ class CacheConfig:
 
 
 @dataclass
-class BatchConfig:
-    """One entry of `batch`: what it leaves out is as at the top level."""
+class HubConfig:
+    private: bool = False
+    confirmed: bool = False
 
-    target: str | None = None
-    vector: VectorConfig | None = None
+
+@dataclass
+class EachConfig(DonorsConfig):
+    name: str | None = None
+
+
+@dataclass
+class BatchConfig:
+    """One entry of `batch`: every target with every vector and every α. What it leaves out is as at the top level."""
+
+    target: Any = None
+    vector: DonorsConfig | None = None
     vectors: list[WeightedVectorConfig] | None = None
+    each: list[EachConfig] | None = None
     alpha: Any = None
     output: str | None = None
 
@@ -173,8 +190,11 @@ class Config:
     vectors: list[WeightedVectorConfig] = field(default_factory=list)
     alpha: Any = 1.0
     batch: list[BatchConfig] = field(default_factory=list)
+    recipe: str | None = None
     stages: list[str] | None = None
     output: str | None = None
+    publish: str | None = None
+    hub: HubConfig = field(default_factory=HubConfig)
     overwrite: bool = False
     max_shard_size: Any = None
     dtype: str | None = None
@@ -200,6 +220,7 @@ def stages(config: Config) -> list[str]:
     if config.stages is None:
         merges = bool(config.batch) or config.output is not None or config.vector.save is not None
         chosen = ["merge"] * merges + ["evaluate", "report"] * bool(config.benchmarks.tasks)
+        chosen += ["publish"] * (config.publish is not None)
         if not chosen:
             raise BadInput("nothing to do; set output=DIRECTORY to merge, or benchmarks=… to evaluate")
         return chosen
@@ -213,6 +234,10 @@ def stages(config: Config) -> list[str]:
         raise BadInput("benchmarks.tasks is empty; the evaluate stage needs benchmarks=… or benchmarks.tasks=[…]")
     if "report" in chosen and not {"evaluate", "analyze"} & set(chosen):
         raise BadInput("stages: report needs evaluate or analyze")
+    if "publish" in chosen and config.publish is None:
+        raise BadInput("publish is not set; the publish stage needs publish=ORG/NAME")
+    if "publish" in chosen and "merge" not in chosen:
+        raise BadInput("stages: publish needs merge; what is finished is not merged again")
     return chosen
 
 
@@ -250,10 +275,10 @@ def point(config: Config, alpha: float) -> WeightPoint:
             terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
-    return WeightPoint(config.target, tuple(terms), _method(config.merge))
+    return WeightPoint(config.target, tuple(terms), method(config.merge))
 
 
-def _method(merge: MergeConfig) -> MethodSpec:
+def method(merge: MergeConfig) -> MethodSpec:
     """What it has no use for stays at its default: points that are computed alike are equal. Raises BadInput."""
     if merge.method not in METHODS:
         raise BadInput(f"merge.method: {merge.method!r} is not one of {', '.join(METHODS)}")
@@ -300,41 +325,71 @@ def _mask(mask: MaskConfig, key: str) -> Mask:
         raise BadInput(f"{key.removesuffix('.mask')}: {error}") from None
 
 
-def jobs(config: Config) -> list[Config]:
-    """The merges a configuration asks for: itself, or one for each entry of `batch`. Raises BadInput."""
-    if not config.batch:
-        return [config]
-    found = []
-    for number, entry in enumerate(config.batch):
-        set_here = {key: value for key, value in vars(entry).items() if value is not None}
-        if "vector" in set_here or "vectors" in set_here:
-            set_here = {"vector": VectorConfig(), "vectors": []} | set_here
-        job = replace(config, batch=[], **set_here)
-        for key in ("target", "output"):
-            if not getattr(job, key):
-                raise BadInput(f"batch[{number}].{key} is not set, nor is {key}; set one of them")
-        found.append(job)
-    return found
-
-
-def outputs(config: Config) -> dict[Path, WeightPoint]:
-    """What the merge stage writes: directory → point. Raises BadInput where a vector or a placeholder lacks
-    or two points would share a directory."""
+def outputs(config: Config, recipe: WeightPoint | None = None) -> dict[Path, WeightPoint]:
+    """What the merge stage writes: directory → point, that of a `recipe` where there is one. Raises BadInput where a
+    vector or a placeholder lacks or two points would share a directory."""
     found: dict[Path, WeightPoint] = {}
-    for job in jobs(config):
-        assert job.output is not None
-        for alpha in alphas(job.alpha):
-            merged = point(job, alpha)
-            if not merged.terms:
-                raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
-            target = Path(job.target).name
-            directory = Path(job.output.replace("{alpha}", spell(alpha)).replace("{target}", target)).absolute()
-            if directory in found:
-                raise BadInput(
-                    f"output: several points would be written to {directory}; put {{alpha}} or {{target}} into it"
-                )
-            found[directory] = merged
+    assert config.output is not None
+    for alpha in alphas(config.alpha):
+        merged = recipe or point(config, alpha)
+        if not merged.terms:
+            raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
+        directory = Path(_filled(config, config.output, merged, alpha)).absolute()
+        if directory in found:
+            raise BadInput(f"output: several points would be written to {directory}; put {PLACEHOLDERS} into it")
+        found[directory] = merged
     return found
+
+
+def _filled(config: Config, text: str, merged: WeightPoint, alpha: float) -> str:
+    named = {"{alpha}": spell(alpha), "{target}": Path(merged.base).name, "{vector}": called(merged)}
+    for placeholder, name in (named | {"{recipe}": Path(config.recipe or "").stem}).items():
+        text = text.replace(placeholder, name)
+    return text
+
+
+def published(config: Config, recipe: WeightPoint | None = None) -> dict[Path, str]:
+    """What the publish stage uploads, and where to: directory → `org/name` or `org/name@branch`. Raises BadInput."""
+    assert config.publish is not None
+    own = saved(config)
+    found = {own.directory: config.publish} if own else {}
+    for alpha in alphas(config.alpha) if config.output else []:
+        merged = recipe or point(config, alpha)
+        assert config.output is not None
+        directory = Path(_filled(config, config.output, merged, alpha)).absolute()
+        found[directory] = _filled(config, config.publish, merged, alpha)
+    if not found:
+        raise BadInput("publish uploads what was written; set output=DIRECTORY or vector.save=DIRECTORY")
+    for repository in found.values():
+        if not _REPOSITORY.fullmatch(repository):
+            raise BadInput(
+                f"publish: {repository!r} is not the name of a repository; write it as ORG/NAME or ORG/NAME@BRANCH, of "
+                "letters, digits, '-', '_' and '.'"
+            )
+    names = [repository.casefold() for repository in found.values()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadInput(
+            f"publish: several outputs would be uploaded to {twice[0]}; put {PLACEHOLDERS} into the name, or publish "
+            "the vector by a run of its own"
+        )
+    return found
+
+
+def called(merged: WeightPoint) -> str:
+    """What `{vector}` stands for: the name of what each vector leads to."""
+    return "+".join(dict.fromkeys(Path(term.vector.plus).name for term in merged.terms))
+
+
+def require_recipe_alone(config: Config) -> None:
+    """Raises BadInput where something is set that a recipe says itself."""
+    default = Config()
+    for key in (
+        "target", "vector", "vectors", "batch", "alpha", "arms", "sweep.alphas", "search.method", "merge.method",
+        "merge.density",
+    ):  # fmt: skip
+        of = attrgetter(key)
+        if of(config) != of(default):
+            raise BadInput(f"recipe and {key} are both set, and a recipe says what is merged; leave {key} out")
 
 
 def examined(config: Config) -> dict[str, WeightPoint]:
@@ -380,9 +435,10 @@ def _at(term: Term, share: float) -> tuple[Term, ...]:
     return (replace(term, alpha=share * term.alpha),) if share else ()
 
 
-def arms(config: Config) -> list[Arm]:
+def arms(config: Config, recipe: WeightPoint | None = None) -> list[Arm]:
     """What the evaluate stage scores, the baseline first: the listed `arms`, if there are any, and every α of
-    `sweep.alphas`; else the target itself and every α, or of a search every candidate. Raises BadInput."""
+    `sweep.alphas`; else the target itself and every α, or of a search every candidate, or the point of a `recipe`.
+    Raises BadInput."""
     searched, swept = config.search.method, config.sweep.alphas
     if config.arms and searched:
         raise BadInput("arms and search.method are both set; a search makes its own arms, so leave one out")
@@ -390,6 +446,7 @@ def arms(config: Config) -> list[Arm]:
         listed = [_listed(config, entry, number) for number, entry in enumerate(config.arms)]
     else:
         listed = [Arm(BASELINE, WeightPoint(config.target), alpha=0.0)]
+    listed += [Arm(RECIPE, recipe)] if recipe else []
     has_vector = bool(point(config, 1.0).terms)
     if searched and not has_vector:
         raise BadInput("search.method is set, and no vector; give vector.plus and vector.minus, or vector.path")
@@ -505,9 +562,6 @@ class Saved:
 def saved(config: Config) -> Saved | None:
     """What `vector.save` asks for. Raises BadInput."""
     own = config.vector
-    for number, entry in enumerate(config.batch):
-        if entry.vector and entry.vector.save:
-            raise BadInput(f"batch[{number}].vector.save: a batch only merges; save the vector by a run of its own")
     if own.save is None:
         for key in ("dtype", "rank", "density"):
             if getattr(own, key) is not None:

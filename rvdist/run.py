@@ -15,7 +15,7 @@ from rvdist import __version__
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.config import Config
 from rvdist.log import Log
-from rvdist.point import Arm, WeightPoint
+from rvdist.point import Arm, Vector, WeightPoint
 from rvdist.record import Record, TaskInfo
 from rvdist.timing import Timing
 
@@ -42,9 +42,9 @@ class Scores:
 class Run:
     """One job. `timing` and `log` are shared by the jobs of one command. `sources` by name; `notes` and `digests` by
     point; `written` is what its merge stage still has to write, `arms` what it scores: those of `settings`, unless they
-    are given. `examined` names vectors by points that have just one; `anatomy` is what was found of them, in sentences,
-    `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is the run that reads a text along
-    lines between models."""
+    are given. `asked` is the configuration that is recorded, where `settings` follow from it. `examined` names vectors
+    by points that have just one; `anatomy` is what was found of them, in sentences, `figures` show it, as PNG, and
+    `tables` tell it (title, head, rows). `reader` is the run that reads a text along lines between models."""
 
     settings: Config
     directory: Path
@@ -54,7 +54,9 @@ class Run:
     sources: dict[str, Checkpoint] = field(default_factory=dict)
     notes: dict[WeightPoint, tuple[str, ...]] = field(default_factory=dict)
     digests: dict[WeightPoint, str] = field(default_factory=dict)
+    asked: Config | None = None
     written: Mapping[Path, WeightPoint] = field(default_factory=dict)
+    published: Mapping[Path, WeightPoint | Vector] = field(default_factory=dict)
     arms: Sequence[Arm] = ()
     examined: Mapping[str, WeightPoint] = field(default_factory=dict)
     anatomy: Sequence[str] = ()

@@ -1,4 +1,5 @@
-"""What a command does, stage by stage: index → plan → merge → evaluate → report. Each stage is a call into its room.
+"""What a command does, stage by stage: index → plan → merge → evaluate → report → publish. Each stage is a
+call into its room.
 
 The jobs of a command are run together: their merges as one plan, their arms on one warm fleet.
 """
@@ -6,16 +7,19 @@ The jobs of a command are run together: their merges as one plan, their arms on 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from rvdist import __version__, cluster, compat, config
-from rvdist.checkpoint.directory import Checkpoint
+from rvdist.batch import Part, conclude, is_batch, parts
+from rvdist.checkpoint.artifact import DESCRIPTION
+from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import discards, require_free
@@ -27,6 +31,8 @@ from rvdist.merge.plan import Plan, build_plan
 from rvdist.point import Arm, Rename, Vector, WeightPoint
 from rvdist.preview import print_plan
 from rvdist.progress import Bar
+from rvdist.recipe import read_recipe
+from rvdist.report.metadata import Result, licence_of
 from rvdist.run import Run, Scores, versions
 from rvdist.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.warm import Warm
@@ -57,11 +63,15 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     """Runs some jobs together, the `last` that need what is warm. Returns the mean primary score of each, None where
     nothing is scored, or what it failed of; that leaves the others alone."""
     failed: dict[Run, Exception] = {}
-    promised: dict[Path, WeightPoint] = {}
+    batches: dict[Run, list[Part]] = {}
+    known = _Known()
     for run in runs:
         run.log.record("begin", run.command, directory=str(run.directory), version=__version__)
-    jobs = _each(runs, failed, lambda run: _prepare(run, promised))
-    jobs = [run for run in jobs if run.written or run.arms or run.examined]
+    _each([run for run in runs if is_batch(run.settings)], failed, lambda run: batches.update({run: parts(run)}))
+    jobs = [job for run in runs if run not in failed for job in (_jobs(batches[run]) if run in batches else [run])]
+    jobs = _each(jobs, failed, lambda run: _prepare(run, known))
+    jobs = _show_plans(jobs, failed)
+    jobs = [run for run in jobs if run.written or run.arms or run.examined or run.published]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
     if any(run.arms or run.reader for run in jobs):
         from rvdist.evaluation import Examination, objective
@@ -70,7 +80,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
         examination = Examination(warm)
         jobs = _each(jobs, failed, lambda run: examination.join(run) if run.arms else None)
         jobs = _each(jobs, failed, lambda run: examination.join(run.reader) if run.reader else None)
-    jobs = _each(jobs, failed, lambda run: _begin(run, warm))
+    jobs = _each(jobs, failed, lambda run: _begin(run, warm, known))
     _tell_who_is_blind([run for run in jobs if _needs_ray(run)], warm)
     if any(run.examined for run in jobs):
         from rvdist.analysis import analyse
@@ -89,9 +99,11 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     if last:
         warm.finish()
     jobs = _each(jobs, failed, _report)
+    jobs = _each(jobs, failed, lambda run: _publish(run, known) if run.published else None)
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
+    _each(list(batches), failed, lambda run: conclude(run, batches[run], failed))
     found = [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]
     for run, ended in zip(runs, found, strict=True):
         _tell_end(run, ended)
@@ -106,6 +118,37 @@ def _tell_end(run: Run, found: float | Exception | None) -> None:
         run.log.record("end", "done", directory=where, objective=found)
 
 
+@dataclass
+class _Known:
+    """What the jobs of a command find out or do once for all of them: who writes what, run directories that are begun
+    and notes told of them, sources by name and renaming, and whether a point's vectors may be applied, whatever α."""
+
+    promised: dict[Path, WeightPoint] = field(default_factory=dict)
+    repositories: dict[Path, str] = field(default_factory=dict)
+    begun: set[Path] = field(default_factory=set)
+    told: set[tuple[Path, str]] = field(default_factory=set)
+    _opened: dict[tuple[str, Rename], Checkpoint] = field(default_factory=dict)
+    _reports: dict[tuple[WeightPoint, bool, bool], compat.Compatibility] = field(default_factory=dict)
+
+    def open(self, source: str, rename: Rename = ()) -> Checkpoint:
+        if (source, rename) not in self._opened:
+            self._opened[source, rename] = open_source(source, rename)
+        return self._opened[source, rename]
+
+    def check(self, run: Run, point: WeightPoint) -> compat.Compatibility:
+        """Raises BadInput where the point must not be computed."""
+        settings = run.settings
+        line = WeightPoint(point.base, tuple(replace(term, alpha=1.0) for term in point.terms))
+        key = (line, settings.compat.force, config.keeps_extra_rows(settings))
+        if key not in self._reports:
+            self._reports[key] = compat.check(line, run.sources, *key[1:])
+        return self._reports[key]
+
+
+def _jobs(made: Sequence[Part]) -> list[Run]:
+    return [part.run for part in made if isinstance(part.run, Run)]
+
+
 def _each(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[[Run], None]) -> list[Run]:
     """Takes a step with each; the others are `failed`. Returns those that go on."""
     for run in runs:
@@ -117,7 +160,7 @@ def _each(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[[Run
 
 
 def _together(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[[Sequence[Run]], None]) -> None:
-    """Takes a step with all of them at once; where that fails, with each alone, so that one does not lose the
+    """Takes a step with all of them at once; where that fails, with either half, so that one does not lose the
     others."""
     try:
         if runs:
@@ -126,27 +169,36 @@ def _together(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[
         if len(runs) == 1:
             failed[runs[0]] = error
         else:
-            for run in runs:
-                _together([run], failed, step)
+            _together(runs[: len(runs) // 2], failed, step)
+            _together(runs[len(runs) // 2 :], failed, step)
 
 
-def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
-    """Index and plan. What other jobs have `promised` to write is not written again."""
+def _prepare(run: Run, known: _Known) -> None:
+    """Index and plan. What other jobs have promised to write is not written again."""
+    recipe = _recipe(run, run.settings.recipe, known) if run.settings.recipe else None
     settings = run.settings
     stages = config.stages(settings)
-    merges = (settings.output or settings.batch) and {"plan", "merge"} & set(stages)
-    written = run.written or (config.outputs(settings) if merges else {})
-    arms = run.arms or (config.arms(settings) if "evaluate" in stages else [])
+    merges = settings.output and {"plan", "merge"} & set(stages)
+    written = run.written or (config.outputs(settings, recipe) if merges else {})
+    arms = run.arms or (config.arms(settings, recipe) if "evaluate" in stages else [])
     saved = config.saved(settings)
     examined = config.examined(settings) if "analyze" in stages else {}
     lines = config.lines(settings) if examined and settings.analyze.text else {}
     if stages != ["plan"]:
         _require_kept(run, written, saved)
+    if "publish" in stages:
+        from rvdist.publish import require
+
+        repositories = config.published(settings, recipe)
+        require(run, repositories, known.repositories)
+        known.repositories |= repositories
     with run.timing.phase("index"):
         vector = _index_vector(run, saved, written) if saved and "merge" in stages else None
         on_lines = [arm.point for line in lines.values() for arm in line]
-        _index(run, [*written.values(), *(arm.point for arm in arms), *examined.values(), *on_lines])
+        _index(run, [*written.values(), *(arm.point for arm in arms), *examined.values(), *on_lines], known)
         written = {output: compat.settle(point, run.sources) for output, point in written.items()}
+        if "publish" in stages:
+            run.published = written | ({saved.directory: vector} if saved and vector else {})
         run.examined = {name: compat.settle(point, run.sources) for name, point in examined.items()}
         run.arms = [_settled(run, arm) for arm in arms]
         used = {source for point in run.notes for source in point.sources()} | set(vector.sources() if vector else ())
@@ -154,14 +206,13 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
     with run.timing.phase("plan"):
         config.require_resources(settings)
         plan = _plan([run], written)
-        if complete := _complete(run, plan) | _promised_already(written, promised):
+        if complete := _complete(run, plan) | _promised_already(written, known.promised):
             written = {output: point for output, point in written.items() if output not in complete}
             plan = _plan([run], written)
         for output in {output for output in written if not discards(output)}:
             _require_no_source(run, output)
             require_free(output, settings.overwrite)
-    if "plan" in stages:
-        print_plan(run, plan)
+            _require_place(output)
     if saved and vector:
         _save_vector(run, saved, vector)
     if run.arms or lines:
@@ -171,9 +222,28 @@ def _prepare(run: Run, promised: dict[Path, WeightPoint]) -> None:
         from rvdist.connectivity import reader
 
         run.reader = reader(run, {name: [_settled(run, arm) for arm in line] for name, line in lines.items()})
+    run.written = written
     if "merge" in stages:
-        run.written = written
-        promised |= written
+        known.promised |= written
+
+
+def _recipe(run: Run, file: str, known: _Known) -> WeightPoint:
+    """What a mergekit recipe asks for; its base is the target, its dtype that of the output if `dtype` is not set."""
+    run.asked = settings = run.settings
+    config.require_recipe_alone(settings)
+    found = read_recipe(Path(file).expanduser(), lambda base: known.open(base).tensors, settings.merge.seed)
+    run.settings = replace(settings, target=found.point.base, dtype=settings.dtype or found.dtype)
+    return found.point
+
+
+def _show_plans(runs: Sequence[Run], failed: dict[Run, Exception]) -> list[Run]:
+    """Prints one plan for all that are merged as one. Returns the runs that go on, with what they still write."""
+    for alike in _alike([run for run in runs if "plan" in config.stages(run.settings)]):
+        _together(alike, failed, lambda some: print_plan(some[0], _plan(some, _outputs(some))))
+    for run in runs:
+        if "merge" not in config.stages(run.settings):
+            run.written = {}
+    return [run for run in runs if run not in failed]
 
 
 def _settled(run: Run, arm: Arm) -> Arm:
@@ -184,11 +254,13 @@ def _needs_ray(run: Run) -> bool:
     return bool(run.written or run.arms or run.reader)
 
 
-def _begin(run: Run, warm: Warm) -> None:
+def _begin(run: Run, warm: Warm, known: _Known) -> None:
     """Nothing is refused any more, and Ray is there."""
     if _needs_ray(run):
         warm.resources()
-    _write_config(run)
+    if run.directory not in known.begun:
+        _write_config(run)
+        known.begun.add(run.directory)
 
 
 def _tell_who_is_blind(runs: Sequence[Run], warm: Warm) -> None:
@@ -214,11 +286,11 @@ def _promised_already(written: Mapping[Path, WeightPoint], promised: Mapping[Pat
     shared = {output for output in written if output in promised and not discards(output)}
     for output in shared:
         if written[output] != promised[output]:
-            raise BadInput(f"output: several jobs would write {output}; put {{alpha}} or {{target}} into it")
+            raise BadInput(f"output: several jobs would write {output}; put {config.PLACEHOLDERS} into it")
     return shared
 
 
-def _index(run: Run, points: Sequence[WeightPoint]) -> None:
+def _index(run: Run, points: Sequence[WeightPoint], known: _Known) -> None:
     renames: dict[str, Rename] = {}
     for point in dict.fromkeys(points):
         for source, rename in point.renames():
@@ -228,11 +300,13 @@ def _index(run: Run, points: Sequence[WeightPoint]) -> None:
                     "another path, such as a symbolic link"
                 )
             if source not in run.sources:
-                run.sources[source] = open_source(source, rename)
-        report = compat.check(point, run.sources, run.settings.compat.force, config.keeps_extra_rows(run.settings))
+                run.sources[source] = known.open(source, rename)
+        report = known.check(run, point)
         run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions)
     for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
-        run.note(note)
+        if (run.directory, note) not in known.told:
+            run.note(note)
+            known.told.add((run.directory, note))
 
 
 def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> Vector:
@@ -282,6 +356,10 @@ def _plan(runs: Sequence[Run], written: Mapping[Path, WeightPoint]) -> Plan:
     return build_plan(written, _sources(runs), config.output_dtype(settings), max_shard_size)
 
 
+def _outputs(runs: Sequence[Run]) -> dict[Path, WeightPoint]:
+    return {output: point for run in runs for output, point in run.written.items()}
+
+
 def _sources(runs: Sequence[Run]) -> dict[str, Checkpoint]:
     return {name: source for run in runs for name, source in run.sources.items()}
 
@@ -308,6 +386,15 @@ def _require_no_source(run: Run, output: Path) -> None:
             )
 
 
+def _require_place(output: Path) -> None:
+    """Raises BadInput where no directory can be made, which would be found only when all outputs are begun."""
+    above = next(path for path in output.parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(
+            f"{output}: cannot be created, since {above} is no directory that we may write to; choose another"
+        )
+
+
 def _alike(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs by what must be equal for their merges to be one plan."""
     found: dict[str, list[Run]] = {}
@@ -328,7 +415,7 @@ def _merge(runs: Sequence[Run], warm: Warm) -> None:
     warm.cool()  # the workers need what engines of an earlier job hold
     first, settings, resources = runs[0], runs[0].settings, warm.resources()
     owners = {point: run for run in runs for point in run.written.values()}
-    plan = _plan(runs, {output: point for run in runs for output, point in run.written.items()})
+    plan = _plan(runs, _outputs(runs))
     sources = _sources(runs) if any(run.arms for run in runs) else _by_ranges(_sources(runs), plan)
     device = config.device(settings, resources.gpus)
     workers = sum(config.workers(settings, resources.counts))
@@ -375,7 +462,7 @@ def _by_ranges(sources: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Check
     return found
 
 
-def _card(run: Run, point: WeightPoint) -> str:
+def _card(run: Run, point: WeightPoint, name: str | None = None, results: Sequence[Result] = ()) -> str:
     from rvdist.report.card import model_card
 
     return model_card(
@@ -385,13 +472,25 @@ def _card(run: Run, point: WeightPoint) -> str:
         dtype=run.settings.dtype or "the target's own dtypes",
         notes=run.notes[point],
         versions=versions(),
+        licences={source: licence_of(run.sources[source].path) for source in point.sources()},
+        name=name,
+        results=results,
     )
 
 
+def _vector_card(run: Run, vector: Vector, directory: Path, name: str) -> str:
+    from rvdist.report.card import vector_card
+
+    description = read_json(directory / DESCRIPTION)
+    of = zip(description["donors"], vector.sources(), strict=True)
+    licences = {part: licence_of(run.sources[source].path) for part, source in of}
+    return vector_card(description, versions=versions(), licences=licences, name=name)
+
+
 def _write_config(run: Run) -> None:
-    run.log.keep(run.directory)
     run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / _CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run.settings)))
+    run.log.keep(run.directory)
+    (run.directory / _CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.structured(run.asked or run.settings)))
 
 
 def _report(run: Run) -> None:
@@ -416,3 +515,19 @@ def _report(run: Run) -> None:
         print_findings(findings, run.console)
         write_report(run.directory, findings, making, anatomy)
     run.say(f"report: {run.directory / 'report.html'}")
+
+
+def _publish(run: Run, known: _Known) -> None:
+    from rvdist.checkpoint.hub import download_card
+    from rvdist.publish import publish, results
+
+    for source in run.sources.values():
+        download_card(source)
+    for directory, what in run.published.items():
+        repository = known.repositories[directory]
+        name = repository.partition("@")[0]
+        if isinstance(what, Vector):
+            card = _vector_card(run, what, directory, name)
+        else:
+            card = _card(run, what, name, results(run, what))
+        publish(run, directory, repository, card)

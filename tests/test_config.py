@@ -6,7 +6,6 @@ from rvdist import config
 from rvdist.arithmetic import registry
 from rvdist.config import (
     ArmConfig,
-    BatchConfig,
     BenchmarksConfig,
     ClusterConfig,
     CompatConfig,
@@ -116,27 +115,11 @@ def test_arms_of_ones_own():
     assert arms[1].point.base == "p" and arms[2].point.terms[0].vector.plus == "q"
 
 
-def test_an_entry_of_a_batch_overrides_the_top_level():
-    batch = [
-        BatchConfig(alpha=[0.5, 1.0]),
-        BatchConfig(target="org/u", alpha=-1.0),
-        BatchConfig(vectors=[WeightedVectorConfig("q", "m", alpha=2.0)], output="o/both"),
-    ]
-    found = config.outputs(settings(batch=batch, output="o/{target}-{alpha}"))
-    assert [path.name for path in found] == ["t-0.5", "t-1", "u--1", "both"]
-    assert [point.base for point in found.values()] == ["org/t", "org/t", "org/u", "org/t"]
-    last = list(found.values())[-1].terms
-    assert [(term.vector.plus, term.alpha) for term in last] == [("q", 2.0)]
-    assert config.stages(settings(batch=batch)) == ["merge"]
-    with pytest.raises(BadInput, match=r"batch\[0\].output is not set"):
-        config.outputs(settings(batch=batch))
-
-
 def test_outputs_have_a_directory_each():
     found = config.outputs(settings(alpha=[0.5, 1, -1.0], output="o/{target}-{alpha}"))
     assert [path.name for path in found] == ["t-0.5", "t-1", "t--1"]
     assert [point.terms[0].alpha for point in found.values()] == [0.5, 1, -1]
-    with pytest.raises(BadInput, match=r"put \{alpha\} or \{target\} into it"):
+    with pytest.raises(BadInput, match=r"put \{alpha\}, \{target\}, \{vector\} or \{recipe\} into it"):
         config.outputs(settings(alpha=[0.5, 1], output="o"))
     with pytest.raises(BadInput, match="a merge needs a vector"):
         config.outputs(settings(vector=VectorConfig(), output="o"))

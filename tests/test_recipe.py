@@ -1,19 +1,27 @@
 """mergekit's recipes: our results against mergekit's own, which tests/mergekit/record.py recorded; and refusals."""
 
+import json
 import os
 import subprocess
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import POCKET, launch, load_checkpoint, write_checkpoint
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rvdist import compat
+from rvdist import compat, multirun
 from rvdist.checkpoint.source import open_source
+from rvdist.config import Config
 from rvdist.errors import BadInput
+from rvdist.launch import CONF
+from rvdist.log import Log
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
@@ -23,6 +31,10 @@ from rvdist.reader import PointReader, read_point
 from rvdist.recipe import read_recipe
 from rvdist.report import card
 from rvdist.report.wording import formula
+from rvdist.run import Run
+from rvdist.stages import run_jobs
+from rvdist.timing import Timing
+from rvdist.warm import Warm
 
 HERE = Path(__file__).parent / "mergekit"
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}
@@ -102,7 +114,12 @@ def units_apart(found, wanted, inputs):
 
 @pytest.mark.parametrize("recipe", EXACT)
 def test_equals_mergekit_to_rounding(recipe, expected, here):
-    found, wanted = merged(HERE / f"{recipe}.yml"), expected[recipe]
+    require_equal(recipe, merged(HERE / f"{recipe}.yml"), expected)
+
+
+def require_equal(recipe, found, expected):
+    """To the roundings of docs/recipes.md, and by far nearer to mergekit's than the base is."""
+    wanted = expected[recipe]
     assert found.keys() == wanted.keys()
     point = read_recipe(HERE / f"{recipe}.yml", names).point
     inputs = [expected[f"inputs/{source}"] for source in point.sources()]
@@ -224,6 +241,81 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
         found = load_file(where / "model.safetensors")
         inputs = [expected[f"inputs/{Path(source).name}"] for source in point.sources()]
         assert units_apart(found, expected[where.name], inputs) <= 4
+
+
+def test_the_command_writes_what_mergekit_does(here, expected, tmp_path):
+    """All recorded recipes as one plan; dtype and base are the recipe's."""
+    files = ",".join(f"'{HERE / name}.yml'" for name in EXACT)
+    places = (f"output={tmp_path}/{{recipe}}", f"hydra.sweep.dir={tmp_path}/run", "merge.workers=1")
+    done = launch("-m", f"recipe={files}", *places, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert len(EXACT) >= 8
+    for recipe in EXACT:
+        require_equal(recipe, load_checkpoint(tmp_path / recipe), expected)
+    assert "recipe: " in (tmp_path / "run/0/config.yaml").read_text()
+
+    planned = launch(f"recipe={HERE}/ties.yml", "output=o/{target}-{recipe}", "stages=[plan]", cwd=here)
+    assert planned.returncode == 0 and f"{here}/o/base-ties: base +0.7·(a − base)" in planned.stdout, planned.stderr
+    in_bf16 = launch(f"recipe={HERE}/ties.yml", f"output={tmp_path}/bf16", "dtype=bfloat16", "stages=[plan]", cwd=here)
+    assert in_bf16.returncode == 0, in_bf16.stderr
+
+
+@pytest.mark.slow
+def test_the_command_scores_a_recipe_beside_its_base(tmp_path):
+    weighted = [f"{{model: {POCKET / name}, parameters: {{weight: {by}}}}}" for name, by in (("grpo", 1), ("sft", -1))]
+    text = f"merge_method: task_arithmetic\nbase_model: {POCKET / 'target'}\nmodels: [{', '.join(weighted)}]\n"
+    (tmp_path / "recipe.yml").write_text(text)
+    small = (
+        "benchmarks=pocket",
+        "benchmarks.limit=16",
+        "engine.count=1",
+        "engine.kv_cache_gib=0.125",
+        "cache.dir=cache",
+    )
+    scored = launch("recipe=recipe.yml", *small, "hydra.run.dir=run", cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    rows = json.loads((tmp_path / "run/summary.json").read_text())
+    assert {(row["arm"], row["alpha"], row["delta"] is None) for row in rows} == {
+        ("baseline", 0.0, True),
+        ("recipe", None, False),
+    }
+    sums = {row["arm"]: row["value"] for row in rows if row["task"] == "pocket_sums" and row["primary"]}
+    assert sums["recipe"] > sums["baseline"], "it is the vector of the demo, at 1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("target=base", "recipe and target are both set, and a recipe says what is merged; leave target out"),
+        ("vector.plus=a", "recipe and vector are both set"),
+        ("vectors=[{plus:a,minus:b}]", "recipe and vectors are both set"),
+        ("batch=[{target:a}]", "recipe and batch are both set"),
+        ("alpha=0.5", "recipe and alpha are both set"),
+        ("sweep.alphas=[1]", "recipe and sweep.alphas are both set"),
+        ("search=racing", "recipe and search.method are both set"),
+        ("method=ties", "recipe and merge.method are both set"),
+        ("arms=[{name:x,weights:a}]", "recipe and arms are both set"),
+        ("stages=[analyze]", "analyze needs a vector"),
+        ("recipe=none.yml", "none.yml: cannot be read"),
+        ("output=null", "nothing to do; set output=DIRECTORY to merge"),
+    ],
+)
+def test_a_recipe_says_what_is_merged_and_nothing_else_does(argument, sentence, here):
+    settings = composed("recipe=ties.yml", "output=out", argument)
+    settings.recipe = settings.recipe if settings.recipe == "none.yml" else str(HERE / settings.recipe)
+    run = Run(settings, here / "run", "", Timing())
+    with closing(Warm()) as warm:
+        (found,) = run_jobs([run], warm)
+    assert isinstance(found, BadInput) and sentence in str(found)
+
+
+def composed(*overrides):
+    multirun.register(Log())
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = OmegaConf.to_object(compose("config", list(overrides)))
+    assert isinstance(settings, Config)
+    return settings
 
 
 @pytest.mark.skipif(

@@ -69,7 +69,6 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
         ({"vector": VectorConfig("p", "m", save="v", rank=2, density=0.5)}, "are two ways to store a vector"),
         ({"vector": VectorConfig("p", save="v")}, "vector.minus is not set"),
         ({"vector": VectorConfig("p", "m", save="v"), "batch": [BatchConfig("t")]}, "and batch is set"),
-        ({"batch": [BatchConfig(vector=VectorConfig("p", "m", save="v"))]}, r"batch\[0\].vector.save: a batch only"),
         (
             {"vector": VectorConfig(save="v"), "vectors": [WeightedVectorConfig("p", "m")]},
             "vector.save stores one vector",

@@ -1,0 +1,204 @@
+"""`batch`: what an entry stands for; and the command, in which one that fails loses no other."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
+
+from rvdist import config
+from rvdist.batch import parts
+from rvdist.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
+from rvdist.errors import BadInput
+from rvdist.run import Run
+from rvdist.timing import Timing
+
+
+def settings(**changes):
+    return Config(**({"target": "org/t", "vector": VectorConfig("p", "m"), "output": "o/{target}-{alpha}"} | changes))
+
+
+def asked(**changes):
+    """The merges of a batch: (output below o/, base, [(plus, α)]), or why there is none."""
+    found = []
+    for part in parts(Run(settings(**changes), None, "", Timing())):
+        if isinstance(part.run, BadInput):
+            found.append(str(part.run))
+            continue
+        ((directory, point),) = part.run.written.items()
+        assert directory == part.output and not part.run.settings.batch
+        terms = [(term.vector.plus, term.alpha) for term in point.terms]
+        found.append((str(directory).rpartition("/o/")[2], point.base, terms))
+    return found
+
+
+def test_an_entry_is_as_the_top_level_but_for_what_it_sets():
+    batch = [
+        BatchConfig(alpha=[0.5, 1.0]),
+        BatchConfig(target="org/u", alpha=-1.0),
+        BatchConfig(vectors=[WeightedVectorConfig("q", "m", alpha=2.0)], output="o/both"),
+        BatchConfig(vector=DonorsConfig(path="stored/v"), output="o/{vector}"),
+    ]
+    assert asked(batch=batch) == [
+        ("t-0.5", "org/t", [("p", 0.5)]),
+        ("t-1", "org/t", [("p", 1.0)]),
+        ("u--1", "org/u", [("p", -1.0)]),
+        ("both", "org/t", [("q", 2.0)]),
+        ("v", "org/t", [("stored/v", 1.0)]),
+    ]
+    assert config.stages(settings(batch=batch, output=None)) == ["merge"]
+
+
+def test_an_entry_is_every_target_with_every_vector_and_alpha(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/b", "models/a", "models/c.partial", "steps/20", "steps/10", "odd[1]"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models/file").touch()
+    each = [EachConfig("p", "m", name="math"), EachConfig("steps/*", "m")]
+    found = asked(batch=[BatchConfig(["models/*", "org/t"], each=each)], output="o/{target}/{vector}")
+    assert " ".join(place for place, _, _ in found) == "a/math b/math a/10 a/20 b/10 b/20 t/math t/10 t/20"
+    assert asked(target="models/?", output="o/{target}") == [
+        ("a", "models/a", [("p", 1.0)]),
+        ("b", "models/b", [("p", 1.0)]),
+    ], "a pattern is a batch by itself"
+    assert asked(batch=[BatchConfig("odd[1]")]) == [("odd[1]-1", "odd[1]", [("p", 1.0)])], "it exists: no pattern"
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        (BatchConfig("no/*"), "batch[1].target: no directory matches no/*; check the pattern"),
+        (BatchConfig([]), "batch[1].target is not set, nor is target; set one of them"),
+        (BatchConfig(3), "batch[1].target: 3 is neither a checkpoint nor a list of them"),
+        (BatchConfig(alpha="one"), "batch[1].alpha: 'one' is not a finite number"),
+        (BatchConfig(each=[]), "batch[1].each is an empty list; give at least one vector"),
+        (BatchConfig(each=[EachConfig("no/*", "m")]), "batch[1].vector.plus: no directory matches no/*"),
+        (BatchConfig(vector=DonorsConfig("p")), "batch[1].vector.minus is not set; "),
+        (
+            BatchConfig(vector=DonorsConfig("p", "m"), each=[EachConfig("p", "m")]),
+            "batch[1].vector and each are both set; set one of vector, vectors and each",
+        ),
+    ],
+)  # fmt: skip
+def test_an_entry_that_cannot_be_loses_no_other(entry, sentence):
+    whole = [BatchConfig("org/a"), entry, BatchConfig("org/b")]
+    found = asked(batch=whole, target="" if entry.target == [] else "org/t")
+    assert found[0::2] == [("a-1", "org/a", [("p", 1.0)]), ("b-1", "org/b", [("p", 1.0)])]
+    assert found[1].startswith(sentence)
+
+
+def test_what_is_asked_for_twice_is_made_once_and_what_collides_not_at_all():
+    twice = asked(batch=[BatchConfig(alpha=1.0), BatchConfig("org/t", alpha=[1.0, 2.0])])
+    assert [place for place, _, _ in twice] == ["t-1", "t-2"]
+    both = asked(batch=[BatchConfig(alpha=[1.0, 2.0], output="o/x"), BatchConfig("org/u")])
+    assert [one if isinstance(one, str) else one[0] for one in both] == [
+        *2 * [f"output: several points would be written to {config.Path('o/x').absolute()}; put {{alpha}}, {{target}}, "
+              "{vector} or {recipe} into it"],
+        "u-1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"benchmarks": config.BenchmarksConfig(["x"])}, "a batch only merges; leave benchmarks out"),
+        ({"vector": VectorConfig("p", "m", save="v")}, "vector.save stores one vector, and batch is set"),
+        ({"merge": config.MergeConfig(method="tie")}, "merge.method: 'tie' is not one of"),
+    ],
+)
+def test_what_concerns_all_of_a_batch_is_refused_once(changes, reason):
+    with pytest.raises(BadInput, match=reason):
+        asked(batch=[BatchConfig()], **changes)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two targets and two donors of one origin, a donor of another, and a file where a directory is wanted."""
+    where = tmp_path_factory.mktemp("batch")
+    base = tensors(0, torch.float32)
+    for number, name in enumerate(("models/one", "models/two", "plus", "minus")):
+        write_checkpoint(where / name, near(base, number))
+    write_checkpoint(where / "odd", tensors(9, torch.float32))
+    (where / "file").touch()
+    return where
+
+
+GOOD = "{target:models/*,each:[{plus:plus,minus:minus},{name:back,plus:minus,minus:plus}],alpha:[0.5,1]}"
+BAD = (
+    "{target:nowhere}",
+    "{target:models/one,output:other,vector:{plus:plus,minus:odd}}",
+    "{target:models/one,output:file/below}",
+    "{target:none/*}",
+)
+COMMON = ("vector.plus=plus", "vector.minus=minus", "output=out/{target}/{vector}-{alpha}", "merge.workers=1")
+
+
+def table(place, run="run"):
+    return json.loads((place / run / "batch.json").read_text())
+
+
+def test_one_that_fails_loses_no_other(place):
+    done = launch(f"batch=[{BAD[0]},{GOOD},{','.join(BAD[1:])}]", *COMMON, "hydra.run.dir=run", cwd=place)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (sentence,) = done.stderr.splitlines()
+    assert "batch: 4 of 12 failed, the others are done; the first: nowhere: no such checkpoint" in sentence
+    written = sorted(str(path.parent.relative_to(place / "out")) for path in (place / "out").glob("*/*/config.json"))
+    assert written == [
+        f"{target}/{vector}-{alpha}"
+        for target in ("one", "two")
+        for vector in ("back", "plus")
+        for alpha in ("0.5", "1")
+    ]
+    one, plus, minus, out = (load_checkpoint(place / p) for p in ("models/one", "plus", "minus", "out/one/back-0.5"))
+    for name, tensor in out.items():
+        exact = one[name].double() + 0.5 * (minus[name].double() - plus[name].double())
+        assert torch.equal(tensor, exact.float()), name
+    timing = json.loads((place / "run/timing.json").read_text())
+    size = sum(tensor.nbytes for tensor in one.values())
+    assert (timing["bytes_read"], timing["bytes_written"]) == (4 * size, 8 * size), "every source byte once"
+    rows = table(place)
+    assert [row["status"] for row in rows] == ["failed", *8 * ["written"], *3 * ["failed"]]
+    assert rows[1] == {
+        "output": str(place / "out/one/plus-0.5"),
+        "alpha": 0.5,
+        "vector": "plus",
+        "target": "models/one",
+        "status": "written",
+        "reason": None,
+    }
+    for row, reason in zip(
+        [rows[0], *rows[9:]],
+        ("nowhere: no such", "is not from the same pre-training", "below: cannot be created", "none/*"),
+        strict=True,
+    ):
+        assert reason in row["reason"] and row["reason"] in done.stdout
+    assert done.stdout.count("already complete") == 0 and "models" not in done.stdout.partition("status")[0]
+    assert "GOOD" not in (place / "run/config.yaml").read_text() and "each:" in (place / "run/config.yaml").read_text()
+
+    again = launch(f"batch=[{GOOD}]", *COMMON, "hydra.run.dir=again", cwd=place)
+    assert again.returncode == 0 and not again.stderr, again.stderr
+    assert [row["status"] for row in table(place, "again")] == 8 * ["already complete"]
+
+
+def test_a_batch_in_which_all_is_bad_input_writes_nothing(place):
+    before = sorted(place.rglob("*"))
+    done = launch(f"batch=[{','.join(BAD)}]", *COMMON, "hydra.run.dir=bad", cwd=place)
+    assert done.returncode == 2 and sorted(place.rglob("*")) == before
+    (sentence,) = done.stderr.splitlines()
+    assert sentence == "rvdist: nowhere: no such checkpoint directory; check the path (and 3 more, above)"
+    planned = launch(f"batch=[{GOOD}]", *COMMON, "stages=[plan]", "overwrite=true", "hydra.run.dir=bad", cwd=place)
+    assert planned.returncode == 0 and planned.stdout.count(" bytes, writes ") == 1, "one plan"
+    assert planned.stdout.count("planned") == 8 and sorted(place.rglob("*")) == before
+    refused = launch("batch=[{vector:{plus:plus,minus:minus,save:v}}]", *COMMON, "target=models/one", cwd=place)
+    assert refused.returncode == 2 and refused.stderr == "rvdist: batch: Key 'save' not in 'DonorsConfig'\n"
+
+
+def test_a_merge_that_fails_on_its_way_loses_no_other(place):
+    alphas = "alpha=[0.25,1e43,0.75,1.25]"
+    done = launch(
+        "target=models/*", alphas, *COMMON[:2], "output=late/{target}-{alpha}", "hydra.run.dir=late", cwd=place
+    )
+    assert done.returncode == 1, done.stderr
+    assert [row["status"] for row in table(place, "late")] == 2 * ["written", "failed", "written", "written"]
+    assert "are infinite or not a number" in table(place, "late")[1]["reason"]
+    assert len(list((place / "late").iterdir())) == 6 + 4  # and config, table, timing, log
