@@ -109,6 +109,8 @@ def _sentence(error: Exception) -> str:
     reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
     if "Could not override" in first:
         key = first.split("'")[1]
+        if key in _keys():
+            return f"{key}: {reason}"
         close = difflib.get_close_matches(key, _keys(), n=1)
         return f"{key}: no such key; " + (f"did you mean {close[0]}?" if close else "--help lists them")
     return first if first == reason else f"{first}: {reason}"
