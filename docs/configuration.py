@@ -36,7 +36,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "(docs/batches.md)",
         "recipe": "a mergekit recipe (YAML) that says what is merged, instead of target, vector and alpha "
         "(docs/recipes.md)",
-        "stages": "what to do; null: merge if there is something to write, evaluate and report if there are tasks",
+        "stages": "what to do; null: merge if there is something to write, evaluate and report if there are tasks, "
+        "publish if that is set",
         "output": "the directory to write, with `{alpha}`, `{target}`, `{vector}` and `{recipe}` filled in; "
         "`/dev/null` keeps nothing",
         "publish": "upload what was written to this Hub repository: `org/name` or `org/name@branch`, filled in like "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,8 +144,8 @@ def _without_paths(path: Path) -> tuple[Path | bytes, list[str]]:
     return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode(), cut
 
 
-def _cut(said: dict[str, Any] | list[Any]) -> Iterator[str]:
-    """Leaves of local paths in `said` the last component; gives their keys."""
+def _cut(said: Any) -> Iterator[str]:
+    """Leaves of local paths in JSON's dictionaries and lists the last component; gives their keys."""
     for key, value in list(said.items() if isinstance(said, dict) else enumerate(said)):
         if isinstance(value, dict | list):
             yield from _cut(value)
@@ -196,15 +197,14 @@ def _require_consent(run: Run, repository: str) -> None:
 
 def _sent(repository: str, private: bool, contents: Contents, bars: bool) -> str:
     """Uploads, and returns the commit. Raises BadInput where the repository is no place for it, Failed."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads its names lazily
         disable_progress_bars,
         get_session,
-        get_token,
-        logging,
     )
 
-    logging.set_verbosity_error()  # what it would say holds addresses that are as good as a token for a while
+    # What the client would warn of holds addresses that are as good as a token for a while.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not bars:
         disable_progress_bars()
     try:

@@ -4,6 +4,8 @@ import json
 import os
 import pty
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import pytest
 import torch
 from checkpoints import POCKET, launch, load_checkpoint, write_checkpoint
 from hub_server import HubServer
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, snapshot_download
 
 from rvdist import config
 from rvdist.checkpoint.source import open_source
@@ -416,32 +418,33 @@ def test_a_scored_checkpoint_is_published_and_comes_back(server, tmp_path):
 
 @pytest.mark.slow
 def test_vllm_serves_what_was_downloaded(hub, tmp_path):
-    from huggingface_hub import snapshot_download
-
-    hub.publish("org/pocket", POCKET / "target")
+    donors = (f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}")
+    published = ("output=out", "publish=org/pocket", "hub.confirmed=true")
+    done = launch(f"target={POCKET / 'target'}", *donors, *published, cwd=tmp_path, **environment(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
     place = snapshot_download("org/pocket", local_dir=tmp_path / "model")
-    port = hub.port + 1 if hub.port < 65535 else hub.port - 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("vllm"), "serve", place, "--served-model-name", "pocket", "--port",
-             str(port), "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "256"],
+            [Path(sys.executable).with_name("vllm"), "serve", place, "--served-model-name", "pocket", "--port", port,
+             "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "256"],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     try:
         asked = json.dumps({"model": "pocket", "prompt": "1 + 1 =", "max_tokens": 4, "temperature": 0}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", asked, {"Content-Type": "application/json"}
-        )
+        where, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
         deadline = time.monotonic() + 300
         while True:
             try:
-                answer = json.load(urllib.request.urlopen(request, timeout=60))
+                answer = json.load(urllib.request.urlopen(urllib.request.Request(where, asked, kind), timeout=60))
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(1)
     finally:
-        os.killpg(process.pid, 9)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert answer["choices"][0]["text"] and answer["usage"]["completion_tokens"] <= 4
