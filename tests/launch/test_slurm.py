@@ -34,6 +34,11 @@ class Job:
     networks: set[str] = field(default_factory=set)
     modes: set[int] = field(default_factory=set)
 
+    @property
+    def port(self) -> str:
+        """What Ray's head listens on."""
+        return str(20000 + self.number % 12000)
+
     def watch(self) -> None:
         """Notes the networks of the merge's workers and the modes of the token's file."""
         while self.process.poll() is None:
@@ -129,3 +134,39 @@ def test_a_merge_on_two_nodes(allocation: Allocation, tmp_path: Path) -> None:
     assert allocation.left() == []
     if allocation.machines:
         assert {machine.network for machine in allocation.machines} <= job.networks
+
+
+@pytest.mark.slow
+def test_what_is_refused_and_what_is_told(allocation: Allocation, tmp_path: Path) -> None:
+    """The command's exit status is the job's; a directory that one node alone has may hold the run, and no output."""
+    if not allocation.machines:
+        pytest.skip("mount namespaces are not permitted here")
+    (tmp_path / "private").mkdir()
+    allocation.machines[1].do(f"mount -t tmpfs none {tmp_path}/private")
+    status, shown = allocation.sbatch(tmp_path, *merge("output=private/out", "hydra.run.dir=run")).end()
+    assert status == 2, shown
+    assert "private/out.partial: is not visible on node" in shown
+    status, shown = allocation.sbatch(tmp_path, *merge("output=out", "hydra.run.dir=private/run")).end()
+    assert status == 0, shown
+    where = tmp_path / "private/run"
+    assert f"note: {where}: the run directory is written here and not seen on other nodes (rv2 (" in shown
+    assert (where / "timing.json").exists() and (tmp_path / "out/model.safetensors.index.json").exists()
+    status, shown = allocation.sbatch(tmp_path, *merge("output=out", "alhpa=1", "hydra.run.dir=run")).end()
+    assert status == 2 and "rvdist: alhpa: no such key; did you mean alpha?" in shown, shown
+    assert allocation.left() == []
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_while_a_node_is_missing(allocation: Allocation, tmp_path: Path) -> None:
+    job = allocation.sbatch(tmp_path, *merge("output=out", "hydra.run.dir=run", "cluster.nodes=3"))
+    steps = allocation.nodes / "steps"
+    deadline = time.monotonic() + 120
+    while not (steps.exists() and len([line for line in steps.read_text().splitlines() if job.port in line]) == 2):
+        assert job.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(5)
+    job.process.terminate()
+    status, shown = job.end()
+    assert status == 130, shown
+    assert not (tmp_path / "out").exists()
+    assert allocation.left() == []
