@@ -199,13 +199,29 @@ def evaluate(
 
 
 def load_records(path: str | Path) -> list[Record]:
-    """The scored samples of a run directory, arms in the order of their names, or of one file of its samples/. Raises
-    BadInput where there are none, and for a damaged line, which it names."""
+    """The scored samples of a run directory, the baseline first, or of one file of its samples/. Raises BadInput where
+    there are none, and for a damaged line, which it names."""
     found = Path(path)
-    files = sorted((found / "samples").glob("*.jsonl")) if found.is_dir() else [found]
-    if not files:
-        raise BadInput(f"{found}: has no samples/*.jsonl; give the directory of a run that evaluated, or one such file")
+    files = [found / "samples" / f"{arm}.jsonl" for arm in _scored(found)] if found.is_dir() else [found]
     return [record for file in files for record in read_records(file)]
+
+
+def _scored(directory: Path) -> list[str]:
+    """The arms of a run by its summary: samples/ may have those of an earlier run, too."""
+    file = directory / "summary.json"
+    try:
+        arms = list(dict.fromkeys(row["arm"] for row in json.loads(file.read_text(encoding="utf-8"))))
+        for arm in arms:
+            config.require_name(arm, "arm")
+        return arms
+    except OSError:
+        raise BadInput(
+            f"{directory}: has no summary.json; give the directory of a run that evaluated to its end, or one of its "
+            "samples/*.jsonl"
+        ) from None
+    except (ValueError, TypeError, LookupError, RecursionError, BadInput) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{file}: is not the summary of a run ({reason}); evaluate again") from None
 
 
 def _kept(settings: Config) -> Config:

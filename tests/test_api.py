@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +69,9 @@ def test_the_command_finds_the_same_in_the_same_cache(examples):
 
 
 WITH_AND_WITHOUT_RAY = f"""
-import asyncio, threading
+import asyncio, io, threading, time
 import ray
+from rich.console import Console
 from rvdist.api import BadInput, ClusterConfig, Config, Term, Vector, WeightPoint, merge
 
 vector = Vector({VECTOR.plus!r}, {VECTOR.minus!r})
@@ -95,8 +96,14 @@ async def cell():
 done.append(asyncio.run(cell()))
 thread.join()
 assert [merged.timing.bytes_written for merged in done] == [854784] * 2, done
-assert merge({{"thread": one}}).timing.bytes_written == 0
+said = io.StringIO()
+assert merge({{"thread": one}}, console=Console(file=said)).timing.bytes_written == 0
+assert "already complete" in said.getvalue()
 assert among_three() and ray.get(ray.put(1)) == 1
+deadline = time.monotonic() + 60
+while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+    time.sleep(0.2)
+assert ray.available_resources()["CPU"] == 2, "workers are left"
 ray.shutdown()
 """
 
@@ -158,10 +165,20 @@ def test_only_arms_on_one_line_have_an_alpha():
 
 def test_records_of_a_file_and_of_a_run(tmp_path):
     (tmp_path / "samples").mkdir()
-    write_records(tmp_path / "samples/b.jsonl", [RECORD])
+    other = replace(RECORD, arm="b", alpha=None)
+    write_records(tmp_path / "samples/b.jsonl", [other])
     write_records(tmp_path / "samples/a.jsonl", [RECORD, RECORD])
-    assert api.load_records(tmp_path) == [RECORD] * 3
-    assert api.load_records(str(tmp_path / "samples/b.jsonl")) == [RECORD]
+    write_records(tmp_path / "samples/of_an_earlier_run.jsonl", [RECORD])
+    (tmp_path / "summary.json").write_text('[{"arm": "b"}, {"arm": "a"}, {"arm": "b"}]')
+    assert api.load_records(tmp_path) == [other, RECORD, RECORD]
+    assert api.load_records(str(tmp_path / "samples/b.jsonl")) == [other]
+
+
+@pytest.mark.parametrize("summary", ["[", "{}x", "[1]", '[{"arm": 1}]', '[{"arm": "../a"}]', "[" * 100_000, '["arm"]'])
+def test_a_summary_that_is_none(summary, tmp_path):
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(BadInput, match="summary.json: is not the summary of a run"):
+        api.load_records(tmp_path)
 
 
 @pytest.mark.parametrize(
