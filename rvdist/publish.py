@@ -35,6 +35,7 @@ Contents = dict[str, Path | bytes]  # by name in the repository
 CARD = "README.md"
 _TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEXT_IS_IN = (Path("."), Path("additional_chat_templates"))
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _PATIENCE = 120.0  # seconds without a byte
 _LOCAL_PATH = re.compile(r"(?:(?:file://|~)?(?:/[^/\n]+){2,}|[A-Za-z]:\\[^\n]+)/?")
@@ -100,7 +101,8 @@ def _asked(said: Mapping[str, Any], task: str) -> dict[str, Any]:
 def publish(run: Run, directory: Path, repository: str, card: str) -> None:
     """Shows what is in `directory`, its README.md being `card`, asks, uploads it to `org/name` or `org/name@branch`,
     and compares. Raises BadInput, Failed; the same call goes on from there."""
-    contents, notes = _contents(directory)
+    with run.timing.phase("publish"):
+        contents, notes = _contents(directory)
     contents = dict(sorted({**contents, CARD: card.encode()}.items()))
     _show(run, directory, repository, contents, notes)
     _require_consent(run, repository)
@@ -135,11 +137,14 @@ def _contents(directory: Path) -> tuple[Contents, list[str]]:
 
 
 def _without_paths(path: Path) -> tuple[Path | bytes, list[str]]:
-    """A config as it goes out, and its keys that named files of this machine; any other file as it is."""
-    if not path.name.endswith("config.json"):
+    """JSON as it goes out, and its keys that named files of this machine; any other file as it is."""
+    if path.suffix != ".json" or path.name in _VOCABULARIES:
         return path, []
-    said = read_json(path)
-    if not (cut := list(_cut(said))):
+    try:
+        said = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return path, []
+    if not isinstance(said, dict | list) or not (cut := list(_cut(said))):
         return path, []
     return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode(), cut
 

@@ -1,6 +1,6 @@
 """A real HTTP server that answers as the Hub does, from directories, counts what it sends, and fails when told to.
 
-It speaks the part of the Hub's API that huggingface_hub 2.4 uses for models: the listing of a revision, files (HEAD and
+It speaks the part of the Hub's API that huggingface_hub 2.4 uses for models: listings of a revision, files (HEAD and
 GET, commit and etag in headers, weights by a redirect to another origin that serves ranges), and, for the token, new
 repositories and branches, uploads of weights (LFS) and commits.
 """
@@ -168,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(self.request_)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._listing(hub, match[1], match[2] or "main")
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            return self._tree(hub, *match.groups())
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(hub, *match.groups())
         if match := re.fullmatch(r"/warehouse/([0-9a-f]{64})", path):
@@ -192,6 +194,18 @@ class _Handler(BaseHTTPRequestHandler):
         private = hub.private[repository]
         listing = {"id": repository, "modelId": repository, "sha": commit, "private": private, "siblings": siblings}
         self._body(hub, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, hub: HubServer, repository: str, revision: str) -> None:
+        commit = hub.commit(repository, revision)
+        if commit is None:
+            return self._refuse(404, "RevisionNotFound")
+        root, entries = hub.root(repository, commit), []
+        for file in sorted(file for file in root.rglob("*") if file.is_file()):
+            size, name = file.stat().st_size, str(file.relative_to(root))
+            entries.append({"type": "file", "path": name, "size": size, "oid": git_id(file)})
+            if file.suffix == ".safetensors":
+                entries[-1]["lfs"] = {"oid": sha256(file), "size": size, "pointerSize": 130}
+        self._body(hub, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, hub: HubServer, repository: str, revision: str, name: str) -> None:
         commit = hub.commit(repository, revision)

