@@ -23,16 +23,19 @@ lint: $(VENV)/ready
 pocket: $(VENV)/ready
 	$(PY) -m rvdist.pocket.train outputs/pocket --seed 0
 
-# vLLM's CPU build asks for torchvision, torchaudio and torchcodec, which may come built for another torch and
-# then break `import vllm`; nothing here needs them.
-$(VENV)/ready: pyproject.toml
+# Without a GPU: exactly what constraints.txt lists, from wherever pip's own settings say. It is complete, and pip
+# resolves nothing: packages ask for things that are large, or break vLLM, and that nothing here needs.
+$(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "rvdist needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable ".[$(EXTRA),dev]"
-	@for module in torchvision torchaudio torchcodec; do \
-	  $(PY) -c "import $$module" >/dev/null 2>&1 || $(PY) -m pip uninstall --quiet --yes $$module >/dev/null 2>&1 || true; \
-	done
+ifeq ($(EXTRA),gpu)
+	$(PY) -m pip install --quiet --editable ".[gpu,dev]"
+else
+	$(PY) -m pip install --quiet --no-deps --requirement constraints.txt || \
+	  { echo "If pip found no torch+cpu: point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at PyTorch's CPU wheels"; exit 1; }
+	$(PY) -m pip install --quiet --no-deps --editable .
+endif
 	@touch $@
 
 clean:

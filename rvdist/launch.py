@@ -41,6 +41,9 @@ def main() -> None:
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
     multirun.register()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+    unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on
+    if unfinished:
+        os.environ["COMP_LINE"] = " ".join(_quoted(argument) for argument in unfinished.split(" "))
     failures: list[tuple[str, Exception]] = []
 
     def job(composed: DictConfig) -> float | None:
@@ -61,7 +64,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("RVDIST_TRACEBACK"):
             raise
-        if not multirun.RayLauncher.failures:  # else it is a sweeper's, and follows from them
+        if not unfinished and not multirun.RayLauncher.failures:  # else it is a sweeper's, and follows from them
             failures.append(("", error))
     finally:
         multirun.RayLauncher.close()
