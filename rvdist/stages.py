@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from rvdist import __version__, cluster, compat, config
-from rvdist.batch import Part, conclude, is_batch, parts
+from rvdist.batch import Batch, is_batch
 from rvdist.checkpoint.artifact import DESCRIPTION
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.journal import MANIFEST, Manifest
@@ -63,13 +63,15 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     """Runs some jobs together, the `last` that need what is warm. Returns the mean primary score of each, None where
     nothing is scored, or what it failed of; that leaves the others alone."""
     failed: dict[Run, Exception] = {}
-    batches: dict[Run, list[Part]] = {}
+    batches: dict[Run, Batch] = {}
     known = _Known()
     for run in runs:
         run.log.record("begin", run.command, directory=str(run.directory), version=__version__)
-    _each([run for run in runs if is_batch(run.settings)], failed, lambda run: batches.update({run: parts(run)}))
-    jobs = [job for run in runs if run not in failed for job in (_jobs(batches[run]) if run in batches else [run])]
+    _each([run for run in runs if is_batch(run.settings)], failed, lambda run: batches.update({run: Batch(run)}))
+    jobs = [job for run in runs if run not in failed for job in (batches[run].merges if run in batches else [run])]
     jobs = _each(jobs, failed, lambda run: _prepare(run, known))
+    scorers = [scorer for batch in batches.values() for scorer in batch.scorers(failed)]
+    jobs += _each(scorers, failed, lambda run: _prepare(run, known))
     jobs = _show_plans(jobs, failed)
     jobs = [run for run in jobs if run.written or run.arms or run.examined or run.published]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
@@ -103,7 +105,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
-    _each(list(batches), failed, lambda run: conclude(run, batches[run], failed))
+    _each(list(batches), failed, lambda run: batches[run].conclude(failed))
     found = [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]
     for run, ended in zip(runs, found, strict=True):
         _tell_end(run, ended)
@@ -143,10 +145,6 @@ class _Known:
         if key not in self._reports:
             self._reports[key] = compat.check(line, run.sources, *key[1:])
         return self._reports[key]
-
-
-def _jobs(made: Sequence[Part]) -> list[Run]:
-    return [part.run for part in made if isinstance(part.run, Run)]
 
 
 def _each(runs: Sequence[Run], failed: dict[Run, Exception], step: Callable[[Run], None]) -> list[Run]:
@@ -525,9 +523,8 @@ def _publish(run: Run, known: _Known) -> None:
         download_card(source)
     for directory, what in run.published.items():
         repository = known.repositories[directory]
-        name = repository.partition("@")[0]
         if isinstance(what, Vector):
-            card = _vector_card(run, what, directory, name)
+            card = _vector_card(run, what, directory, repository)
         else:
-            card = _card(run, what, name, results(run, what))
+            card = _card(run, what, repository, results(run, what))
         publish(run, directory, repository, card)

@@ -125,7 +125,9 @@ def test_a_vector_is_shown_then_published_and_comes_back(hub, vector, tmp_path, 
 def test_private_and_on_a_branch(hub, vector):
     vector(publish="org/v@trial", private=True)
     assert hub.private["org/v"] and there(hub, "org/v").keys() == {".gitattributes"}
-    assert "vector.json" in there(hub, "org/v", "trial")
+    found = there(hub, "org/v", "trial")
+    assert "vector.json" in found and "# v\n" in found["README.md"].decode()
+    assert "vector.path=org/v@trial" in found["README.md"].decode()
     with pytest.raises(BadInput, match="org/v exists and is private; set hub.private=true, or give another name"):
         vector(publish="org/v@trial")
 

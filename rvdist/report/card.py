@@ -33,7 +33,8 @@ def model_card(
 ) -> str:
     """`digest` is the point's, None where the contents of its checkpoints were not hashed. `sources` says of
     each checkpoint of the point where it came from, `licences` what its own card says. `notes` is what the reader must
-    know: what was skipped, forced or rounded. `name` is the one on the Hub, and `results` its scores.
+    know: what was skipped, forced or rounded. `name` is the one on the Hub, `org/name` or `org/name@branch`, and
+    `results` its scores.
     """
     licences = {source: (licences or {}).get(source) for source in point.sources()}
     names = _public_names(point)
@@ -43,7 +44,7 @@ def model_card(
             text = text.replace(source, names[source])
         return _line(text)
 
-    title = name.split("/")[-1] if name else f"{names[point.base]}, merged"
+    title = _title(name) if name else f"{names[point.base]}, merged"
     sections = [
         front_matter(
             {
@@ -73,10 +74,7 @@ def model_card(
         sections += ["## Notes", "\n".join(f"- {public(note)}" for note in notes)]
     sections += [
         "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        + (f"path = {json.dumps(name)}\n" if name else 'path = "."  # this directory, or its name on the Hub\n')
-        + 'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")\n'
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n```",
+        _loading(name),
         "## Reproduce",
         "Written by rvdist as the weight point below."
         + (f" Its digest, `{digest}`, depends on contents and coefficients, not on names." if digest else ""),
@@ -111,7 +109,7 @@ def vector_card(
                 "tags": ["task-vector", "task-arithmetic", "rvdist"],
             }
         ),
-        f"# {_line(name.split('/')[-1] if name else made_of)}",
+        f"# {_line(_title(name) if name else made_of)}",
         "A [task vector](https://arxiv.org/abs/2509.01363): no model by itself, but what is added to one.",
         f"    {_line(description['formula'])} = {made_of}",
         _table(("checkpoint", "part", "revision", "licence"), rows),
@@ -128,6 +126,21 @@ def vector_card(
         _versions(versions),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _title(name: str) -> str:
+    return name.partition("@")[0].split("/")[-1]
+
+
+def _loading(name: str | None) -> str:
+    where, _, branch = (name or "").partition("@")
+    path = f"path = {json.dumps(where)}" if name else 'path = "."  # this directory, or its name on the Hub'
+    revision = f", revision={json.dumps(branch)}" if branch else ""
+    return (
+        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{path}\n"
+        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{revision})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(path{revision})\n```"
+    )
 
 
 def _origin(hub: Sequence[str]) -> dict[str, Any]:
@@ -161,7 +174,7 @@ def _results(results: Sequence[Result]) -> list[str]:
             )
         )
     head = ("task", "metric", "documents", "baseline [95 %]", "this [95 %]", "change [95 %]", "verdict")
-    said = ["Scored in place by vLLM and lm-eval; this and the baseline answered the same documents."]
+    said = ["Scored with lm-eval; this model and the baseline answered the same documents."]
     if any(mark(result.row) for result in results):
         said.append(MARK_NOTE)
     return [_table(head, rows), " ".join(said)]

@@ -127,6 +127,7 @@ def test_results_are_what_the_client_of_the_hub_reads():
     assert ModelCard(text).data.model_name == "merged"
     row = "| gsm8k | exact_match % | 1319 | 70.0 [70.0, 80.0] | 75.0 [70.0, 80.0] | +5.0 [+2.0, +8.0] | better |"
     assert row in text and 'path = "me/merged"' in text
+    assert 'from_pretrained(path, revision="trial")' in card(HUB, name="me/merged@trial")
     alone = card(HUB, results=[result(delta=None)])
     assert "| 1319 |  | 75.0 [70.0, 80.0] |  | baseline |" in alone
 
@@ -179,7 +180,12 @@ def test_hostile_names_stay_where_they_are():
     body = text.split("\n---\n", 1)[1]
     assert "\n---" not in body
     prose = re.sub(r"^```.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
-    assert prose.count("## ") == 4 and "<" not in prose and "[y](" not in prose.replace(r"\[y\](", "") and "\u202e" not in text
+    assert (
+        prose.count("## ") == 4
+        and "<" not in prose
+        and "[y](" not in prose.replace(r"\[y\](", "")
+        and "\u202e" not in text
+    )
     lengths = {line.count("|") - line.count(r"\|") for line in prose.splitlines() if line.startswith("| ")}
     assert lengths == {5, 8}
 
