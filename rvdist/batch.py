@@ -1,10 +1,11 @@
-"""A batch: the merges that its entries stand for, each a run that may fail alone, and what became of them."""
+"""A batch: the merges that its entries stand for, each a run that may fail alone, their scores, and what became of
+all of them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from glob import glob, has_magic
 from itertools import product
@@ -17,10 +18,11 @@ from rich.text import Text
 from rvdist import config
 from rvdist.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput, Failed
-from rvdist.point import WeightPoint
+from rvdist.point import Arm, WeightPoint
 from rvdist.run import Run
 
 FILE = "batch.json"
+_MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Part:
     alpha: float | None
     vector: str
     target: str
+    point: WeightPoint | None
     run: Run | BadInput
 
 
@@ -40,55 +43,185 @@ def is_batch(settings: Config) -> bool:
     return bool(settings.batch) or _is_pattern(settings.target)
 
 
-def parts(run: Run) -> list[Part]:
-    """Every merge of the batch `run`, in order, each output once. Raises BadInput for what concerns all of them."""
-    settings = run.settings
-    if settings.recipe:
-        config.require_recipe_alone(settings)
-    config.saved(settings)
-    config.method(settings.merge)
-    if set(config.stages(settings)) - {"plan", "merge"}:
-        raise BadInput(
-            "batch: a batch only merges; leave benchmarks out, and stages other than plan and merge, and score what it "
-            "wrote by arms=[…]"
-        )
-    found: list[Part] = []
-    for number, entry in enumerate(settings.batch or [BatchConfig()]):
-        key = f"batch[{number}]." if settings.batch else ""
-        try:
-            found += _entry(run, entry, key)
-        except BadInput as error:
-            target = settings.target if entry.target is None else str(entry.target)
-            found.append(Part(None, None, "", target, BadInput(f"{key}{error}")))
-    return _distinct(found)
+class Batch:
+    """What `run` stands for. Raises BadInput for what concerns all of it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, settings = run, run.settings
+        if settings.recipe:
+            config.require_recipe_alone(settings)
+        config.saved(settings)
+        config.method(settings.merge)
+        chosen = config.stages(settings)
+        if others := [stage for stage in chosen if stage not in _MERGING + _SCORING]:
+            raise BadInput(f"stages: {others[0]} is for one target, and batch is set; do it by a run of its own")
+        if "evaluate" in chosen and (settings.arms or settings.sweep.alphas is not None or settings.search.method):
+            raise BadInput("batch: what it makes of each target is scored; leave out arms, sweep.alphas and search")
+        self._scored = [stage for stage in chosen if stage in _SCORING]
+        self._merged = [stage for stage in chosen if stage in _MERGING]
+        self._scorers: dict[str, Run] = {}
+        self._arms: dict[WeightPoint, Arm] = {}
+        found: list[Part] = []
+        for number, entry in enumerate(settings.batch or [BatchConfig()]):
+            key = f"batch[{number}]." if settings.batch else ""
+            try:
+                found += self._entry(entry, key)
+            except BadInput as error:
+                target = settings.target if entry.target is None else str(entry.target)
+                found.append(Part(None, None, "", target, None, BadInput(f"{key}{error}")))
+        self.parts = _distinct(found)
+
+    @property
+    def merges(self) -> list[Run]:
+        """A run for every merge that there can be, in order, each output once."""
+        return [part.run for part in self.parts if isinstance(part.run, Run)]
+
+    def scorers(self, failed: Mapping[Run, Exception]) -> list[Run]:
+        """A run for every target, below the directory of the batch: it scores the target as the baseline, and what the
+        merges that have not `failed` make of it."""
+        made: dict[str, list[Part]] = {}
+        for part in self.parts if self._scored else []:
+            if isinstance(part.run, Run) and part.run not in failed:
+                made.setdefault(part.target, []).append(part)
+        run = self._run
+        alone = replace(run.settings, batch=[], vector=VectorConfig(), vectors=[], output=None, stages=self._scored)
+        for name, (target, own) in zip(_apart(Path(target).name for target in made), made.items(), strict=True):
+            settings = replace(alone, target=target)
+            scorer = Run(settings, run.directory / name, run.command, run.timing, run.log, asked=run.settings)
+            self._arms |= (arms := _arms(own))
+            scorer.arms = [Arm(config.BASELINE, WeightPoint(target), alpha=0.0), *arms.values()]
+            self._scorers[target] = scorer
+        return list(self._scorers.values())
+
+    def _entry(self, entry: BatchConfig, key: str) -> Iterator[Part]:
+        """The targets, each with every vector, each with every α."""
+        run, settings = self._run, self._run.settings
+        targets = _targets(settings.target if entry.target is None else entry.target)
+        alphas = config.alphas(settings.alpha if entry.alpha is None else entry.alpha)
+        output = entry.output or settings.output
+        if not output:
+            raise BadInput("output is not set, nor is output; set one of them")
+        for listed, own in product(targets, _vectors(settings, entry)):
+            try:
+                for target, vector, alpha in product(_matching(listed, "target"), own.matching(), alphas):
+                    named = replace(
+                        settings,
+                        batch=[],
+                        stages=self._merged,
+                        target=target,
+                        vector=vector,
+                        vectors=own.added,
+                        alpha=alpha,
+                        output=output.replace("{vector}", own.name) if own.name else output,
+                    )
+                    ((directory, point),) = config.outputs(named).items()
+                    job = Run(named, run.directory, run.command, run.timing, run.log, asked=settings)
+                    job.written = {directory: point}
+                    yield Part(directory, alpha, own.name or config.called(point), target, point, job)
+            except BadInput as error:
+                yield Part(None, None, own.name or "", listed, None, BadInput(f"{key}{error}"))
+
+    def conclude(self, failed: Mapping[Run, Exception]) -> None:
+        """Prints what became of every merge and writes it to FILE. Raises Failed where some failed, BadInput where all
+        did, of what they were given: then nothing is written."""
+        run, rows, sentences = self._run, [], []
+        errors: list[Exception] = []
+        for part in self.parts:
+            error = failed.get(part.run) if isinstance(part.run, Run) else part.run
+            rows.append(self._row(part, error, failed))
+            if error:
+                errors.append(error)
+                sentences.append(f"failed: {_short(part.output) or part.target}: {_sentence(error)}")
+        refused = len(errors) == len(rows) and all(isinstance(error, BadInput) for error in errors)
+        for target, scorer in self._scorers.items():
+            if error := failed.get(scorer):
+                errors.append(error)
+                sentences.append(f"failed: {target} could not be scored: {_sentence(error)}")
+        refused = refused and all(scorer in failed for scorer in self._scorers.values())
+        self._print(rows)
+        for sentence in sentences:
+            run.say(sentence)
+        if not refused and {"merge", "evaluate"} & {*self._merged, *self._scored}:
+            (run.directory / FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        if refused:
+            more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
+            raise BadInput(f"{errors[0]}{more}") from errors[0]
+        if errors:
+            evaluations = f" and {len(self._scorers)} evaluations" if self._scorers else ""
+            raise Failed(
+                f"batch: of {len(rows)} merges{evaluations} {len(errors)} failed, the others are done; the first: "
+                f"{_sentence(errors[0])}"
+            ) from errors[0]
+
+    def _row(self, part: Part, error: Exception | None, failed: Mapping[Run, Exception]) -> dict[str, Any]:
+        scorer = self._scorers.get(part.target)
+        if error:
+            status = "failed"
+        elif "merge" in self._merged:
+            status = "written" if isinstance(part.run, Run) and part.output in part.run.written else "already complete"
+        else:
+            status = "planned" if self._merged else "not written"
+        row = {
+            "output": str(part.output) if part.output else None,
+            "alpha": part.alpha,
+            "vector": part.vector,
+            "target": part.target,
+            "status": status,
+            "reason": _sentence(error) if error else None,
+        }
+        if self._scored:
+            row |= {"score": self._score(scorer, part) if scorer and scorer not in failed else None}
+        return row
+
+    def _score(self, scorer: Run, part: Part) -> float | None:
+        """The mean over benchmarks."""
+        from rvdist.evaluation import objective
+
+        if scorer.scores is None or part.point not in self._arms:
+            return None
+        name = self._arms[part.point].name
+        return objective(replace(scorer.scores, rows=[row for row in scorer.scores.rows if row.arm == name]))
+
+    def _print(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        scored = ["mean score"] if self._scored else []
+        table = Table("output", "α", "vector", "target", *scored, "status", box=None)
+        for row in rows:
+            alpha = "" if row["alpha"] is None else config.spell(row["alpha"])
+            score = "" if row.get("score") is None else f"{row['score']:.4f}"
+            output = _short(Path(row["output"])) if row["output"] else ""
+            cells = (
+                output,
+                alpha,
+                row["vector"],
+                Path(row["target"]).name,
+                *([score] if scored else []),
+                row["status"],
+            )
+            table.add_row(*map(Text, cells))
+        self._run.console.print(table)
 
 
-def _entry(run: Run, entry: BatchConfig, key: str) -> Iterator[Part]:
-    """The targets, each with every vector, each with every α."""
-    settings = run.settings
-    targets = _targets(settings.target if entry.target is None else entry.target)
-    alphas = config.alphas(settings.alpha if entry.alpha is None else entry.alpha)
-    output = entry.output or settings.output
-    if not output:
-        raise BadInput("output is not set, nor is output; set one of them")
-    for listed, own in product(targets, _vectors(settings, entry)):
-        try:
-            for target, vector, alpha in product(_matching(listed, "target"), own.matching(), alphas):
-                named = replace(
-                    settings,
-                    batch=[],
-                    target=target,
-                    vector=vector,
-                    vectors=own.added,
-                    alpha=alpha,
-                    output=output.replace("{vector}", own.name) if own.name else output,
-                )
-                ((directory, point),) = config.outputs(named).items()
-                job = Run(named, run.directory, run.command, run.timing, run.log, asked=settings)
-                job.written = {directory: point}
-                yield Part(directory, alpha, own.name or config.called(point), target, job)
-        except BadInput as error:
-            yield Part(None, None, own.name or "", listed, BadInput(f"{key}{error}"))
+def _arms(made: Sequence[Part]) -> dict[WeightPoint, Arm]:
+    """What a target is scored as beside itself; an arm has an α where all are along one vector."""
+    points = {part.point: part for part in made if part.point and part.alpha}
+    along = {(term.vector, term.mask) for point in points for term in point.terms}
+    single = len(along) == 1 and all(len(point.terms) == 1 for point in points)
+    names = _apart(f"{part.vector} alpha={config.spell(part.alpha or 0.0)}" for part in points.values())
+    return {
+        point: Arm(name, point, alpha=point.terms[0].alpha if single else None)
+        for name, point in zip(names, points, strict=True)
+    }
+
+
+def _apart(names: Iterable[str]) -> list[str]:
+    """Names of files, each another."""
+    found: list[str] = []
+    for name in names:
+        count = 1
+        while (unique := name[:90] + (f" ({count})" if count > 1 else "")) in found:
+            count += 1
+        found.append(unique)
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,64 +282,17 @@ def _distinct(found: Sequence[Part]) -> list[Part]:
     """Without what is asked for twice; none of several that would be written to one place."""
     points: dict[Path, dict[WeightPoint, Part]] = {}
     for part in found:
-        if part.output is not None and isinstance(part.run, Run):
-            points.setdefault(part.output, {}).setdefault(part.run.written[part.output], part)
+        if part.output and part.point:
+            points.setdefault(part.output, {}).setdefault(part.point, part)
     kept = []
     for part in found:
-        alike = points.get(part.output, {}) if part.output else {}
+        alike = points[part.output] if part.output else {}
         if len(alike) > 1:
             sentence = f"output: several points would be written to {part.output}; put {config.PLACEHOLDERS} into it"
-            part = replace(part, run=BadInput(sentence))
-        if not alike or part in alike.values() or len(alike) > 1:
+            kept.append(replace(part, run=BadInput(sentence)))
+        elif not alike or part in alike.values():
             kept.append(part)
     return kept
-
-
-def conclude(run: Run, made: Sequence[Part], failed: Mapping[Run, Exception]) -> None:
-    """Prints what became of every merge and writes it to FILE. Raises Failed where some failed, BadInput where all did,
-    of what they were given: then nothing is written."""
-    table = Table("output", "α", "vector", "target", "status", box=None)
-    rows: list[dict[str, Any]] = []
-    errors: list[Exception] = []
-    for part in made:
-        error = failed.get(part.run) if isinstance(part.run, Run) else part.run
-        errors += [error] if error else []
-        status, reason = _status(part, error), _sentence(error) if error else None
-        output = str(part.output) if part.output else None
-        alpha = "" if part.alpha is None else config.spell(part.alpha)
-        table.add_row(*map(Text, (_short(part.output), alpha, part.vector, Path(part.target).name, status)))
-        rows.append(
-            {
-                "output": output,
-                "alpha": part.alpha,
-                "vector": part.vector,
-                "target": part.target,
-                "status": status,
-                "reason": reason,
-            }
-        )
-    refused = len(errors) == len(made) and all(isinstance(error, BadInput) for error in errors)
-    run.console.print(table)
-    for part, row in zip(made, rows, strict=True):
-        if row["reason"]:
-            run.say(f"failed: {_short(part.output) or part.target}: {row['reason']}")
-    if not refused and "merge" in config.stages(run.settings):
-        (run.directory / FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    if refused:
-        more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
-        raise BadInput(f"{errors[0]}{more}") from errors[0]
-    if errors:
-        raise Failed(
-            f"batch: {len(errors)} of {len(made)} failed, the others are done; the first: {_sentence(errors[0])}"
-        ) from errors[0]
-
-
-def _status(part: Part, error: Exception | None) -> str:
-    if error or not isinstance(part.run, Run):
-        return "failed"
-    if "merge" not in config.stages(part.run.settings):
-        return "planned"
-    return "written" if part.output in part.run.written else "already complete"
 
 
 def _short(path: Path | None) -> str:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import POCKET, launch, load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist import config
-from rvdist.batch import parts
+from rvdist.batch import Batch
 from rvdist.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput
 from rvdist.run import Run
@@ -21,7 +21,7 @@ def settings(**changes):
 def asked(**changes):
     """The merges of a batch: (output below o/, base, [(plus, α)]), or why there is none."""
     found = []
-    for part in parts(Run(settings(**changes), None, "", Timing())):
+    for part in Batch(Run(settings(**changes), None, "", Timing())).parts:
         if isinstance(part.run, BadInput):
             found.append(str(part.run))
             continue
@@ -101,7 +101,11 @@ def test_what_is_asked_for_twice_is_made_once_and_what_collides_not_at_all():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"benchmarks": config.BenchmarksConfig(["x"])}, "a batch only merges; leave benchmarks out"),
+        ({"stages": ["analyze"]}, "stages: analyze is for one target, and batch is set"),
+        (
+            {"benchmarks": config.BenchmarksConfig(["x"]), "sweep": config.SweepConfig([1.0])},
+            "what it makes of each target is scored; leave out arms, sweep.alphas and search",
+        ),
         ({"vector": VectorConfig("p", "m", save="v")}, "vector.save stores one vector, and batch is set"),
         ({"merge": config.MergeConfig(method="tie")}, "merge.method: 'tie' is not one of"),
     ],
@@ -141,7 +145,7 @@ def test_one_that_fails_loses_no_other(place):
     done = launch(f"batch=[{BAD[0]},{GOOD},{','.join(BAD[1:])}]", *COMMON, "hydra.run.dir=run", cwd=place)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (sentence,) = done.stderr.splitlines()
-    assert "batch: 4 of 12 failed, the others are done; the first: nowhere: no such checkpoint" in sentence
+    assert "batch: of 12 merges 4 failed, the others are done; the first: nowhere: no such checkpoint" in sentence
     written = sorted(str(path.parent.relative_to(place / "out")) for path in (place / "out").glob("*/*/config.json"))
     assert written == [
         f"{target}/{vector}-{alpha}"
@@ -202,3 +206,34 @@ def test_a_merge_that_fails_on_its_way_loses_no_other(place):
     assert [row["status"] for row in table(place, "late")] == 2 * ["written", "failed", "written", "written"]
     assert "are infinite or not a number" in table(place, "late")[1]["reason"]
     assert len(list((place / "late").iterdir())) == 6 + 4  # and config, table, timing, log
+
+
+@pytest.mark.slow
+def test_what_a_batch_makes_of_each_target_is_scored_beside_it(tmp_path):
+    vectors = f"each:[{{plus:{POCKET}/grpo,minus:{POCKET}/sft}},{{name:back,plus:{POCKET}/sft,minus:{POCKET}/grpo}}]"
+    batch = f"batch=[{{target:['{POCKET}/[st]*t',nowhere],{vectors},alpha:[0.5,1]}}]"
+    small = (
+        "benchmarks=pocket",
+        "benchmarks.limit=16",
+        "engine.count=1",
+        "engine.kv_cache_gib=0.125",
+        "cache.dir=cache",
+    )
+    places = ("output=out/{target}/{vector}-{alpha}", "hydra.run.dir=run", "merge.workers=1")
+    done = launch(batch, *small, *places, cwd=tmp_path)
+    assert done.returncode == 1 and "batch: of 12 merges and 2 evaluations 4 failed" in done.stderr, done.stderr
+    rows = table(tmp_path)
+    assert [row["status"] for row in rows] == 8 * ["written"] + 4 * ["failed"]
+    assert len(list((tmp_path / "out").glob("*/*/config.json"))) == 8 and "mean score" in done.stdout
+    for target in ("sft", "target"):
+        summary = json.loads((tmp_path / "run" / target / "summary.json").read_text())
+        arms = ["baseline", "grpo alpha=0.5", "grpo alpha=1", "back alpha=0.5", "back alpha=1"]
+        assert list(dict.fromkeys(row["arm"] for row in summary)) == arms
+        assert (tmp_path / "run" / target / "report.html").exists()
+        by_arm = {arm: [row["value"] for row in summary if row["arm"] == arm and row["primary"]] for arm in arms}
+        own = [row for row in rows if row["target"].endswith(target) and row["score"] is not None]
+        assert len(own) == 4
+        for row in own:
+            values = by_arm[f"{row['vector']} alpha={config.spell(row['alpha'])}"]
+            assert row["score"] == pytest.approx(sum(values) / len(values))
+    assert len({row["score"] for row in rows}) > 2
