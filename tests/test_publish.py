@@ -24,7 +24,13 @@ from rvdist import config
 from rvdist.checkpoint.source import open_source
 from rvdist.config import BatchConfig, Config, HubConfig, VectorConfig
 from rvdist.errors import BadInput, Failed
+from rvdist.point import Arm, Term, Vector, WeightPoint
+from rvdist.publish import require, results
+from rvdist.record import TaskInfo
+from rvdist.report.summary import GroupInfo, Row
+from rvdist.run import Run, Scores
 from rvdist.stages import run_stages
+from rvdist.timing import Timing
 from rvdist.verify import verify
 
 TOKEN = "hf_secretOfNobody"
@@ -188,6 +194,39 @@ def test_damaged_weights_do_not_go_out(hub, vector, tmp_path):
     assert hub.requests == []
 
 
+def test_results_are_those_of_the_point_and_name_data_sets_of_the_hub(tmp_path):
+    target, point = WeightPoint("org/t"), WeightPoint("org/t", (Term(0.5, Vector("org/p", "org/m")),))
+    arms = [Arm("baseline", target), Arm("half", point), Arm("think", point, "think")]
+    names, two = ("gsm8k", "bbh_a", "bbh_b", "own"), {"bbh": ("bbh_a", "bbh_b")}
+    infos = [TaskInfo(name, "1", (("acc", "none"),), ("acc", "none")) for name in names]
+    rows = [
+        Row(arm.name, "d0" if arm.point == target else "d1", None, arm.prompt, task, "acc", "none", True, True, 0,
+            0.5, 0.1, 0.3, 0.7, 10)
+        for task in ("gsm8k", "bbh", *names[1:]) for arm in arms
+    ]  # fmt: skip
+    run = Run(Config(), tmp_path, "", Timing(), digests={target: "d0", point: "d1"})
+    groups = [GroupInfo("bbh", two["bbh"], (("acc", "none"),))]
+    run.scores = Scores(arms, rows, [], infos, groups)
+    (tmp_path / "results").mkdir()
+    gsm8k = {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}
+    bbh = {"dataset_path": "some/bbh", "validation_split": "dev"}
+    own = {"dataset_path": "json", "dataset_kwargs": {"data_files": "/secret"}}
+    said = {"configs": {"gsm8k": gsm8k, "bbh_a": bbh, "bbh_b": bbh, "own": own}, "n-shot": {"gsm8k": 8, "own": 0}}
+    (tmp_path / "results" / "baseline.json").write_text(json.dumps(said))
+    found = results(run, point)
+    assert [(r.row.arm, r.row.task, r.dataset, r.config, r.split, r.shots) for r in found] == [
+        (arm, *what)
+        for what in (
+            ("gsm8k", "openai/gsm8k", "main", "test", 8), ("bbh", "some/bbh", None, "dev", None),
+            ("own", None, None, None, 0),
+        )
+        for arm in ("half", "think")
+    ]  # fmt: skip
+    assert {result.baseline.arm for result in found} == {"baseline"}
+    assert [result.baseline for result in results(run, target)] == [None] * 3
+    assert results(run, WeightPoint("org/other")) == []
+
+
 # Refusals
 
 
@@ -206,7 +245,10 @@ def test_damaged_weights_do_not_go_out(hub, vector, tmp_path):
             r"several outputs would be uploaded to org/v; put \{alpha\}",
         ),
         ({"publish": "org/v", "target": "t", "output": "/dev/null", "vector": MADE}, "nothing is kept at /dev/null"),
-        ({"publish": "org/v", "batch": [BatchConfig("t")], "output": "o", "vector": MADE}, "a batch only merges"),
+        (
+            {"publish": "org/v", "batch": [BatchConfig("t")], "output": "o", "vector": MADE},
+            "publish is for one target, and batch",
+        ),
     ],
 )
 def test_settings_that_cannot_be_published(hub, vector, tmp_path, keys, reason):
@@ -232,6 +274,13 @@ def test_each_output_may_have_a_repository_of_its_own():
         publish="org/{target}@alpha-{alpha}",
     )  # fmt: skip
     assert list(config.published(settings).values()) == ["org/target@alpha-0.5", "org/target@alpha-1"]
+
+
+def test_several_jobs_do_not_share_a_repository(hub, tmp_path):
+    job = Run(Config(publish="org/V"), tmp_path, "", Timing())
+    require(job, {tmp_path / "a": "org/V"}, {tmp_path / "a": "org/v", tmp_path / "b": "org/v@other"})
+    with pytest.raises(BadInput, match="several jobs would upload to org/V; put {alpha}"):
+        require(job, {tmp_path / "a": "org/V"}, {tmp_path / "b": "org/v"})
 
 
 @pytest.mark.parametrize(
@@ -261,6 +310,14 @@ def test_a_hub_that_is_not_there_or_does_not_take_the_token(hub, vector, monkeyp
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(Failed, match=r"^publish: org/v could not be uploaded \(.*refused"):
         vector(publish="org/v")
+
+
+def test_a_hub_that_falls_silent_is_asked_again(hub, vector, monkeypatch):
+    monkeypatch.setattr("rvdist.publish._PATIENCE", 0.5)
+    hub.fail("/upload/", "stall", method="PUT")
+    vector(publish="org/v")
+    assert len([path for path in writes(hub) if "/upload/" in path]) == 2
+    assert "vector.safetensors" in there(hub, "org/v")
 
 
 @pytest.mark.parametrize("lost", ["vector.json", "vector.safetensors"])
