@@ -44,8 +44,8 @@ class Run:
     point; `written` is what its merge stage still has to write, `arms` what it scores: those of `settings`, unless they
     are given; `published` is what goes to the Hub, by the directory it is in. `asked` is the configuration that is
     recorded, where `settings` follow from it. `examined` names vectors by points that have just one; `anatomy` is what
-    was found of them, in sentences, `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is the
-    run that reads a text along lines between models."""
+    was found of them, in sentences, `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is
+    the run that reads a text along lines between models."""
 
     settings: Config
     directory: Path
