@@ -45,10 +45,11 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
 
-def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Resources:
+def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0, namespace: str | None = None) -> Resources:
     """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" starts
-    one that ends with this process; a job that was submitted to a cluster joins that one. Raises BadInput where it
-    cannot be reached, or has fewer than `nodes` nodes after `timeout` seconds."""
+    one that ends with this process; a job that was submitted to a cluster joins that one. Ray keeps what we start
+    there in `namespace`. Raises BadInput where it cannot be reached, or has fewer than `nodes` nodes after `timeout`
+    seconds."""
     import ray
 
     if address == "local" and _IN_A_JOB in os.environ:
@@ -59,6 +60,7 @@ def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0) -> Res
         try:
             ray.init(
                 address=address,
+                namespace=namespace,
                 logging_level="ERROR",
                 log_to_driver=False,
                 **({"include_dashboard": False} if address == "local" else {}),

@@ -87,7 +87,9 @@ class Warm:
             found = cluster.is_connected()  # then by somebody else, who is to disconnect it
         try:
             with timing.phase("ray_init"):
-                resources = cluster.connect(settings.address, settings.nodes or 1, settings.timeout)
+                resources = cluster.connect(
+                    settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}"
+                )
         except Exception as error:
             self._resources.set_exception(error)
         else:

@@ -52,6 +52,6 @@ def ray_local():
     """One Ray for all tests that need no more."""
     from rvdist import cluster
 
-    cluster.connect("local")
+    cluster.connect("local", namespace="rvdist-tests")
     yield
     cluster.disconnect()

@@ -134,9 +134,16 @@ def test_a_merge_told_in_json(place):
     ]  # fmt: skip
     places = [order.index(event) for event in ordered]
     assert places == sorted(places)
-    (progressed,) = [event for event in told if event["event"] == "progress"]
+    *_, progressed = [event for event in told if event["event"] == "progress"]
     assert 0.99 * progressed["total"] < progressed["bytes"] <= progressed["total"]  # headers are not counted
     assert f"wrote {place / 'out'}" in [event["message"] for event in told]
+
+
+def test_ray_knows_whose_its_actors_are(ray_local):
+    """`ray list actors --detail` shows the namespace."""
+    import ray
+
+    assert ray.get_runtime_context().namespace == "rvdist-tests"
 
 
 def test_bad_input_told_in_json(place):
