@@ -90,6 +90,8 @@ class Examination:
                     self._expect(run, source, serving, tensors)
                 with run.timing.phase("tasks"):
                     suite = _suite(run, prompt)
+                self._warm.resources()  # importing transformers beside it, Ray takes half as long again to start
+                with run.timing.phase("tasks"):
                     tokenizer = _tokenizer(source.path, settings.benchmarks.apply_chat_template)
                 with run.timing.phase("requests"):
                     self._askings[key] = Asking(serving, tensors, suite, tokenizer, suite.requests(tokenizer))
@@ -135,8 +137,8 @@ class Examination:
         """What the arm is asked."""
         return self._of[run, arm.name]
 
-    def evaluate(self, runs: Sequence[Run]) -> None:
-        """Scores every arm of these runs, as one plan."""
+    def evaluate(self, runs: Sequence[Run], last: bool = False) -> None:
+        """Scores every arm of these runs, as one plan, the `last` that needs what is warm."""
         arms: dict[Asking, list[tuple[Run, Arm]]] = {}
         for run in runs:
             for arm in run.arms:
@@ -154,6 +156,8 @@ class Examination:
 
             for asking in sorted(arms, key=lambda asking: (asking.serving, asking.tensors)):  # a fleet after the other
                 answered[asking] = self.answer(asking, arms[asking], partial(complete, asking))
+            if last:
+                self._warm.finish()
             for run in runs:
                 score(run, [(arm, self.asking(run, arm), answered[self.asking(run, arm)]) for arm in run.arms], known)
 

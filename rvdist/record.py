@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class TaskInfo:
 def write_records(path: Path, records: Iterable[Record]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            file.write(json.dumps(vars(record), ensure_ascii=False) + "\n")
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -96,7 +96,8 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
         jobs = _each(jobs, failed, lambda run: measure(examination, run) if run.reader else None)
     if scored := [run for run in jobs if run.arms]:
         racing = [run for run in scored if run.settings.search.method]
-        _together([run for run in scored if run not in racing], failed, examination.evaluate)
+        examine = partial(examination.evaluate, last=last and len(scored) == 1)
+        _together([run for run in scored if run not in racing], failed, examine)
         _each(racing, failed, partial(race, examination))
     if last:
         warm.finish()

@@ -13,6 +13,7 @@ import json
 import logging
 import operator
 import os
+import sys
 import time
 import warnings
 from array import array
@@ -194,6 +195,19 @@ def _paused_collector() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """`module` is not to be found meanwhile, unless it is loaded."""
+    hides = module not in sys.modules
+    if hides:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[module]
+
+
 class Engine:
     """vLLM started on the checkpoint `base` (a directory or Hub repository). Takes seconds; see `info`.
 
@@ -207,7 +221,8 @@ class Engine:
         begin = time.perf_counter()
         os.environ.update(_ENVIRONMENT | os.environ)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
-        with _paused_collector(), warnings.catch_warnings(action="ignore"):
+        # transformers imports scikit-learn where there is one, for a way to generate that is not vLLM's: half a second
+        with _paused_collector(), _hidden("sklearn"), warnings.catch_warnings(action="ignore"):
             import torch
 
             on_cpu = not torch.cuda.is_available()
