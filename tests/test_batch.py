@@ -1,15 +1,20 @@
 """`batch`: what an entry stands for; and the command, in which one that fails loses no other."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import POCKET, launch, load_checkpoint, near, tensors, write_checkpoint
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
-from rvdist import config
+from rvdist import config, multirun
 from rvdist.batch import Batch
 from rvdist.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput
+from rvdist.launch import CONF
 from rvdist.run import Run
 from rvdist.timing import Timing
 
@@ -64,6 +69,28 @@ def test_an_entry_is_every_target_with_every_vector_and_alpha(tmp_path, monkeypa
     assert asked(batch=[BatchConfig("odd[1]")]) == [("odd[1]-1", "odd[1]", [("p", 1.0)])], "it exists: no pattern"
 
 
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    text = (Path(config.__file__).parent.parent / "docs/batches.md").read_text()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/small", "models/large", "code/checkpoint-1", "code/checkpoint-2", "adapters/style"):
+        (tmp_path / name).mkdir(parents=True)
+    multirun.register()
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        mine = OmegaConf.to_object(compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]))
+    assert isinstance(mine, Config)
+    made = [part.output for part in Batch(Run(mine, tmp_path, "", Timing())).parts if isinstance(part.run, Run)]
+    named = [
+        f"{vector}-{alpha}" for vector in ("math", "checkpoint-1", "checkpoint-2", "style") for alpha in ("0.5", "1")
+    ]
+    wanted = [f"{target}/{name}" for target in ("small", "large") for name in named]
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in made) == sorted(
+        [*wanted, "model/grpo+style-1", "small/grpo+style-1"]
+    )
+
+
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
@@ -92,7 +119,7 @@ def test_what_is_asked_for_twice_is_made_once_and_what_collides_not_at_all():
     assert [place for place, _, _ in twice] == ["t-1", "t-2"]
     both = asked(batch=[BatchConfig(alpha=[1.0, 2.0], output="o/x"), BatchConfig("org/u")])
     assert [one if isinstance(one, str) else one[0] for one in both] == [
-        *2 * [f"output: several points would be written to {config.Path('o/x').absolute()}; put {{alpha}}, {{target}}, "
+        *2 * [f"output: several points would be written to {Path('o/x').absolute()}; put {{alpha}}, {{target}}, "
               "{vector} or {recipe} into it"],
         "u-1",
     ]  # fmt: skip
