@@ -217,8 +217,8 @@ def _apart(names: Iterable[str]) -> list[str]:
     """Names of files, each another."""
     found: list[str] = []
     for name in names:
-        count = 1
-        while (unique := name[:90] + (f" ({count})" if count > 1 else "")) in found:
+        name, count = name.lstrip(".")[:90] or "target", 1
+        while (unique := name + (f" ({count})" if count > 1 else "")) in found:
             count += 1
         found.append(unique)
     return found

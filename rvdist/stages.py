@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -72,6 +73,8 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     jobs = _each(jobs, failed, lambda run: _prepare(run, known))
     scorers = [scorer for batch in batches.values() for scorer in batch.scorers(failed)]
     jobs += _each(scorers, failed, lambda run: _prepare(run, known))
+    read = _sources(jobs)
+    jobs = _each(jobs, failed, lambda run: _require_no_source(run, run.written, read))
     jobs = _show_plans(jobs, failed)
     jobs = [run for run in jobs if run.written or run.arms or run.examined or run.published]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
@@ -208,8 +211,8 @@ def _prepare(run: Run, known: _Known) -> None:
         if complete := _complete(run, plan) | _promised_already(written, known.promised):
             written = {output: point for output, point in written.items() if output not in complete}
             plan = _plan([run], written)
+        _require_no_source(run, written, run.sources)
         for output in {output for output in written if not discards(output)}:
-            _require_no_source(run, output)
             require_free(output, settings.overwrite)
             _require_place(output)
     if saved and vector:
@@ -321,7 +324,7 @@ def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> V
 def _save_vector(run: Run, saved: config.Saved, vector: Vector) -> None:
     from rvdist.vector import Storage, save
 
-    _require_no_source(run, saved.directory)
+    _require_no_source(run, [saved.directory], run.sources)
     max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
     nbytes = sum(spec.nbytes for spec in run.sources[vector.plus].tensors.values())
     with run.timing.phase("vector"), Bar("vector", nbytes, run.log) as bar:
@@ -375,11 +378,11 @@ def _complete(run: Run, plan: Plan) -> set[Path]:
     return found
 
 
-def _require_no_source(run: Run, output: Path) -> None:
-    """Overwriting must never replace what is being read."""
-    for name, source in run.sources.items():
+def _require_no_source(run: Run, outputs: Collection[Path], sources: Mapping[str, Checkpoint]) -> None:
+    """Overwriting must never replace what is being read, be it by another job."""
+    for (name, source), output in product(sources.items(), outputs if run.settings.overwrite else ()):
         path = source.path.resolve()
-        if run.settings.overwrite and output.resolve() in (path, *path.parents):
+        if output.resolve() in (path, *path.parents):
             raise BadInput(
                 f"output: {output} is or holds the source {name}, which would be lost; choose another output"
             )

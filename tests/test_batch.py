@@ -1,6 +1,7 @@
 """`batch`: what an entry stands for; and the command, in which one that fails loses no other."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from omegaconf import OmegaConf
 from rvdist import config, multirun
 from rvdist.batch import Batch
 from rvdist.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 from rvdist.launch import CONF
 from rvdist.run import Run
+from rvdist.stages import run_jobs
 from rvdist.timing import Timing
+from rvdist.warm import Warm
 
 
 def settings(**changes):
@@ -222,6 +225,17 @@ def test_a_batch_in_which_all_is_bad_input_writes_nothing(place):
     assert planned.stdout.count("planned") == 8 and sorted(place.rglob("*")) == before
     refused = launch("batch=[{vector:{plus:plus,minus:minus,save:v}}]", *COMMON, "target=models/one", cwd=place)
     assert refused.returncode == 2 and refused.stderr == "rvdist: batch: Key 'save' not in 'DonorsConfig'\n"
+
+
+def test_no_merge_overwrites_what_another_one_reads(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    batch = [BatchConfig("models/one", output="models/two"), BatchConfig("models/two", output="late/three")]
+    asked = settings(batch=batch, vector=VectorConfig("plus", "minus"), overwrite=True, stages=["plan"])
+    run = Run(asked, tmp_path, "", Timing())
+    with closing(Warm()) as warm:
+        (error,) = run_jobs([run], warm)
+    assert isinstance(error, Failed) and "of 2 merges 1 failed" in str(error)
+    assert f"output: {place}/models/two is or holds the source models/two, which would be lost" in str(error)
 
 
 def test_a_merge_that_fails_on_its_way_loses_no_other(place):
