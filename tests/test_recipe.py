@@ -21,7 +21,6 @@ from rvdist.checkpoint.source import open_source
 from rvdist.config import Config
 from rvdist.errors import BadInput
 from rvdist.launch import CONF
-from rvdist.log import Log
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
@@ -310,7 +309,7 @@ def test_a_recipe_says_what_is_merged_and_nothing_else_does(argument, sentence, 
 
 
 def composed(*overrides):
-    multirun.register(Log())
+    multirun.register()
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = OmegaConf.to_object(compose("config", list(overrides)))
