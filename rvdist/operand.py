@@ -35,8 +35,8 @@ class Operand:
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
         """Elements [begin, end) of tensor `name` in C order: a 1-d view of `buffer`, a 1-d uint8 tensor of 8 bytes an
-        element; in the dtype of its spec, but fp8 comes scaled in fp32. Raises BadInput where a file cannot be used,
-        Failed where the Hub does not answer."""
+        element, or as many as its dtype has; in the dtype of its spec, but fp8 comes scaled in fp32 and wants 8. Raises
+        BadInput where a file cannot be used, Failed where the Hub does not answer."""
         return self._files.read(self._tensors[name], begin, end, buffer)
 
     def close(self) -> None:

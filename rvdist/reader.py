@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import cycle
 
@@ -57,6 +58,7 @@ class PointReader:
         self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
         self._lanes = lanes or open_lanes(device, buffers_of(points))
         self._scratch = Scratch(CHUNK)
+        self._prepared = ""  # the tensor that the methods saw last
 
     @property
     def bytes_read(self) -> int:
@@ -71,16 +73,8 @@ class PointReader:
         The tensors are valid until the next chunk is asked for."""
         spec = self.base.tensors[name]
         dtype = self.output_dtype(spec)
-        recipes = [self._recipe(point, name) for point in self.points]
-        stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
-        works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
-        for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
-            if method.whole_tensors and terms:
-                assert (start, stop) == (0, spec.numel)
-                base = [point.base] * method.surveys_base
-                method.survey(Place(name, spec.numel), partial(self._differences, name, base, terms, work))
+        recipes, works, copied = self._prepare(name)
         bases = [point.base for point in self.points]
-        copied = [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
         cuts = self._cuts(name, start, stop, [v for terms in recipes for _, v in terms], self._lanes[0].chunk)
         ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
         try:
@@ -96,6 +90,39 @@ class PointReader:
         finally:
             for _, lane in ahead:
                 lane.wait()
+
+    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Writes as many elements of tensor `name`, from `start` on, of the only point as `out` has: 1-d, of the output
+        dtype and on the CPU. Results that are not finite are not counted."""
+        (point,), stop = self.points, start + out.numel()
+        recipes, works, (copied,) = self._prepare(name)
+        if copied:
+            self._files[point.base].read(name, start, stop, out.view(torch.uint8))
+            return
+        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        cuts = self._cuts(name, start, stop, [vector for _, vector in recipes[0]], min(CHUNK, lane.chunk))
+        for begin, end, present in cuts:
+            operand = self._read([point.base, *_donors(present)], name, begin, end, lane)
+            result = out[begin - start : end - start]
+            place = Place(name, numel, begin)
+            (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
+            if count:
+                unify_nans(result)
+
+    def _prepare(self, name: str) -> tuple[list[Recipe], list[torch.dtype], list[bool]]:
+        """For each point the terms that change a tensor, the working precision, and whether its bytes are the base's.
+        Methods that must see the whole tensor first have then seen it."""
+        dtype, numel = self.output_dtype(self.base.tensors[name]), self.base.tensors[name].numel
+        recipes = [self._recipe(point, name) for point in self.points]
+        stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
+        works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
+        if name != self._prepared:
+            for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
+                if method.whole_tensors and terms:
+                    base = [point.base] * method.surveys_base
+                    method.survey(Place(name, numel), partial(self._differences, name, base, terms, work))
+            self._prepared = name
+        return recipes, works, [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
 
     def _combine(
         self,
@@ -196,17 +223,18 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
     return len({source for point in points for source in point.sources()}) + len(points)
 
 
+def open_point(point: WeightPoint) -> PointReader:
+    """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
+    return PointReader([point], {source: open_source(source, rename) for source, rename in point.renames()})
+
+
 def read_point(point: WeightPoint) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (name, tensor) of a point, in the base's stored dtypes: what a merge of it would write.
 
     Raises BadInput where a source cannot be read.
     """
-    reader = PointReader([point], {source: open_source(source, rename) for source, rename in point.renames()})
-    try:
+    with closing(open_point(point)) as reader:
         for name, spec in reader.base.tensors.items():
             tensor = torch.empty(spec.numel, dtype=reader.output_dtype(spec))
-            for begin, (chunk,) in reader.chunks(name, 0, spec.numel):
-                tensor[begin : begin + chunk.numel()] = chunk
+            reader.fill(name, 0, tensor)
             yield name, tensor.view(spec.shape)
-    finally:
-        reader.close()

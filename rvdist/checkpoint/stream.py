@@ -45,21 +45,22 @@ class TensorFiles:
         """Elements [start, stop) of a tensor in C order: a 1-d view, in the stored dtype, of `buffer`, a 1-d
         uint8 tensor. Raises BadInput, naming the file, where it ends too early, and Failed where it cannot be read
         or the Hub does not answer."""
-        itemsize = TORCH_DTYPE[spec.dtype].itemsize
-        view = buffer[: (stop - start) * itemsize]
-        offset = spec.offset + start * itemsize
-        path = self.checkpoint.path / spec.file
+        dtype = TORCH_DTYPE[spec.dtype]
+        view = buffer[: (stop - start) * dtype.itemsize]
+        offset = spec.offset + start * dtype.itemsize
         try:
             if self._ranges and spec.file in self._ranges.files:
                 self._ranges.read(spec, offset, view.numpy().data)
             else:
                 read_exactly(self._descriptor(spec.file), offset, view)
         except EOFError:
+            path = self.checkpoint.path / spec.file
             raise BadInput(f"{path}: ends inside tensor {spec.name}; it changed or was truncated") from None
         except OSError as error:
+            path = self.checkpoint.path / spec.file
             raise Failed(f"{path}: cannot be read ({error.strerror}); run again when it can") from None
         self.bytes_read += view.numel()
-        return view.view(TORCH_DTYPE[spec.dtype])
+        return view.view(dtype)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from rvdist.checkpoint.source import open_source
+from rvdist.fleet.deferred import deferred
 from rvdist.point import WeightPoint
-from rvdist.reader import read_point
+from rvdist.reader import open_point
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -54,11 +56,12 @@ class SwapExtension:
         Raises RuntimeError naming the tensors when one that the engine was started with does not come, or
         does not arrive in vLLM. After any error the weights of this rank are undefined.
         """
-        tensors = read_point(WeightPoint.from_json(json.loads(point)))
-        if exchanged:
-            tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
         came: set[str] = set()
-        loaded = self._rvdist_reload(_noting(came, tensors))
+        with closing(open_point(WeightPoint.from_json(json.loads(point)))) as reader:
+            tensors = deferred(reader)
+            if exchanged:
+                tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
+            loaded = self._rvdist_reload(_noting(came, tensors))
         if missing := self._rvdist_expected() - came:
             raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
         if stale := {name for name, _ in self.model_runner.get_model().named_parameters()} - loaded:
@@ -102,17 +105,21 @@ def _some(names: set[str]) -> str:
 
 
 def _repair_packed_copies(model: Any) -> None:
-    """Packs anew what vLLM's CPU build packed at start and its reload leaves as it was: a tied lm_head, which
-    owns a packed copy of the embedding but no weight of its own, and the experts of a mixture."""
+    """Brings up to date what vLLM's CPU build packed at start and its reload leaves as it was: a tied lm_head, which
+    owns a packed copy of the embedding but no weight of its own and now takes the one that the reload made for the
+    embedding, and the experts of a mixture, which are packed anew."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
+    embeddings = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead):
-            layer.quant_method.process_weights_after_loading(layer)
+            for other in embeddings:
+                if other is not layer and other.weight is layer.weight:
+                    layer.cpu_linear = other.cpu_linear
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)
         if isinstance(experts, CPUUnquantizedExperts):

@@ -14,9 +14,11 @@ from families import SETTINGS, Answers, Family, answers, make_deep, shard, start
 
 from rvdist.checkpoint.source import open_source
 from rvdist.fleet import swap
+from rvdist.fleet.deferred import Deferred
 from rvdist.fleet.engine import Engine
 from rvdist.fleet.request import Choice
 from rvdist.point import WeightPoint
+from rvdist.reader import read_point
 from rvdist.timing import anonymous_bytes
 
 
@@ -78,10 +80,23 @@ def test_a_point_where_the_engine_is_already_is_not_read(
     engine: Engine, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.swap(family.point(0.0))
-    monkeypatch.delattr(swap, "read_point")
+    monkeypatch.delattr(swap, "deferred")
     engine.swap(WeightPoint(str(family.target)))
     with pytest.raises(NameError):
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
+
+
+def test_every_byte_is_read_once_and_into_place(
+    engine: Engine, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point, opened, readers = family.point(0.5), swap.open_point, []
+    engine.swap(family.point(1.0))  # and the probe, which wants tensors of its own
+    monkeypatch.delattr(Deferred, "read")
+    monkeypatch.setattr(swap, "open_point", lambda point: readers.append(opened(point)) or readers[0])
+    engine.swap(point)
+    specs = [spec for source in point.sources() for spec in open_source(source).tensors.values()]
+    # vLLM copies biases once more, to count their elements
+    assert readers[0].bytes_read == sum(spec.nbytes * (1 + spec.name.endswith(".bias")) for spec in specs)
 
 
 @pytest.mark.parametrize("kind", ["moe", "tied"])
@@ -96,8 +111,8 @@ def test_shards_change_nothing(kind: str, families: dict[str, Family], tmp_path:
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
 def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, read = families["untied"], swap.read_point
-    monkeypatch.setattr(swap, "read_point", lambda point: (pair for pair in read(point) if pair[0] != lost))
+    family, read = families["untied"], swap.deferred
+    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
     engine = start(WeightPoint(str(family.target)))
     with pytest.raises(RuntimeError, match=lost):
         engine.swap(family.point(0.5))
@@ -108,8 +123,8 @@ def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monke
 
 
 def test_what_vllm_did_not_load_is_named(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, read = families["untied"], swap.read_point
-    monkeypatch.setattr(swap, "read_point", lambda point: (pair for pair in read(point) if "norm" not in pair[0]))
+    family, read = families["untied"], swap.deferred
+    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if "norm" not in pair[0]))
     monkeypatch.setattr(swap.SwapExtension, "_rvdist_expected", lambda self: set())
     with pytest.raises(RuntimeError, match=r"vLLM did not load.*model\.norm\.weight"):
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
@@ -129,7 +144,7 @@ def test_the_probe_finds_any_matrix_or_bias_left_behind(
     families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, mirror = families["tied"], swap.mirror
-    old = dict(swap.read_point(WeightPoint(str(family.target))))
+    old = dict(read_point(WeightPoint(str(family.target))))
     engine = start(WeightPoint(str(family.target)))
     home = engine._at
     for name in old:
@@ -167,7 +182,7 @@ def test_what_a_swap_costs(tmp_path: Path) -> None:
     files = [file for path in point.sources() for file in Path(path).glob("*.safetensors")]
     engine = start(WeightPoint(str(family.target)))
     engine.swap(point)
-    merged = dict(swap.read_point(point))
+    merged = dict(read_point(point))
     buffer = bytearray(8 << 20)
 
     def read() -> None:

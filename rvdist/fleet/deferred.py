@@ -1,0 +1,98 @@
+"""Tensors of a weight point that are read when and where vLLM copies them: into its own parameters, with no tensor in
+between, and of a tensor-parallel shard that is a range of rows those rows alone.
+
+Knows nothing of vLLM: whatever is done to such a tensor other than taking rows and copying them to CPU memory gets an
+ordinary tensor, which is read then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from rvdist.reader import PointReader
+
+_aten = torch.ops.aten
+
+
+class Deferred(torch.Tensor):
+    """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor."""
+
+    _start: int
+    _fill: Callable[[int, torch.Tensor], None]
+    _whole: torch.Tensor | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, shape: torch.Size, dtype: torch.dtype, fill: Callable[[int, torch.Tensor], None], start: int = 0
+    ) -> Deferred:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made._start, made._fill, made._whole = start, fill, None
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _aten.copy_.default and isinstance(args[1], Deferred) and args[1]._copy_to(args[0]):
+            return args[0]
+        if func in _VIEWS and args[0]._whole is None and (parts := _VIEWS[func](*args)) is not None:
+            return parts
+        args, kwargs = tree_map_only(Deferred, Deferred.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def read(self) -> torch.Tensor:
+        """All of it as an ordinary tensor, the same at every call."""
+        if self._whole is None:
+            self._whole = torch.empty(self.shape, dtype=self.dtype)
+            self._fill(self._start, self._whole.view(-1))
+        return self._whole
+
+    def _copy_to(self, target: torch.Tensor) -> bool:
+        """Whether it was read into `target`. Nothing is to be read into one without memory, by which vLLM only counts
+        the elements that come."""
+        if self._whole is not None or target.shape != self.shape or target.dtype != self.dtype:
+            return False
+        if target.device.type == "cpu" and target.is_contiguous():
+            self._fill(self._start, target.view(-1).as_subclass(torch.Tensor))
+            return True
+        return target.is_meta
+
+    def _slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Deferred | None:
+        first, last, _ = slice(start, end).indices(self.shape[dim])
+        rows = dim % self.dim() == 0
+        if step != 1 or not (rows or last - first == self.shape[dim]):
+            return None
+        return self._part([max(0, last - first), *self.shape[1:]] if rows else self.shape, first * rows)
+
+    def _unbind(self, dim: int = 0) -> list[Deferred] | None:
+        return None if dim % self.dim() else [self._part(self.shape[1:], row) for row in range(self.shape[0])]
+
+    def _unsqueeze(self, dim: int) -> Deferred:
+        shape = list(self.shape)
+        shape.insert(dim % (self.dim() + 1), 1)
+        return self._part(shape, 0)
+
+    def _part(self, shape: Sequence[int], row: int) -> Deferred:
+        start = self._start + (row * self.numel() // self.shape[0] if row else 0)
+        return Deferred(torch.Size(shape), self.dtype, self._fill, start)
+
+
+# What need not be read to be taken: a range of rows, all, or each row, of whatever shape.
+_VIEWS: dict[Any, Callable[..., Deferred | list[Deferred] | None]] = {
+    _aten.slice.Tensor: Deferred._slice,
+    _aten.unbind.int: Deferred._unbind,
+    _aten.unsqueeze.default: Deferred._unsqueeze,
+}
+
+
+def deferred(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of the reader's only point. They can be read until the reader is closed."""
+    for name, spec in reader.base.tensors.items():
+        yield name, Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name))
