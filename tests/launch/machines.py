@@ -20,6 +20,7 @@ mount -t tmpfs none /dev/shm
 ip address add {address}/24 dev eth0
 ip link set lo up
 ip link set eth0 up
+ip route add default dev eth0
 """
 
 
