@@ -135,7 +135,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "replay": "a run directory or lm-eval's log of samples that answers instead of engines; null: none",
     },
     config.ClusterConfig: {
-        "address": "local: a cluster of this machine that ends with the run (in a Ray job: its own); auto, or `host:port`",
+        "address": "local: one of this machine that ends with the run (in a Ray job: the job's); auto, `host:port` or "
+        "`ray://host:port`: one that runs",
         "nodes": "wait for so many; of a plan without a cluster: so many like this machine",
         "timeout": "seconds to wait for nodes, workers and engines",
     },

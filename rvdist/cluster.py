@@ -13,7 +13,7 @@ from rvdist.errors import BadInput
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has the cluster's"
-_PATIENCE = 30.0  # seconds for a node to say what it sees
+_PATIENCE = 60.0  # seconds for a node to say what it sees
 
 
 @dataclass(frozen=True)
