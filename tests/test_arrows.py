@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "tasks": {"errors"},
     "run": {"checkpoint", "config", "log", "point", "record", "report", "timing"},
     "warm": {"cluster", "config", "errors", "fleet", "timing"},
-    "batch": {"config", "errors", "point", "run"},
+    "batch": {"config", "errors", "evaluation", "point", "run"},
     "preview": {"cluster", "config", "merge", "run"},
     "evaluation": {"cluster", "config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
     "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "run", "warm"},
