@@ -190,7 +190,8 @@ Every key, set with `key=value`. A heading says whose keys a table lists: `worke
 `[]` stands for the entries of a list. Lists and mappings are written in Hydra's syntax: `alpha=[0.5,1]`,
 `vectors=[{plus: …, minus: …}]`. `--help` lists all keys with the values of the groups chosen, `--cfg job` shows what a
 command composes to, `hydra.run.dir=DIR` names the run directory, `--config-dir DIR` adds a directory of options of your
-own to those of `conf/`. With `RVDIST_TRACEBACK=1` in the environment an error says where it comes from.
+own to those of `conf/`. With `RVDIST_TRACEBACK=1` in the environment an error says where it comes from. In bash,
+`eval "$(rvdist -sc install=bash)"` completes groups, their options, and keys of the installed command.
 """
 
 
