@@ -359,7 +359,11 @@ def _plan(runs: Sequence[Run], written: Mapping[Path, WeightPoint]) -> Plan:
 
 
 def _outputs(runs: Sequence[Run]) -> dict[Path, WeightPoint]:
-    return {output: point for run in runs for output, point in run.written.items()}
+    """What all of them write, each to a place of its own, also where nothing is kept."""
+    found: dict[Path, WeightPoint] = {}
+    for output, point in (pair for run in runs for pair in run.written.items()):
+        found[output / str(len(found)) if output in found and discards(output) else output] = point
+    return found
 
 
 def _sources(runs: Sequence[Run]) -> dict[str, Checkpoint]:

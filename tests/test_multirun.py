@@ -51,6 +51,16 @@ def test_one_fleet_for_all_jobs_and_a_failure_that_loses_no_other(place):
     assert summary(place / "alone") == summary(place / "sweep/2")
 
 
+def test_what_is_discarded_is_merged_for_every_job(place):
+    vector = (f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}")
+    done = launch("-m", "target=one", *vector, "alpha=0.5,1", "output=/dev/null", "hydra.sweep.dir=discards", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("discarded")] == [
+        "discarded /dev/null",
+        "discarded /dev/null/1",
+    ]
+
+
 def test_a_sweeper_that_asks_batch_by_batch_finds_the_fleet_warm(place):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     optuna = [
