@@ -1,0 +1,239 @@
+"""What the documentation tells people to type is run, or says why it is not; the keys it names exist, its links lead
+somewhere.
+
+A block to type is fenced with ```sh. The line before one that no test runs is `<!-- not run by a test: REASON -->`; in
+such a block `…` and names in capitals stand for the reader's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+from omegaconf import DictConfig
+
+from rvdist import multirun
+from rvdist.config import Config
+from rvdist.launch import CONF, _quoted
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"sh", "yaml", "python"}
+MARKER = re.compile(r"<!-- not run by a test: \S.* -->")
+TYPED = re.compile(
+    r"    (\S+/)?(python\d?|rvdist|make|pip|pytest|git|ray|ruff|eval|export|cd|jq|sbatch|docker|hf|kill)\s"
+)
+PLACEHOLDER = re.compile(r"…|\b(?!(EOF|PATH|PWD)\b)[A-Z]{2,}\b")
+KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`")
+COMMANDS = {"rvdist", "rvdist.launch", "launch/slurm.sh"}  # what follows is rvdist.launch's
+FILES = {"json", "jsonl", "md", "py", "sh", "yaml", "yml", "csv", "html", "png", "toml", "txt", "safetensors", "sqlite"}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int  # of its first line, from 1
+    text: str
+    run: bool
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def read(page: Path) -> tuple[list[Block], list[tuple[int, str]]]:
+    """The ```sh blocks of a page, and its lines outside of all fences with their numbers."""
+    blocks, prose, language, begin = [], [], "", 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.startswith("```"):
+            if not language:
+                prose.append((number, line))
+        elif not language:
+            language, begin = line[3:], number
+            assert language in LANGUAGES, f"{page.name}:{number}: a fence of {LANGUAGES}, please"
+        else:
+            if language == "sh":
+                before = lines[begin - 2] if begin > 1 else ""
+                text = "\n".join(lines[begin : number - 1])
+                blocks.append(Block(page, begin + 1, text, run=not MARKER.fullmatch(before)))
+            language = ""
+    assert not language, f"{page.name}:{begin}: this fence is not closed"
+    return blocks, prose
+
+
+BLOCKS = [block for page in PAGES for block in read(page)[0]]
+by_place = pytest.mark.parametrize("block", [pytest.param(block, id=block.place) for block in BLOCKS])
+
+
+def test_whatever_can_be_typed_is_in_a_block():
+    assert len(BLOCKS) > 25
+    loose = [f"{p.name}:{number}: {line}" for p in PAGES for number, line in read(p)[1] if TYPED.match(line)]
+    assert not loose, "indented commands are not found by the tests; fence them with ```sh"
+
+
+@by_place
+def test_a_block_is_shell(block):
+    checked = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True)
+    assert checked.returncode == 0, f"{block.place}: {checked.stderr}"
+    assert not (block.run and PLACEHOLDER.search(re.sub(r"#.*", "", block.text))), (
+        f"{block.place}: has a placeholder; say why no test runs it: <!-- not run by a test: REASON -->"
+    )
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The simple commands of a script, as words; also of a script that is one of its words. No substitutions."""
+    words: list[str] = []
+    text = re.sub(r"<<'?EOF'?\n.*?\nEOF", "", text, flags=re.DOTALL)
+    lexer = shlex.shlex(text.replace("\\\n", " ").replace("\n", "\n;"), posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    for word in [*lexer, ";"]:
+        if set(word) <= set("|&;<>"):
+            if words:
+                yield words
+            words = []
+        else:
+            if " -m rvdist." in word:
+                yield from commands(word)
+            words.append(word)
+
+
+def launches(block: Block) -> Iterator[list[str]]:
+    """The arguments of each rvdist.launch in a block, without what stands for the reader's own."""
+    for words in commands(block.text):
+        begin = next((k for k, word in enumerate(words) if word in COMMANDS), None)
+        if begin is not None and words[:2] != ["docker", "build"] and "-sc" not in words:
+            yield [word for word in words[begin + 1 :] if word != "…"]
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """What a command line composes to, by Hydra itself; of a sweep its first job."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    multirun.register()
+
+    def one(arguments: list[str]) -> DictConfig:
+        own = [argument for argument in arguments if not (argument.endswith("=…") and (CONF / argument[:-2]).is_dir())]
+        given = [_quoted(argument.replace("…", "mine")) for argument in own if not argument.startswith("-")]
+        overrides = []
+        for override in OverridesParser.create().parse_overrides(given):
+            if override.is_sweep_override():
+                interval = isinstance(override.value(), IntervalSweep)
+                first = override.value().start if interval else next(override.sweep_string_iterator())
+                overrides.append(f"{override.get_key_element()}={first}")
+            else:
+                overrides.append(override.input_line)
+        return compose("config", overrides)
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield one
+
+
+@by_place
+def test_every_key_of_a_command_exists(block, composed):
+    for arguments in launches(block):
+        if "--config-dir" not in arguments:
+            try:
+                composed(arguments)
+            except Exception as error:
+                pytest.fail(f"{block.place}: {' '.join(arguments)}: {error}")
+
+
+def test_a_command_with_a_wrong_key_is_found(composed):
+    wrong = Block(
+        ROOT / "README.md", 1, "cd x && python -m rvdist.launch … \\\n  -m alpha=1,2 sweep.alpha=[1] |\n cat", False
+    )
+    (arguments,) = launches(wrong)
+    assert arguments == ["-m", "alpha=1,2", "sweep.alpha=[1]"]
+    with pytest.raises(Exception, match="sweep.alpha"):
+        composed(arguments)
+    nested = Block(wrong.page, 1, "ray exec a.yaml 'cd /shared && .venv/bin/python -m rvdist.launch alpha=2'", False)
+    assert list(launches(nested)) == [["alpha=2"]]
+
+
+def test_every_module_and_file_of_a_command_exists():
+    for block in BLOCKS:
+        for words in commands(block.text):
+            if re.fullmatch(r"(\S*/)?python3?", words[0]) and len(words) > 2:
+                if words[1] == "-m":
+                    assert importlib.util.find_spec(words[2]), f"{block.place}: {words[2]}"
+                elif words[1].endswith(".py"):
+                    assert (ROOT / words[1]).is_file(), f"{block.place}: {words[1]}"
+
+
+def test_every_key_in_the_text_exists(composed):
+    known = composed([])
+    for page in PAGES:
+        for number, line in read(page)[1]:
+            for key in KEY.findall(line):
+                node, parts = known, key.split(".")
+                if parts[0] not in known or parts[-1] in FILES or not isinstance(known[parts[0]], DictConfig):
+                    continue
+                for part in parts:
+                    assert part in node, f"{page.name}:{number}: there is no key {key}"
+                    node = node[part]
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    headings = [line.lstrip("#").strip() for _, line in read(page)[1] if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for number, line in read(page)[1]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", line)):
+            if re.match(r"https?://", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name}:{number}: {link}"
+            if anchor:
+                assert anchor in anchors(target), f"{page.name}:{number}: {link}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.run}), ids=lambda page: page.name)
+def test_what_a_page_says_runs(page, tmp_path):
+    """Its blocks one after the other, where a clone would be; the first command that fails is named with its line."""
+    tree, home, bin = (tmp_path / name for name in ("clone", "home", "bin"))
+    for directory in (tree, home, bin):
+        directory.mkdir()
+    (bin / "rvdist").write_text(f"#!{sys.executable}\nfrom rvdist.launch import main\nmain()\n")
+    (bin / "rvdist").chmod(0o755)
+    for part in ROOT.iterdir():
+        if part.name not in ("outputs", "multirun", "out") and not part.name.startswith("."):
+            (tree / part.name).symlink_to(part)
+    environment = os.environ | {
+        "PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
+    name = page.relative_to(ROOT)
+    for block in (block for block in BLOCKS if block.page == page and block.run):
+        trap = f"trap 'echo \"{name}:$LINENO: $BASH_COMMAND\" >&2' ERR"
+        script = tmp_path / "block.sh"
+        script.write_text("set -E; " + trap + "\n" * (block.line - 1) + block.text + "\n", encoding="utf-8")
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", script],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        print(f"{block.place}\n{done.stdout}{done.stderr}")
+        assert done.returncode == 0, f"{block.place}: {done.stderr[-3000:]}"
