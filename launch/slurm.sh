@@ -23,7 +23,7 @@ port=$((20000 + SLURM_JOB_ID % 12000)) # between the ports of Ray's workers and 
 
 # By what address the other nodes reach this one; HEAD_ADDRESS=… chooses among several networks.
 address="${HEAD_ADDRESS:-$({ getent ahostsv4 "$head" | cut -d' ' -f1; hostname --all-ip-addresses | tr ' ' '\n'; } |
-  grep --invert-match --max-count=1 -e '^127\.' -e '^$' || true)}"
+  grep --invert-match --max-count=1 -e '^127\.' -e : -e '^$' || true)}"
 : "${address:?of $head is not known: set HEAD_ADDRESS to that by which other nodes reach it}"
 export RAY_ADDRESS="$address:$port"
 
@@ -47,7 +47,8 @@ start_ray() { # srun's arguments, --, those of `ray start`
   while [[ "$1" != -- ]]; do step+=("$1") && shift; done
   # shellcheck disable=SC2016  # is expanded on the node
   srun --overlap --cpu-bind=none --ntasks-per-node=1 "${step[@]}" bash -c '
-    "$PYTHON" -m ray.scripts.scripts start "$@" --num-cpus="$(nproc)" --temp-dir="$RAY_DIRECTORY" --block >/dev/null &
+    "$PYTHON" -m ray.scripts.scripts start "$@" --block --temp-dir="$RAY_DIRECTORY" \
+      --num-cpus="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" >/dev/null &
     trap "kill $!" TERM
     wait
     wait
@@ -68,7 +69,7 @@ fi
 
 # Job control, so that the command hears an interrupt: it then keeps what is done, and the same job goes on from there.
 set -m
-"$PYTHON" -m rvdist.launch cluster=slurm "$@" &
+"$PYTHON" -m rvdist.launch "$@" cluster=slurm &
 command=$!
 set +m
 trap 'kill -INT $command' TERM INT

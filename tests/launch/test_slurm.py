@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +28,15 @@ _jobs = itertools.count(os.getpid() * 10)
 
 @dataclass
 class Job:
-    """A job of this cluster while it runs: its process, and what was seen of it from outside."""
+    """A job of this cluster while it runs: its process, the networks it has, and what was seen of it from outside.
+    The workers of its merge stand still until there are as many as are `together`."""
 
     number: int
     place: Path
     process: subprocess.Popen[str]
-    networks: set[str] = field(default_factory=set)
+    networks: set[str]
+    together: int
+    workers: dict[int, str] = field(default_factory=dict)
     modes: set[int] = field(default_factory=set)
 
     @property
@@ -40,17 +45,24 @@ class Job:
         return str(20000 + self.number % 12000)
 
     def watch(self) -> None:
-        """Notes the networks of the merge's workers and the modes of the token's file."""
+        """Notes in which networks the merge has workers, and the modes of the token's file."""
         while self.process.poll() is None:
-            for entry in os.listdir("/proc"):
-                try:
-                    if entry.isdigit() and Path(f"/proc/{entry}/cmdline").read_bytes().startswith(b"ray::WorkerActor"):
-                        self.networks.add(os.readlink(f"/proc/{entry}/ns/net"))
-                except OSError:
-                    continue
+            for network in self.networks:
+                for pid in set(processes_in(network)) - self.workers.keys():
+                    with suppress(OSError):
+                        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::WorkerActor"):
+                            self.workers[pid] = network
+                            self._hold(pid)
             for path in self.place.glob(f".rvdist-{self.number}-*/token"):
                 self.modes |= {stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)}
             time.sleep(0.05)
+
+    def _hold(self, pid: int) -> None:
+        if len(self.workers) < self.together:
+            os.kill(pid, signal.SIGSTOP)
+        else:
+            for worker in self.workers:
+                os.kill(worker, signal.SIGCONT)
 
     def end(self, timeout: float = 300) -> tuple[int, str]:
         """Exit status and everything it printed; nothing of it is left running or lying about."""
@@ -75,7 +87,7 @@ class Allocation:
         for machine in self.machines:
             (self.nodes / machine.name).write_text(str(machine.pid))
 
-    def sbatch(self, place: Path, *arguments: str) -> Job:
+    def sbatch(self, place: Path, *arguments: str, together: int = 0) -> Job:
         """Runs a copy of the script on the first node, as slurmd does."""
         number = next(_jobs)
         spooled = self.nodes / f"job{number}" / "slurm_script"
@@ -97,7 +109,7 @@ class Allocation:
         process = subprocess.Popen(
             command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        return Job(number, place, process)
+        return Job(number, place, process, {machine.network for machine in self.machines}, together)
 
     def left(self) -> list[str]:
         """What still runs on its nodes."""
@@ -114,13 +126,13 @@ def allocation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Allocation]
         machine.end()
 
 
-def merge(*more: str) -> tuple[str, ...]:
+def merge(*more: str, workers: str = "2") -> tuple[str, ...]:
     donors = (f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}")
-    return (f"target={POCKET / 'target'}", *donors, "max_shard_size=200KB", "merge.workers=2", *more)
+    return (f"target={POCKET / 'target'}", *donors, "max_shard_size=200KB", f"merge.workers={workers}", *more)
 
 
 def test_a_merge_on_two_nodes(allocation: Allocation, tmp_path: Path) -> None:
-    job = allocation.sbatch(tmp_path, *merge("alpha=0.5", "output=out", "hydra.run.dir=run"))
+    job = allocation.sbatch(tmp_path, *merge("alpha=0.5", "output=out", "hydra.run.dir=run"), together=2)
     status, shown = job.end()
     assert status == 0, shown
     assert "not seen" not in shown
@@ -132,28 +144,37 @@ def test_a_merge_on_two_nodes(allocation: Allocation, tmp_path: Path) -> None:
         assert torch.equal(merged[name], (tensor.float() + 0.5 * vector).to(tensor.dtype)), name
     assert job.modes == {0o600, 0o700}
     assert allocation.left() == []
-    if allocation.machines:
-        assert {machine.network for machine in allocation.machines} <= job.networks
+    assert set(job.workers.values()) == job.networks
 
 
 @pytest.mark.slow
 def test_what_is_refused_and_what_is_told(allocation: Allocation, tmp_path: Path) -> None:
-    """The command's exit status is the job's; a directory that one node alone has may hold the run, and no output."""
+    """The command's exit status is the job's; a directory that one node alone has may hold the run."""
     if not allocation.machines:
         pytest.skip("mount namespaces are not permitted here")
     (tmp_path / "private").mkdir()
     allocation.machines[1].do(f"mount -t tmpfs none {tmp_path}/private")
-    status, shown = allocation.sbatch(tmp_path, *merge("output=private/out", "hydra.run.dir=run")).end()
-    assert status == 2, shown
-    assert "private/out.partial: is not visible on node" in shown
+    status, shown = allocation.sbatch(tmp_path, *merge("output=out", "alhpa=1", "hydra.run.dir=run")).end()
+    assert status == 2 and "rvdist: alhpa: no such key; did you mean alpha?" in shown, shown
     status, shown = allocation.sbatch(tmp_path, *merge("output=out", "hydra.run.dir=private/run")).end()
     assert status == 0, shown
     where = tmp_path / "private/run"
     assert f"note: {where}: the run directory is written here and not seen on other nodes (rv2 (" in shown
     assert (where / "timing.json").exists() and (tmp_path / "out/model.safetensors.index.json").exists()
-    status, shown = allocation.sbatch(tmp_path, *merge("output=out", "alhpa=1", "hydra.run.dir=run")).end()
-    assert status == 2 and "rvdist: alhpa: no such key; did you mean alpha?" in shown, shown
     assert allocation.left() == []
+
+
+@pytest.mark.slow
+def test_a_sweep_on_all_cores(allocation: Allocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says of threads, each node has a worker for each of its cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    everyone = merge("alpha=0.5,1", "output=out/{alpha}", "hydra.sweep.dir=sweep", workers="null")
+    workers = min(4, len(NAMES) * len(os.sched_getaffinity(0)))
+    job = allocation.sbatch(tmp_path, "-m", *everyone, together=workers)
+    status, shown = job.end()
+    assert status == 0, shown
+    assert (tmp_path / "out/0.5/rvdist.json").exists() and (tmp_path / "out/1/rvdist.json").exists()
+    assert len(job.workers) >= workers or not job.networks
 
 
 @pytest.mark.slow
