@@ -27,10 +27,11 @@ from omegaconf import DictConfig
 from rvdist import multirun
 from rvdist.config import Config
 from rvdist.launch import CONF, _quoted
+from rvdist.tasks import perturb
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"sh", "yaml", "python"}
+LANGUAGES = {"sh", "yaml", "python", "text"}
 MARKER = re.compile(r"<!-- not run by a test: \S.* -->")
 TYPED = re.compile(
     r"    (\S+/)?(python\d?|rvdist|make|pip|pytest|git|ray|ruff|eval|export|cd|jq|sbatch|docker|hf|kill)\s"
@@ -192,17 +193,38 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(page: Path) -> Iterator[tuple[int, Path, str]]:
+    """Line, file and anchor of every link that does not leave the repository."""
+    for number, line in read(page)[1]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", line):
+            if not re.match(r"https?://", link):
+                name, _, anchor = link.partition("#")
+                yield number, (page.parent / name).resolve() if name else page, anchor
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
-    for number, line in read(page)[1]:
-        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", line)):
-            if re.match(r"https?://", link):
-                continue
-            name, _, anchor = link.partition("#")
-            target = (page.parent / name).resolve() if name else page
-            assert target.exists(), f"{page.name}:{number}: {link}"
-            if anchor:
-                assert anchor in anchors(target), f"{page.name}:{number}: {link}"
+    for number, target, anchor in links(page):
+        assert target.exists(), f"{page.name}:{number}: there is no {target}"
+        assert not anchor or anchor in anchors(target), f"{page.name}:{number}: {target.name} has no #{anchor}"
+
+
+def test_every_page_is_found_from_the_readme():
+    found: set[Path] = set()
+    ahead = [PAGES[0]]
+    while ahead:
+        page = ahead.pop()
+        found.add(page)
+        ahead += [target for _, target, _ in links(page) if target in PAGES and target not in found]
+    assert found == set(PAGES)
+
+
+def test_what_can_be_added_has_its_line_in_the_docs():
+    clusters, benchmarks = (
+        (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("clusters", "benchmarks")
+    )
+    assert all(f"`cluster={option.stem}`" in clusters for option in (CONF / "cluster").glob("*.yaml"))
+    assert all(f"| `{edit}` |" in benchmarks for edit in perturb.EDITS)
 
 
 @pytest.mark.slow
