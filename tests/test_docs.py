@@ -32,7 +32,7 @@ from rvdist.tasks import perturb
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "yaml", "python", "text"}
-MARKER = re.compile(r"<!-- not run by a test: \S.* -->")
+MARKER = re.compile(r"<!-- not run by a test: (\S.*) -->")
 TYPED = re.compile(
     r"    (\S+/)?(python\d?|rvdist|make|pip|pytest|git|ray|ruff|eval|export|cd|jq|sbatch|docker|hf|kill)\s"
 )
@@ -47,7 +47,11 @@ class Block:
     page: Path
     line: int  # of its first line, from 1
     text: str
-    run: bool
+    reason: str | None  # why no test runs it
+
+    @property
+    def run(self) -> bool:
+        return self.reason is None
 
     @property
     def place(self) -> str:
@@ -67,9 +71,9 @@ def read(page: Path) -> tuple[list[Block], list[tuple[int, str]]]:
             assert language in LANGUAGES, f"{page.name}:{number}: a fence of {LANGUAGES}, please"
         else:
             if language == "sh":
-                before = lines[begin - 2] if begin > 1 else ""
+                marker = MARKER.fullmatch(lines[begin - 2]) if begin > 1 else None
                 text = "\n".join(lines[begin : number - 1])
-                blocks.append(Block(page, begin + 1, text, run=not MARKER.fullmatch(before)))
+                blocks.append(Block(page, begin + 1, text, marker[1] if marker else None))
             language = ""
     assert not language, f"{page.name}:{begin}: this fence is not closed"
     return blocks, prose
@@ -98,10 +102,12 @@ def commands(text: str) -> Iterator[list[str]]:
     """The simple commands of a script, as words; also of a script that is one of its words. No substitutions."""
     words: list[str] = []
     text = re.sub(r"<<'?EOF'?\n.*?\nEOF", "", text, flags=re.DOTALL)
-    lexer = shlex.shlex(text.replace("\\\n", " ").replace("\n", "\n;"), posix=True, punctuation_chars="|&;<>")
+    text = text.replace("\\\n", " ").replace("\n", "\n\n")  # a comment takes the end of its line along
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="|&;<>\n")
+    lexer.whitespace = " \t"
     lexer.whitespace_split = True
     for word in [*lexer, ";"]:
-        if set(word) <= set("|&;<>"):
+        if set(word) <= set("|&;<>\n"):
             if words:
                 yield words
             words = []
@@ -154,18 +160,20 @@ def test_every_key_of_a_command_exists(block, composed):
 
 def test_a_command_with_a_wrong_key_is_found(composed):
     wrong = Block(
-        ROOT / "README.md", 1, "cd x && python -m rvdist.launch … \\\n  -m alpha=1,2 sweep.alpha=[1] |\n cat", False
+        ROOT / "README.md", 1, "cd x && python -m rvdist.launch … \\\n  -m alpha=1,2 sweep.alpha=[1] |\n cat", ""
     )
     (arguments,) = launches(wrong)
     assert arguments == ["-m", "alpha=1,2", "sweep.alpha=[1]"]
     with pytest.raises(Exception, match="sweep.alpha"):
         composed(arguments)
-    nested = Block(wrong.page, 1, "ray exec a.yaml 'cd /shared && .venv/bin/python -m rvdist.launch alpha=2'", False)
+    nested = Block(wrong.page, 1, "ray exec a.yaml 'cd /shared && .venv/bin/python -m rvdist.launch alpha=2'", "")
     assert list(launches(nested)) == [["alpha=2"]]
 
 
 def test_every_module_and_file_of_a_command_exists():
     for block in BLOCKS:
+        for file in re.findall(r"\b(?:docs|tests)/[\w/.]*\w", block.reason or ""):
+            assert (ROOT / file).exists(), f"{block.place}: {file}"
         for words in commands(block.text):
             if re.fullmatch(r"(\S*/)?python3?", words[0]) and len(words) > 2:
                 if words[1] == "-m":
