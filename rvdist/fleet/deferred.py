@@ -32,7 +32,7 @@ class Deferred(torch.Tensor):
     def __new__(
         cls, shape: torch.Size, dtype: torch.dtype, fill: Callable[[int, torch.Tensor], None], start: int = 0
     ) -> Deferred:
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
         made._start, made._fill, made._whole = start, fill, None
         return made
 
@@ -50,7 +50,7 @@ class Deferred(torch.Tensor):
     def read(self) -> torch.Tensor:
         """All of it as an ordinary tensor, the same at every call."""
         if self._whole is None:
-            self._whole = torch.empty(self.shape, dtype=self.dtype)
+            self._whole = torch.empty(self.shape, dtype=self.dtype, device="cpu")  # whatever the default is
             self._fill(self._start, self._whole.view(-1))
         return self._whole
 

@@ -176,7 +176,8 @@ def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family
 @pytest.mark.slow
 def test_what_a_swap_costs(tmp_path: Path) -> None:
     """Against reading every byte of target and donors once and vLLM's own reload of tensors that are merged already;
-    and against a start, of an engine in a process that has imported vLLM."""
+    and against a start, of an engine in a process that has imported vLLM. In seconds of CPU, all of
+    them one thread's, which other work on the machine changes least."""
     family = make_deep(tmp_path / "deep", layers=36)
     point = family.point(0.5)
     files = [file for path in point.sources() for file in Path(path).glob("*.safetensors")]
@@ -197,9 +198,9 @@ def test_what_a_swap_costs(tmp_path: Path) -> None:
     seconds: dict[str, list[float]] = {"swap": [], "read": [], "reload": []}
     for _ in range(9):
         for name, step in (("swap", lambda: engine._load(point)), ("read", read), ("reload", reload)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             step()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.process_time() - begin)
     took = {name: statistics.median(times) for name, times in seconds.items()}
     took["start"] = start(WeightPoint(str(family.target))).info()["start_seconds"]
     shutil.rmtree(tmp_path / "deep")
@@ -207,7 +208,7 @@ def test_what_a_swap_costs(tmp_path: Path) -> None:
     ratio = took["swap"] / (took["read"] + took["reload"])
     print(f"{count / 1e6:.0f} M parameters: " + ", ".join(f"{name} {t:.2f} s" for name, t in took.items()))
     print(f"a swap takes {ratio:.2f} times reading and reloading, {took['swap'] / took['start']:.2f} times a start")
-    assert count > 1e8 and ratio < 2 and took["swap"] < took["start"]
+    assert count > 1e8 and ratio < 1.5 and took["swap"] < took["start"]
 
 
 @pytest.mark.slow
