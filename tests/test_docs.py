@@ -235,35 +235,39 @@ def test_what_can_be_added_has_its_line_in_the_docs():
     assert all(f"| `{edit}` |" in benchmarks for edit in perturb.EDITS)
 
 
+def execute(block: Block, place: Path) -> None:
+    """Runs a block in a copy of the repository below `place`, as a shell does that stops at the first failure. Fails
+    with the line of the page, as bash counts it: what stands before the block are empty lines."""
+    tree, home, commands = (place / name for name in ("clone", "home", "bin"))
+    if not tree.exists():
+        for directory in (tree, home, commands):
+            directory.mkdir()
+        for part in ROOT.iterdir():
+            if part.name not in ("outputs", "multirun", "out") and not part.name.startswith("."):
+                (tree / part.name).symlink_to(part)
+        (commands / "rvdist").write_text(f"#!{sys.executable}\nfrom rvdist.launch import main\nmain()\n")
+        (commands / "rvdist").chmod(0o755)
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    name = block.page.relative_to(ROOT)
+    trap = f"set -E; trap 'echo \"{name}:$LINENO: failed\" >&2' ERR"
+    (place / "block.sh").write_text(trap + "\n" * (block.line - 1) + block.text + "\n", encoding="utf-8")
+    command = ["bash", "-e", "-o", "pipefail", str(place / "block.sh")]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=1800)
+    print(f"{block.place}\n{done.stdout}{done.stderr}")
+    assert done.returncode == 0, f"{block.place}: {done.stderr[-3000:]}"
+
+
+def test_a_block_that_fails_is_named_with_its_line(tmp_path):
+    execute(Block(PAGES[0], 7, "python -c 'import rvdist'\ntest -d rvdist/pocket", None), tmp_path)
+    with pytest.raises(AssertionError, match=r"README.md:8: failed"):
+        execute(Block(PAGES[0], 7, "true\nfalse | cat\ntouch after", None), tmp_path)
+    assert not (tmp_path / "clone/after").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.run}), ids=lambda page: page.name)
 def test_what_a_page_says_runs(page, tmp_path):
-    """Its blocks one after the other, where a clone would be; the first command that fails is named with its line."""
-    tree, home, bin = (tmp_path / name for name in ("clone", "home", "bin"))
-    for directory in (tree, home, bin):
-        directory.mkdir()
-    (bin / "rvdist").write_text(f"#!{sys.executable}\nfrom rvdist.launch import main\nmain()\n")
-    (bin / "rvdist").chmod(0o755)
-    for part in ROOT.iterdir():
-        if part.name not in ("outputs", "multirun", "out") and not part.name.startswith("."):
-            (tree / part.name).symlink_to(part)
-    environment = os.environ | {
-        "PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-    }
-    name = page.relative_to(ROOT)
-    for block in (block for block in BLOCKS if block.page == page and block.run):
-        trap = f"trap 'echo \"{name}:$LINENO: $BASH_COMMAND\" >&2' ERR"
-        script = tmp_path / "block.sh"
-        script.write_text("set -E; " + trap + "\n" * (block.line - 1) + block.text + "\n", encoding="utf-8")
-        done = subprocess.run(
-            ["bash", "-e", "-o", "pipefail", script],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
-        print(f"{block.place}\n{done.stdout}{done.stderr}")
-        assert done.returncode == 0, f"{block.place}: {done.stderr[-3000:]}"
+    for block in BLOCKS:
+        if block.page == page and block.run:
+            execute(block, tmp_path)
