@@ -32,7 +32,7 @@ class Deferred(torch.Tensor):
     def __new__(
         cls, shape: torch.Size, dtype: torch.dtype, fill: Callable[[int, torch.Tensor], None], start: int = 0
     ) -> Deferred:
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made._start, made._fill, made._whole = start, fill, None
         return made
 
