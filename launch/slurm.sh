@@ -42,23 +42,27 @@ finish() {
 trap finish EXIT
 
 # A task of each step starts Ray on its node, with the cores that SLURM gave to this job there, and stays until the end.
+# Ray gives a node that is busy 30 seconds to start; so it is tried again.
 start_ray() { # srun's arguments, --, those of `ray start`
   local step=()
   while [[ "$1" != -- ]]; do step+=("$1") && shift; done
   # shellcheck disable=SC2016  # is expanded on the node
   srun --overlap --cpu-bind=none --ntasks-per-node=1 "${step[@]}" bash -c '
-    "$PYTHON" -m ray.scripts.scripts start "$@" --block --temp-dir="$RAY_DIRECTORY" \
-      --num-cpus="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" >/dev/null &
-    trap "kill $!" TERM
-    wait
-    wait
+    trap "ended=1; kill \$! 2>/dev/null" TERM
+    for attempt in 1 2 3; do
+      "$PYTHON" -m ray.scripts.scripts start "$@" --block --temp-dir="$RAY_DIRECTORY" \
+        --num-cpus="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" >/dev/null &
+      wait # for Ray or a signal
+      wait # for Ray after a signal
+      [[ -z "$ended" ]] || break
+    done
     rm -r -f "$RAY_DIRECTORY"' ray "${@:2}" &
   ray_processes+=($!)
 }
 
 start_ray --nodes=1 --ntasks=1 --nodelist="$head" -- \
   --head --node-ip-address="$address" --port="$port" --include-dashboard=false
-until (: <"/dev/tcp/$address/$port") 2>/dev/null; do
+until [[ -e "$RAY_DIRECTORY/ray_current_cluster" ]]; do # which Ray writes last
   kill -0 "${ray_processes[0]}" 2>/dev/null || { echo "rvdist: Ray did not start on $head ($RAY_ADDRESS)" >&2 && exit 1; }
   sleep 0.5
 done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,17 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
 
-def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0, namespace: str | None = None) -> Resources:
+def connect(
+    address: str = "local",
+    nodes: int = 1,
+    timeout: float = 0.0,
+    namespace: str | None = None,
+    over: threading.Event | None = None,
+) -> Resources:
     """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" starts
     one that ends with this process; a job that was submitted to a cluster joins that one. Ray keeps what we start
     there in `namespace`. Raises BadInput where it cannot be reached, or has fewer than `nodes` nodes after `timeout`
-    seconds."""
+    seconds; waits for them no longer when it is `over`."""
     import ray
 
     if address == "local" and _IN_A_JOB in os.environ:
@@ -70,13 +77,14 @@ def connect(address: str = "local", nodes: int = 1, timeout: float = 0.0, namesp
         except (ConnectionError, ValueError) as error:
             hint = "" if address == "auto" else f"; if it wants a token, {_TOKEN}"
             raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error}){hint}") from None
+    over = over or threading.Event()
     deadline = time.monotonic() + timeout
-    while len(found := _nodes()) < nodes:
+    while len(found := _nodes()) < nodes and not over.is_set():
         if time.monotonic() > deadline:
             raise BadInput(
                 f"cluster.nodes={nodes}: only {len(found)} joined the cluster in {timeout:g} s; start more, or lower it"
             )
-        time.sleep(0.5)
+        over.wait(0.5)
     return Resources(found)
 
 

@@ -88,7 +88,7 @@ class Warm:
         try:
             with timing.phase("ray_init"):
                 resources = cluster.connect(
-                    settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}"
+                    settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}", over=self._over
                 )
         except Exception as error:
             self._resources.set_exception(error)

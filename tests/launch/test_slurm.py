@@ -185,7 +185,7 @@ def test_a_job_that_is_cancelled_while_a_node_is_missing(allocation: Allocation,
     while not (steps.exists() and len([line for line in steps.read_text().splitlines() if job.port in line]) == 2):
         assert job.process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    time.sleep(5)
+    time.sleep(10)  # by then it waits for nodes
     job.process.terminate()
     status, shown = job.end()
     assert status == 130, shown
