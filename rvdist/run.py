@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from rvdist import __version__
@@ -76,6 +77,17 @@ class Run:
     def console(self) -> Console:
         """Where tables are printed."""
         return self.log.console
+
+    @property
+    def configuration(self) -> Path:
+        """The first file of the run directory: what was asked for."""
+        return self.directory / "config.yaml"
+
+    def begin(self) -> None:
+        """Makes the run directory: nothing is refused any more."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log.keep(self.directory)
+        self.configuration.write_text(OmegaConf.to_yaml(OmegaConf.structured(self.asked or self.settings)))
 
     def say(self, text: str) -> None:
         """A plain line; nothing in it is markup."""

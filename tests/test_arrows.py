@@ -38,10 +38,14 @@ MAY_IMPORT = {
     "connectivity": {"config", "evaluation", "point", "report", "run"},
     "analysis": {"anatomy", "checkpoint", "progress", "report", "run"},
     "publish": {"checkpoint", "config", "errors", "point", "report", "run"},
+    "merging": {"checkpoint", "config", "merge", "point", "progress", "report", "run", "timing", "vector", "warm"},
+    "preparation": {
+        "checkpoint", "cluster", "compat", "config", "connectivity", "errors", "merge", "merging", "point", "publish",
+        "recipe", "run",
+    },
     "stages": {
-        "analysis", "batch", "checkpoint", "cluster", "compat", "config", "connectivity", "errors", "evaluation", "log",
-        "merge", "point", "preview", "progress", "publish", "racing", "recipe", "report", "run", "timing", "vector",
-        "warm",
+        "analysis", "batch", "checkpoint", "cluster", "config", "connectivity", "evaluation", "log", "merging", "point",
+        "preparation", "preview", "publish", "racing", "report", "run", "timing", "warm",
     },
     "api": {"arithmetic", "config", "errors", "log", "point", "record", "report", "run", "stages", "timing", "warm"},
     "verify": {"arithmetic", "checkpoint", "errors"},
