@@ -52,6 +52,7 @@ def test_the_examples_say_what_they_should(examples):
     assert WeightPoint.from_json(json.loads((place / "run/points.json").read_text())["alpha=0.5"]) == at(0.5)
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_same_in_the_same_cache(examples):
     place, _ = examples
     done = launch(

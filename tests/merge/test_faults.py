@@ -208,6 +208,7 @@ def resumed(tmp_path_factory):
     wait_until_gone(mark, 100)
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_interrupted_and_goes_on(resumed, ray_local):
     place, arguments = resumed
     total = open_source(str(place / "out")).nbytes
