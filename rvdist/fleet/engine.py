@@ -221,6 +221,7 @@ class Engine:
         begin = time.perf_counter()
         os.environ.update(_ENVIRONMENT | os.environ)
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses what is of no use on CPUs
         # transformers imports scikit-learn where there is one, for a way to generate that is not vLLM's: half a second
         with _paused_collector(), _hidden("sklearn"), warnings.catch_warnings(action="ignore"):
             import torch
