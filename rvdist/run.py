@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from rvdist import __version__
@@ -85,6 +84,8 @@ class Run:
 
     def begin(self) -> None:
         """Makes the run directory: nothing is refused any more."""
+        from omegaconf import OmegaConf
+
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log.keep(self.directory)
         self.configuration.write_text(OmegaConf.to_yaml(OmegaConf.structured(self.asked or self.settings)))
