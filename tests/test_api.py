@@ -109,6 +109,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_ray_that_is_there_is_used_from_any_thread_and_left_alone(tmp_path):
     """And one that was started is ended, even where too few nodes join it: it would die with its thread, and the
     process stay connected to it."""

@@ -238,6 +238,7 @@ def test_no_merge_overwrites_what_another_one_reads(place, tmp_path, monkeypatch
     assert f"output: {place}/models/two is or holds the source models/two, which would be lost" in str(error)
 
 
+@pytest.mark.slow
 def test_a_merge_that_fails_on_its_way_loses_no_other(place):
     alphas = "alpha=[0.25,1e43,0.75,1.25]"
     done = launch(

@@ -128,6 +128,7 @@ def test_an_unknown_task(place):
     assert "there is no task 'pocket_sum'; did you mean pocket_sums?" in sentence
 
 
+@pytest.mark.slow
 def test_scoring_needs_a_tokenizer_and_its_template(place):
     arguments = ("target=family/target", *VECTOR, "output=out", "benchmarks=pocket")
     (place / "family/target/chat_template.jinja").unlink()
@@ -187,6 +188,7 @@ def test_several_masked_vectors_from_the_command(place):
         assert torch.equal(tensor, (target[name].double() + factor * difference).bfloat16()), name
 
 
+@pytest.mark.slow
 def test_methods_from_the_command(place):
     """The card says what was done; other densities, and the seed of a random choice, are other weights."""
     weights = []
@@ -235,6 +237,7 @@ def test_a_plan_has_a_worker_even_where_there_are_fewer_cores_than_its_threads(p
     assert "node 1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_batch_from_the_command(place):
     """`experiment=batch`, whose paths start where the repository does."""
     (place / "rvdist").mkdir()
@@ -254,6 +257,7 @@ def test_a_batch_from_the_command(place):
         assert torch.equal(tensor, exact.to(tensor.dtype))
 
 
+@pytest.mark.slow
 def test_a_multirun_over_alpha(place):
     done = launch("-m", *merge("alpha=0.5,1", "output=out/{target}-{alpha}", "merge.workers=1"), cwd=place)
     assert done.returncode == 0, done.stderr

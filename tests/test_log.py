@@ -163,6 +163,7 @@ def test_a_form_there_is_not(place):
     assert done.stderr == "rvdist: log: 'xml' is not one of text, json\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_told_in_json(place):
     """No table is drawn; each job says how it ended, in its own directory too."""
     swept = ("alpha=0.5,nan", "output=out/{alpha}", "hydra.sweep.dir=sweep", "log=json")

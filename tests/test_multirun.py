@@ -61,6 +61,7 @@ def test_what_is_discarded_is_merged_for_every_job(place):
     ]
 
 
+@pytest.mark.slow
 def test_a_sweeper_that_asks_batch_by_batch_finds_the_fleet_warm(place):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     optuna = [
