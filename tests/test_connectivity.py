@@ -8,6 +8,7 @@ from checkpoints import POCKET, launch
 TEXT = "What is 3 plus 4?\nIt is 7.\n\n \nTom has 5 apples and eats 2.\n\nHe has 3 left.\n"
 
 
+@pytest.mark.slow
 def test_two_lines_and_their_barriers(tmp_path):
     """The target is the donor that the vector begins at: both lines are one, and so is the fleet."""
     (tmp_path / "text.txt").write_text(TEXT)

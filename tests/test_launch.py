@@ -123,6 +123,7 @@ def test_bad_values(place, arguments, reason):
     assert reason in refused(place, *arguments)
 
 
+@pytest.mark.slow
 def test_an_unknown_task(place):
     sentence = refused(place, "target=family/target", *VECTOR, "output=out", "benchmarks.tasks=[pocket_sum]")
     assert "there is no task 'pocket_sum'; did you mean pocket_sums?" in sentence
@@ -138,6 +139,7 @@ def test_scoring_needs_a_tokenizer_and_its_template(place):
     assert "target: has no tokenizer, and scoring needs one" in refused(place, *arguments)
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_is_one_sentence(place):
     for member in ("target", "grpo", "sft"):
         file = place / "family" / member / "config.json"
@@ -175,6 +177,7 @@ def test_a_merge_from_the_command_and_again(place):
     assert model(input_ids=prompt.input_ids).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_several_masked_vectors_from_the_command(place):
     first = "{plus: family/grpo, minus: family/sft, alpha: 0.5, mask: {layers: [[1, 1]]}}"
     second = "{plus: family/sft, minus: family/grpo, alpha: 0.25, mask: {exclude: ['.*embed.*']}}"
@@ -204,6 +207,7 @@ def test_methods_from_the_command(place):
         assert f"combined by {name}" in card
 
 
+@pytest.mark.slow
 def test_no_tokenizer_at_all_is_legal_and_noted(place):
     for member in ("target", "sft", "grpo"):
         for file in ("tokenizer.json", "tokenizer_config.json"):

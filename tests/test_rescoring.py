@@ -119,6 +119,7 @@ def run(place, logged):
     return rescored(place, "logged", "run")
 
 
+@pytest.mark.slow
 def test_lm_evals_own_run_scores_as_lm_eval_scored_it(run, logged):
     results = json.loads((run / "results/baseline.json").read_text())
     assert results["results"] == json.loads(json.dumps(logged["results"]))

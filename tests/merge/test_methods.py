@@ -79,6 +79,7 @@ def test_read_whole_and_by_chunks(point, method, dtype):
     assert_same(read_by(997, asked), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_merges_do_not_depend_on_workers_or_units(point, method, tmp_path, monkeypatch):
