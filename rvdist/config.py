@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from operator import attrgetter
@@ -329,16 +329,22 @@ def outputs(config: Config, recipe: WeightPoint | None = None) -> dict[Path, Wei
     """What the merge stage writes: directory → point, that of a `recipe` where there is one. Raises BadInput where a
     vector or a placeholder lacks or two points would share a directory."""
     found: dict[Path, WeightPoint] = {}
-    assert config.output is not None
-    for alpha in alphas(config.alpha):
-        merged = recipe or point(config, alpha)
+    for directory, _, merged in _merges(config, recipe):
         if not merged.terms:
             raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
-        directory = Path(_filled(config, config.output, merged, alpha)).absolute()
         if directory in found:
             raise BadInput(f"output: several points would be written to {directory}; put {PLACEHOLDERS} into it")
         found[directory] = merged
     return found
+
+
+def _merges(config: Config, recipe: WeightPoint | None) -> Iterator[tuple[Path, float, WeightPoint]]:
+    """Every directory that `output` names, with its α and its point."""
+    if not config.output:
+        return
+    for alpha in alphas(config.alpha):
+        merged = recipe or point(config, alpha)
+        yield Path(_filled(config, config.output, merged, alpha)).absolute(), alpha, merged
 
 
 def _filled(config: Config, text: str, merged: WeightPoint, alpha: float) -> str:
@@ -353,10 +359,7 @@ def published(config: Config, recipe: WeightPoint | None = None) -> dict[Path, s
     assert config.publish is not None
     own = saved(config)
     found = {own.directory: config.publish} if own else {}
-    for alpha in alphas(config.alpha) if config.output else []:
-        merged = recipe or point(config, alpha)
-        assert config.output is not None
-        directory = Path(_filled(config, config.output, merged, alpha)).absolute()
+    for directory, alpha, merged in _merges(config, recipe):
         found[directory] = _filled(config, config.publish, merged, alpha)
     if not found:
         raise BadInput("publish uploads what was written; set output=DIRECTORY or vector.save=DIRECTORY")

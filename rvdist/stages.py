@@ -30,7 +30,8 @@ from rvdist.warm import Warm
 def run_stages(settings: Config, directory: Path, command: Sequence[str], log: Log | None = None) -> float | None:
     """Runs the stages of one job and writes its run directory. Returns the mean primary score, if any.
 
-    Everything that can be refused is refused before anything is written or Ray is waited for.
+    Everything that can be refused is refused before anything is written, and what is wrong with keys, sources and tasks
+    before Ray is waited for.
     """
     log = log or Log()
     log.as_json = config.logs_json(settings)

@@ -83,10 +83,10 @@ class Warm:
             self._thread.join()
 
     def _connect(self, settings: ClusterConfig, timing: Timing) -> None:
-        with timing.phase("ray_init"):
-            found = cluster.is_connected()  # then by somebody else, who is to disconnect it
+        ours = False
         try:
             with timing.phase("ray_init"):
+                ours = not cluster.is_connected()  # else by somebody who is to disconnect it
                 resources = cluster.connect(
                     settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}", over=self._over
                 )
@@ -95,6 +95,6 @@ class Warm:
         else:
             self._resources.set_result(resources)
             self._over.wait()
-        if not found:
+        if ours:
             with timing.phase("ray_shutdown"):
                 cluster.disconnect()
