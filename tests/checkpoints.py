@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+# A command that scores a little, on one engine.
+SCORING = ("benchmarks=pocket", "benchmarks.limit=16", "engine.count=1", "engine.kv_cache_gib=0.125", "cache.dir=cache")
 POCKET = Path(__file__).resolve().parent.parent / "rvdist" / "pocket"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import near, tensors, write_checkpoint
+from checkpoints import POCKET, near, tensors, write_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -45,6 +46,14 @@ def family(tmp_path: Path) -> Family:
         }
 
     return make
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with a copy of the pocket family in it."""
+    for member in ("target", "sft", "grpo"):
+        shutil.copytree(POCKET / member, tmp_path / "family" / member)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

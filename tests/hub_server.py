@@ -22,6 +22,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 
 @dataclass
 class Request:
@@ -69,6 +72,14 @@ class HubServer:
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.warehouse = f"http://localhost:{self.port}"  # the other origin, where weights are
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Is this process's Hub from now on, with this cache. The client reads its constants when they are used."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def publish(self, repository: str, path: Path, revision: str = "main") -> str:
         """Returns the commit."""

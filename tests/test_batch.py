@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import POCKET, launch, load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import POCKET, SCORING, launch, load_checkpoint, near, tensors, write_checkpoint
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -254,15 +254,8 @@ def test_a_merge_that_fails_on_its_way_loses_no_other(place):
 def test_what_a_batch_makes_of_each_target_is_scored_beside_it(tmp_path):
     vectors = f"each:[{{plus:{POCKET}/grpo,minus:{POCKET}/sft}},{{name:back,plus:{POCKET}/sft,minus:{POCKET}/grpo}}]"
     batch = f"batch=[{{target:['{POCKET}/[st]*t',nowhere],{vectors},alpha:[0.5,1]}}]"
-    small = (
-        "benchmarks=pocket",
-        "benchmarks.limit=16",
-        "engine.count=1",
-        "engine.kv_cache_gib=0.125",
-        "cache.dir=cache",
-    )
     places = ("output=out/{target}/{vector}-{alpha}", "hydra.run.dir=run", "merge.workers=1")
-    done = launch(batch, *small, *places, cwd=tmp_path)
+    done = launch(batch, *SCORING, *places, cwd=tmp_path)
     assert done.returncode == 1 and "batch: of 12 merges and 2 evaluations 4 failed" in done.stderr, done.stderr
     rows = table(tmp_path)
     assert [row["status"] for row in rows] == 8 * ["written"] + 4 * ["failed"]

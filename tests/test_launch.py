@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -15,14 +14,6 @@ from safetensors.torch import load_file, save_file
 
 SEEDED = ["method=dare", "merge.seed=3"]
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A directory with a copy of the pocket family in it."""
-    for member in ("target", "sft", "grpo"):
-        shutil.copytree(POCKET / member, tmp_path / "family" / member)
-    return tmp_path
 
 
 def contents(place):

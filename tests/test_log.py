@@ -8,7 +8,7 @@ import shutil
 import time
 
 import pytest
-from checkpoints import POCKET, launch
+from checkpoints import launch
 from rich.console import Console
 
 from rvdist import progress
@@ -18,14 +18,6 @@ from rvdist.progress import Bar
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
 RUN_ID = r"\d{8}T\d{6}Z-[0-9a-f]{6}"
 HOSTILE = "a\nb\r\x1b[31mred\x1b[0m\x9b2J\x07 \u2028\udcff [bold]:smile:"
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A directory with a copy of the pocket family in it."""
-    for member in ("target", "sft", "grpo"):
-        shutil.copytree(POCKET / member, tmp_path / "family" / member)
-    return tmp_path
 
 
 def events(text):

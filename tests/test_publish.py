@@ -46,13 +46,9 @@ def server():
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
-    """The server as this process's Hub. The client reads its constants when they are used."""
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    """The server as this process's Hub, which takes TOKEN."""
+    server.stand_in(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return server

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import POCKET, launch, load_checkpoint, write_checkpoint
+from checkpoints import POCKET, SCORING, launch, load_checkpoint, write_checkpoint
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -264,14 +264,7 @@ def test_the_command_scores_a_recipe_beside_its_base(tmp_path):
     weighted = [f"{{model: {POCKET / name}, parameters: {{weight: {by}}}}}" for name, by in (("grpo", 1), ("sft", -1))]
     text = f"merge_method: task_arithmetic\nbase_model: {POCKET / 'target'}\nmodels: [{', '.join(weighted)}]\n"
     (tmp_path / "recipe.yml").write_text(text)
-    small = (
-        "benchmarks=pocket",
-        "benchmarks.limit=16",
-        "engine.count=1",
-        "engine.kv_cache_gib=0.125",
-        "cache.dir=cache",
-    )
-    scored = launch("recipe=recipe.yml", *small, "hydra.run.dir=run", cwd=tmp_path)
+    scored = launch("recipe=recipe.yml", *SCORING, "hydra.run.dir=run", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
     rows = json.loads((tmp_path / "run/summary.json").read_text())
     assert {(row["arm"], row["alpha"], row["delta"] is None) for row in rows} == {

@@ -39,12 +39,8 @@ def server():
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
-    """The server as this process's Hub, with an empty cache. The client reads its constants when they are used."""
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    """The server as this process's Hub, with an empty cache."""
+    server.stand_in(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
     monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.01)
