@@ -420,6 +420,7 @@ class Engine:
         for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             found = answers[i].logprobs[answers[i].start_indices[start] :]
             own, likeliest = found[::2], found[1::2]
+            assert len(own) == len(likeliest) == len(prompt) - start
             # lm-eval's rule: a token that ties with the likeliest is greedy, whatever vLLM's rank says
             greedy = all(map(operator.ge, own, likeliest))
             scores.append(Loglikelihood(sum(own, 0.0), greedy, len(prompt) - start))
