@@ -65,7 +65,7 @@ def merge_together(runs: Sequence[Run], warm: Warm) -> None:
     sources = sources_of(runs) if any(run.arms for run in runs) else _by_ranges(sources_of(runs), plan)
     device = config.device(settings, resources.gpus)
     workers = sum(config.workers(settings, resources.counts))
-    with Bar("merge", plan.bytes_written, first.log) as bar:
+    with Bar("merge", plan.nbytes, first.log) as bar:
         stats = merge(
             plan,
             sources,

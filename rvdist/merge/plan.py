@@ -111,6 +111,11 @@ class Plan:
     def bytes_written(self) -> int:
         return sum(file.bytes_written for file in self.files)
 
+    @property
+    def nbytes(self) -> int:
+        """What units write at every point: all but headers."""
+        return sum(unit.nbytes * len(self.outputs[unit.output].points) for unit in self.units)
+
     def needed(self, source: str) -> dict[str, int]:
         """How many bytes of each file of a source are read."""
         found: dict[str, int] = {}
