@@ -93,6 +93,12 @@ class Batch:
             self._scorers[target] = scorer
         return list(self._scorers.values())
 
+    def refuse(self, failed: dict[Run, Exception]) -> None:
+        """Where no target can be scored as it is asked for, nothing is merged either."""
+        errors = [failed.get(scorer) for scorer in self._scorers.values()]
+        if errors and all(isinstance(error, BadInput) for error in errors):
+            failed |= {run: error for run in self.merges if run not in failed and (error := errors[0])}
+
     def _entry(self, entry: BatchConfig, key: str) -> Iterator[Part]:
         """The targets, each with every vector, each with every α."""
         run, settings = self._run, self._run.settings

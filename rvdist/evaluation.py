@@ -101,6 +101,10 @@ class Examination:
             run.say(f"left out: {sentence}")
         if settings.engine.replay is not None:
             self._join_replay(run)
+        else:
+            resources = self._warm.resources()
+            identity(_engine_settings(run), device_kind(resources.gpus > 0))
+            config.engines(settings, resources.cpus, resources.gpus)
 
     def _join_replay(self, run: Run) -> None:
         recording = self._recording(run)

@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
@@ -184,6 +183,7 @@ def _run(path: Path) -> Facts:
 def _settings(file: Path) -> Facts:
     """What was set otherwise than by default."""
     import yaml
+    from omegaconf import OmegaConf
 
     depth = 0
     try:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rvdist import config
 from rvdist.checkpoint.directory import Checkpoint
@@ -17,8 +18,10 @@ from rvdist.point import Vector, WeightPoint
 from rvdist.progress import Bar
 from rvdist.report.metadata import Result, licence_of
 from rvdist.run import Run, versions
-from rvdist.timing import anonymous_bytes
 from rvdist.warm import Warm
+
+if TYPE_CHECKING:
+    from rvdist.vector import Storage
 
 
 def alike(runs: Sequence[Run]) -> list[list[Run]]:
@@ -92,6 +95,8 @@ def merge_together(runs: Sequence[Run], warm: Warm) -> None:
     timing.bytes_written += stats.bytes_written
     timing.cpu_seconds += stats.cpu_seconds
     timing.peak_anonymous_bytes["worker"] = stats.peak_anonymous_bytes
+    for run in runs:
+        run.kept += [directory for directory in run.written if not discards(directory)]
     for output in plan.outputs:
         for directory in output.directories:
             first.say(f"{'discarded' if discards(directory) else 'wrote'} {directory}")
@@ -125,23 +130,39 @@ def card(run: Run, point: WeightPoint, name: str | None = None, results: Sequenc
     )
 
 
-def save_vector(run: Run, saved: config.Saved, vector: Vector) -> None:
-    """Stores what `vector.save` asks for, in this process: it needs neither a target nor a cluster."""
-    from rvdist.vector import Storage, save
+def vector_is_complete(run: Run, saved: config.Saved, vector: Vector) -> bool:
+    """Whether an earlier run has stored this vector. Raises BadInput for donors of which there is nothing to store."""
+    from rvdist.vector import is_complete
 
-    max_shard_size = config.size(run.settings.max_shard_size, "max_shard_size")
+    with run.timing.phase("digest"):
+        complete = is_complete(vector, run.sources, saved.directory, _storage(run, saved), run.cache / "digests")
+    if complete := complete and not run.settings.overwrite:
+        run.say(f"{saved.directory}: already complete")
+    return complete
+
+
+def _storage(run: Run, saved: config.Saved) -> Storage:
+    from rvdist.vector import Storage
+
+    return Storage(saved.dtype, saved.rank, saved.density, config.size(run.settings.max_shard_size, "max_shard_size"))
+
+
+def save_vector(run: Run) -> None:
+    """Stores what `vector.save` asks for, in this process: it needs neither a target nor a cluster."""
+    from rvdist.vector import save
+
+    assert run.saved is not None
+    saved, vector = run.saved
     nbytes = sum(spec.nbytes for spec in run.sources[vector.plus].tensors.values())
     with run.timing.phase("vector"), Bar("vector", nbytes, run.log) as bar:
         save(
             vector,
             run.sources,
             saved.directory,
-            Storage(saved.dtype, saved.rank, saved.density, max_shard_size),
+            _storage(run, saved),
             overwrite=run.settings.overwrite,
             digests=run.cache / "digests",
             progress=bar.advance,
             say=run.say,
         )
-    run.begin()
-    run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
-    run.timing.write(run.directory / "timing.json")
+    run.kept.append(saved.directory)

@@ -16,7 +16,7 @@ from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import discards, require_free
 from rvdist.errors import BadInput
 from rvdist.merge.plan import Plan
-from rvdist.merging import plan_of, save_vector
+from rvdist.merging import plan_of, vector_is_complete
 from rvdist.point import Arm, Rename, Vector, WeightPoint
 from rvdist.recipe import read_recipe
 from rvdist.run import Run
@@ -50,7 +50,7 @@ class Known:
 
 
 def prepare(run: Run, known: Known) -> None:
-    """Index and plan. What other jobs have promised to write is not written again."""
+    """Index and plan, which write nothing. What other jobs have promised to write is not written again."""
     recipe = _recipe(run, run.settings.recipe, known) if run.settings.recipe else None
     settings = run.settings
     stages = config.stages(settings)
@@ -91,7 +91,10 @@ def prepare(run: Run, known: Known) -> None:
             _require_place(output)
     if saved and vector:
         require_no_source(run, [saved.directory], run.sources)
-        save_vector(run, saved, vector)
+        if not vector_is_complete(run, saved, vector):
+            require_free(saved.directory, settings.overwrite)
+            _require_place(saved.directory)
+            run.saved = saved, vector
     if run.arms or lines:
         with run.timing.phase("digest"):
             _digest(run)

@@ -14,7 +14,8 @@ _LINE_EVERY = 10.0  # seconds
 
 
 class Bar:
-    """`with Bar("merge", total, log) as bar: bar.advance(n)`; bytes."""
+    """`with Bar("merge", total, log) as bar: bar.advance(n)`; bytes. The rate counts from the first `advance(0)`, if
+    there is one before anything is done: whoever waits for workers says so when they begin."""
 
     def __init__(self, name: str, total: int, log: Log) -> None:
         self._name, self._total = name, total
@@ -35,6 +36,8 @@ class Bar:
         self._line()
 
     def advance(self, amount: int) -> None:
+        if not amount and not self._done:
+            self._started = time.monotonic()
         self._done += amount
         self._progress.advance(self._task, amount)
         if time.monotonic() - self._last > _LINE_EVERY:

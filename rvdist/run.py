@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rvdist import __version__
 from rvdist.checkpoint.directory import Checkpoint
-from rvdist.config import Config
+from rvdist.config import Config, Saved
 from rvdist.log import Log
 from rvdist.point import Arm, Vector, WeightPoint
 from rvdist.record import Record, TaskInfo
@@ -42,7 +42,8 @@ class Scores:
 class Run:
     """One job. `timing` and `log` are shared by the jobs of one command. `sources` by name; `notes` and `digests` by
     point; `written` is what its merge stage still has to write, `arms` what it scores: those of `settings`, unless they
-    are given; `published` is what goes to the Hub, by the directory it is in. `asked` is the configuration that is
+    are given; `saved` is the vector that it still has to store, and how; `published` is what goes to the Hub, by the
+    directory it is in; `kept` is what it has written besides its directory. `asked` is the configuration that is
     recorded, where `settings` follow from it. `examined` names vectors by points that have just one; `anatomy` is what
     was found of them, in sentences, `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is
     the run that reads a text along lines between models."""
@@ -57,7 +58,9 @@ class Run:
     digests: dict[WeightPoint, str] = field(default_factory=dict)
     asked: Config | None = None
     written: Mapping[Path, WeightPoint] = field(default_factory=dict)
+    saved: tuple[Saved, Vector] | None = None
     published: Mapping[Path, WeightPoint | Vector] = field(default_factory=dict)
+    kept: list[Path] = field(default_factory=list)
     arms: Sequence[Arm] = ()
     examined: Mapping[str, WeightPoint] = field(default_factory=dict)
     anatomy: Sequence[str] = ()

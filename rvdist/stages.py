@@ -16,8 +16,9 @@ from rvdist.batch import Batch, is_batch
 from rvdist.checkpoint.artifact import DESCRIPTION
 from rvdist.checkpoint.directory import read_json
 from rvdist.config import Config
+from rvdist.errors import BadInput, Failed
 from rvdist.log import Log, LoggedTiming
-from rvdist.merging import alike, card, merge_together, outputs, plan_of, sources_of
+from rvdist.merging import alike, card, merge_together, outputs, plan_of, save_vector, sources_of
 from rvdist.point import Vector
 from rvdist.preparation import Known, prepare, require_no_source
 from rvdist.preview import print_plan
@@ -63,7 +64,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     read = sources_of(jobs)
     jobs = _each(jobs, failed, lambda run: require_no_source(run, run.written, read))
     jobs = _show_plans(jobs, failed)
-    jobs = [run for run in jobs if run.written or run.arms or run.examined or run.published]
+    jobs = [run for run in jobs if run.written or run.saved or run.arms or run.examined or run.published]
     jobs = _each(jobs, failed, lambda run: warm.begin(run.settings.cluster, run.timing) if _needs_ray(run) else None)
     if any(run.arms or run.reader for run in jobs):
         from rvdist.evaluation import Examination, objective
@@ -72,6 +73,9 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
         examination = Examination(warm)
         jobs = _each(jobs, failed, lambda run: examination.join(run) if run.arms else None)
         jobs = _each(jobs, failed, lambda run: examination.join(run.reader) if run.reader else None)
+        for batch in batches.values():
+            batch.refuse(failed)
+        jobs = [run for run in jobs if run not in failed]
     jobs = _each(jobs, failed, lambda run: _begin(run, warm, known))
     _tell_who_is_blind([run for run in jobs if _needs_ray(run)], warm)
     if any(run.examined for run in jobs):
@@ -79,6 +83,7 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
         from rvdist.connectivity import measure
 
         jobs = _each(jobs, failed, lambda run: analyse(run) if run.examined else None)
+    jobs = _each(jobs, failed, lambda run: save_vector(run) if run.saved else None)
     for some in alike([run for run in jobs if run.written]):
         _together(some, failed, lambda some: merge_together(some, warm))
     jobs = [run for run in jobs if run not in failed]
@@ -96,11 +101,19 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
+    failed |= {run: _partly(run, error) for run, error in failed.items()}
     _each(list(batches), failed, lambda run: batches[run].conclude(failed))
     found = [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]
     for run, ended in zip(runs, found, strict=True):
         _tell_end(run, ended)
     return found
+
+
+def _partly(run: Run, error: Exception) -> Exception:
+    """Bad input found after something was written, which was not all in vain."""
+    if not run.kept or not isinstance(error, BadInput):
+        return error
+    return Failed(f"{error}; written before, and kept: {', '.join(map(str, run.kept))}")
 
 
 def _tell_end(run: Run, found: float | Exception | None) -> None:
@@ -150,9 +163,11 @@ def _needs_ray(run: Run) -> bool:
 
 
 def _begin(run: Run, warm: Warm, known: Known) -> None:
-    """Nothing is refused any more, and Ray is there."""
+    """Nothing is refused any more once Ray is there, with the devices that are asked for."""
     if _needs_ray(run):
-        warm.resources()
+        resources = warm.resources()
+        if run.written:
+            config.device(run.settings, resources.gpus)
     if run.directory not in known.begun:
         run.begin()
         known.begun.add(run.directory)

@@ -79,19 +79,13 @@ def save(
     Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
     from what is journalled.
     """
-    donors = [sources[source] for source in vector.sources()]
-    skipped = {s.name: f"is of dtype {s.dtype}" for s in donors[0].tensors.values() if not _is_stored(s.name, donors)}
-    specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
-    if not specs:
-        raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
-    provenance = _provenance(donors, digests)
-    metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in provenance.items()}
-    files, stored = _layout(specs, donors, storage, metadata)
-    plan = _digest(donors, storage, files)
-    if not overwrite and (output / MANIFEST).exists() and Manifest.read(output).plan == plan:
+    laid = _lay_out([sources[source] for source in vector.sources()], storage, digests)
+    donors, skipped = laid.donors, laid.skipped
+    provenance, files, stored = laid.provenance, laid.files, laid.stored
+    if not overwrite and _holds(output, laid.plan):
         say(f"{output}: already complete")
         return
-    staging = Staging(output, plan, overwrite)
+    staging = Staging(output, laid.plan, overwrite)
     try:
         if staging.restarted:
             say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
@@ -129,6 +123,41 @@ def save(
         raise
     finally:
         staging.release()
+
+
+def is_complete(
+    vector: Vector, sources: Mapping[str, Checkpoint], output: Path, storage: Storage, digests: Path | None = None
+) -> bool:
+    """Whether `save` has written this vector there before. Writes nothing but `digests`. Raises BadInput for donors of
+    which there is nothing to save."""
+    return _holds(output, _lay_out([sources[source] for source in vector.sources()], storage, digests).plan)
+
+
+def _holds(output: Path, plan: str) -> bool:
+    return (output / MANIFEST).exists() and Manifest.read(output).plan == plan
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """What is to be written: files, (header, size) by name; every tensor of v; why the donors' others are `skipped`."""
+
+    donors: Sequence[Checkpoint]
+    skipped: dict[str, str]
+    provenance: dict[str, Any]
+    files: dict[str, tuple[bytes, int]]
+    stored: list[_Stored]
+    plan: str
+
+
+def _lay_out(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _LaidOut:
+    skipped = {s.name: f"is of dtype {s.dtype}" for s in donors[0].tensors.values() if not _is_stored(s.name, donors)}
+    specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
+    if not specs:
+        raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
+    provenance = _provenance(donors, digests)
+    metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in provenance.items()}
+    files, stored = _layout(specs, donors, storage, metadata)
+    return _LaidOut(donors, skipped, provenance, files, stored, _digest(donors, storage, files))
 
 
 def _is_stored(name: str, donors: Sequence[Checkpoint]) -> bool:

@@ -1,23 +1,34 @@
-"""python -m rvdist.verify PATH [--json]: is this checkpoint whole, finite, and what was written?
+"""python -m rvdist.verify PATH [--model] [--json]: is this checkpoint whole, finite, and what was written?
 
 Checks the index and every header, the digest of every range the manifest (rvdist.json) lists, that values are
-finite, and that names and shapes are those transformers would ask for. Exit status 0 sound, 1 not, 2 bad input.
+finite, and that layers are alike and as many as the config says; with --model, that names and shapes are those which
+transformers would ask for. Exit status 0 sound, 1 not, 2 bad input. Imports neither torch nor, without --model,
+transformers: a small checkpoint is read in a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rvdist.checkpoint.artifact import DESCRIPTION
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.errors import BadInput, Failed
 
 _CHUNK = 1 << 20  # elements
+_EXPONENT = {  # the bits that are all set in infinities and NaNs, and in nothing else
+    "F8_E4M3": ("u1", 0x7F), "F8_E5M2": ("u1", 0x7C), "F8_E8M0": ("u1", 0xFF), "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F80_0000), "C64": ("<u4", 0x7F80_0000),
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+}  # fmt: skip
+_SHAPES = {"model.embed_tokens.weight": ("vocab_size", "hidden_size"), "model.norm.weight": ("hidden_size",)}
+_IN_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)")
 
 
 @dataclass
@@ -31,9 +42,10 @@ class Verdict:
     unchecked: list[str] = field(default_factory=list)
 
 
-def verify(path: Path) -> Verdict:
-    """Reads all of the checkpoint in the directory `path`, in constant memory. Raises BadInput where the headers or
-    the index cannot be used at all, Failed where a file cannot be read."""
+def verify(path: Path, model: bool = False) -> Verdict:
+    """Reads all of the checkpoint in the directory `path`, in constant memory; with `model`, its names and shapes are
+    compared with those of the model that transformers builds for its config, which takes seconds to import. Raises
+    BadInput where the headers or the index cannot be used at all, Failed where a file cannot be read."""
     checkpoint = open_checkpoint(path)
     verdict = Verdict(str(path), len(checkpoint.tensors), checkpoint.nbytes)
     if (path / MANIFEST).exists():
@@ -41,8 +53,12 @@ def verify(path: Path) -> Verdict:
     else:
         verdict.unchecked.append(f"there is no {MANIFEST}: not written by rvdist, digests were not checked")
     verdict.problems += _nonfinite(checkpoint)
-    try:
+    if not (path / DESCRIPTION).exists():  # a vector may be of some layers only
         verdict.problems += _layout(checkpoint)
+    if not model:
+        return verdict
+    try:
+        verdict.problems += [problem for problem in _compared(checkpoint) if problem not in verdict.problems]
     except Exception as error:  # transformers raises what it likes for a config it does not know
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         verdict.unchecked.append(f"transformers has no model for its config.json, names were not compared ({reason})")
@@ -71,23 +87,55 @@ def _digests(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
 
 
 def _nonfinite(checkpoint: Checkpoint) -> Iterator[str]:
-    import torch
+    """Looks at bits: importing torch would take longer than reading a small checkpoint."""
+    import numpy as np
 
-    from rvdist.arithmetic.method import Scratch, count_nonfinite
-    from rvdist.checkpoint.stream import TensorFiles
-
-    files, buffer, scratch = TensorFiles(checkpoint), torch.empty(_CHUNK * 8, dtype=torch.uint8), Scratch(_CHUNK)
-    for name, spec in checkpoint.tensors.items():
-        found = sum(
-            count_nonfinite(files.read(spec, begin, min(begin + _CHUNK, spec.numel), buffer), scratch)
-            for begin in range(0, spec.numel, _CHUNK)
-        )
-        if found:
-            yield f"{spec.file}: tensor {name} has {found} values that are infinite or not a number"
-    files.close()
+    for file in checkpoint.files:
+        try:
+            with open(checkpoint.path / file, "rb", buffering=0) as opened:
+                for spec in (spec for spec in checkpoint.tensors.values() if spec.file == file):
+                    integer, exponent = _EXPONENT.get(spec.dtype, ("", 0))
+                    if not integer:
+                        continue
+                    found, left, itemsize = 0, spec.nbytes, np.dtype(integer).itemsize
+                    opened.seek(spec.offset)
+                    while left:
+                        values = np.fromfile(opened, integer, min(left // itemsize, _CHUNK))
+                        if not len(values):
+                            raise BadInput(f"{checkpoint.path / file}: ends inside tensor {spec.name}; it changed")
+                        found += int(np.count_nonzero(values & exponent == exponent))
+                        left -= values.nbytes
+                    if found:
+                        yield f"{file}: tensor {spec.name} has {found} values that are infinite or not a number"
+        except OSError as error:
+            raise Failed(f"{checkpoint.path / file}: cannot be read ({error.strerror})") from None
 
 
 def _layout(checkpoint: Checkpoint) -> Iterator[str]:
+    """What a config and the other layers say that a tensor should be, as far as that is the same in all families."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    sizes = {key: value for key, value in config.items() if type(value) is int} if isinstance(config, dict) else {}
+    for name, keys in _SHAPES.items():
+        spec, wanted = checkpoint.tensors.get(name), [sizes.get(key) for key in keys]
+        if spec and None not in wanted and list(spec.shape) != wanted:
+            yield f"tensor {name} has shape {list(spec.shape)} where the config says {wanted}"
+    layers: dict[int, set[str]] = {}
+    for name in checkpoint.tensors:
+        if found := _IN_LAYER.fullmatch(name):
+            layers.setdefault(int(found[1]), set()).add(found[2])
+    count = max(len(layers), sizes.get("num_hidden_layers", 0)) if layers else 0
+    for number in range(count):
+        if number not in layers:
+            yield f"layer {number} is missing, of the {count} there should be"
+    for part in sorted(set().union(*layers.values())):
+        lacking = [number for number, parts in layers.items() if part not in parts]
+        if len(lacking) == 1 and len(layers) > 2:
+            others = set().union(*(parts for number, parts in layers.items() if number != lacking[0]))
+            if layers[lacking[0]] < others:  # one that has parts of its own is of another kind
+                yield f"tensor model.layers.{lacking[0]}.{part} is missing, which every other layer has"
+
+
+def _compared(checkpoint: Checkpoint) -> Iterator[str]:
     """What differs from the names and shapes of the model that transformers builds for the config, on no device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,10 +155,11 @@ def _layout(checkpoint: Checkpoint) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rvdist.verify", description=__doc__)
     parser.add_argument("path", type=Path)
+    parser.add_argument("--model", action="store_true", help="compare names and shapes with transformers' model")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     arguments = parser.parse_args()
     try:
-        verdict = verify(arguments.path)
+        verdict = verify(arguments.path, arguments.model)
     except (BadInput, Failed) as error:
         print(f"rvdist: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -170,3 +170,14 @@ def test_a_sweep_told_in_json(place):
     (failed,) = events(done.stderr)
     assert failed["message"].startswith("job 1 (alpha=nan): alpha: nan") and failed["run"] == told[0]["run"]
     assert events((place / "sweep/0" / FILE).read_text())[-1] == ends[-1] and not (place / "sweep/1").exists()
+
+
+def test_the_rate_of_a_bar_leaves_out_what_was_waited_before_it_began(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("rvdist.progress.time.monotonic", lambda: now[0])
+    with Bar("merge", 2_000_000, Log()) as bar:
+        now[0] += 30
+        bar.advance(0)
+        now[0] += 10
+        bar.advance(2_000_000)
+    assert "merge: 2.0 MB of 2.0 MB in 10.0 s, 200.0 kB/s" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def rewrite(path, change):
 
 
 def test_what_a_merge_wrote_is_sound(copy):
-    verdict = verify(copy)
+    verdict = verify(copy, model=True)
     assert verdict.problems == [] and verdict.unchecked == []
     assert verdict.tensors == len(load_checkpoint(copy))
 
@@ -66,12 +66,48 @@ def test_infinite_values_wrong_shapes_and_missing_tensors_are_found(copy):
         weights.pop("model.layers.1.mlp.up_proj.weight")
 
     rewrite(copy, harm)
-    verdict = verify(copy)
+    verdict = verify(copy, model=True)
     text = "\n".join(verdict.problems)
     assert "model.norm.weight has 130 values that are infinite" in text
     assert "model.norm.weight has shape [130] where the config says [128]" in text
     assert "model.layers.1.mlp.up_proj.weight is missing" in text
     assert any("digests were not checked" in line for line in verdict.unchecked)
+
+
+def test_what_layers_and_the_config_say_is_checked_without_transformers(copy):
+    def harm(weights):
+        weights["model.norm.weight"] = torch.ones(130).bfloat16()
+        weights.pop("model.embed_tokens.weight")
+        for name in [name for name in weights if name.startswith("model.layers.1.")]:
+            weights.pop(name)
+
+    rewrite(copy, harm)
+    assert verify(copy).problems == [
+        "tensor model.norm.weight has shape [130] where the config says [128]",
+        "layer 1 is missing, of the 2 there should be",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32, torch.float64])
+def test_values_that_are_not_finite_are_found_in_every_dtype(dtype, tmp_path):
+    values = torch.tensor([1.0, float("nan"), -2.0, float("inf"), 0.0])
+    save_file(
+        {"a": torch.ones(3), "b": values.to(dtype), "c": torch.ones(2, dtype=torch.int32)}, tmp_path / "x.safetensors"
+    )
+    count = 2 if dtype != torch.float8_e4m3fn else int(values.to(dtype).float().isfinite().logical_not().sum())
+    assert verify(tmp_path).problems == [
+        f"x.safetensors: tensor b has {count} values that are infinite or not a number"
+    ]
+
+
+@pytest.mark.parametrize("tool", ["verify", "inspect"])
+def test_neither_imports_what_takes_seconds(tool):
+    heavy = "{'torch', 'transformers', 'ray', 'vllm', 'lm_eval', 'hydra'}"
+    program = f"import runpy, sys; sys.argv = ['x', {str(POCKET / 'target')!r}]\n"
+    program += f"try: runpy.run_module('rvdist.{tool}', run_name='__main__')\n"
+    program += f"except SystemExit as end: assert not end.code\nassert not {heavy} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_and_its_exit_status(copy, tmp_path):
@@ -81,7 +117,7 @@ def test_the_command_and_its_exit_status(copy, tmp_path):
     sound = command(str(copy), "--json")
     assert sound.returncode == 0 and json.loads(sound.stdout)["problems"] == []
     (copy / "config.json").write_text('{"model_type": "unheard-of"}')
-    unknown = command(str(copy))
+    unknown = command(str(copy), "--model")
     assert unknown.returncode == 0 and "names were not compared" in unknown.stdout
     (copy / "model.safetensors").write_bytes(b"short")
     broken = command(str(copy))

@@ -152,6 +152,7 @@ class Crew:
         self._running: dict[Any, _Task] = {}  # in the order they were asked
         self._why_none_starts = ""
         self._met = math.inf  # when the first worker spoke
+        self._is_given = False  # whether a worker was given a unit
 
     def run(self) -> None:
         """Returns when everything is durable and journalled. Raises BadInput and Failed."""
@@ -297,6 +298,9 @@ class Crew:
             if not queue:
                 break
             unit = queue.popleft()
+            if not self._is_given:
+                self._is_given = True
+                self._progress(0)
             key = (unit.file, unit.start, unit.nbytes)
             claims = tuple(staging.claims.get(key) if staging else None for staging in self._stagings[unit.output])
             self._running[worker.actor.run.remote(unit, claims)] = _Task(worker, unit)

@@ -1,0 +1,114 @@
+"""Nothing is written before all that can be refused is refused, whatever stage would refuse it."""
+
+from dataclasses import replace
+
+import pytest
+from checkpoints import launch
+
+from rvdist.config import (
+    AnalyzeConfig,
+    BatchConfig,
+    BenchmarksConfig,
+    CacheConfig,
+    Config,
+    EngineConfig,
+    MergeConfig,
+    VectorConfig,
+)
+from rvdist.errors import BadInput, Failed
+from rvdist.stages import run_stages
+
+TYPO = BenchmarksConfig(["pocket_summs"])
+SUMS = BenchmarksConfig(["pocket_sums"], limit=2)
+
+
+def contents(place):
+    """Every file's bytes, every directory; but for digests, which are remembered of whatever was read."""
+    return {
+        str(path.relative_to(place)): path.read_bytes() if path.is_file() else None
+        for path in place.rglob("*")
+        if "cache" not in path.relative_to(place).parts
+    }
+
+
+def asked(place, save="v"):
+    """Everything at once: a vector, two outputs and their scores."""
+    donors = {name: str(place / "family" / name) for name in ("target", "grpo", "sft")}
+    return Config(
+        target=donors["target"],
+        vector=VectorConfig(donors["grpo"], donors["sft"], save=save and str(place / save)),
+        alpha=[0.5, 1],
+        output=str(place / "out-{alpha}"),
+        benchmarks=SUMS,
+        cache=CacheConfig(str(place / "cache")),
+    )
+
+
+def without(place, *names):
+    for member in ("target", "grpo", "sft"):
+        for name in names:
+            (place / "family" / member / name).unlink(missing_ok=True)
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+REFUSED = {
+    "a mistyped task": ({"benchmarks": TYPO}, "pocket_summs"),
+    "no tokenizer": ({}, "has no tokenizer"),
+    "no chat template": ({}, "has no chat template"),
+    "code that may not run": ({"benchmarks": BenchmarksConfig(["humaneval"])}, "allow_code_execution"),
+    "no data": ({"benchmarks": BenchmarksConfig(["gsm8k"], data_dir="/nowhere")}, "/nowhere"),
+    "engine arguments": ({"engine": EngineConfig(args={"enable_prefix_caching": True})}, "engine.args"),
+    "a recording": ({"engine": EngineConfig(replay="/nowhere")}, "nowhere"),
+    "a device": ({"device": "cuda"}, "device=cuda"),
+    "workers": ({"merge": MergeConfig(workers=0)}, "merge.workers"),
+    "analyze": ({"stages": ["merge", "analyze"], "analyze": AnalyzeConfig("text.txt", 2)}, "analyze.points"),
+    "analyze without its text": ({"stages": ["merge", "analyze"], "analyze": AnalyzeConfig("/nowhere.txt")}, "nowhere"),
+    "report": ({"stages": ["merge", "report"]}, "report needs"),
+    "publish": ({"publish": "no repository"}, "is not the name of a repository"),
+    "where the vector goes": ({"vector": "family/target/config.json/v"}, "cannot be created"),
+    "a vector in the way": ({"vector": "family/sft"}, "already exists"),
+    "where outputs go": ({"output": "family/target/config.json/{alpha}"}, "cannot be created"),
+    "an output in the way": ({"output": "family/sft", "alpha": 1.0}, "already exists"),
+    "a batch": ({"vector": None, "batch": [BatchConfig()], "benchmarks": TYPO}, "pocket_summs"),
+    "a batch that saves": ({"batch": [BatchConfig()]}, "batch is set"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_nothing_is_written(case, place, ray_local):
+    changes, reason = REFUSED[case]
+    settings = asked(place)
+    if "vector" in changes:
+        save = changes["vector"] and str(place / changes["vector"])
+        changes = {**changes, "vector": replace(settings.vector, save=save)}
+    if "output" in changes:
+        changes = {**changes, "output": str(place / changes["output"])}
+    if case == "no tokenizer":
+        without(place, *TOKENIZER, "chat_template.jinja")
+    if case == "no chat template":
+        without(place, "chat_template.jinja")
+    (place / "run").mkdir()
+    before = contents(place)
+    with pytest.raises(BadInput, match=reason):
+        run_stages(replace(settings, **changes), place / "run", [])
+    assert contents(place) == before
+
+
+def test_nothing_is_written_without_a_cluster(place):
+    before = contents(place)
+    done = launch(
+        "target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "vector.save=v", "output=out",
+        "cluster.address=127.0.0.1:1", "cache.dir=cache", cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 2 and "cluster.address=127.0.0.1:1" in done.stderr
+    assert contents(place) == before
+
+
+def test_what_was_written_before_the_refusal_is_said(place, ray_local):
+    """Only reading weights shows that a sum overflows: by then the vector is there, and the status is that of half."""
+    settings = replace(asked(place), alpha=1e38, benchmarks=BenchmarksConfig(), dtype="float16")
+    (place / "run").mkdir()
+    with pytest.raises(Failed, match=r"infinite.*; written before, and kept: .*/v$"):
+        run_stages(replace(settings, output=str(place / "out")), place / "run", [])
+    assert (place / "v" / "vector.json").exists() and not (place / "out").exists()
