@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,10 +20,11 @@ import numpy as np
 
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint, read_json
+from rvdist.checkpoint.experts import layouts
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.checkpoint.scaled import Scaled, dequantize
 from rvdist.errors import BadInput
-from rvdist.point import Vector, WeightPoint, layer_count
+from rvdist.point import Mask, Vector, WeightPoint, layer_count
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 REFUSED_DISTANCE = 0.9
@@ -66,8 +68,10 @@ def check(
     refusals: list[str] = []
     distances: dict[Vector, float] = {}
     for term in point.terms:
-        exceptions += check_vector(term.vector, sources, extra_rows)
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
+        _require_one_expert_layout((base, plus, minus), term.mask)
+        _require_no_tied_head(base, plus, minus, term.mask)
+        exceptions += check_vector(term.vector, sources, extra_rows)
         if term.vector.rename:
             substitutions = ", then ".join(f"{pattern} → {new}" for pattern, new in term.vector.rename)
             exceptions.append(f"the tensors of {plus.path.name} and {minus.path.name} were renamed: {substitutions}")
@@ -142,6 +146,36 @@ def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint
     """`point` with each of its vectors settled."""
     terms = tuple(replace(term, vector=settle_vector(term.vector, sources)) for term in point.terms)
     return replace(point, terms=terms)
+
+
+def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
+    """Experts in another layout have other names: what the vector says of them would be skipped."""
+    base, *donors = checkpoints
+    for one, other in ((base, donors[0]), (base, donors[1]), (donors[0], donors[1])):
+        count = layer_count(one.tensors | other.tensors)
+        ours, theirs = (layouts(n for n in c.tensors if mask.coefficient(n, count)) for c in (one, other))
+        for group in sorted(ours.keys() & theirs.keys()):
+            (layout, name), (another, its_name) = ours[group], theirs[group]
+            if layout != another:
+                raise BadInput(
+                    f"{other.path}: stores its experts {another} ({its_name}) where {one.path} stores them {layout} "
+                    f"({name}); convert one of them with transformers' save_pretrained, or leave the experts out by "
+                    "vector.mask.exclude"
+                )
+
+
+def _require_no_tied_head(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, mask: Mask) -> None:
+    """What an adapter adds to a head alone cannot be written where the head is the embedding."""
+    if not base.config.get("tie_word_embeddings"):
+        return
+    for donor in (plus, minus):
+        for name in donor.tensors if isinstance(donor, Difference) and donor.kind == "adapter" else ():
+            if name.endswith("lm_head.weight") and mask.coefficient(name, layer_count(base.tensors)):
+                raise BadInput(
+                    f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its embedding "
+                    "(tie_word_embeddings), so that the embedding would move too; untie the target, or leave it out "
+                    f"by vector.mask.exclude=['{re.escape(name)}']"
+                )
 
 
 @dataclass(frozen=True)

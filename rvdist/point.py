@@ -110,6 +110,7 @@ class Term:
     mask: Mask = Mask()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", float(self.alpha))  # it may be a scalar of NumPy or torch
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha={self.alpha} is not a finite number")
 

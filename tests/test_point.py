@@ -1,6 +1,9 @@
+import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from rvdist.point import Mask, Term, Vector, WeightPoint, layer_of
 
@@ -41,6 +44,13 @@ def test_a_list_over_depth_is_interpolated_from_the_first_layer_to_the_last():
 def test_bad_masks_are_refused(bad):
     with pytest.raises(ValueError, match="mask"):
         Mask(**bad)
+
+
+def test_alpha_may_be_a_scalar_of_another_library():
+    for alpha in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        point = WeightPoint("b", (Term(alpha, Vector("p", "m")),))
+        assert type(point.terms[0].alpha) is float
+        assert point == WeightPoint.from_json(json.loads(json.dumps(point.to_json())))
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])

@@ -9,10 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rvdist.checkpoint.header import Header, HubStamp, Stamp, TensorSpec, read_header
+from rvdist.checkpoint.header import (
+    Header,
+    HubStamp,
+    Stamp,
+    TensorSpec,
+    read_header,
+    require_no_pointer,
+    unreadable,
+)
 from rvdist.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
+COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Reads and checks every header of the checkpoint in the directory `path`. Raises BadInput."""
     if not path.is_dir():
         raise BadInput(f"{path}: no such checkpoint directory; check the path")
-    names = [entry.name for entry in path.iterdir()]
+    entries = sorted(path.iterdir())
+    for entry in entries:
+        if entry.suffix in COMPANIONS and entry.is_symlink() and not entry.exists():
+            raise unreadable(entry, FileNotFoundError())
+    names = [entry.name for entry in entries]
     return assemble(path, names, lambda files: (read_header(path / file) for file in files))
 
 
@@ -128,9 +141,12 @@ def assemble(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint. Raises BadInput."""
     try:
-        found = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None
+    require_no_pointer(path, content)
+    try:
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: is not JSON ({error}); download or copy it again") from None
     if not isinstance(found, dict):

@@ -17,6 +17,7 @@ from typing import Any
 from rvdist.errors import BadInput
 
 MAX_HEADER_BYTES = 100_000_000  # the specification's own limit
+_POINTER = b"version "  # as Git LFS pointers begin; as a length it would be far beyond the limit
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -87,12 +88,26 @@ def read_header(path: Path) -> tuple[list[TensorSpec], dict[str, str], Stamp]:
             prefix = file.read(8)
             prefix += file.read(header_end(str(path), prefix, stamp.size) - 8)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise unreadable(path, error) from None
     return *parse_header(str(path), path.name, prefix, stamp.size), stamp
+
+
+def unreadable(path: Path, error: OSError) -> BadInput:
+    """Why a file of a checkpoint cannot be opened."""
+    if path.is_symlink() and not path.exists():
+        return BadInput(f"{path}: is a broken link to {os.readlink(path)}; download or copy what it leads to again")
+    return BadInput(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
+
+
+def require_no_pointer(where: str | Path, content: bytes) -> None:
+    """Raises BadInput where Git has left a pointer in place of the file `where`."""
+    if content.startswith(_POINTER):
+        raise BadInput(f"{where}: is a Git LFS pointer, not the file it stands for; run git lfs pull in its repository")
 
 
 def header_end(where: str, prefix: bytes, size: int) -> int:
     """Where the data begin, from the first 8 bytes of a file of `size` bytes. Raises BadInput, naming `where`."""
+    require_no_pointer(where, prefix)
     length = int.from_bytes(prefix[:8], "little")
     if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise BadInput(f"{where}: not a whole safetensors file ({size} bytes); download or copy it again")

@@ -1,6 +1,7 @@
 """Hub repositories: what is in one at a revision, and its bytes, from the cache or the network, whole or by ranges.
 
-The only module that talks to a network. Only weights, JSON and plain text are ever fetched; nothing is run.
+The only module that talks to a network. Only weights, JSON and plain text, code among it, are ever fetched; nothing is
+run.
 """
 
 from __future__ import annotations
@@ -33,14 +34,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads it
     parse_ratelimit_headers,
 )
 
-from rvdist.checkpoint.directory import INDEX, Checkpoint, Hub, assemble
+from rvdist.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, Hub, assemble
 from rvdist.checkpoint.header import Header, HubStamp, TensorSpec, header_end, parse_header, read_header
 from rvdist.errors import BadInput, Failed
 
 BLOCK = 8 << 20  # bytes fetched at a time by ranges
 _PREFIX = 128 << 10  # bytes in which most headers end
 _PARALLEL = 8  # requests at a time for what is small
-_SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SMALL_ARE_IN = (Path("."), Path("additional_chat_templates"))
 _ATTEMPTS = 5
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 300.0  # seconds; the Hub counts requests over five minutes
@@ -53,7 +53,7 @@ def open_repository(repository: str, revision: str | None) -> Checkpoint:
     headers. With HF_HUB_OFFLINE=1 all of it must be cached. Raises BadInput, Failed."""
     what = f"{repository}@{revision}" if revision else repository
     hub, files = _find(f"{what}: no such directory, and", repository, revision or constants.DEFAULT_REVISION)
-    small = [name for name in files if name.endswith(_SMALL) and Path(name).parent in _SMALL_ARE_IN]
+    small = [name for name in files if name.endswith(COMPANIONS) and Path(name).parent in _SMALL_ARE_IN]
 
     def header(file: str) -> Header:
         if file in files:

@@ -50,6 +50,8 @@ def as_scaled(found: Checkpoint) -> Checkpoint:
             scales[name] = _scale(found, spec, block)
         elif _PACKED.fullmatch(name) and not spec.is_floating_point:
             _refuse(found, f"is quantised: tensor {name} holds packed integers")
+        elif name + _SUFFIX in found.tensors:
+            _refuse(found, f"has the scales {name}{_SUFFIX}, and {name} is {spec.dtype}, not fp8")
     if not scales:
         return found
     own = {scale.name for scale in scales.values()}

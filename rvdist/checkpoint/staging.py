@@ -18,15 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rvdist.checkpoint.directory import INDEX, Checkpoint
+from rvdist.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
-from rvdist.checkpoint.scaled import Scaled, unquantized
+from rvdist.checkpoint.scaled import unquantized
 from rvdist.errors import BadInput, Failed
 
 DISCARD = Path("/dev/null")
 _LOCK = "lock"
-_CARRIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -169,16 +168,20 @@ def require_free(output: Path, overwrite: bool) -> None:
 
 
 def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
-    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template). The config
-    says what is written: its `dtype`, if that is not the base's, and never that it is quantised."""
+    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template, code). The
+    config says what is written: its `dtype`, if that is not the base's, and never that it is quantised. What describes
+    Mistral's own layout of the weights stays with it."""
+    left = ["params.json"] if any(base.path.glob("consolidated*.safetensors")) else []
     for entry in sorted(base.path.iterdir()):
-        if entry.is_file() and entry.suffix in _CARRIED and not entry.name.endswith(".index.json"):
+        if not entry.is_file() or entry.name in left or entry.name.endswith(".index.json"):
+            continue
+        if entry.suffix in COMPANIONS:
             with _writing(staging.partial / entry.name):
                 shutil.copyfile(entry, staging.partial / entry.name)
     if (templates := base.path / "additional_chat_templates").is_dir():
         with _writing(staging.partial / templates.name):
             shutil.copytree(templates, staging.partial / templates.name, dirs_exist_ok=True)
-    config = unquantized(base.config) if isinstance(base, Scaled) else base.config
+    config = unquantized(base.config)
     if dtype is not None and config:
         config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     if config != base.config:

@@ -320,8 +320,8 @@ def test_a_hub_that_names_files_elsewhere_gets_nowhere(hub, published, tmp_path)
     with pytest.raises(BadInput, match="not a safetensors file of its directory"):
         open_source("org/name")
     assert {request.file for request in hub.requests} == {
-        "", INDEX, "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"
-    }  # fmt: skip
+        "", INDEX, "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "modeling.py"
+    }, "code is text like any other: it is carried, and not run"  # fmt: skip
 
 
 def test_an_index_may_not_name_what_is_not_there(hub, published):

@@ -87,6 +87,7 @@ def test_every_other_quantisation_is_refused_with_its_reason(tmp_path):
         ({"w": torch.ones(2)}, {"quant_method": "gptq", "bits": 4}, "is quantised by gptq"),
         ({"w": torch.ones(2)}, {"quant_method": "compressed-tensors"}, "is quantised by compressed-tensors"),
         ({"a.qweight": torch.ones(2, 2).int()}, {}, "tensor a.qweight holds packed integers"),
+        ({"w": torch.ones(4, 4), "w_scale_inv": torch.ones(2, 2)}, FP8, "has the scales w_scale_inv, and w is F32"),
     ]
     for number, (weights, quantization, *reasons) in enumerate(cases):
         refused(tmp_path / str(number), weights, quantization, *reasons)

@@ -1,0 +1,10 @@
+"""All situations, in the order of the table."""
+
+import on_adapters
+import on_files
+import on_names
+import on_numbers
+from situations import SITUATIONS
+
+__all__ = ["SITUATIONS"]
+ROOMS = (on_names, on_files, on_numbers, on_adapters)

@@ -1,0 +1,349 @@
+"""Situations of LoRA adapters. Right is Δ = scale · B · A as peft documents it, computed here in fp64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from adapters import CONFIG, write_adapter
+from situations import (
+    ALPHA,
+    HIDDEN,
+    MATRICES,
+    ROWS,
+    Asked,
+    Refused,
+    Right,
+    Weights,
+    ask,
+    llama,
+    put,
+    siblings,
+    situation,
+    write,
+)
+
+from rvdist.config import VectorConfig
+
+PREFIX = "base_model.model."
+ADAPTED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj")
+RANK, LORA_ALPHA = 4, 10
+SKIPS = "only tensor names and shapes were compared"  # what is always said of an adapter alone
+LACKS = "lacks .* of the target's tensors"
+
+
+def shape_of(module: str) -> tuple[int, int]:
+    return MATRICES[module.split(".", 3)[3]]
+
+
+def factors(ranks: dict[str, int] | None = None, seed: int = 0) -> Weights:
+    """A and B of the adapted modules, under peft's names."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for module in ADAPTED:
+        rank, (rows, columns) = (ranks or {}).get(module, RANK), shape_of(module)
+        found[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * 0.1
+        found[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.1
+    return found
+
+
+def deltas(tensors: Weights, scales: dict[str, float] | None = None) -> Weights:
+    """scale · B · A of every module; scales that are not given are lora_alpha / r."""
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            b = tensors[name.replace("lora_A", "lora_B")]
+            scale = (scales or {}).get(module, LORA_ALPHA / a.shape[0])
+            found[f"{module}.weight"] = scale * (b.double() @ a.double())
+    return found
+
+
+def added(target: Weights, delta: Weights, alpha: float = ALPHA) -> Weights:
+    return {
+        name: (tensor.double() + alpha * delta[name]).to(tensor.dtype) if name in delta else tensor
+        for name, tensor in target.items()
+    }
+
+
+def adapter(place: Path, tensors: Weights, **config: object) -> VectorConfig:
+    config = {"r": RANK, "lora_alpha": LORA_ALPHA, "target_modules": ["q_proj", "up_proj", "v_proj"]} | config
+    write_adapter(place / "adapter", tensors, **config)
+    return VectorConfig(path=str(place / "adapter"))
+
+
+def applied(place: Path, tensors: Weights, scales: dict[str, float] | None = None, **config: object) -> Asked:
+    """target + α · Δ of this adapter, which is right."""
+    target = llama()
+    write(place / "target", target)
+    out = added(target, deltas(tensors, scales))
+    return ask(place, Right(out, notes=[SKIPS, LACKS]), vector=adapter(place, tensors, **config))
+
+
+def refused(place: Path, tensors: Weights, *words: str, **config: object) -> Asked:
+    write(place / "target", llama())
+    return ask(place, Refused(["adapter: ", *words]), vector=adapter(place, tensors, **config))
+
+
+FORMULA = "peft's formula"
+
+
+@situation("adapters", "a LoRA adapter", "none found", right=FORMULA)
+def lora(place: Path) -> Asked:
+    return applied(place, factors())
+
+
+@situation("adapters", "rank_pattern: other ranks for some modules", "huggingface/peft#?", right=FORMULA)
+def rank_pattern(place: Path) -> Asked:
+    tensors = factors({ADAPTED[1]: 2})
+    return applied(place, tensors, {ADAPTED[1]: LORA_ALPHA / 2}, rank_pattern={"up_proj": 2})
+
+
+@situation("adapters", "alpha_pattern: another lora_alpha for some modules", "huggingface/peft#?", right=FORMULA)
+def alpha_pattern(place: Path) -> Asked:
+    patterns = {"layers.1.self_attn.v_proj": 3, r"layers\.0\..*": 7}
+    return applied(place, factors(), {ADAPTED[2]: 3 / RANK, ADAPTED[0]: 7 / RANK}, alpha_pattern=patterns)
+
+
+@situation(
+    "adapters",
+    "rank and alpha patterns that both match a module, and a pattern that matches the end of a word only",
+    "huggingface/peft#?",
+    right=FORMULA,
+)
+def both_patterns(place: Path) -> Asked:
+    tensors = factors({ADAPTED[0]: 8})
+    patterns = {"rank_pattern": {"q_proj": 8, "roj": 1}, "alpha_pattern": {"q_proj": 32, "oj": 5}}
+    return applied(place, tensors, {ADAPTED[0]: 32 / 8}, **patterns)
+
+
+@situation("adapters", "rsLoRA: lora_alpha / √r", "huggingface/peft#?", right=FORMULA)
+def rslora(place: Path) -> Asked:
+    scale = LORA_ALPHA / math.sqrt(RANK)
+    return applied(place, factors(), dict.fromkeys(ADAPTED, scale), use_rslora=True)
+
+
+@situation(
+    "adapters", "rsLoRA with a rank pattern: the pattern's rank is under the root", "huggingface/peft#?", right=FORMULA
+)
+def rslora_with_a_pattern(place: Path) -> Asked:
+    ranks = {ADAPTED[1]: 2}
+    scales = {module: LORA_ALPHA / math.sqrt(ranks.get(module, RANK)) for module in ADAPTED}
+    return applied(place, factors(ranks), scales, use_rslora=True, rank_pattern={"up_proj": 2})
+
+
+@situation(
+    "adapters",
+    "base_model_name_or_path is null",
+    "huggingface/peft#?",
+    right=f"{FORMULA}; that the base is not named is said",
+)
+def base_name_null(place: Path) -> Asked:
+    return applied(place, factors(), base_model_name_or_path=None)
+
+
+@situation("adapters", "an adapter whose lora_B is still 0", "huggingface/peft#?", right="the target itself")
+def untrained(place: Path) -> Asked:
+    tensors = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in factors().items()}
+    return applied(place, tensors)
+
+
+@situation(
+    "adapters", "an embedding's factors (lora_embedding_A, lora_embedding_B)", "huggingface/peft#?", right=FORMULA
+)
+def adapted_embedding(place: Path) -> Asked:
+    generator = torch.Generator().manual_seed(8)
+    a, b = torch.randn(RANK, ROWS, generator=generator) * 0.1, torch.randn(HIDDEN, RANK, generator=generator) * 0.1
+    at = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    target, tensors = llama(), factors()
+    write(place / "target", target)
+    change = deltas(tensors) | {"model.embed_tokens.weight": LORA_ALPHA / RANK * (b.double() @ a.double()).T}
+    asked = adapter(
+        place, tensors | {f"{at}A": a, f"{at}B": b}, target_modules=["q_proj", "up_proj", "v_proj", "embed_tokens"]
+    )
+    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS]), vector=asked)
+
+
+@situation(
+    "adapters",
+    "the adapter as plus, what it was trained on as minus",
+    "none found",
+    right=f"{FORMULA}: (base + Δ) − base is Δ",
+)
+def adapter_against_its_base(place: Path) -> Asked:
+    weights, tensors = siblings(llama()), factors()
+    write(place / "target", weights["target"])
+    write(place / "minus", weights["minus"])
+    adapter(place, tensors)
+    asked = VectorConfig(str(place / "adapter"), str(place / "minus"))
+    right = Right(added(weights["target"], deltas(tensors)), notes=["is taken to be what it was trained on", LACKS])
+    return ask(place, right, vector=asked)
+
+
+@situation(
+    "adapters", "an adapter of lm_head, and a target whose head is tied to the embedding", "huggingface/peft#2018",
+    refused="names the head and the tie: the embedding must not move",
+)  # fmt: skip
+def adapter_of_a_tied_head(place: Path) -> Asked:
+    generator = torch.Generator().manual_seed(9)
+    head = {
+        f"{PREFIX}lm_head.lora_A.weight": torch.randn(RANK, HIDDEN, generator=generator),
+        f"{PREFIX}lm_head.lora_B.weight": torch.randn(ROWS, RANK, generator=generator),
+    }
+    write(place / "target", llama())
+    asked = adapter(place, factors() | head, target_modules=["q_proj", "up_proj", "v_proj", "lm_head"])
+    return ask(place, Refused(["adapter", "lm_head", "tie"]), vector=asked)
+
+
+@situation("adapters", "an adapter of lm_head, and an untied target", "huggingface/peft#2018", right=FORMULA)
+def adapter_of_an_untied_head(place: Path) -> Asked:
+    generator = torch.Generator().manual_seed(9)
+    tensors = factors() | {
+        f"{PREFIX}lm_head.lora_A.weight": torch.randn(RANK, HIDDEN, generator=generator) * 0.1,
+        f"{PREFIX}lm_head.lora_B.weight": torch.randn(ROWS, RANK, generator=generator) * 0.1,
+    }
+    target = llama(tied=False)
+    write(place / "target", target)
+    return ask(place, Right(added(target, deltas(tensors)), notes=[SKIPS, LACKS]), vector=adapter(place, tensors))
+
+
+BY_NAME = "named, with the way out (merge_and_unload)"
+
+
+@situation("adapters", "DoRA", "huggingface/peft#?", refused=BY_NAME)
+def dora(place: Path) -> Asked:
+    magnitudes = {f"{PREFIX}{module}.lora_magnitude_vector": torch.ones(shape_of(module)[0]) for module in ADAPTED}
+    return refused(place, factors() | magnitudes, "use_dora", "merge_and_unload", use_dora=True)
+
+
+@situation("adapters", "modules_to_save: whole copies of the head", "huggingface/peft#?", refused=BY_NAME)
+def modules_to_save(place: Path) -> Asked:
+    head = {f"{PREFIX}lm_head.weight": torch.zeros(ROWS, HIDDEN)}
+    return refused(place, factors() | head, "modules_to_save", "merge_and_unload", modules_to_save=["lm_head"])
+
+
+@situation("adapters", "bias: lora_only", "huggingface/peft#?", refused=BY_NAME)
+def trained_biases(place: Path) -> Asked:
+    biases = {f"{PREFIX}{ADAPTED[0]}.base_layer.bias": torch.zeros(HIDDEN)}
+    return refused(place, factors() | biases, "bias", "merge_and_unload", bias="lora_only")
+
+
+@situation("adapters", "lora_bias: a bias beside lora_B", "huggingface/peft#?", refused=BY_NAME)
+def lora_bias(place: Path) -> Asked:
+    biases = {f"{PREFIX}{module}.lora_B.bias": torch.zeros(shape_of(module)[0]) for module in ADAPTED}
+    return refused(place, factors() | biases, "lora_bias", "merge_and_unload", lora_bias=True)
+
+
+@situation(
+    "adapters",
+    "a vocabulary resized before training: whole embeddings in the adapter",
+    "huggingface/peft#?",
+    refused=BY_NAME,
+)
+def resized_embeddings(place: Path) -> Asked:
+    whole = {f"{PREFIX}model.embed_tokens.weight": torch.zeros(ROWS + 2, HIDDEN)}
+    return refused(place, factors() | whole, "model.embed_tokens.weight", "merge_and_unload")
+
+
+@situation(
+    "adapters", "target_parameters: adapted experts, which are no modules", "huggingface/peft#?", refused=BY_NAME
+)
+def target_parameters(place: Path) -> Asked:
+    at = f"{PREFIX}model.layers.0.mlp.experts"
+    tensors = factors() | {f"{at}.lora_A.weight": torch.zeros(8, HIDDEN), f"{at}.lora_B.weight": torch.zeros(24, 8)}
+    return refused(
+        place, tensors, "target_parameters", "merge_and_unload", target_parameters=["mlp.experts.gate_up_proj"]
+    )
+
+
+@situation(
+    "adapters",
+    "trainable_token_indices: rows of the embedding that were trained whole",
+    "huggingface/peft#?",
+    refused=BY_NAME,
+)
+def trainable_tokens(place: Path) -> Asked:
+    rows = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(2, HIDDEN)}
+    return refused(
+        place,
+        factors() | rows,
+        "trainable_token_indices|trainable_tokens",
+        trainable_token_indices={"embed_tokens": [3, 4]},
+    )
+
+
+@situation(
+    "adapters",
+    "PiSSA: the base's own weights changed at the start",
+    "huggingface/peft#?",
+    refused="named, with the way out",
+)
+def pissa(place: Path) -> Asked:
+    return refused(place, factors(), "init_lora_weights='pissa'", init_lora_weights="pissa")
+
+
+@situation("adapters", "another kind of adapter (IA3)", "none found", refused="named, with the way out")
+def another_kind(place: Path) -> Asked:
+    return refused(place, factors(), "peft_type='IA3'", peft_type="IA3")
+
+
+@situation(
+    "adapters", "kohya's names (lora_unet_….lora_down.weight) with a 0-dimensional alpha tensor", "none found",
+    refused="names a tensor, and says to save it with peft",
+)  # fmt: skip
+def kohya_names(place: Path) -> Asked:
+    at = "lora_te_model_layers_0_self_attn_q_proj"
+    tensors = {
+        f"{at}.lora_down.weight": torch.zeros(RANK, HIDDEN), f"{at}.lora_up.weight": torch.zeros(HIDDEN, RANK),
+        f"{at}.alpha": torch.tensor(8.0),
+    }  # fmt: skip
+    return refused(place, tensors, at, "peft")
+
+
+@situation(
+    "adapters",
+    "an adapter without adapter_config.json",
+    "none found",
+    refused="names the file that lacks, which has the scale",
+)
+def adapter_without_a_config(place: Path) -> Asked:
+    write(place / "target", llama())
+    asked = adapter(place, factors())
+    (place / "adapter/adapter_config.json").unlink()
+    return ask(place, Refused(["adapter: has adapter_model.safetensors but no adapter_config.json"]), vector=asked)
+
+
+@situation(
+    "adapters",
+    "a config that says another rank than the factors have",
+    "none found",
+    refused="names the module, both shapes and the rank",
+)
+def another_rank(place: Path) -> Asked:
+    return refused(place, factors(), "q_proj|up_proj|v_proj", "rank 8", r=8)
+
+
+@situation(
+    "adapters",
+    "names of modules that the target does not have",
+    "huggingface/peft#?",
+    refused="names a tensor that both lack",
+)
+def adapter_of_another_model(place: Path) -> Asked:
+    tensors = {name.replace("model.layers", "transformer.h"): t for name, t in factors().items()}
+    return refused(place, tensors, "no tensor in common")
+
+
+@situation(
+    "adapters",
+    "the target given is itself an adapter",
+    "arcee-ai/mergekit#?",
+    refused="says that a target is a whole model",
+)
+def adapter_as_target(place: Path) -> Asked:
+    write(place / "plus", llama())
+    write(place / "minus", llama())
+    adapter(place, factors())
+    put(place / "adapter/config.json", CONFIG)
+    return ask(place, Refused(["is an adapter, and a target is a whole model"]), target=str(place / "adapter"))

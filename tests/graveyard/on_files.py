@@ -1,0 +1,516 @@
+"""Situations of the files that a checkpoint consists of: headers, indexes, shards, links, names, and what stands beside
+the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from checkpoints import near
+from safetensors.torch import save_file
+from situations import (
+    HIDDEN,
+    INDEX,
+    ROLES,
+    Asked,
+    Refused,
+    Right,
+    ask,
+    edit,
+    llama,
+    merged,
+    put,
+    reheader,
+    siblings,
+    situation,
+    write,
+    write_all,
+)
+
+from rvdist.config import Config, VectorConfig
+
+
+def plain(place: Path, shards: int = 1) -> Right:
+    """Three siblings as they should be, and their merge."""
+    weights = siblings(llama())
+    write_all(place, weights, shards)
+    return Right(merged(weights))
+
+
+def change_index(path: Path, **changes: object) -> None:
+    edit(path / INDEX, **changes)
+
+
+# --- headers
+
+
+@situation("headers", '"__metadata__": null in every header', "safetensors/safetensors#823", right="opens", todo="ends")
+def metadata_null(place: Path) -> Asked:
+    right = plain(place)
+    for role in ROLES:
+        reheader(place / role / "model.safetensors", lambda header: header.update(__metadata__=None))
+    return ask(place, right)
+
+
+@situation("headers", '"__metadata__": {} in every header', "foundation-model-stack/fastsafetensors#89", right="opens")
+def metadata_empty(place: Path) -> Asked:
+    right = plain(place)
+    for role in ROLES:
+        reheader(place / role / "model.safetensors", lambda header: header.update(__metadata__={}))
+    return ask(place, right)
+
+
+@situation("headers", "a header without __metadata__", "ml-explore/mlx#743", right="opens")
+def metadata_absent(place: Path) -> Asked:
+    right = plain(place)
+    reheader(place / "plus/model.safetensors", lambda header: header.pop("__metadata__"))
+    return ask(place, right)
+
+
+@situation(
+    "headers", "a shard that ends too early", "PersuGPT/PersuGPT.github.io#2",
+    refused="names the file, what its header promises and what it has",
+)  # fmt: skip
+def shard_cut_short(place: Path) -> Asked:
+    plain(place, 2)
+    shard = place / "plus/model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return ask(place, Refused(["plus/model-00001-of-00002.safetensors: truncated"]))
+
+
+@situation(
+    "headers", "a Git LFS pointer in place of a weight file", "none found",
+    refused="says that it is a pointer, and how to get what it points to",
+)  # fmt: skip
+def lfs_pointer(place: Path) -> Asked:
+    plain(place)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 988097824\n"
+    put(place / "minus/model.safetensors", pointer)
+    return ask(place, Refused(["minus/model.safetensors", "Git LFS pointer", "git lfs pull"]))
+
+
+@situation(
+    "headers", "a Git LFS pointer in place of tokenizer.json", "none found",
+    refused="says that it is a pointer, and how to get what it points to",
+)  # fmt: skip
+def lfs_pointer_tokenizer(place: Path) -> Asked:
+    plain(place)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'cd' * 32}\nsize 11421896\n"
+    put(place / "target/tokenizer.json", pointer)
+    return ask(place, Refused(["target/tokenizer.json", "Git LFS pointer", "git lfs pull"]))
+
+
+@situation(
+    "headers", "an HTML page saved in place of a weight file", "none found", refused="names the file"
+)  # fmt: skip
+def page_for_a_shard(place: Path) -> Asked:
+    plain(place)
+    put(place / "plus/model.safetensors", "<!DOCTYPE html><html><head><title>401</title></head></html>\n")
+    return ask(place, Refused(["plus/model.safetensors", "not a whole safetensors file"]))
+
+
+# --- indexes and shards
+
+
+@situation("indexes", "an index without metadata", "exo-explore/exo#1956", right="what it lists is enough")
+def index_without_metadata(place: Path) -> Asked:
+    right = plain(place, 2)
+    for role in ROLES:
+        change_index(place / role, metadata=...)
+    return ask(place, right)
+
+
+@situation("indexes", "an index with a wrong total", "none found", right="the total is not believed, and ours is right")
+def index_with_a_wrong_total(place: Path) -> Asked:
+    right = plain(place, 2)
+    for role in ROLES:
+        change_index(place / role, metadata={"total_size": 1})
+    return ask(place, right)
+
+
+@situation(
+    "indexes", "an index that names a tensor which no file has", "huggingface/huggingface_hub#4728",
+    refused="names the tensor and the file",
+)  # fmt: skip
+def index_names_an_absent_tensor(place: Path) -> Asked:
+    plain(place, 2)
+    listed = json.loads((place / "target" / INDEX).read_text())["weight_map"]
+    change_index(place / "target", weight_map=listed | {"mtp.fc.weight": "model-00002-of-00002.safetensors"})
+    return ask(place, Refused([INDEX, "mtp.fc.weight", "model-00002-of-00002.safetensors"]))
+
+
+@situation(
+    "indexes", "no index, and two shards", "none found",
+    refused="names the directory and the file that lacks",
+)  # fmt: skip
+def index_missing(place: Path) -> Asked:
+    plain(place, 2)
+    (place / "minus" / INDEX).unlink()
+    return ask(place, Refused(["minus: has 2 safetensors files and no model.safetensors.index.json"]))
+
+
+@situation("indexes", "no index, and the only shard is called model-00001-of-00001", "none found", right="it is read")
+def only_shard_without_an_index(place: Path) -> Asked:
+    right = plain(place)
+    (place / "plus/model.safetensors").rename(place / "plus/model-00001-of-00001.safetensors")
+    return ask(place, right)
+
+
+@situation(
+    "indexes", "a whole model.safetensors beside the index of an older, sharded save", "huggingface/transformers#?",
+    refused="names the stale index", todo="ends",
+)  # fmt: skip
+def stale_index(place: Path) -> Asked:
+    plain(place)
+    listed = dict.fromkeys(llama(), "model-00001-of-00002.safetensors")
+    put(place / "plus" / INDEX, {"metadata": {"total_size": 1}, "weight_map": listed})
+    return ask(place, Refused([INDEX, "model.safetensors"]))
+
+
+@situation(
+    "indexes",
+    "shards of another save beside those that the index lists",
+    "huggingface/transformers#?",
+    right="only what is listed is read",
+)
+def shards_of_two_saves(place: Path) -> Asked:
+    right = plain(place, 2)
+    for k in (1, 2, 3):
+        save_file(llama(50 + k), place / "target" / f"model-0000{k}-of-00003.safetensors")
+    return ask(place, right)
+
+
+@situation(
+    "indexes", "a listed shard is of another save, which was cut elsewhere", "huggingface/transformers#?",
+    refused="names a tensor that is not where the index says",
+)  # fmt: skip
+def shard_of_another_save(place: Path) -> Asked:
+    plain(place, 2)
+    half = dict(list(llama(50).items())[:5])
+    save_file(half, place / "plus/model-00002-of-00002.safetensors", {"format": "pt"})
+    return ask(place, Refused(["plus", "tensor model.", "model-0000[12]-of-00002.safetensors"]))
+
+
+@situation(
+    "indexes", "a stray weight file beside model.safetensors", "vllm-project/vllm#?",
+    right="model.safetensors is the checkpoint, as for transformers",
+)  # fmt: skip
+def stray_weight_file(place: Path) -> Asked:
+    right = plain(place)
+    save_file(llama(50), place / "target/old-checkpoint.safetensors", {"format": "pt"})
+    return ask(place, right)
+
+
+@situation(
+    "indexes", "Mistral's consolidated.safetensors and params.json beside the Hugging Face shards",
+    "vllm-project/vllm#?", right="the shards that the index lists are the checkpoint; the other layout stays behind",
+)  # fmt: skip
+def both_layouts(place: Path) -> Asked:
+    right = plain(place, 2)
+    save_file(
+        {"tok_embeddings.weight": llama(50)["model.embed_tokens.weight"]}, place / "target/consolidated.safetensors"
+    )
+    put(place / "target/params.json", {"dim": HIDDEN, "n_layers": 2})
+    return ask(place, right)
+
+
+@situation("indexes", "target and donors cut into shards differently", "none found", right="tensors are found by name")
+def other_shard_layouts(place: Path) -> Asked:
+    weights = siblings(llama())
+    for role, shards in {"target": 3, "plus": 1, "minus": 5}.items():
+        backwards = dict(reversed(weights[role].items())) if role == "minus" else weights[role]
+        write(place / role, backwards, shards)
+    return ask(place, Right(merged(weights)))
+
+
+@situation("indexes", "a target of 1,000 shards", "none found", right="a thousand come out")
+def a_thousand_shards(place: Path) -> Asked:
+    base = {
+        f"model.layers.{k}.norm.weight": tensor
+        for k, tensor in enumerate(llama()["model.embed_tokens.weight"].repeat(25, 1))
+    }
+    weights = siblings(base)
+    for role in ROLES:
+        write(place / role, weights[role], 1000 if role == "target" else 1, tokens=40)
+    return ask(place, Right(merged(weights)))
+
+
+@situation(
+    "indexes", "pickled weights alone (pytorch_model.bin)", "none found",
+    refused="says why it is not opened, and how to convert it",
+)  # fmt: skip
+def pickled_weights(place: Path) -> Asked:
+    plain(place)
+    (place / "plus/model.safetensors").rename(place / "plus/pytorch_model.bin")
+    return ask(place, Refused(["plus: ", "pickled", "save_pretrained"]))
+
+
+@situation(
+    "indexes", "a GGUF file alone", "arcee-ai/mergekit#?", refused="says what it is, and what to do", todo="ends"
+)
+def gguf(place: Path) -> Asked:
+    plain(place)
+    (place / "plus/model.safetensors").unlink()
+    (place / "plus/model-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(60))
+    return ask(place, Refused(["plus: ", "(?i)gguf"]))
+
+
+@situation(
+    "indexes", "a distributed checkpoint (.distcp) alone", "none found", refused="says what it is, and what to do",
+    todo="ends",
+)  # fmt: skip
+def distcp(place: Path) -> Asked:
+    plain(place)
+    (place / "minus/model.safetensors").unlink()
+    (place / "minus/__0_0.distcp").write_bytes(bytes(64))
+    (place / "minus/.metadata").write_bytes(bytes(8))
+    return ask(place, Refused(["minus: ", "(?i)distcp|distributed"]))
+
+
+# --- links and names
+
+
+def hub_cache(place: Path, role: str) -> Path:
+    """The role's files as the Hub's cache keeps them: blobs, and a snapshot of links to them."""
+    repository = place / f"models--org--{role}"
+    snapshot = repository / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((place / role).iterdir())):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.move(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+@situation(
+    "links", "snapshots of the Hub's cache, whose files are links to blobs", "none found", right="links are followed"
+)
+def cache_of_links(place: Path) -> Asked:
+    right = plain(place, 2)
+    snapshots = [str(hub_cache(place, role)) for role in ROLES]
+    return ask(place, right, target=snapshots[0], vector=VectorConfig(*snapshots[1:]))
+
+
+@situation(
+    "links", "a snapshot of the Hub's cache whose blob is gone", "none found",
+    refused="names the link and what it leads to",
+)  # fmt: skip
+def broken_link(place: Path) -> Asked:
+    plain(place)
+    snapshot = hub_cache(place, "plus")
+    (snapshot / "model.safetensors").resolve().unlink()
+    asked = VectorConfig(str(snapshot), str(place / "minus"))
+    return ask(place, Refused(["model.safetensors", "broken link", "blobs"]), vector=asked)
+
+
+@situation(
+    "links", "a snapshot of the Hub's cache in which the link to config.json is broken", "none found",
+    refused="names the link and what it leads to",
+)  # fmt: skip
+def broken_link_to_the_config(place: Path) -> Asked:
+    plain(place)
+    snapshot = hub_cache(place, "target")
+    (snapshot / "config.json").resolve().unlink()
+    return ask(place, Refused(["config.json", "broken link", "blobs"]), target=str(snapshot))
+
+
+@situation("names", "weight files whose names have spaces and other alphabets", "none found", right="as any other name")
+def odd_file_names(place: Path) -> Asked:
+    right = plain(place, 2)
+    for role in ROLES:
+        index = json.loads((place / role / INDEX).read_text())
+        for number in (1, 2):
+            old, new = f"model-0000{number}-of-00002.safetensors", f"Модель {number} – 権重 (v=1).safetensors"
+            (place / role / old).rename(place / role / new)
+            index["weight_map"] = {name: new if file == old else file for name, file in index["weight_map"].items()}
+        put(place / role / INDEX, index)
+    return ask(place, right)
+
+
+ODD = ("epoch=3-step=100", "my model", "Модель", "a{b}c", "run[v1]", "x#y", "50%", "a,b")
+
+
+@situation("names", f"directories called {', '.join(ODD[:-1])} or {ODD[-1]}", "none found", right="as any other name")
+def odd_directories(place: Path) -> Asked:
+    right = plain(place)
+    names = [place / f"{ODD[k]} {ODD[k + 3]}" for k in range(3)]
+    for role, name in zip(ROLES, names, strict=True):
+        (place / role).rename(name)
+    target, plus, minus = (str(name) for name in names)
+    return ask(place, right, target=target, vector=VectorConfig(plus, minus))
+
+
+@situation(
+    "names",
+    "target=… of such a directory typed without quotes",
+    "facebookresearch/hydra#?",
+    refused="says how to quote it",
+    todo="ends",
+)
+def odd_directory_typed(place: Path) -> Asked:
+    plain(place)
+    (place / "target").rename(place / "epoch=3 step")
+    typed = ["target=epoch=3 step", "vector.plus=plus", "vector.minus=minus", "output=out"]
+    return Asked(Config(), Refused(["epoch=3", "quote"]), typed=typed)
+
+
+# --- what stands beside the weights
+
+
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@situation("companions", "the chat template in tokenizer_config.json", "none found", right="carried over")
+def template_in_the_tokenizer_config(place: Path) -> Asked:
+    right = plain(place)
+    (place / "target/chat_template.jinja").unlink()
+    edit(place / "target/tokenizer_config.json", chat_template=CHAT)
+    return ask(place, right)
+
+
+@situation("companions", "the chat template in chat_template.json", "none found", right="carried over")
+def template_in_json(place: Path) -> Asked:
+    right = plain(place)
+    (place / "target/chat_template.jinja").unlink()
+    put(place / "target/chat_template.json", {"chat_template": CHAT})
+    return ask(place, right)
+
+
+@situation(
+    "companions", "the chat template in chat_template.jinja, which donors keep elsewhere", "none found",
+    right="the target's is carried over, the donors' are not",
+)  # fmt: skip
+def template_in_jinja(place: Path) -> Asked:
+    right = plain(place)
+    put(place / "target/chat_template.jinja", CHAT)
+    (place / "plus/chat_template.jinja").unlink()
+    edit(place / "plus/tokenizer_config.json", chat_template="{{ 'another' }}")
+    return ask(place, right)
+
+
+@situation(
+    "companions", "several chat templates (additional_chat_templates/)", "none found", right="all are carried over"
+)
+def several_templates(place: Path) -> Asked:
+    right = plain(place)
+    put(place / "target/chat_template.jinja", CHAT)
+    put(place / "target/additional_chat_templates/tool_use.jinja", "{{ tools }}" + CHAT)
+    put(place / "target/additional_chat_templates/rag.jinja", "{{ documents }}" + CHAT)
+    return ask(place, right)
+
+
+@situation(
+    "companions", "preprocessor_config.json, video_preprocessor_config.json, processor_config.json",
+    "arcee-ai/mergekit#?", right="carried over",
+)  # fmt: skip
+def processors(place: Path) -> Asked:
+    right = plain(place)
+    for name in ("preprocessor_config", "video_preprocessor_config", "processor_config"):
+        put(place / f"target/{name}.json", {"image_processor_type": "Qwen2VLImageProcessor", "name": name})
+    return ask(place, right)
+
+
+@situation(
+    "companions", "remote code (auto_map and *.py) in the target and the donors", "none found",
+    right="the target's is carried over, and none is run",
+)  # fmt: skip
+def remote_code(place: Path) -> Asked:
+    right = plain(place)
+    for role in ROLES:
+        code = f"open({str(place / 'executed')!r}, 'w').write('x')\n"
+        put(place / role / "configuration_tiny.py", code)
+        put(place / role / "modeling_tiny.py", code)
+        edit(place / role / "config.json", auto_map={"AutoConfig": "configuration_tiny.TinyConfig"})
+    return ask(place, right)
+
+
+@situation(
+    "companions", "a sentencepiece tokenizer (tokenizer.model, added_tokens.json, special_tokens_map.json), merges.txt "
+    "and vocab.json", "arcee-ai/mergekit#?", right="carried over byte for byte",
+)  # fmt: skip
+def other_tokenizer_files(place: Path) -> Asked:
+    right = plain(place)
+    (place / "target/tokenizer.model").write_bytes(bytes(range(256)))
+    put(place / "target/merges.txt", "#version: 0.2\nw 3\n")
+    put(place / "target/special_tokens_map.json", {"bos_token": "<s>"})
+    return ask(place, right)
+
+
+@situation(
+    "companions", "generation_config.json asks for sampling", "none found", right="carried over"
+)  # fmt: skip
+def generation_config_carried(place: Path) -> Asked:
+    right = plain(place)
+    put(place / "target/generation_config.json", {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
+    return ask(place, right)
+
+
+@situation(
+    "companions", "the optimizer's states and the trainer's beside the weights (optimizer.pt, trainer_state.json)",
+    "none found", right="what is no part of the model stays behind: pickles; JSON is carried over",
+)  # fmt: skip
+def training_states(place: Path) -> Asked:
+    right = plain(place)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (place / "target" / name).write_bytes(b"pickle")
+    put(place / "target/trainer_state.json", {"global_step": 3})
+    return ask(place, right)
+
+
+# --- asked for by mistake
+
+
+@situation(
+    "mistakes",
+    "plus and minus are the same checkpoint",
+    "none found",
+    right="the output is the target, and that is said",
+    todo="compat",
+)
+def plus_is_minus(place: Path) -> Asked:
+    weights = siblings(llama())
+    write_all(place, weights)
+    same = VectorConfig(str(place / "plus"), str(place / "plus"))
+    return ask(place, Right(weights["target"], notes=["(?i)zero|same|equal|0"]), vector=same)
+
+
+@situation(
+    "mistakes",
+    "the output is a donor, with overwrite=true",
+    "none found",
+    refused="names the source that would be lost",
+)
+def output_over_a_donor(place: Path) -> Asked:
+    plain(place)
+    return ask(place, Refused(["is or holds the source"]), output=str(place / "plus"), overwrite=True)
+
+
+@situation(
+    "mistakes",
+    "donors of another pre-training",
+    "arcee-ai/mergekit#?",
+    refused="gives their sampled distance from the target",
+)
+def another_pretraining(place: Path) -> Asked:
+    stranger = llama(77)
+    stranger["model.norm.weight"] = llama()["model.norm.weight"]
+    weights = {"target": llama(), "plus": near(stranger, 1), "minus": near(stranger, 2)}
+    write_all(place, weights)
+    return ask(place, Refused(["not from the same pre-training", r"distance is 1\.\d"]))
+
+
+@situation(
+    "mistakes",
+    "a base model's vector on another size of it",
+    "arcee-ai/mergekit#?",
+    refused="names a tensor and both shapes, or the key of the config",
+)
+def another_size(place: Path) -> Asked:
+    weights = siblings(llama())
+    write_all(place, weights)
+    shutil.rmtree(place / "target")
+    wide = {name: tensor.repeat(*[2] * tensor.dim()) for name, tensor in llama().items()}
+    write(place / "target", wide, config={"hidden_size": 2 * HIDDEN})
+    return ask(place, Refused([r"has shape \[|hidden_size"]))

@@ -1,0 +1,137 @@
+"""Every situation of the graveyard comes out right or refused in one sentence. What is neither is silent: a failure.
+
+All of them are jobs of one command, run in this process: what can be one merge is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from catalogue import SITUATIONS
+from checkpoints import launch
+from judge import companions, differing, index_errors, weights_of
+from rich.console import Console
+from situations import Asked, Refused, Right, Situation
+
+from rvdist.config import CacheConfig
+from rvdist.errors import BadInput
+from rvdist.log import Log, LoggedTiming
+from rvdist.run import Run
+from rvdist.stages import run_jobs
+from rvdist.warm import Warm
+
+
+@dataclass
+class Outcome:
+    """What became of a situation: what was asked, what it ended with, what was said, and what was there before."""
+
+    asked: Asked
+    place: Path
+    before: set[Path]
+    error: Exception | None = None
+    notes: tuple[str, ...] = ()
+
+
+def contents(place: Path) -> set[Path]:
+    return {path.relative_to(place) for path in place.rglob("*")}
+
+
+def wanted(request: pytest.FixtureRequest) -> list[Situation]:
+    """Those that this session asks for."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    names = {call.params["situation"].name for call in calls if call and "situation" in call.params}
+    return [situation for situation in SITUATIONS if situation.name in names]
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> Iterator[dict[str, Outcome]]:
+    root = tmp_path_factory.mktemp("graveyard")
+    found: dict[str, Outcome] = {}
+    runs: dict[str, Run] = {}
+    for situation in wanted(request):
+        place = root / situation.name
+        place.mkdir()
+        asked = situation.build(place)
+        found[situation.name] = Outcome(asked, place, contents(place))
+        if not asked.typed:
+            log = Log(console=Console(quiet=True, force_terminal=False))
+            settings = replace(asked.settings, cache=CacheConfig(str(root / "cache")))
+            runs[situation.name] = run = Run(settings, place / "run", "graveyard", LoggedTiming(log), log)
+            if asked.point:
+                run.written = {Path(str(settings.output)): asked.point}
+    with closing(Warm()) as warm:
+        ends = run_jobs(list(runs.values()), warm, last=True)
+    for (name, run), end in zip(runs.items(), ends, strict=True):
+        found[name].error = end if isinstance(end, Exception) else None
+        found[name].notes = tuple(note for notes in run.notes.values() for note in notes)
+    yield found
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def marked(situation: Situation) -> object:
+    marks = [pytest.mark.xfail(reason=situation.todo, strict=True)] if situation.todo else []
+    return pytest.param(situation, id=situation.name, marks=marks)
+
+
+@pytest.mark.parametrize("situation", [marked(situation) for situation in SITUATIONS])
+def test_nothing_is_silent(situation: Situation, outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes[situation.name]
+    verdict = outcome.asked.verdict
+    if isinstance(verdict, Refused):
+        assert situation.refused, "the table would say otherwise"
+        require_refused(verdict, outcome)
+    else:
+        assert situation.right, "the table would say otherwise"
+        require_right(verdict, outcome)
+
+
+def require_refused(verdict: Refused, outcome: Outcome) -> None:
+    """One sentence that names what is wrong, and nothing written."""
+    if outcome.asked.typed:
+        ended = launch(*outcome.asked.typed, "hydra.run.dir=run", cwd=outcome.place)
+        assert ended.returncode == 2, ended.stderr
+        (line,) = ended.stderr.strip().splitlines()
+        sentence = line.removeprefix("rvdist: ")
+    else:
+        assert isinstance(outcome.error, BadInput), f"silent, or not a refusal: {outcome.error!r}"
+        sentence = str(outcome.error)
+    assert "\n" not in sentence
+    for words in verdict.words:
+        assert re.search(words, sentence), f"{words!r} is not in {sentence!r}"
+    assert contents(outcome.place) == outcome.before, "something was written"
+
+
+def require_right(verdict: Right, outcome: Outcome) -> None:
+    """The tensors, what stands beside them, and what is said."""
+    if outcome.error:
+        raise outcome.error
+    out, target = Path(str(outcome.asked.settings.output)), Path(outcome.asked.settings.target)
+    found = weights_of(out)
+    wanted = dict(verdict.weights) | {name: tensor for name, tensor in verdict.may.items() if name in found}
+    assert differing(found, wanted) == []
+    assert index_errors(out) == []
+    require_companions(verdict, out, target)
+    for note in outcome.notes:
+        assert any(re.search(pattern, note) for pattern in verdict.notes), f"nobody expects {note!r}"
+    for pattern in verdict.notes:
+        assert any(re.search(pattern, note) for note in outcome.notes), f"{pattern!r} is not said: {outcome.notes}"
+    assert not (outcome.place / "executed").exists(), "remote code was run"
+
+
+def require_companions(verdict: Right, out: Path, target: Path) -> None:
+    """Everything beside the target's weights, byte for byte, but for pickles and what the config must say otherwise."""
+    ours, theirs = companions(out), companions(target)
+    theirs = {name: content for name, content in theirs.items() if not name.endswith((".pt", ".pth", ".bin"))}
+    if verdict.config:
+        said = json.loads(theirs["config.json"]) | dict(verdict.config)
+        assert json.loads(ours.pop("config.json")) == {key: value for key, value in said.items() if value is not ...}
+        del theirs["config.json"]
+    assert ours == theirs
