@@ -94,13 +94,13 @@ def lora(place: Path) -> Asked:
     return applied(place, factors())
 
 
-@situation("adapters", "rank_pattern: other ranks for some modules", "huggingface/peft#?", right=FORMULA)
+@situation("adapters", "rank_pattern: other ranks for some modules", "huggingface/peft#3582", right=FORMULA)
 def rank_pattern(place: Path) -> Asked:
     tensors = factors({ADAPTED[1]: 2})
     return applied(place, tensors, {ADAPTED[1]: LORA_ALPHA / 2}, rank_pattern={"up_proj": 2})
 
 
-@situation("adapters", "alpha_pattern: another lora_alpha for some modules", "huggingface/peft#?", right=FORMULA)
+@situation("adapters", "alpha_pattern: another lora_alpha for some modules", "huggingface/peft#3582", right=FORMULA)
 def alpha_pattern(place: Path) -> Asked:
     patterns = {"layers.1.self_attn.v_proj": 3, r"layers\.0\..*": 7}
     return applied(place, factors(), {ADAPTED[2]: 3 / RANK, ADAPTED[0]: 7 / RANK}, alpha_pattern=patterns)
@@ -109,7 +109,7 @@ def alpha_pattern(place: Path) -> Asked:
 @situation(
     "adapters",
     "rank and alpha patterns that both match a module, and a pattern that matches the end of a word only",
-    "huggingface/peft#?",
+    "huggingface/peft#2419",
     right=FORMULA,
 )
 def both_patterns(place: Path) -> Asked:
@@ -118,14 +118,14 @@ def both_patterns(place: Path) -> Asked:
     return applied(place, tensors, {ADAPTED[0]: 32 / 8}, **patterns)
 
 
-@situation("adapters", "rsLoRA: lora_alpha / √r", "huggingface/peft#?", right=FORMULA)
+@situation("adapters", "rsLoRA: lora_alpha / √r", "NVIDIA/TensorRT-LLM#1668", right=FORMULA)
 def rslora(place: Path) -> Asked:
     scale = LORA_ALPHA / math.sqrt(RANK)
     return applied(place, factors(), dict.fromkeys(ADAPTED, scale), use_rslora=True)
 
 
 @situation(
-    "adapters", "rsLoRA with a rank pattern: the pattern's rank is under the root", "huggingface/peft#?", right=FORMULA
+    "adapters", "rsLoRA with a rank pattern: the pattern's rank is under the root", "paiml/aprender#2189", right=FORMULA
 )
 def rslora_with_a_pattern(place: Path) -> Asked:
     ranks = {ADAPTED[1]: 2}
@@ -136,21 +136,21 @@ def rslora_with_a_pattern(place: Path) -> Asked:
 @situation(
     "adapters",
     "base_model_name_or_path is null",
-    "huggingface/peft#?",
+    "none found",
     right=f"{FORMULA}; that the base is not named is said",
 )
 def base_name_null(place: Path) -> Asked:
     return applied(place, factors(), base_model_name_or_path=None)
 
 
-@situation("adapters", "an adapter whose lora_B is still 0", "huggingface/peft#?", right="the target itself")
+@situation("adapters", "an adapter whose lora_B is still 0", "none found", right="the target itself")
 def untrained(place: Path) -> Asked:
     tensors = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in factors().items()}
     return applied(place, tensors)
 
 
 @situation(
-    "adapters", "an embedding's factors (lora_embedding_A, lora_embedding_B)", "huggingface/peft#?", right=FORMULA
+    "adapters", "an embedding's factors (lora_embedding_A, lora_embedding_B)", "arcee-ai/mergekit#328", right=FORMULA
 )
 def adapted_embedding(place: Path) -> Asked:
     generator = torch.Generator().manual_seed(8)
@@ -211,25 +211,25 @@ def adapter_of_an_untied_head(place: Path) -> Asked:
 BY_NAME = "named, with the way out (merge_and_unload)"
 
 
-@situation("adapters", "DoRA", "huggingface/peft#?", refused=BY_NAME)
+@situation("adapters", "DoRA", "unslothai/unsloth-zoo#828", refused=BY_NAME)
 def dora(place: Path) -> Asked:
     magnitudes = {f"{PREFIX}{module}.lora_magnitude_vector": torch.ones(shape_of(module)[0]) for module in ADAPTED}
     return refused(place, factors() | magnitudes, "use_dora", "merge_and_unload", use_dora=True)
 
 
-@situation("adapters", "modules_to_save: whole copies of the head", "huggingface/peft#?", refused=BY_NAME)
+@situation("adapters", "modules_to_save: whole copies of the head", "ymcui/Chinese-LLaMA-Alpaca#454", refused=BY_NAME)
 def modules_to_save(place: Path) -> Asked:
     head = {f"{PREFIX}lm_head.weight": torch.zeros(ROWS, HIDDEN)}
     return refused(place, factors() | head, "modules_to_save", "merge_and_unload", modules_to_save=["lm_head"])
 
 
-@situation("adapters", "bias: lora_only", "huggingface/peft#?", refused=BY_NAME)
+@situation("adapters", "bias: lora_only", "huggingface/peft#3306", refused=BY_NAME)
 def trained_biases(place: Path) -> Asked:
     biases = {f"{PREFIX}{ADAPTED[0]}.base_layer.bias": torch.zeros(HIDDEN)}
     return refused(place, factors() | biases, "bias", "merge_and_unload", bias="lora_only")
 
 
-@situation("adapters", "lora_bias: a bias beside lora_B", "huggingface/peft#?", refused=BY_NAME)
+@situation("adapters", "lora_bias: a bias beside lora_B", "huggingface/peft#2486", refused=BY_NAME)
 def lora_bias(place: Path) -> Asked:
     biases = {f"{PREFIX}{module}.lora_B.bias": torch.zeros(shape_of(module)[0]) for module in ADAPTED}
     return refused(place, factors() | biases, "lora_bias", "merge_and_unload", lora_bias=True)
@@ -238,7 +238,7 @@ def lora_bias(place: Path) -> Asked:
 @situation(
     "adapters",
     "a vocabulary resized before training: whole embeddings in the adapter",
-    "huggingface/peft#?",
+    "hiyouga/LlamaFactory#3125",
     refused=BY_NAME,
 )
 def resized_embeddings(place: Path) -> Asked:
@@ -247,7 +247,7 @@ def resized_embeddings(place: Path) -> Asked:
 
 
 @situation(
-    "adapters", "target_parameters: adapted experts, which are no modules", "huggingface/peft#?", refused=BY_NAME
+    "adapters", "target_parameters: adapted experts, which are no modules", "sgl-project/sglang#25528", refused=BY_NAME
 )
 def target_parameters(place: Path) -> Asked:
     at = f"{PREFIX}model.layers.0.mlp.experts"
@@ -260,7 +260,7 @@ def target_parameters(place: Path) -> Asked:
 @situation(
     "adapters",
     "trainable_token_indices: rows of the embedding that were trained whole",
-    "huggingface/peft#?",
+    "none found",
     refused=BY_NAME,
 )
 def trainable_tokens(place: Path) -> Asked:
@@ -276,7 +276,7 @@ def trainable_tokens(place: Path) -> Asked:
 @situation(
     "adapters",
     "PiSSA: the base's own weights changed at the start",
-    "huggingface/peft#?",
+    "huggingface/transformers#34468",
     refused="named, with the way out",
 )
 def pissa(place: Path) -> Asked:
@@ -327,7 +327,7 @@ def another_rank(place: Path) -> Asked:
 @situation(
     "adapters",
     "names of modules that the target does not have",
-    "huggingface/peft#?",
+    "none found",
     refused="names a tensor that both lack",
 )
 def adapter_of_another_model(place: Path) -> Asked:
@@ -338,7 +338,7 @@ def adapter_of_another_model(place: Path) -> Asked:
 @situation(
     "adapters",
     "the target given is itself an adapter",
-    "arcee-ai/mergekit#?",
+    "none found",
     refused="says that a target is a whole model",
 )
 def adapter_as_target(place: Path) -> Asked:

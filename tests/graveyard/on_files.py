@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoints import near
@@ -80,7 +81,7 @@ def shard_cut_short(place: Path) -> Asked:
 
 
 @situation(
-    "headers", "a Git LFS pointer in place of a weight file", "none found",
+    "headers", "a Git LFS pointer in place of a weight file", "microsoft/OmniParser#34",
     refused="says that it is a pointer, and how to get what it points to",
 )  # fmt: skip
 def lfs_pointer(place: Path) -> Asked:
@@ -91,7 +92,7 @@ def lfs_pointer(place: Path) -> Asked:
 
 
 @situation(
-    "headers", "a Git LFS pointer in place of tokenizer.json", "none found",
+    "headers", "a Git LFS pointer in place of tokenizer.json", "turboderp/exllama#242",
     refused="says that it is a pointer, and how to get what it points to",
 )  # fmt: skip
 def lfs_pointer_tokenizer(place: Path) -> Asked:
@@ -102,7 +103,8 @@ def lfs_pointer_tokenizer(place: Path) -> Asked:
 
 
 @situation(
-    "headers", "an HTML page saved in place of a weight file", "none found", refused="names the file"
+    "headers", "an HTML page saved in place of a weight file", "huggingface/transformers#27923",
+    refused="names the file",
 )  # fmt: skip
 def page_for_a_shard(place: Path) -> Asked:
     plain(place)
@@ -141,7 +143,7 @@ def index_names_an_absent_tensor(place: Path) -> Asked:
 
 
 @situation(
-    "indexes", "no index, and two shards", "none found",
+    "indexes", "no index, and two shards", "Blaizzy/mlx-vlm#1464",
     refused="names the directory and the file that lacks",
 )  # fmt: skip
 def index_missing(place: Path) -> Asked:
@@ -158,7 +160,7 @@ def only_shard_without_an_index(place: Path) -> Asked:
 
 
 @situation(
-    "indexes", "a whole model.safetensors beside the index of an older, sharded save", "huggingface/transformers#?",
+    "indexes", "a whole model.safetensors beside the index of an older, sharded save", "huggingface/diffusers#14719",
     refused="names the stale index", todo="ends",
 )  # fmt: skip
 def stale_index(place: Path) -> Asked:
@@ -171,7 +173,7 @@ def stale_index(place: Path) -> Asked:
 @situation(
     "indexes",
     "shards of another save beside those that the index lists",
-    "huggingface/transformers#?",
+    "mflux-community/mflux#603",
     right="only what is listed is read",
 )
 def shards_of_two_saves(place: Path) -> Asked:
@@ -182,7 +184,7 @@ def shards_of_two_saves(place: Path) -> Asked:
 
 
 @situation(
-    "indexes", "a listed shard is of another save, which was cut elsewhere", "huggingface/transformers#?",
+    "indexes", "a listed shard is of another save, which was cut elsewhere", "mflux-community/mflux#603",
     refused="names a tensor that is not where the index says",
 )  # fmt: skip
 def shard_of_another_save(place: Path) -> Asked:
@@ -193,7 +195,7 @@ def shard_of_another_save(place: Path) -> Asked:
 
 
 @situation(
-    "indexes", "a stray weight file beside model.safetensors", "vllm-project/vllm#?",
+    "indexes", "a stray weight file beside model.safetensors", "Blaizzy/mlx-vlm#1464",
     right="model.safetensors is the checkpoint, as for transformers",
 )  # fmt: skip
 def stray_weight_file(place: Path) -> Asked:
@@ -204,7 +206,7 @@ def stray_weight_file(place: Path) -> Asked:
 
 @situation(
     "indexes", "Mistral's consolidated.safetensors and params.json beside the Hugging Face shards",
-    "vllm-project/vllm#?", right="the shards that the index lists are the checkpoint; the other layout stays behind",
+    "vllm-project/vllm#40765", right="the shards that the index lists are read; the other layout stays behind",
 )  # fmt: skip
 def both_layouts(place: Path) -> Asked:
     right = plain(place, 2)
@@ -212,7 +214,7 @@ def both_layouts(place: Path) -> Asked:
         {"tok_embeddings.weight": llama(50)["model.embed_tokens.weight"]}, place / "target/consolidated.safetensors"
     )
     put(place / "target/params.json", {"dim": HIDDEN, "n_layers": 2})
-    return ask(place, right)
+    return ask(place, replace(right, left=["params.json"]))
 
 
 @situation("indexes", "target and donors cut into shards differently", "none found", right="tensors are found by name")
@@ -247,25 +249,25 @@ def pickled_weights(place: Path) -> Asked:
 
 
 @situation(
-    "indexes", "a GGUF file alone", "arcee-ai/mergekit#?", refused="says what it is, and what to do", todo="ends"
+    "indexes", "a GGUF file alone", "arcee-ai/mergekit#494", refused="says what it is, and what to do", todo="ends"
 )
 def gguf(place: Path) -> Asked:
     plain(place)
     (place / "plus/model.safetensors").unlink()
     (place / "plus/model-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(60))
-    return ask(place, Refused(["plus: ", "(?i)gguf"]))
+    return ask(place, Refused(["plus: ", r"GGUF"]))
 
 
 @situation(
-    "indexes", "a distributed checkpoint (.distcp) alone", "none found", refused="says what it is, and what to do",
-    todo="ends",
+    "indexes", "a distributed checkpoint (.distcp) alone", "verl-project/verl#533",
+    refused="says what it is, and what to do", todo="ends",
 )  # fmt: skip
 def distcp(place: Path) -> Asked:
     plain(place)
     (place / "minus/model.safetensors").unlink()
     (place / "minus/__0_0.distcp").write_bytes(bytes(64))
     (place / "minus/.metadata").write_bytes(bytes(8))
-    return ask(place, Refused(["minus: ", "(?i)distcp|distributed"]))
+    return ask(place, Refused(["minus: ", "distributed|DCP"]))
 
 
 # --- links and names
@@ -285,7 +287,10 @@ def hub_cache(place: Path, role: str) -> Path:
 
 
 @situation(
-    "links", "snapshots of the Hub's cache, whose files are links to blobs", "none found", right="links are followed"
+    "links",
+    "snapshots of the Hub's cache, whose files are links to blobs",
+    "huggingface/huggingface_hub#1388",
+    right="links are followed",
 )
 def cache_of_links(place: Path) -> Asked:
     right = plain(place, 2)
@@ -294,7 +299,7 @@ def cache_of_links(place: Path) -> Asked:
 
 
 @situation(
-    "links", "a snapshot of the Hub's cache whose blob is gone", "none found",
+    "links", "a snapshot of the Hub's cache whose blob is gone", "debpalash/VoiceStudio#1056",
     refused="names the link and what it leads to",
 )  # fmt: skip
 def broken_link(place: Path) -> Asked:
@@ -306,7 +311,8 @@ def broken_link(place: Path) -> Asked:
 
 
 @situation(
-    "links", "a snapshot of the Hub's cache in which the link to config.json is broken", "none found",
+    "links", "a snapshot of the Hub's cache in which the link to config.json is broken",
+    "replicate/cog-stable-diffusion#74",
     refused="names the link and what it leads to",
 )  # fmt: skip
 def broken_link_to_the_config(place: Path) -> Asked:
@@ -332,7 +338,12 @@ def odd_file_names(place: Path) -> Asked:
 ODD = ("epoch=3-step=100", "my model", "Модель", "a{b}c", "run[v1]", "x#y", "50%", "a,b")
 
 
-@situation("names", f"directories called {', '.join(ODD[:-1])} or {ODD[-1]}", "none found", right="as any other name")
+@situation(
+    "names",
+    f"directories called {', '.join(ODD[:-1])} or {ODD[-1]}",
+    "hydra-ecosystem/hydra#2705",
+    right="as any other name",
+)
 def odd_directories(place: Path) -> Asked:
     right = plain(place)
     names = [place / f"{ODD[k]} {ODD[k + 3]}" for k in range(3)]
@@ -345,7 +356,7 @@ def odd_directories(place: Path) -> Asked:
 @situation(
     "names",
     "target=… of such a directory typed without quotes",
-    "facebookresearch/hydra#?",
+    "hydra-ecosystem/hydra#1577",
     refused="says how to quote it",
     todo="ends",
 )
@@ -362,7 +373,9 @@ def odd_directory_typed(place: Path) -> Asked:
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-@situation("companions", "the chat template in tokenizer_config.json", "none found", right="carried over")
+@situation(
+    "companions", "the chat template in tokenizer_config.json", "hiyouga/LlamaFactory#8399", right="carried over"
+)
 def template_in_the_tokenizer_config(place: Path) -> Asked:
     right = plain(place)
     (place / "target/chat_template.jinja").unlink()
@@ -379,7 +392,7 @@ def template_in_json(place: Path) -> Asked:
 
 
 @situation(
-    "companions", "the chat template in chat_template.jinja, which donors keep elsewhere", "none found",
+    "companions", "the chat template in chat_template.jinja, which donors keep elsewhere", "gradients-ai/G.O.D#1295",
     right="the target's is carried over, the donors' are not",
 )  # fmt: skip
 def template_in_jinja(place: Path) -> Asked:
@@ -391,7 +404,10 @@ def template_in_jinja(place: Path) -> Asked:
 
 
 @situation(
-    "companions", "several chat templates (additional_chat_templates/)", "none found", right="all are carried over"
+    "companions",
+    "several chat templates (additional_chat_templates/)",
+    "arcee-ai/mergekit#589",
+    right="all are carried over",
 )
 def several_templates(place: Path) -> Asked:
     right = plain(place)
@@ -403,7 +419,7 @@ def several_templates(place: Path) -> Asked:
 
 @situation(
     "companions", "preprocessor_config.json, video_preprocessor_config.json, processor_config.json",
-    "arcee-ai/mergekit#?", right="carried over",
+    "hiyouga/LlamaFactory#5749", right="carried over",
 )  # fmt: skip
 def processors(place: Path) -> Asked:
     right = plain(place)
@@ -413,7 +429,7 @@ def processors(place: Path) -> Asked:
 
 
 @situation(
-    "companions", "remote code (auto_map and *.py) in the target and the donors", "none found",
+    "companions", "remote code (auto_map and *.py) in the target and the donors", "arcee-ai/mergekit#105",
     right="the target's is carried over, and none is run",
 )  # fmt: skip
 def remote_code(place: Path) -> Asked:
@@ -428,7 +444,7 @@ def remote_code(place: Path) -> Asked:
 
 @situation(
     "companions", "a sentencepiece tokenizer (tokenizer.model, added_tokens.json, special_tokens_map.json), merges.txt "
-    "and vocab.json", "arcee-ai/mergekit#?", right="carried over byte for byte",
+    "and vocab.json", "2U1/Llama3.2-Vision-Finetune#5", right="carried over byte for byte",
 )  # fmt: skip
 def other_tokenizer_files(place: Path) -> Asked:
     right = plain(place)
@@ -439,7 +455,7 @@ def other_tokenizer_files(place: Path) -> Asked:
 
 
 @situation(
-    "companions", "generation_config.json asks for sampling", "none found", right="carried over"
+    "companions", "generation_config.json asks for sampling", "arcee-ai/mergekit#275", right="carried over"
 )  # fmt: skip
 def generation_config_carried(place: Path) -> Asked:
     right = plain(place)
@@ -490,7 +506,7 @@ def output_over_a_donor(place: Path) -> Asked:
 @situation(
     "mistakes",
     "donors of another pre-training",
-    "arcee-ai/mergekit#?",
+    "none found",
     refused="gives their sampled distance from the target",
 )
 def another_pretraining(place: Path) -> Asked:
@@ -504,7 +520,7 @@ def another_pretraining(place: Path) -> Asked:
 @situation(
     "mistakes",
     "a base model's vector on another size of it",
-    "arcee-ai/mergekit#?",
+    "none found",
     refused="names a tensor and both shapes, or the key of the config",
 )
 def another_size(place: Path) -> Asked:

@@ -65,7 +65,7 @@ def tied_donor_with_a_head(place: Path) -> Asked:
 
 
 @situation(
-    "tied heads", "a tied config, and an lm_head.weight that is not the embedding", "huggingface/transformers#?",
+    "tied heads", "a tied config, and an lm_head.weight that is not the embedding", "huggingface/transformers#45127",
     refused="names the tensor and the key that contradicts it", todo="compat",
 )  # fmt: skip
 def tied_target_with_another_head(place: Path) -> Asked:
@@ -78,7 +78,7 @@ def tied_target_with_another_head(place: Path) -> Asked:
 
 
 @situation(
-    "tied heads", "tie_word_embeddings is true at the top and false in text_config", "huggingface/transformers#?",
+    "tied heads", "tie_word_embeddings is true at the top and false in text_config", "NVIDIA-NeMo/Automodel#2601",
     refused="names both", todo="compat",
 )  # fmt: skip
 def tying_that_disagrees(place: Path) -> Asked:
@@ -89,7 +89,7 @@ def tying_that_disagrees(place: Path) -> Asked:
 
 
 @situation(
-    "tied heads", "untied heads", "huggingface/peft#1035", right="head and embedding each by their own difference"
+    "tied heads", "untied heads", "arcee-ai/mergekit#308", right="head and embedding each by their own difference"
 )  # fmt: skip
 def untied_heads(place: Path) -> Asked:
     weights = siblings(llama(tied=False))
@@ -198,7 +198,7 @@ def swapped_tokens(place: Path) -> Asked:
 
 @situation(
     "vocabularies", "tokenizer.json as another version of transformers spells it: the same ids, other JSON",
-    "huggingface/transformers#?", right="as if they were spelled alike: nothing is said",
+    "ggml-org/llama.cpp#9692", right="as if they were spelled alike: nothing is said",
 )  # fmt: skip
 def tokenizer_of_another_version(place: Path) -> Asked:
     weights = siblings(llama())
@@ -231,7 +231,7 @@ def mtp(base: Weights) -> Weights:
 
 @situation(
     "layers", "config.json declares a multi-token prediction layer (num_nextn_predict_layers) that no file has",
-    "vllm-project/vllm#?", right="what is there gets the vector",
+    "MiniMax-AI/MiniMax-M2.7#16", right="what is there gets the vector",
 )  # fmt: skip
 def mtp_declared_and_absent(place: Path) -> Asked:
     weights = siblings(llama())
@@ -241,7 +241,7 @@ def mtp_declared_and_absent(place: Path) -> Asked:
 
 @situation(
     "layers", "the target has a multi-token prediction layer that config.json does not declare, and the donors none",
-    "vllm-project/vllm#?", right="it stays as it is, and is said to",
+    "local-inference-lab/vllm#436", right="it stays as it is, and is said to",
 )  # fmt: skip
 def mtp_present_and_undeclared(place: Path) -> Asked:
     base = llama()
@@ -278,7 +278,7 @@ def tower(seed: int) -> Weights:
 
 
 @situation(
-    "layers", "one donor has lost the vision tower", "none found",
+    "layers", "one donor has lost the vision tower", "ML-GSAI/LLaDA-V#9",
     refused="names the donor and a tensor it lacks",
 )  # fmt: skip
 def tower_lost_by_a_donor(place: Path) -> Asked:
@@ -289,7 +289,7 @@ def tower_lost_by_a_donor(place: Path) -> Asked:
 
 
 @situation(
-    "layers", "one donor has lost the vision tower, which the mask leaves out", "none found",
+    "layers", "one donor has lost the vision tower, which the mask leaves out", "Blaizzy/mlx-vlm#1963",
     right="what the mask leaves out need not be in both donors", todo="compat",
 )  # fmt: skip
 def tower_lost_and_masked_out(place: Path) -> Asked:
@@ -302,7 +302,7 @@ def tower_lost_and_masked_out(place: Path) -> Asked:
     return ask(place, Right(out, notes=["target's tensors|mask"]), vector=vector(place, mask=mask))
 
 
-@situation("layers", "both donors have lost the vision tower", "none found", right="it stays, and is said to")
+@situation("layers", "both donors have lost the vision tower", "Blaizzy/mlx-vlm#1879", right="it stays, and is said to")
 def tower_lost_by_both(place: Path) -> Asked:
     text = llama()
     weights = {"target": text | tower(1), "plus": near(text, 1), "minus": near(text, 2)}
@@ -312,7 +312,7 @@ def tower_lost_by_both(place: Path) -> Asked:
 
 @situation(
     "layers", "vision-language models of two versions of transformers: model.language_model.* against model.*, only "
-    "the equal vision tower matches", "huggingface/transformers#?",
+    "the equal vision tower matches", "vllm-project/vllm#19054",
     refused="says how little would be applied, and the vector.rename that fits", todo="compat",
 )  # fmt: skip
 def prefixes_of_two_versions(place: Path) -> Asked:
@@ -324,7 +324,7 @@ def prefixes_of_two_versions(place: Path) -> Asked:
 
 
 @situation(
-    "layers", "the same with vector.rename", "huggingface/transformers#?",
+    "layers", "the same with vector.rename", "QwenLM/Qwen3-VL#1471",
     right="the language tower gets the vector",
 )  # fmt: skip
 def prefixes_renamed(place: Path) -> Asked:
@@ -385,17 +385,26 @@ def alike(place: Path, layout: str, **config: object) -> Asked:
     return ask(place, Right(merged(weights)))
 
 
-@situation("experts", "experts stored one by one in all three", "none found", right="as any other tensor")
+@situation(
+    "experts", "experts stored one by one in all three", "EfficientMoE/MoE-Infinity#108", right="as any other tensor"
+)
 def experts_one_by_one(place: Path) -> Asked:
     return alike(place, "per expert")
 
 
-@situation("experts", "experts fused (gate_up_proj) in all three", "none found", right="as any other tensor")
+@situation(
+    "experts", "experts fused (gate_up_proj) in all three", "vllm-project/vllm#36997", right="as any other tensor"
+)
 def experts_fused(place: Path) -> Asked:
     return alike(place, "fused")
 
 
-@situation("experts", "experts fused and interleaved in all three", "none found", right="as any other tensor")
+@situation(
+    "experts",
+    "experts fused and interleaved in all three",
+    "vllm-project/llm-compressor#3100",
+    right="as any other tensor",
+)
 def experts_interleaved(place: Path) -> Asked:
     return alike(place, "interleaved", model_type="gpt_oss")
 
@@ -414,7 +423,7 @@ LAYOUTS = "names both layouts"
 @situation(
     "experts",
     "the target's experts are stored one by one, the donors' fused",
-    "huggingface/transformers#?",
+    "sgl-project/sglang#29659",
     refused=LAYOUTS,
 )
 def fused_vector_for_single_experts(place: Path) -> Asked:
@@ -424,7 +433,7 @@ def fused_vector_for_single_experts(place: Path) -> Asked:
 @situation(
     "experts",
     "the target's experts are fused, the donors' stored one by one",
-    "huggingface/transformers#?",
+    "NVIDIA-NeMo/Megatron-Bridge#4706",
     refused=LAYOUTS,
 )
 def single_vector_for_fused_experts(place: Path) -> Asked:
@@ -434,7 +443,7 @@ def single_vector_for_fused_experts(place: Path) -> Asked:
 @situation(
     "experts",
     "the target's experts are fused, the donors' fused and interleaved",
-    "huggingface/transformers#?",
+    "vllm-project/llm-compressor#3100",
     refused=LAYOUTS,
 )
 def interleaved_vector_for_fused_experts(place: Path) -> Asked:
@@ -442,7 +451,7 @@ def interleaved_vector_for_fused_experts(place: Path) -> Asked:
 
 
 @situation(
-    "experts", "the two donors keep their experts in different layouts", "huggingface/transformers#?", refused=LAYOUTS
+    "experts", "the two donors keep their experts in different layouts", "arcee-ai/mergekit#692", refused=LAYOUTS
 )
 def donors_of_two_expert_layouts(place: Path) -> Asked:
     weights = siblings(mixture("fused"))

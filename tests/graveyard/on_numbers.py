@@ -35,7 +35,7 @@ from rvdist.point import Term, Vector, WeightPoint
 
 
 @situation(
-    "buffers", "integer, boolean and empty buffers, and 0-dimensional tensors", "safetensors/safetensors#?",
+    "buffers", "integer, boolean and empty buffers, and 0-dimensional tensors", "none found",
     right="the target's integers and booleans stay, floating-point scalars get the vector",
 )  # fmt: skip
 def buffers(place: Path) -> Asked:
@@ -131,7 +131,9 @@ def in_fp8(weights: Weights, scales: bool = True) -> Weights:
     return found
 
 
-@situation("fp8", "raw fp8: F8_E4M3 without any scales", "none found", refused="names a tensor and the scales it lacks")
+@situation(
+    "fp8", "raw fp8: F8_E4M3 without any scales", "kekzl/imp#1450", refused="names a tensor and the scales it lacks"
+)
 def fp8_without_scales(place: Path) -> Asked:
     weights = siblings(llama())
     weights["plus"] = in_fp8(weights["plus"], scales=False)
@@ -140,7 +142,7 @@ def fp8_without_scales(place: Path) -> Asked:
 
 
 @situation(
-    "fp8", "an fp8 target with block scales, as DeepSeek-V3's", "arcee-ai/mergekit#?",
+    "fp8", "an fp8 target with block scales, as DeepSeek-V3's", "unslothai/unsloth#6978",
     right="dequantised; config.json says so no more",
 )  # fmt: skip
 def fp8_with_scales(place: Path) -> Asked:
@@ -155,7 +157,7 @@ def fp8_with_scales(place: Path) -> Asked:
     return ask(place, Right(out, config={"quantization_config": ...}), dtype="bfloat16")
 
 
-@situation("fp8", "the same without dtype=…", "arcee-ai/mergekit#?", refused="says to set dtype")
+@situation("fp8", "the same without dtype=…", "none found", refused="says to set dtype")
 def fp8_without_dtype(place: Path) -> Asked:
     weights = siblings(llama())
     weights["target"] = in_fp8(weights["target"])
@@ -166,7 +168,7 @@ def fp8_without_dtype(place: Path) -> Asked:
 
 
 @situation(
-    "fp8", "config.json says quantised (fp8), and the weights are plain bf16", "none found",
+    "fp8", "config.json says quantised (fp8), and the weights are plain bf16", "vllm-project/vllm#37667",
     right="what is written is plain, and its config.json says so",
 )  # fmt: skip
 def config_quantised_weights_not(place: Path) -> Asked:
@@ -176,7 +178,8 @@ def config_quantised_weights_not(place: Path) -> Asked:
 
 
 @situation(
-    "fp8", "fp8 with one scale a tensor (weight_scale), as compressed-tensors stores it", "none found",
+    "fp8", "fp8 with one scale a tensor (weight_scale), as compressed-tensors stores it",
+    "leejet/stable-diffusion.cpp#1898",
     refused="names a tensor and the block scales it lacks",
 )  # fmt: skip
 def fp8_with_one_scale(place: Path) -> Asked:
@@ -190,7 +193,9 @@ def fp8_with_one_scale(place: Path) -> Asked:
     return ask(place, Refused(["minus: ", "F8_E4M3 without the block scales"]))
 
 
-@situation("fp8", "scales of fp8 whose weights are bf16", "none found", refused="names a scale that scales nothing")
+@situation(
+    "fp8", "scales of fp8 whose weights are bf16", "unslothai/unsloth#6200", refused="names a scale that scales nothing"
+)
 def scales_without_fp8(place: Path) -> Asked:
     weights = siblings(llama())
     scaled = in_fp8(weights["target"])
@@ -199,7 +204,7 @@ def scales_without_fp8(place: Path) -> Asked:
     return ask(place, Refused(["target", "_scale_inv", "fp8"]))
 
 
-@situation("fp8", "GPTQ: packed integers (qweight)", "arcee-ai/mergekit#?", refused="names a tensor, or the method")
+@situation("fp8", "GPTQ: packed integers (qweight)", "arcee-ai/mergekit#75", refused="names a tensor, or the method")
 def gptq(place: Path) -> Asked:
     weights = siblings(llama())
     at = "model.layers.0.self_attn.q_proj"
@@ -211,7 +216,7 @@ def gptq(place: Path) -> Asked:
 
 
 @situation(
-    "fp8", "bitsandbytes: 4-bit codes in U8 beside absmax and quant_map", "arcee-ai/mergekit#?",
+    "fp8", "bitsandbytes: 4-bit codes in U8 beside absmax and quant_map", "modelscope/ms-swift#3859",
     refused="names the method",
 )  # fmt: skip
 def bitsandbytes(place: Path) -> Asked:
@@ -228,7 +233,12 @@ def bitsandbytes(place: Path) -> Asked:
     return ask(place, Refused(["plus: is quantised by bitsandbytes"]))
 
 
-@situation("fp8", "MXFP4: blocks and scales in U8, as gpt-oss is published", "none found", refused="names the method")
+@situation(
+    "fp8",
+    "MXFP4: blocks and scales in U8, as gpt-oss is published",
+    "vllm-project/vllm#51419",
+    refused="names the method",
+)
 def mxfp4(place: Path) -> Asked:
     weights = siblings(llama())
     at = "model.layers.0.mlp.experts.gate_up_proj"
@@ -243,7 +253,10 @@ def mxfp4(place: Path) -> Asked:
 
 # --- numbers that are not finite
 
-ALONE = MergeConfig(workers=1, threads=2)  # what fails on the way must not take others along
+
+def alone(number: int) -> MergeConfig:
+    """Settings of its own: what fails on the way is not merged together with others."""
+    return MergeConfig(workers=1, threads=1 + number)
 
 
 def spoiled(place: Path, roles: tuple[str, ...], name: str, value: float) -> None:
@@ -257,22 +270,24 @@ UP = "model.layers.1.mlp.up_proj.weight"
 SOURCE = "names the tensor and the source that holds it"
 
 
-@situation("not finite", "a NaN in plus", "arcee-ai/mergekit#?", refused=SOURCE, todo="ends")
+@situation("not finite", "a NaN in plus", "turboderp-org/exllamav2#623", refused=SOURCE, todo="ends")
 def nan_in_plus(place: Path) -> Asked:
     spoiled(place, ("plus",), UP, float("nan"))
-    return ask(place, Refused([UP, "plus"]), merge=ALONE)
+    return ask(place, Refused([UP, "plus"], underway=True), merge=alone(1))
 
 
-@situation("not finite", "an infinity at one place of both donors", "arcee-ai/mergekit#?", refused=SOURCE, todo="ends")
+@situation(
+    "not finite", "an infinity at one place of both donors", "turboderp-org/exllamav2#623", refused=SOURCE, todo="ends"
+)
 def infinity_in_both(place: Path) -> Asked:
     spoiled(place, ("plus", "minus"), UP, float("inf"))
-    return ask(place, Refused([UP, "plus|minus"]), merge=ALONE)
+    return ask(place, Refused([UP, "plus|minus"], underway=True), merge=alone(2))
 
 
-@situation("not finite", "a NaN in the target", "arcee-ai/mergekit#?", refused=SOURCE, todo="ends")
+@situation("not finite", "a NaN in the target", "huggingface/peft#1001", refused=SOURCE, todo="ends")
 def nan_in_target(place: Path) -> Asked:
     spoiled(place, ("target",), UP, float("nan"))
-    return ask(place, Refused([UP, "target"]), merge=ALONE)
+    return ask(place, Refused([UP, "target"], underway=True), merge=alone(3))
 
 
 @situation(
@@ -281,7 +296,7 @@ def nan_in_target(place: Path) -> Asked:
 )  # fmt: skip
 def alpha_too_large(place: Path) -> Asked:
     write_all(place, siblings(llama(dtype=torch.float16)), torch_dtype="float16")
-    return ask(place, Refused([r"model\.\S+", "(?i)alpha|α"]), alpha=1e8, merge=ALONE)
+    return ask(place, Refused([r"model\.\S+", "(?i)alpha|α"], underway=True), alpha=1e8, merge=alone(4))
 
 
 # --- α
@@ -335,22 +350,18 @@ def rope(place: Path, theta: float, spelled: str, *notes: str) -> Asked:
 
 @situation(
     "configurations", "RoPE spelled by transformers 5 in the target (rope_parameters) and by 4 in the donors "
-    "(rope_theta): equal", "huggingface/transformers#?", right="nothing is said",
+    "(rope_theta): equal", "vllm-project/vllm#28542", right="nothing is said",
 )  # fmt: skip
 def rope_equal(place: Path) -> Asked:
     return rope(place, 10000.0, "old")
 
 
-@situation(
-    "configurations", "the same, unequal", "huggingface/transformers#?", right="the difference is said", todo="compat"
-)
+@situation("configurations", "the same, unequal", "lyogavin/airllm#369", right="the difference is said", todo="compat")
 def rope_unequal(place: Path) -> Asked:
     return rope(place, 500000.0, "old", "rope")
 
 
-@situation(
-    "configurations", "unequal RoPE in one spelling", "huggingface/transformers#?", right="the difference is said"
-)
+@situation("configurations", "unequal RoPE in one spelling", "lyogavin/airllm#369", right="the difference is said")
 def rope_unequal_alike(place: Path) -> Asked:
     return rope(place, 500000.0, "new", "rope")
 

@@ -34,19 +34,23 @@ CONFIG: dict[str, Any] = {
 @dataclass(frozen=True)
 class Right:
     """The output's tensors, all of them but for those it `may` also hold, which then are these; patterns of the notes,
-    each of which is to be said, and nothing else; keys of its config that differ from the target's."""
+    each of which is to be said, and nothing else; keys of its config that differ from the target's; files beside the
+    target's weights that are `left` there."""
 
     weights: Mapping[str, torch.Tensor]
     notes: Sequence[str] = ()
     may: Mapping[str, torch.Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    left: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Patterns of what the sentence must say."""
+    """Patterns of what the sentence must say. `underway`: it is found while results are computed, so that there is a
+    run directory by then."""
 
     words: Sequence[str]
+    underway: bool = False
 
 
 @dataclass(frozen=True)
