@@ -18,8 +18,8 @@ HEAD = """# The graveyard
 
 Situations in which tools that merge, serve or score models go wrong, each made again from a model of a few kB by a
 script in `tests/graveyard/`. Either what comes out is right, or it is refused in one sentence that says why, and
-nothing is written: nothing is silent. `tests/graveyard/test_graveyard.py` runs all of them, and this page is made of its
-list by `python tests/graveyard/table.py`.
+nothing is written: nothing is silent. `tests/graveyard/test_graveyard.py` runs all of them, and this page is made of
+its list by `python tests/graveyard/table.py`.
 
 **Right** is judged against the tensors of the inputs, taken whole, in fp64 and rounded once: equal to the bit, but for
 bf16 and fp16 one unit in the last place in one element of a thousand. Every other file of the target must be there byte

@@ -1,6 +1,4 @@
-"""Every situation of the graveyard comes out right or refused in one sentence. What is neither is silent: a failure.
-
-All of them are jobs of one command, run in this process: what can be one merge is one."""
+"""Every situation of the graveyard comes out right or refused in one sentence. What is neither is silent: a failure."""
 
 from __future__ import annotations
 
@@ -8,8 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,30 +13,10 @@ import table
 from catalogue import SITUATIONS
 from checkpoints import launch
 from judge import companions, differing, index_errors, weights_of
-from rich.console import Console
-from situations import Asked, Refused, Right, Situation
+from runner import Outcome, contents, run
+from situations import Refused, Right, Situation
 
-from rvdist.config import CacheConfig
 from rvdist.errors import BadInput
-from rvdist.log import Log, LoggedTiming
-from rvdist.run import Run
-from rvdist.stages import run_jobs
-from rvdist.warm import Warm
-
-
-@dataclass
-class Outcome:
-    """What became of a situation: what was asked, what it ended with, what was said, and what was there before."""
-
-    asked: Asked
-    place: Path
-    before: set[Path]
-    error: Exception | None = None
-    notes: tuple[str, ...] = ()
-
-
-def contents(place: Path) -> set[Path]:
-    return {path.relative_to(place) for path in place.rglob("*")}
 
 
 def wanted(request: pytest.FixtureRequest) -> list[Situation]:
@@ -55,25 +31,7 @@ def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_local: None
 ) -> Iterator[dict[str, Outcome]]:
     root = tmp_path_factory.mktemp("graveyard")
-    found: dict[str, Outcome] = {}
-    runs: dict[str, Run] = {}
-    for situation in wanted(request):
-        place = root / situation.name
-        place.mkdir()
-        asked = situation.build(place)
-        found[situation.name] = Outcome(asked, place, contents(place))
-        if not asked.typed:
-            log = Log(console=Console(quiet=True, force_terminal=False))
-            settings = replace(asked.settings, cache=CacheConfig(str(root / "cache")))
-            runs[situation.name] = run = Run(settings, place / "run", "graveyard", LoggedTiming(log), log)
-            if asked.point:
-                run.written = {Path(str(settings.output)): asked.point}
-    with closing(Warm()) as warm:
-        ends = run_jobs(list(runs.values()), warm, last=True)
-    for (name, run), end in zip(runs.items(), ends, strict=True):
-        found[name].error = end if isinstance(end, Exception) else None
-        found[name].notes = tuple(note for notes in run.notes.values() for note in notes)
-    yield found
+    yield run(wanted(request), root)
     shutil.rmtree(root, ignore_errors=True)
 
 

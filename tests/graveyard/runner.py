@@ -1,0 +1,55 @@
+"""Runs situations as the jobs of one command, in this process: what can be one merge is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from situations import Asked, Situation
+
+from rvdist.config import CacheConfig
+from rvdist.log import Log, LoggedTiming
+from rvdist.run import Run
+from rvdist.stages import run_jobs
+from rvdist.warm import Warm
+
+
+@dataclass
+class Outcome:
+    """What became of a situation: what was asked, what it ended with, what was said, and what was there before."""
+
+    asked: Asked
+    place: Path
+    before: set[Path]
+    error: Exception | None = None
+    notes: tuple[str, ...] = ()
+
+
+def contents(place: Path) -> set[Path]:
+    return {path.relative_to(place) for path in place.rglob("*")}
+
+
+def run(situations: Iterable[Situation], root: Path) -> dict[str, Outcome]:
+    """Builds each below `root` and runs all but those that are typed."""
+    found: dict[str, Outcome] = {}
+    runs: dict[str, Run] = {}
+    for situation in situations:
+        place = root / situation.name
+        place.mkdir()
+        asked = situation.build(place)
+        found[situation.name] = Outcome(asked, place, contents(place))
+        if not asked.typed:
+            log = Log(console=Console(quiet=True, force_terminal=False))
+            settings = replace(asked.settings, cache=CacheConfig(str(root / "cache")))
+            runs[situation.name] = job = Run(settings, place / "run", "graveyard", LoggedTiming(log), log)
+            if asked.point:
+                job.written = {Path(str(settings.output)): asked.point}
+    with closing(Warm()) as warm:
+        ends = run_jobs(list(runs.values()), warm, last=True)
+    for (name, job), end in zip(runs.items(), ends, strict=True):
+        found[name].error = end if isinstance(end, Exception) else None
+        found[name].notes = tuple(note for notes in job.notes.values() for note in notes)
+    return found
