@@ -4,11 +4,12 @@
 
 PYTHON is an interpreter that has the package; without one, its column says "not installed". Each situation of
 tests/graveyard/ that asks for target + α · v is made anew for every tool. mergekit gets it as task_arithmetic (base
-target, plus with weight α, minus with −α, normalize false; an adapter as `target+adapter`), with `--allow-crimes` and
-`--trust-remote-code` left out; peft loads the target with transformers and merges the adapter at α times its scale.
+target, plus with weight α, minus with −α, normalize false; an adapter as `target+adapter`), without options; peft
+loads the target with transformers and merges the adapter at α times its scale.
 
-An outcome is *right* where every tensor is what the situation says, to two units in the last place (`off`); *refused* where the tool ends with a message that names what is wrong as ours must; *crashed* where it ends with
-another; *silently wrong* where it ends well and tensors differ, files are lost, or no output could be right.
+An outcome is *right* where every tensor is what the situation says, to two units in the last place (`off`); *refused*
+where the tool ends with a message that names what is wrong as ours must; *crashed* where it ends with another;
+*silently wrong* where it ends well and tensors differ, files are lost, or no output could be right.
 The table goes to benchmarks/README.md.
 """
 
