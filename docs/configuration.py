@@ -47,7 +47,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "max_shard_size": "the largest weight file of an output; null: sharded as the target is",
         "dtype": "of the output; null: the target's own",
         "device": "where a merge computes",
-        "allow_nonfinite": "write infinite values and NaN instead of refusing",
+        "allow_nonfinite": "write, and serve, infinite values and NaN instead of refusing",
         "merge": "how the merge is computed, and by how many",
         "prompts": "what is put before every question, by the name of the style; conf/config.yaml adds `think`",
         "reported": "changes against the baseline that somebody else found, in points, shown beside ours: by task, arm",

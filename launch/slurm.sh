@@ -12,6 +12,7 @@
 
 set -euo pipefail
 export PYTHON="${PYTHON:-python}" RAY_USAGE_STATS_ENABLED=0
+export RAY_worker_niceness="${RAY_worker_niceness:-0}" # Ray's own choice, 15, lets everything else on a node go first
 
 : "${SLURM_JOB_ID:?is not set: submit this script with sbatch}"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

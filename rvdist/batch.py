@@ -134,7 +134,7 @@ class Batch:
         errors: list[Exception] = []
         for part in self.parts:
             error = failed.get(part.run) if isinstance(part.run, Run) else part.run
-            rows.append(self._row(part, error, failed))
+            rows.append(self._row(part, error))
             if error:
                 errors.append(error)
                 sentences.append(f"failed: {_short(part.output) or part.target}: {_sentence(error)}")
@@ -159,7 +159,7 @@ class Batch:
                 f"{_sentence(errors[0])}"
             ) from errors[0]
 
-    def _row(self, part: Part, error: Exception | None, failed: Mapping[Run, Exception]) -> dict[str, Any]:
+    def _row(self, part: Part, error: Exception | None) -> dict[str, Any]:
         scorer = self._scorers.get(part.target)
         if error:
             status = "failed"
@@ -176,7 +176,7 @@ class Batch:
             "reason": _sentence(error) if error else None,
         }
         if self._scored:
-            row |= {"score": self._score(scorer, part) if scorer and scorer not in failed else None}
+            row |= {"score": self._score(scorer, part) if scorer else None}
         return row
 
     def _score(self, scorer: Run, part: Part) -> float | None:

@@ -64,6 +64,7 @@ def connect(
     if not ray.is_initialized():
         _require_listener(address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice, 15, starves them on a shared machine
         try:
             ray.init(
                 address=address,

@@ -54,9 +54,8 @@ def reader(run: Run, lines: dict[str, list[Arm]]) -> Run:
     asked = BenchmarksConfig(tasks=[f"text:{text}"], apply_chat_template=False)
     settings = replace(run.settings, benchmarks=asked, arms=[], search=config.SearchConfig())
     arms = [arm for line in lines.values() for arm in line]
-    return replace(
-        run, settings=settings, directory=run.directory / "connectivity", arms=arms, examined={}, written={}, engine={}
-    )
+    own = run.directory / "connectivity"
+    return replace(run, settings=settings, directory=own, arms=arms, examined={}, written={}, engine={}, unscored={})
 
 
 def measure(examination: Examination, run: Run) -> None:
@@ -68,6 +67,7 @@ def measure(examination: Examination, run: Run) -> None:
     run.reader.directory.mkdir(exist_ok=True)
     with run.timing.phase("connectivity"):
         examination.evaluate([run.reader])
+    run.reader.require_scores()
     found = [Line(name, _shares(arms), _bits(run.reader, arms)) for name, arms in lines.items()]
     account = [asdict(line) | {"barrier": line.barrier, "rise": line.rise} for line in found]
     (run.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")

@@ -163,7 +163,8 @@ class Examination:
             if last:
                 self._warm.finish()
             for run in runs:
-                score(run, [(arm, self.asking(run, arm), answered[self.asking(run, arm)]) for arm in run.arms], known)
+                asked = [(arm, self.asking(run, arm)) for arm in run.arms if arm.name not in run.unscored]
+                score(run, [(arm, asking, answered[asking]) for arm, asking in asked], known)
 
     def answer(
         self,
@@ -172,7 +173,8 @@ class Examination:
         complete: Callable[[WeightPoint, Answers], None] = lambda point, answers: None,
     ) -> Answers:
         """The requests, answered at the point of every arm; each point once, and what the cache has not at all.
-        `complete` is told of each point that is answered, and of all that is so far."""
+        `complete` is told of each point that is answered, and of all that is so far. Arms without answers are left out
+        of their runs."""
         run = arms[0][0]
         resources, timing, requests = self._warm.resources(), run.timing, asking.requests
         names: dict[WeightPoint, str] = {}
@@ -223,6 +225,9 @@ class Examination:
                     with FleetView(total, cached, names, run.log) as view:
                         fleet.answer(todo, requests, keep, view.show)
                     _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
+                    for owner, one in arms:
+                        if reason := fleet.refused.get(_located(owner, one)):
+                            owner.leave_out(one, reason)
                 else:
                     for phase in ("engine_start", "swap", "generate"):
                         timing.add(phase, 0.0)
@@ -290,7 +295,9 @@ def _scored(run: Run, arm: Arm, asking: Asking, answered: Answers) -> Scored:
 
 def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -> None:
     """What some arms of a run answered, the baseline first, scored and compared, in the files of its directory. What is
-    `known` is not scored again."""
+    `known` is not scored again. Raises Failed where no arm has answers."""
+    if not arms:
+        run.require_scores()
     from lm_eval.utils import handle_non_serializable
 
     from rvdist.report.statistics import summarise
@@ -310,14 +317,15 @@ def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -
             (run.directory / "results" / f"{arm.name}.json").write_text(text)
             write_records(run.directory / "samples" / f"{arm.name}.jsonl", scored)
             records += scored
-        baseline, asking, _ = arms[0]
+        first, asking, _ = arms[0]
         if truncated:
-            run.notes[baseline.point] += (f"{truncated} prompts did not fit and were cut from the left",)
-        tasks = asking.suite.infos([record for record in records if record.arm == baseline.name])
-        run.notes[baseline.point] += tuple(asking.suite.left_out(reported[asking], tasks))
+            run.notes[first.point] += (f"{truncated} prompts did not fit and were cut from the left",)
+        tasks = asking.suite.infos([record for record in records if record.arm == first.name])
+        run.notes[first.point] += tuple(asking.suite.left_out(reported[asking], tasks))
         scored_arms = [arm for arm, _, _ in arms]
         groups = _groups(asking.suite, tasks)
-        rows = summarise(scored_arms, records, tasks, baseline.name, groups)
+        baseline = None if run.arms[0].name in run.unscored else first.name
+        rows = summarise(scored_arms, records, tasks, baseline, groups)
         write_summary(run.directory / "summary.json", rows)
         run.scores = Scores(scored_arms, rows, records, tasks, groups, asking.suite.lacking)
 
@@ -415,6 +423,7 @@ def _engine_settings(run: Run) -> EngineSettings:
         enforce_eager=engine.enforce_eager,
         seed=engine.seed,
         truncate=run.settings.benchmarks.allow_truncation,
+        allow_nonfinite=run.settings.allow_nonfinite,
         args=further_arguments(engine.args),
     )
 

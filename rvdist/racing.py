@@ -43,7 +43,13 @@ def race(examination: Examination, run: Run) -> None:
     with run.timing.phase("search"):
         while turn := running.next():
             documents, racing = turn
-            running.tell(_round(examination, asking, run, [arms[name] for name in racing], documents))
+            scores = _round(examination, asking, run, [arms[name] for name in racing], documents)
+            if not scores:
+                run.require_scores()
+            for name in set(racing) - scores.keys():
+                running.withdraw(name)
+            if running.next():
+                running.tell(scores)
             run.say(_sentence(running.outcome))
     outcome = running.outcome
     _write(run, outcome, seen, held)
@@ -53,20 +59,20 @@ def race(examination: Examination, run: Run) -> None:
     confirmed = asking.restricted(held)
     chosen = list(dict.fromkeys([run.arms[0], arms[outcome.best]]))
     answered = examination.answer(confirmed, [(run, arm) for arm in chosen])
-    score(run, [(arm, confirmed, answered) for arm in chosen], {})
+    score(run, [(arm, confirmed, answered) for arm in chosen if arm.name not in run.unscored], {})
 
 
 def _round(
     examination: Examination, asking: Asking, run: Run, arms: Sequence[Arm], documents: Sequence[tuple[str, int]]
 ) -> dict[str, list[float]]:
-    """What each arm scored on each of the documents, in their order."""
+    """What each arm that has a score scored on each of the documents, in their order."""
     wanted: dict[str, list[int]] = defaultdict(list)
     for task, document in documents:
         wanted[task].append(document)
     part = asking.restricted(wanted)
     answered = examination.answer(part, [(run, arm) for arm in arms])
     found = {}
-    for arm in arms:
+    for arm in [arm for arm in arms if arm.name not in run.unscored]:
         answers, _ = answers_of(run, arm, part.requests, answered)
         digest, seed = run.digests[arm.point], run.settings.engine.seed
         with run.timing.phase("score"):

@@ -13,7 +13,16 @@ from itertools import cycle
 
 import torch
 
-from rvdist.arithmetic.method import Count, Place, Scratch, combine, subtract, unify_nans, working_dtype
+from rvdist.arithmetic.method import (
+    Count,
+    Place,
+    Scratch,
+    combine,
+    count_nonfinite,
+    subtract,
+    unify_nans,
+    working_dtype,
+)
 from rvdist.arithmetic.registry import build
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
@@ -48,6 +57,7 @@ class PointReader:
         self.base = sources[points[0].base]
         assert dtype is not None or not isinstance(self.base, Scaled), "fp8 is not written"
         self.nonfinite = [0] * len(points)
+        self.spoiled: dict[str, None] = {}  # the tensors that `fill` found to hold such results
         self._dtype = dtype
         self._sources = sources
         self._layers = layer_count(self.base.tensors)
@@ -93,11 +103,13 @@ class PointReader:
 
     def fill(self, name: str, start: int, out: torch.Tensor) -> None:
         """Writes as many elements of tensor `name`, from `start` on, of the only point as `out` has: 1-d, of the output
-        dtype and on the CPU. Results that are not finite are not counted."""
+        dtype and on the CPU."""
         (point,), stop = self.points, start + out.numel()
         recipes, works, (copied,) = self._prepare(name)
         if copied:
             self._files[point.base].read(name, start, stop, out.view(torch.uint8))
+            for begin in range(0, out.numel(), CHUNK):
+                self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
             return
         numel, lane = self.base.tensors[name].numel, self._lanes[0]
         cuts = self._cuts(name, start, stop, [vector for _, vector in recipes[0]], min(CHUNK, lane.chunk))
@@ -107,7 +119,13 @@ class PointReader:
             place = Place(name, numel, begin)
             (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
             if count:
+                self._note(name, int(count))
                 unify_nans(result)
+
+    def _note(self, name: str, count: int) -> None:
+        if count:
+            self.nonfinite[0] += count
+            self.spoiled.setdefault(name)
 
     def _prepare(self, name: str) -> tuple[list[Recipe], list[torch.dtype], list[bool]]:
         """For each point the terms that change a tensor, the working precision, and whether its bytes are the base's.

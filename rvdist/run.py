@@ -14,6 +14,7 @@ from rich.console import Console
 from rvdist import __version__
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.config import Config, Saved
+from rvdist.errors import Failed
 from rvdist.log import Log
 from rvdist.point import Arm, Vector, WeightPoint
 from rvdist.record import Record, TaskInfo
@@ -46,7 +47,7 @@ class Run:
     directory it is in; `kept` is what it has written besides its directory. `asked` is the configuration that is
     recorded, where `settings` follow from it. `examined` names vectors by points that have just one; `anatomy` is what
     was found of them, in sentences, `figures` show it, as PNG, and `tables` tell it (title, head, rows). `reader` is
-    the run that reads a text along lines between models."""
+    the run that reads a text along lines between models. `unscored`: arms that have no score, and why, in sentences."""
 
     settings: Config
     directory: Path
@@ -69,6 +70,20 @@ class Run:
     reader: Run | None = None
     engine: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None
+    unscored: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, arm: Arm, reason: str) -> None:
+        """This arm has no score."""
+        if arm.name not in self.unscored:
+            self.unscored[arm.name] = f"{arm.name} has no score: {reason}"
+            self.notes[arm.point] = (*self.notes.get(arm.point, ()), self.unscored[arm.name])
+            self.note(self.unscored[arm.name])
+
+    def require_scores(self) -> None:
+        """Raises Failed where an arm has none."""
+        if self.unscored:
+            others = "; all other arms are scored" if self.scores and self.scores.arms else ""
+            raise Failed("; ".join(self.unscored.values()) + others)
 
     @property
     def cache(self) -> Path:

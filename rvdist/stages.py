@@ -97,10 +97,11 @@ def run_jobs(runs: Sequence[Run], warm: Warm, last: bool = False) -> list[float 
     if last:
         warm.finish()
     jobs = _each(jobs, failed, _report)
-    jobs = _each(jobs, failed, lambda run: _publish(run, known) if run.published else None)
+    jobs = _each(jobs, failed, lambda run: _publish(run, known) if run.published and not run.unscored else None)
     for run in jobs:
         run.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
         run.timing.write(run.directory / "timing.json")
+    jobs = _each(jobs, failed, Run.require_scores)
     failed |= {run: _partly(run, error) for run, error in failed.items()}
     _each(list(batches), failed, lambda run: batches[run].conclude(failed))
     found = [failed.get(run) or (objective(run.scores) if run.scores else None) for run in runs]

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "report": {"anatomy", "point", "record"},
     "pocket": set(),
     "tasks": {"errors"},
-    "run": {"checkpoint", "config", "log", "point", "record", "report", "timing"},
+    "run": {"checkpoint", "config", "errors", "log", "point", "record", "report", "timing"},
     "warm": {"cluster", "config", "errors", "fleet", "timing"},
     "batch": {"config", "errors", "evaluation", "point", "run"},
     "preview": {"cluster", "config", "merge", "run"},

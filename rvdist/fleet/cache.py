@@ -21,6 +21,7 @@ from rvdist.checkpoint.journal import MANIFEST
 from rvdist.errors import Failed
 from rvdist.fleet.request import Answer, Answered, Completion, Loglikelihood, Request
 from rvdist.fleet.schedule import Slice
+from rvdist.fleet.served import companions
 from rvdist.point import WeightPoint
 
 FILE = "samples.sqlite"
@@ -37,13 +38,7 @@ _TABLE = """CREATE TABLE slices (
 def serving_digest(checkpoint: Path, digests: Path | None = None) -> str:
     """A digest of what an engine reads of a checkpoint besides its weights: tokenizer, chat template, generation
     defaults, whatever else lies there in small files. `digests`: see file_digest."""
-    files = sorted(
-        path
-        for path in checkpoint.iterdir()
-        if path.suffix in {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-        and ".safetensors" not in path.name
-        and path.name != MANIFEST
-    )
+    files = [path for path in companions(checkpoint) if path.name != MANIFEST]
     return _digest([[path.name, file_digest(path, digests)] for path in files])
 
 

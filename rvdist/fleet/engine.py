@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import operator
 import os
 import sys
@@ -18,13 +19,16 @@ import time
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
-from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood, Rolling
+from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood, Rolling, Unscorable
+from rvdist.fleet.served import linked, strays
 from rvdist.point import Term, WeightPoint
 
 # Set before vLLM is imported; whoever exports one of these keeps his value.
@@ -86,7 +90,7 @@ _EXECUTORS = ("mp", "ray")
 _QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
 
 # Part of what names a cached sample: raise it with every change here that may change an answer.
-_VERSION = 2
+_VERSION = 3
 
 _TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for each
 
@@ -103,7 +107,8 @@ class EngineSettings:
     `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs; `kv_cache_gib`
     (GiB a rank, zeroed at start: two seconds a GiB) and `cpu_threads` on CPUs, where a thread too many on a busy
     machine costs far more than one too few. `truncate`: cut prompts that do not fit from the left, not raise.
-    `args`: what else vLLM is started with, as `further_arguments` gives it.
+    `allow_nonfinite`: weights that are infinite or NaN are served. `args`: what else vLLM is started with, as
+    `further_arguments` gives it.
     """
 
     tensor_parallel_size: int = 1
@@ -116,6 +121,7 @@ class EngineSettings:
     max_num_seqs: int | None = None
     seed: int = 0
     truncate: bool = False
+    allow_nonfinite: bool = False
     args: str = "{}"
 
 
@@ -147,6 +153,9 @@ def vllm_arguments(checkpoint: str, settings: EngineSettings, on_cpu: bool) -> d
     return {
         **further,
         "model": checkpoint,
+        "load_format": "safetensors",  # vLLM else takes another layout of the same model, where there is one
+        "config_format": "hf",
+        "tokenizer_mode": "hf",
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": settings.max_model_len,
         "dtype": settings.dtype,
@@ -215,7 +224,7 @@ class Engine:
     """
 
     def __init__(self, base: str, settings: EngineSettings = EngineSettings()) -> None:
-        self._checkpoint = open_source(base)
+        self._base, self._checkpoint = base, open_source(base)
         if "quantization_config" in self._checkpoint.config:
             raise BadInput(f"{base}: {_QUANTIZED}")
         begin = time.perf_counter()
@@ -241,18 +250,18 @@ class Engine:
         self.settings = settings
         self.truncated = 0
         self._device = "cpu" if on_cpu else "cuda"
-        arguments = vllm_arguments(str(self._checkpoint.path), settings, on_cpu)
-        if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
-            raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with self._files() as directory, warnings.catch_warnings(action="ignore", category=FutureWarning):
+            arguments = vllm_arguments(str(directory), settings, on_cpu)
+            if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
+                raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
             try:
                 self._llm = LLM(**arguments)
             except (TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).replace(str(directory), base).split())[:300]
                 raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({reason})") from None
         if self._llm.llm_engine.model_config.quantization:
             raise BadInput(f"{base}: {_QUANTIZED}")
-        self._llm.collective_rpc("rvdist_ready")
+        self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors),))
         self._seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len
@@ -261,9 +270,24 @@ class Engine:
         self._prefix: int = self._tokenizer.eos_token_id if bos is None else bos
         self._prefix_text: str = self._tokenizer.decode(self._prefix)
         self._at: tuple[str, tuple[Term, ...]] | None = (base, ())
+        self._spoiled: list[str] = []
+        self._own: list[float] = []  # the probe's log-probabilities at the base
         self._probe: str | None = None
         self._tokens: dict[tuple[str, bool | None], array[int]] = {}
         self._memory = _REMEMBERED
+        self._check_start()
+
+    def _files(self) -> AbstractContextManager[Path]:
+        """The directory that vLLM reads while it starts: just what was opened. Its ranks on other nodes see the
+        checkpoint's own."""
+        if json.loads(self.settings.args).get("distributed_executor_backend") != "ray":
+            return linked(self._checkpoint)
+        if others := strays(self._checkpoint):
+            raise BadInput(
+                f"{self._checkpoint.path / others[0]}: is no part of the checkpoint, and vLLM would read it; move it "
+                "away"
+            )
+        return nullcontext(self._checkpoint.path)
 
     def info(self) -> dict[str, Any]:
         """What this engine is and what it found out."""
@@ -283,17 +307,17 @@ class Engine:
         also runs the probe.
 
         Raises RuntimeError when tensors do not arrive (naming them) or the probe fails: the engine is then
-        unusable.
+        unusable. Raises Unscorable for weights that are infinite or NaN, and are not allowed to be.
         """
         self._require_weights()
-        if self.is_at(point):
-            return
-        if self._probe is None:
-            from rvdist.fleet.swap import mirror_obstacle
+        if not self.is_at(point):
+            if self._probe is None:
+                from rvdist.fleet.swap import mirror_obstacle
 
-            self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
-        self._load(point)
-        self._at = (point.base, point.active_terms)
+                self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
+            self._load(point)
+            self._at = (point.base, point.active_terms)
+        self._require_finite()
 
     def is_at(self, point: WeightPoint) -> bool:
         """Whether the weights of `point` are those that it has."""
@@ -301,36 +325,62 @@ class Engine:
 
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
         self._at = None  # undefined, should the next line fail
-        self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
+        spoiled = self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
+        self._spoiled = list(dict.fromkeys(name for rank in spoiled for name in rank))
         self._llm.reset_prefix_cache()
+
+    def _check_start(self) -> None:
+        """Swaps in the base as it was opened: it must give the log-probabilities that vLLM's own loading gave."""
+        tokens = self._probe_tokens()
+        try:
+            self._own = self._log_probabilities(tokens)
+        except Unscorable:
+            self._probe = "not run: the log-probabilities of the target are not a number"
+        self._load(WeightPoint(str(self._checkpoint.path)))
+        self._at = (self._base, ())
+        if self._own:
+            same = 0.0 if self._device == "cpu" else _PROBE_TOLERANCE
+            self._require_own(
+                self._log_probabilities(tokens),
+                same,
+                f"{self._base}: the probe failed: vLLM loaded other weights than those that were opened",
+            )
 
     def _run_probe(self) -> str:
         """Swaps in a mirror image of the base (swap.mirror), whose log-probabilities are known: those of the base.
         Any weight left behind anywhere, as a vLLM of another version or build might, gives others."""
-        tokens = self._encode(_PROBE)[: self._max_len - 1]
+        tokens = self._probe_tokens()
         one, other, *_ = dict.fromkeys(tokens)
         exchange = {one: other, other: one}
-        (before,) = self._candidates([tokens])
         self._load(WeightPoint(str(self._checkpoint.path)), (one, other))
-        (after,) = self._candidates([[exchange.get(token, token) for token in tokens]])
-        off = max(
-            abs(after[i][exchange.get(token, token)].logprob - before[i][token].logprob)
-            for i, token in enumerate(tokens)
-            if i > 0
+        after = self._log_probabilities([exchange.get(token, token) for token in tokens])
+        self._require_own(
+            after,
+            _PROBE_TOLERANCE,
+            "the probe failed: after a swap this vLLM keeps some of the old weights; score written checkpoints instead",
         )
-        if not off < _PROBE_TOLERANCE:
-            raise RuntimeError(
-                f"the probe failed: after a swap a log-probability is {off:.3g} nats from what it must be, so this "
-                f"vLLM keeps some of the old weights; score written checkpoints instead"
-            )
         return "passed"
+
+    def _probe_tokens(self) -> list[int]:
+        return self._encode(_PROBE)[: self._max_len - 1]
+
+    def _log_probabilities(self, tokens: list[int]) -> list[float]:
+        """Of each token but the first after those before it."""
+        (found,) = self._candidates([tokens])
+        return [found[i][token].logprob for i, token in enumerate(tokens) if i > 0]
+
+    def _require_own(self, found: Sequence[float], tolerance: float, otherwise: str) -> None:
+        off = max(0.0 if a == b else abs(a - b) for a, b in zip(found, self._own, strict=True))
+        if not off <= tolerance:
+            raise RuntimeError(f"{otherwise} (a log-probability is {off:.3g} nats from what it must be)")
 
     def generate(self, requests: Sequence[Generate]) -> list[Completion]:
         """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
-        but not on their order. Raises ValueError for a prompt that is empty or does not fit."""
+        but not on their order. Raises ValueError for a prompt that is empty or does not fit, Unscorable where a
+        token had no distribution."""
         from vllm import SamplingParams
 
-        self._require_weights()
+        self._require_finite()
         prompts = [
             self._fit(self._encode(request.prompt), self._max_len - request.max_tokens, request.max_tokens)
             for request in requests
@@ -372,8 +422,8 @@ class Engine:
         return int.from_bytes(drawn.digest(), "big")
 
     def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
-        """One score a request, in order; one batch, as `generate`. Raises ValueError as `generate`."""
-        self._require_weights()
+        """One score a request, in order; one batch, as `generate`. Raises what `generate` raises."""
+        self._require_finite()
         prompts, starts = [], []
         for request in requests:
             context, continuation = self._encode_pair(request)
@@ -386,7 +436,7 @@ class Engine:
 
     def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
         """One score a text, in order; the requests are one batch, as in `generate`."""
-        self._require_weights()
+        self._require_finite()
         windows = [
             (i, *window)
             for i, request in enumerate(requests)
@@ -423,7 +473,10 @@ class Engine:
             assert len(own) == len(likeliest) == len(prompt) - start
             # lm-eval's rule: a token that ties with the likeliest is greedy, whatever vLLM's rank says
             greedy = all(map(operator.ge, own, likeliest))
-            scores.append(Loglikelihood(sum(own, 0.0), greedy, len(prompt) - start))
+            total = sum(own, 0.0)
+            if math.isnan(total) or total == math.inf:  # -inf is that of a token which the model rules out
+                raise Unscorable("a log-probability is not a number; choose a smaller alpha, or leave the arm out")
+            scores.append(Loglikelihood(total, greedy, len(prompt) - start))
         return scores
 
     def _candidates(self, prompts: Sequence[list[int]]) -> list[Any]:
@@ -440,11 +493,28 @@ class Engine:
 
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         answers: list[Any] = self._llm.generate(inputs, parameters, use_tqdm=False)
+        rows, bad = map(sum, zip(*self._llm.collective_rpc("rvdist_rows"), strict=True))
+        if not rows:
+            raise RuntimeError("this vLLM takes no logits from where they are watched; install another version")
+        if bad:
+            raise Unscorable(
+                f"of {rows:,} distributions over the next token {bad:,} are not a number; choose a smaller alpha, or "
+                "leave the arm out"
+            )
         return answers
 
     def _require_weights(self) -> None:
         if self._at is None:
             raise RuntimeError("this engine's weights are undefined since a swap failed; start a new engine")
+
+    def _require_finite(self) -> None:
+        self._require_weights()
+        if self._spoiled and not self.settings.allow_nonfinite:
+            some = ", ".join(self._spoiled[:3]) + (", …" if len(self._spoiled) > 3 else "")
+            raise Unscorable(
+                f"weights in {len(self._spoiled)} of its tensors ({some}) are infinite or not a number; choose a "
+                "smaller alpha, another dtype, or set allow_nonfinite=true"
+            )
 
     def _fit(self, tokens: list[int], room: int, to_generate: int) -> list[int]:
         """`tokens`, at most `room` of them."""

@@ -7,6 +7,7 @@ of weights and of vLLM. Whatever it reads may have been written by anybody.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections import defaultdict
@@ -21,7 +22,17 @@ from rvdist.checkpoint.digest import file_digest
 from rvdist.errors import BadInput
 from rvdist.fleet.engine import versions
 from rvdist.fleet.harness import Document, document_hash, likelihood, shown_answers
-from rvdist.fleet.request import Answer, Answered, Choice, Completion, Generate, Request, Rolling
+from rvdist.fleet.request import (
+    Answer,
+    Answered,
+    Choice,
+    Completion,
+    Generate,
+    Loglikelihood,
+    Refused,
+    Request,
+    Rolling,
+)
 from rvdist.fleet.schedule import Slice
 from rvdist.point import WeightPoint
 
@@ -45,9 +56,11 @@ class ReplayActor:
     def info(self) -> dict[str, Any]:
         return {**versions(), "mode": "replay"}
 
-    def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered, float]:
+    def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered | Refused, float]:
         begin = time.perf_counter()
         found = tuple(self._answers[piece.point, piece.task][piece.begin : piece.end])
+        if any(isinstance(answer, Loglikelihood) and math.isnan(answer.logprob) for answer in found):
+            return Refused(f"a recorded log-probability of {piece.task} is not a number; leave the arm out"), 0.0
         return Answered(found, 0, time.perf_counter() - begin), 0.0
 
 

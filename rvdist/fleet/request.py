@@ -97,3 +97,15 @@ class Answered:
     answers: tuple[Answer, ...]
     truncated: int
     seconds: float
+
+
+class Unscorable(Exception):
+    """What was asked has no score at this point, since its weights or its answers are not finite: why, in a sentence
+    without the point's name."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A slice that got no answers, since its point is `Unscorable`: the `reason`."""
+
+    reason: str

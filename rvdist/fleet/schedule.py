@@ -113,6 +113,7 @@ class Schedule:
         self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
         self._deaths: Counter[Slice] = Counter()
         self._swaps = _Tally()  # its work: how many
+        self._refused: set[int] = set()
         self.lethal: list[Slice] = []
 
     @property
@@ -130,6 +131,8 @@ class Schedule:
         if engine not in self._busy:
             return
         piece, _ = self._busy.pop(engine)
+        if self._id(piece.point) in self._refused:
+            return
         self._deaths[piece] += 1
         if self._deaths[piece] < LETHAL:
             self._pile(piece).put(piece)
@@ -156,6 +159,17 @@ class Schedule:
         for tally in self._pile(piece).tallies:
             tally.seconds += seconds
             tally.work += piece.work
+        self._tally_swap(swap)
+
+    def refuse(self, engine: int, swap: float) -> None:
+        """The engine has no answers at the point of its slice, after a `swap` of so many seconds: nobody is asked at
+        that point again."""
+        piece, _ = self._busy.pop(engine)
+        self._refused.add(self._id(piece.point))
+        self._piles[self._id(piece.point)].clear()
+        self._tally_swap(swap)
+
+    def _tally_swap(self, swap: float) -> None:
         if swap > 0:
             self._swaps.work += 1
             self._swaps.seconds += swap

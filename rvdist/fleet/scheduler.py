@@ -19,7 +19,7 @@ from typing import Any
 from rvdist.cluster import live_nodes
 from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import Engine, EngineSettings, versions
-from rvdist.fleet.request import Answer, Answered, Choice, Generate, Request, Rolling
+from rvdist.fleet.request import Answer, Answered, Choice, Generate, Refused, Request, Rolling, Unscorable
 from rvdist.fleet.schedule import LETHAL, Schedule, Slice
 from rvdist.point import WeightPoint
 
@@ -77,20 +77,23 @@ class EngineActor(Engine):
         os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
         super().__init__(base, settings)
 
-    def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered, float]:
-        """The answers, and the seconds that the swap took (0: none was needed). Raises BadInput for a prompt that
-        does not fit."""
+    def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered | Refused, float]:
+        """The answers, or why there are none at this point, and the seconds that the swap took (0: none was needed).
+        Raises BadInput for a prompt that does not fit."""
         begin, truncated, moved = time.perf_counter(), self.truncated, not self.is_at(piece.point)
-        self.swap(piece.point)
-        swapped = time.perf_counter()
+        swapped = begin
         answers: list[Answer] = []
         try:
+            self.swap(piece.point)
+            swapped = time.perf_counter()
             if isinstance(requests[0], Generate):
                 answers += self.generate([r for r in requests if isinstance(r, Generate)])
             elif isinstance(requests[0], Rolling):
                 answers += self.rolling([r for r in requests if isinstance(r, Rolling)])
             else:
                 answers += self.loglikelihood([r for r in requests if isinstance(r, Choice)])
+        except Unscorable as error:
+            return Refused(str(error)), (swapped - begin) * moved
         except ValueError as error:
             raise BadInput(f"engine.max_model_len, benchmarks.allow_truncation: {error}") from None
         answered = Answered(tuple(answers), self.truncated - truncated, time.perf_counter() - swapped)
@@ -135,6 +138,7 @@ class Fleet:
         self._starting: dict[Any, _Seat] = {}  # by the answer that an engine gives when it is up
         self._empty: dict[int, str] = {}  # seats where no engine would start, and why
         self.first_up: float | None = None  # seconds until there was an engine
+        self.refused: dict[WeightPoint, str] = {}  # in the last call of `answer`: points without a score, and why
         self.stats = FleetStats()
         for seat in self._seats:
             self._start(seat)
@@ -172,13 +176,14 @@ class Fleet:
         keep: Callable[[Slice, Answered], None] = lambda piece, answered: None,
         watch: Callable[[Status], None] = lambda status: None,
     ) -> dict[Slice, Answered]:
-        """Every slice answered. `keep` is given each as it comes; `watch` what goes on, once a second or oftener.
+        """Every slice answered, but for those of points that are `refused` from there on. `keep` is given each as it
+        comes; `watch` what goes on, once a second or oftener.
 
         Raises Failed where no engine starts, or, after all else is answered, for slices on which engines died again
         and again."""
         import ray
 
-        self.stats = FleetStats()
+        self.stats, self.refused = FleetStats(), {}
         schedule = Schedule(slices, self._home)
         answers: dict[Slice, Answered] = {}
         running: dict[Any, tuple[_Seat, Slice]] = {}
@@ -210,6 +215,11 @@ class Fleet:
                     raise error.cause from None
                 except ray.exceptions.RayError:
                     self._bury(seat, schedule, begin, {busy.number for busy, _ in running.values()})
+                    continue
+                if isinstance(answered, Refused):
+                    self.refused.setdefault(piece.point, answered.reason)
+                    schedule.refuse(seat.number, swap)
+                    self._count_swap(swap)
                     continue
                 schedule.finish(seat.number, swap, answered.seconds)
                 self._count(seat, answered, swap)
@@ -302,12 +312,15 @@ class Fleet:
 
     def _count(self, seat: _Seat, answered: Answered, swap: float) -> None:
         stats, count = self.stats, len(answered.answers)
-        stats.swap += swap
-        stats.swaps += swap > 0
+        self._count_swap(swap)
         stats.generate += answered.seconds
         stats.requests += count
         stats.tokens += sum(answer.tokens for answer in answered.answers)
         stats.by_engine[seat.number] = stats.by_engine.get(seat.number, 0) + count
+
+    def _count_swap(self, swap: float) -> None:
+        self.stats.swap += swap
+        self.stats.swaps += swap > 0
 
     def _outlive(self, seat: _Seat, begin: float) -> None:
         if seat.up is not None:

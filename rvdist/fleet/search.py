@@ -115,6 +115,7 @@ class Race(Generic[C, D]):
         self._margins = np.array([0.0, -tolerance])
         self._wealth = np.zeros((2, len(_STAKES), count, count))  # log wealth by margin, stake, a, b
         self._eliminated: list[Eliminated[C]] = []
+        self._withdrawn: set[C] = set()
         self._rounds = 0
         self._over = self._is_over()
 
@@ -141,15 +142,21 @@ class Race(Generic[C, D]):
         self._eliminate()
         self._over = self._is_over()
 
+    def withdraw(self, candidate: C) -> None:
+        """One that races has no score, and races no more; another one must be left."""
+        self._racing.remove(self._candidates.index(candidate))
+        self._withdrawn.add(candidate)
+        self._over = self._is_over()
+
     @property
     def outcome(self) -> Outcome[C]:
-        means = self._means()
+        means = dict(zip(self._candidates, self._means(), strict=True))
         leader = self._leader()
         return Outcome(
             best=self._candidates[leader],
             tied=tuple(self._candidates[one] for one in self._racing if one != leader),
             eliminated=tuple(self._eliminated),
-            means={candidate: float(mean) for candidate, mean in zip(self._candidates, means, strict=True)},
+            means={one: float(mean) for one, mean in means.items() if one not in self._withdrawn},
             over=self._over,
             rounds=self._rounds,
             samples=int(self._seen.sum()),

@@ -15,8 +15,8 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
-from rvdist.checkpoint.source import open_source
 from rvdist.fleet.deferred import deferred
 from rvdist.point import WeightPoint
 from rvdist.reader import open_point
@@ -42,16 +42,41 @@ class SwapExtension:
     model_config: Any  # these three are the worker's
     model_runner: Any
     reload_weights: Any
+    _rvdist_tensors: list[str]
+    _rvdist_rows: torch.Tensor  # of logits since they were asked for: all of them, and those that give no distribution
 
-    def rvdist_ready(self) -> None:
-        """Call once after start. vLLM's CPU kernels use AMX tiles, but in eager mode nothing asks the kernel
-        for them, and a first batch of one token dies of an illegal instruction."""
+    def rvdist_ready(self, tensors: list[str]) -> None:
+        """Call once after start on a checkpoint of these tensors. vLLM's CPU kernels use AMX tiles, but in eager mode
+        nothing asks the kernel for them, and a first batch of one token dies of an illegal instruction."""
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
+        self._rvdist_tensors = tensors
+        self._rvdist_watch_logits()
 
-    def rvdist_swap(self, point: str, exchanged: list[int]) -> None:
+    def rvdist_rows(self) -> list[int]:
+        """How many rows of logits there were since the last call, and how many of them have no finite maximum: a NaN,
+        +inf, or nothing but -inf. No token can be drawn from such a row, and vLLM draws one all the same."""
+        rows = self._rvdist_rows.tolist()
+        self._rvdist_rows.zero_()
+        return list(map(int, rows))
+
+    def _rvdist_watch_logits(self) -> None:
+        model = self.model_runner.get_model()
+        compute, rows = model.compute_logits, torch.zeros(2, dtype=torch.int64, device=self.model_runner.device)
+
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            logits = compute(*args, **kwargs)
+            if logits is not None and logits.numel():
+                rows[0] += logits.shape[0]
+                rows[1] += logits.amax(-1).isfinite().logical_not().sum()  # nothing waits for a card
+            return logits
+
+        self._rvdist_rows = rows
+        model.compute_logits = watching
+
+    def rvdist_swap(self, point: str, exchanged: list[int]) -> list[str]:
         """Loads the weights of `point` (the JSON of a WeightPoint), or the mirror image of them (see `mirror`)
-        when there are tokens to be exchanged.
+        when there are tokens to be exchanged. Returns the tensors in which this rank read infinities or NaNs.
 
         Raises RuntimeError naming the tensors when one that the engine was started with does not come, or
         does not arrive in vLLM. After any error the weights of this rank are undefined.
@@ -62,15 +87,18 @@ class SwapExtension:
             if exchanged:
                 tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
             loaded = self._rvdist_reload(_noting(came, tensors))
+            spoiled = list(reader.spoiled)
         if missing := self._rvdist_expected() - came:
             raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
         if stale := {name for name, _ in self.model_runner.get_model().named_parameters()} - loaded:
             raise RuntimeError(f"vLLM did not load these parameters of the weight point: {_some(stale)}")
         _repair_packed_copies(self.model_runner.get_model())
+        _clear_caches(self.model_runner.kv_caches)
+        return spoiled
 
     def _rvdist_expected(self) -> set[str]:
         """The tensors that the engine was started with, but for those that vLLM reads over."""
-        names = set(open_source(self.model_config.model).tensors)
+        names = set(self._rvdist_tensors)
         if self.model_config.hf_text_config.tie_word_embeddings:
             names.discard("lm_head.weight")
         return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
@@ -91,6 +119,14 @@ class SwapExtension:
         finally:
             del model.load_weights
         return loaded
+
+
+def _clear_caches(caches: Iterable[Any]) -> None:
+    """Zeroes all that requests left behind. Attention reads whole blocks, multiplies what no token wrote by 0, and
+    0 · NaN is NaN: blocks in which one point left NaNs would spoil whatever is asked at the next."""
+    tensors, _ = tree_flatten(list(caches))
+    for storage in {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}.values():
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
 
 
 def _noting(names: set[str], tensors: Tensors) -> Tensors:

@@ -118,6 +118,12 @@ def test_a_new_version_of_what_the_engine_does_misses(monkeypatch):
     assert not keys() & keys(engine=identity(EngineSettings(), "some processor"))
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_no_row_survives_of_engines_that_let_points_spoil_each_other(version, monkeypatch):
+    monkeypatch.setattr(engine, "_VERSION", version)
+    assert not keys() & keys(engine=identity(EngineSettings(), "some processor"))
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -138,3 +138,23 @@ def test_the_bound():
     assert benchmark.lower_bound({one: 1.0, two: 3.0}, [0.0, 0.0]) == 3.0
     assert benchmark.lower_bound({one: 3.0, two: 3.0}, [0.0, 2.0]) == 4.0
     assert benchmark.lower_bound({one: 3.0, two: 3.0}, [0.0, 9.0]) == 6.0
+
+
+def test_a_refused_point_is_asked_no_more():
+    """Neither what waits there, nor what an engine had of it that dies; the others go on."""
+    schedule = Schedule(slices(ONE, 6) + slices(TWO, 6))
+    for engine in range(3):
+        schedule.join(engine)
+    taken = [schedule.take(engine, 0.0) for engine in range(3)]
+    bad = taken[2].point
+    other = next(engine for engine in (0, 1) if taken[engine].point == bad)
+    schedule.refuse(2, 0.5)
+    schedule.leave(other)
+    left = 1 - other
+    schedule.finish(left, 0.0, 1.0)
+    asked = 1
+    while piece := schedule.take(left, 1.0):
+        assert piece.point != bad
+        schedule.finish(left, 0.0, 1.0)
+        asked += 1
+    assert asked == 6 and schedule.over and not schedule.lethal and schedule.left(bad) == 0

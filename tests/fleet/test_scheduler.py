@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from checkpoints import POCKET
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rvdist.errors import BadInput, Failed
@@ -92,6 +95,31 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(alone, re
     again = fleet.answer(all_slices(requests, 16), requests)
     assert texts(again) == alone and again.keys() == set(whole.values()), "a warm fleet, after a death"
     assert fleet.started < 3
+    fleet.stop()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reason"),
+    [(False, r"k_proj\.weight\) are infinite or not a number"), (True, "distributions .* are not a number")],
+)
+def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
+    allowed, reason, alone, requests, tmp_path
+):
+    """NaN weights are refused before anything is asked; where they are let through, and where finite ones are too
+    large, the answers are."""
+    spoiled = shutil.copytree(POCKET / "grpo", tmp_path / "spoiled")
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, spoiled / "model.safetensors", {"format": "pt"})
+    refused = WeightPoint(TARGET.base, (Term(1.0, Vector(str(spoiled), VECTOR.minus)),))
+    large = WeightPoint(TARGET.base, (Term(1e20, VECTOR),))
+    slices = [piece for point in (refused, large) for piece in cut(point, requests, 16)]
+    fleet = Fleet(TARGET.base, dataclasses.replace(SETTINGS, allow_nonfinite=allowed), count=1, cpus=0.5)
+    kept = {}
+    answered = fleet.answer([*slices, *alone], requests, lambda piece, found: kept.update({piece: found}))
+    assert texts(answered) == alone and texts(kept) == alone
+    assert fleet.refused.keys() == {refused, large} and fleet.stats.deaths == 0
+    assert re.search(reason, fleet.refused[refused]) and "are not a number" in fleet.refused[large]
     fleet.stop()
 
 

@@ -112,8 +112,8 @@ def test_shards_change_nothing(kind: str, families: dict[str, Family], tmp_path:
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
 def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
     family, read = families["untied"], swap.deferred
-    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
     engine = start(WeightPoint(str(family.target)))
+    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
     with pytest.raises(RuntimeError, match=lost):
         engine.swap(family.point(0.5))
     with pytest.raises(RuntimeError, match="start a new engine"):
