@@ -10,7 +10,9 @@ import atexit
 import difflib
 import gc
 import os
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,16 @@ def main() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
     multirun.register()
-    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on
     if unfinished:
         os.environ["COMP_LINE"] = " ".join(_quoted(argument) for argument in unfinished.split(" "))
     failures: list[tuple[str, Exception]] = []
+    if not unfinished:
+        try:
+            sys.argv[1:] = [_readable(_quoted(argument)) for argument in sys.argv[1:]]
+        except BadInput as error:
+            log.fail(str(error), 2)
+            sys.exit(2)
 
     def job(composed: DictConfig) -> float | None:
         """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
@@ -99,6 +106,38 @@ def _quoted(argument: str) -> str:
     return f"{key}='{value}'" if key in ("output", "publish") and "{" in value and value[0] not in "'\"" else argument
 
 
+def _readable(argument: str) -> str:
+    """A key with a value in quotes where Hydra's grammar, which knows no `=` and few letters in a word, cannot read it
+    without. Raises BadInput where it cannot read it at all."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals:
+        return argument
+    parser = OverridesParser.create()
+    quote = '"' if "'" in value else "'"
+    quoted = f"{key}={quote}{value}{quote}"
+    try:
+        parser.parse_override(argument)
+        return argument
+    except HydraException as error:
+        if value[:1] not in "[{('\"" and not {",", quote} & {*value}:
+            with suppress(HydraException):
+                parser.parse_override(quoted)
+                return quoted
+        reason = str(error).strip().splitlines()[0]
+    raise BadInput(
+        f"{key}: Hydra cannot read {value} ({reason}); a value with spaces, commas, '=', braces, '#' or quotes in it "
+        f"is put in quotes for Hydra, within those of the shell: {_typed(key, value)}"
+    )
+
+
+def _typed(key: str, value: str) -> str:
+    """How a value is given so that neither the shell nor Hydra takes it apart."""
+    value = value.strip("'\"")
+    return shlex.quote(f"{key}='{value}'") if '"' in value or "$" in value else f"\"{key}='{value}'\""
+
+
 def _sentence(error: Exception) -> str:
     """An error as one sentence; Hydra's and OmegaConf's reports of several lines name the key."""
     if isinstance(error, BadInput | Failed):
@@ -110,6 +149,15 @@ def _sentence(error: Exception) -> str:
         return f"failed: {type(error).__name__}: {reason} (RVDIST_TRACEBACK=1 shows where)"
     first = str(error).strip().splitlines()[0].rstrip(".")
     reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+    if first.startswith("Ambiguous value"):
+        key, _, value = first.split("'")[1].partition("=")
+        return (
+            f"{key}: {value} is several values; put it in quotes for one of this name: {_typed(key, value)}, "
+            f"into brackets for a list: {key}=[{value}], or add -m to run each"
+        )
+    if first.startswith("Error parsing override") and "=" not in first:
+        stray = first.split("'")[1]
+        return f"{stray}: is no KEY=VALUE; a value with spaces is put in quotes: \"KEY='VALUE'\""
     if "Could not override" in first:
         key = first.split("'")[1]
         if key in _keys():

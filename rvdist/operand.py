@@ -21,6 +21,8 @@ from rvdist.checkpoint.scaled import Scaled, dequantize
 from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.errors import BadInput
 
+_CHUNK = 256 * 1024  # elements
+
 
 class Operand:
     """The tensors of `checkpoint`, which lie in its files as they are. Not thread-safe."""
@@ -28,6 +30,10 @@ class Operand:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = checkpoint.tensors
         self._files = TensorFiles(checkpoint)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._files.checkpoint
 
     @property
     def bytes_read(self) -> int:
@@ -118,6 +124,29 @@ def open_operand(checkpoint: Checkpoint) -> Operand:
     if isinstance(checkpoint, Scaled):
         return _Dequantized(checkpoint)
     return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)
+
+
+def tell_nonfinite(operand: Operand, name: str, part: str, stop: int) -> str:
+    """How many of the first `stop` elements of a tensor are infinite or not a number, in words that name its file and
+    what `part` it plays; "" where all are finite."""
+    spec, checkpoint = operand.checkpoint.tensors[name], operand.checkpoint
+    buffer = torch.empty(_CHUNK * 8, dtype=torch.uint8)
+    count, first = 0, -1
+    for begin in range(0, min(spec.numel, stop), _CHUNK):
+        end = min(begin + _CHUNK, spec.numel, stop)
+        odd = operand.read(name, begin, end, buffer).double().isfinite().logical_not()
+        if first < 0 and odd.any():
+            first = begin + int(odd.nonzero()[0])
+        count += int(odd.sum())
+    if not count:
+        return ""
+    place: list[int] = []
+    for size in reversed(spec.shape):
+        first, at = divmod(first, size)
+        place.insert(0, at)
+    where = f"{checkpoint.hub}/{spec.file}" if checkpoint.hub else checkpoint.path / spec.file
+    values = "1 value that is" if count == 1 else f"{count:,} values that are"
+    return f"{where} ({part}) has {values} not finite there{f', the first at {place}' if place else ''}"
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, out: torch.Tensor) -> None:

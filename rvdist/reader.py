@@ -29,7 +29,7 @@ from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.scaled import Scaled
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TORCH_DTYPE
-from rvdist.operand import open_operand
+from rvdist.operand import open_operand, tell_nonfinite
 from rvdist.pipeline import CHUNK, Lane, open_lanes
 from rvdist.point import Vector, WeightPoint, layer_count
 
@@ -225,6 +225,28 @@ class PointReader:
                 else:
                     difference.zero_()
             yield own + taken
+
+    def blame(self, name: str) -> str:
+        """Where results of tensor `name` come from that are infinite or not a number, and what to do: in a sentence."""
+        parts: dict[str, dict[str, None]] = {}  # each source, and what it is there
+        for point in self.points:
+            parts.setdefault(point.base, {})["the target"] = None
+            for _, vector in self._recipe(point, name):
+                parts.setdefault(vector.plus, {})["plus" if vector.minus else "the vector"] = None
+                if vector.minus:
+                    parts.setdefault(vector.minus, {})["minus"] = None
+        rows = self.base.tensors[name].numel
+        found = [tell_nonfinite(self._files[source], name, " and ".join(own), rows) for source, own in parts.items()]
+        if any(found):
+            return (
+                f"tensor {name} would be infinite or not a number: {' and '.join(filter(None, found))}; get a sound "
+                "copy, keep the vector from this tensor (vector.mask.exclude), or set allow_nonfinite=true"
+            )
+        dtype = str(self.output_dtype(self.base.tensors[name])).removeprefix("torch.")
+        return (
+            f"tensor {name} would be infinite or not a number: all it is made of is finite, and the result overflows "
+            f"{dtype}; choose a smaller alpha, another dtype, or set allow_nonfinite=true"
+        )
 
     def close(self) -> None:
         for files in self._files.values():

@@ -30,7 +30,7 @@ from rvdist.checkpoint.journal import MANIFEST, Manifest, Written
 from rvdist.checkpoint.staging import Staging, carry_over, write_index
 from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
 from rvdist.errors import BadInput, Failed
-from rvdist.operand import Operand, open_operand
+from rvdist.operand import Operand, open_operand, tell_nonfinite
 from rvdist.point import Vector
 
 _CHUNK = 128 * 1024  # elements
@@ -99,7 +99,7 @@ def save(
             donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
             result = opened.enter_context(closing(open_operand(written)))
             differences = _Differences(donors, donor_operands)
-            writer = opened.enter_context(closing(_Writer(staging)))
+            writer = opened.enter_context(closing(_Writer(staging, donor_operands)))
             for tensor in stored:
                 if not writer.has(tensor.parts):
                     _write(tensor, storage, differences, writer)
@@ -280,8 +280,8 @@ class _Differences:
 class _Writer:
     """Parts of tensors into the files of a staging, digested on their way."""
 
-    def __init__(self, staging: Staging) -> None:
-        self._staging = staging
+    def __init__(self, staging: Staging, donors: Sequence[Operand]) -> None:
+        self._staging, self._donors = staging, donors
         self._open: dict[str, int] = {}
         self._pending: list[Written] = []
 
@@ -292,9 +292,16 @@ class _Writer:
 
     def require_finite(self, name: str, values: torch.Tensor) -> None:
         if count_nonfinite(values):
+            parts = ("plus", "minus") if len(self._donors) == 2 else ("the vector",)
+            found = [
+                tell_nonfinite(donor, name, part, 1 << 62)
+                for donor, part in zip(self._donors, parts, strict=True)
+                if name in donor.checkpoint.tensors  # a factor of one is not
+            ]
+            why = " and ".join(filter(None, found)) or "the donors are finite, and their difference overflows"
             raise BadInput(
-                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number in places; "
-                "check the donors"
+                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number: {why}; get a "
+                "sound copy, or store it in a wider vector.dtype"
             )
 
     def write(self, part: TensorSpec, chunks: Iterator[torch.Tensor]) -> None:

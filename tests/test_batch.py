@@ -246,7 +246,7 @@ def test_a_merge_that_fails_on_its_way_loses_no_other(place):
     )
     assert done.returncode == 1, done.stderr
     assert [row["status"] for row in table(place, "late")] == 2 * ["written", "failed", "written", "written"]
-    assert "are infinite or not a number" in table(place, "late")[1]["reason"]
+    assert "would be infinite or not a number" in table(place, "late")[1]["reason"]
     assert len(list((place / "late").iterdir())) == 6 + 4  # and config, table, timing, log
 
 

@@ -12,6 +12,8 @@ import torch
 from checkpoints import POCKET, launch, load_checkpoint
 from safetensors.torch import load_file, save_file
 
+from rvdist.launch import _readable as readable
+
 SEEDED = ["method=dare", "merge.seed=3"]
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
 
@@ -272,3 +274,28 @@ def test_the_import_is_cheap():
     code = f"import rvdist.launch, rvdist.stages, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.home())
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_paths_that_hydra_has_no_words_for(place):
+    """They are quoted for whoever did not."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parse = OverridesParser.create().parse_override
+    for name in ("epoch=3-step=100", "Модель-模型", "a{b}c", "x#y", "run[v1]", "it's", 'q"t', "my model", "50%", "(p)"):
+        assert parse(readable(f"target={name}")).value() == name
+        assert parse(readable(f"vector.plus=../{name}/x")).value() == f"../{name}/x"
+    (place / "epoch=3 Модель").symlink_to(place / "family" / "target")
+    done = launch("target=epoch=3 Модель", *VECTOR, "output=out", "stages=[plan]", "cache.dir=cache", cwd=place)
+    assert done.returncode == 0 and "epoch=3 Модель +1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("target=a,b",), '''put it in quotes for one of this name: "target='a,b'"'''),
+        (("target=[a",), '''within those of the shell: "target='[a'"'''),
+        (("target=my", "model"), """model: is no KEY=VALUE; a value with spaces is put in quotes"""),
+    ],
+)
+def test_how_to_quote_is_said(place, arguments, sentence):
+    assert sentence in refused(place, *arguments, *VECTOR, "output=out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,25 @@ from rvdist.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
+_WHOLE = "model.safetensors"
+_SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
+_FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them
+    (r".+\.gguf", "GGUF weights, llama.cpp's and mostly quantised", _SAVE.format("'{path}', gguf_file='{file}'")),
+    (r".+\.distcp", "a distributed checkpoint of PyTorch, as FSDP writes", "accelerate merge-weights '{path}' OUT"),
+    (r".+\.nemo", "a NeMo archive", "NeMo's scripts/checkpoint_converters/convert_*_nemo_to_hf.py"),
+    (
+        r"consolidated\..*\.pth",
+        "weights in Meta's own layout",
+        "transformers 4's python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir '{path}' "
+        "--output_dir OUT",
+    ),
+    (r"zero_to_fp32\.py", "a ZeRO checkpoint of DeepSpeed", "python '{path}/{file}' '{path}' OUT --safe_serialization"),
+    (
+        r".+\.(?:bin|pt|pth|ckpt)",
+        "pickled weights, which can run code when opened",
+        _SAVE.format("'{path}', dtype='auto'"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,9 @@ def shard_names(count: int, stem: str = "model") -> list[str]:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads and checks every header of the checkpoint in the directory `path`. Raises BadInput."""
+    if path.is_file():
+        _refuse_foreign(path.parent, [path.name])
+        raise BadInput(f"{path}: is a file; give the directory that holds it")
     if not path.is_dir():
         raise BadInput(f"{path}: no such checkpoint directory; check the path")
     entries = sorted(path.iterdir())
@@ -118,6 +141,13 @@ def assemble(
     """The checkpoint of which `path` has the index, if there is one, out of the files that have these `names`."""
     index = path / INDEX
     expected = _weight_map(index) if index.exists() else None
+    if expected is not None and _WHOLE in names and _WHOLE not in expected.values():
+        if left := sorted({*expected.values()} & {*names}):
+            raise BadInput(
+                f"{index}: lists {left[0]} and other shards, and {_WHOLE} stands beside it, which transformers would "
+                "read; delete what is stale, the index with its shards or that file"
+            )
+        expected = None  # of an older save, whose shards are gone: transformers reads the whole file, too
     files = sorted(set(expected.values())) if expected is not None else _weight_files(path, names)
 
     tensors: dict[str, TensorSpec] = {}
@@ -164,17 +194,22 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _refuse_foreign(path: Path, names: Collection[str]) -> None:
+    """Raises BadInput where weights are in another format, which it names, with what converts them."""
+    for pattern, what, command in _FOREIGN:
+        for file in sorted(names):
+            if re.fullmatch(pattern, file):
+                convert = command.replace("{path}", str(path)).replace("{file}", file)
+                raise BadInput(f"{path}: holds {what} ({file}); take a safetensors revision, or convert it: {convert}")
+
+
 def _weight_files(path: Path, names: Collection[str]) -> list[str]:
     found = sorted(name for name in names if name.endswith(".safetensors"))
-    if "model.safetensors" in found:
-        return ["model.safetensors"]
+    if _WHOLE in found:
+        return [_WHOLE]
     if len(found) == 1:
         return found
     if found:
         raise BadInput(f"{path}: has {len(found)} safetensors files and no {INDEX}; download the index")
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        raise BadInput(
-            f"{path}: holds pickled weights, which can run code when opened; convert it with transformers' "
-            "save_pretrained, or take a safetensors revision"
-        )
+    _refuse_foreign(path, names)
     raise BadInput(f"{path}: has no safetensors weights; check the path")

@@ -120,7 +120,8 @@ def parse_header(where: str, file: str, prefix: bytes, size: int) -> tuple[list[
     data_start = header_end(where, prefix, size)
     try:
         header = json.loads(prefix[8:data_start], object_pairs_hook=_without_duplicates)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # null is none, as the library has it
         tensors = [_spec(name, entry, file, data_start) for name, entry in header.items()]
         if not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("its metadata is not a map of strings")

@@ -322,11 +322,7 @@ class Crew:
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:
         if any(done.nonfinite) and not self._allow_nonfinite:
-            tensors = ", ".join(segment.tensor for segment in unit.segments[:3])
-            raise BadInput(
-                f"{sum(done.nonfinite)} results in {unit.file} ({tensors}, …) are infinite or not a number; "
-                "choose a smaller alpha, another dtype, or set allow_nonfinite=true"
-            )
+            raise BadInput(done.blame)
         stats = self._stats
         stats.bytes_read += done.bytes_read
         stats.bytes_written += done.bytes_written

@@ -55,7 +55,8 @@ class Unit:
 @dataclass(frozen=True)
 class UnitDone:
     """What a unit cost; the digest of its bytes and how many results were not finite, one of each a point.
-    `began` is in seconds since the epoch, `cpu_seconds` and `peak_anonymous_bytes` are the worker's so far."""
+    `began` is in seconds since the epoch, `cpu_seconds` and `peak_anonymous_bytes` are the worker's so far; `blame`
+    says of the first tensor with such results where they come from."""
 
     digests: tuple[str, ...]
     bytes_read: int
@@ -64,6 +65,7 @@ class UnitDone:
     peak_anonymous_bytes: int
     cpu_seconds: float
     began: float
+    blame: str = ""
 
 
 @dataclass(frozen=True)

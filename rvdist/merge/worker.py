@@ -71,11 +71,11 @@ class MergeWorker:
         reader = self._readers[unit.output]
         directories = self._outputs[unit.output].directories
         began = time.time()
-        read, nonfinite, written = reader.bytes_read, list(reader.nonfinite), 0
+        read, nonfinite, written, blame = reader.bytes_read, list(reader.nonfinite), 0, ""
         digests = [claim.digest for claim in claims if claim]
         try:
             if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
-                digests = self._compute(unit, reader, [self._file(path / unit.file) for path in directories])
+                digests, blame = self._compute(unit, reader, [self._file(path / unit.file) for path in directories])
                 written = unit.nbytes * len(directories)
         except OSError as error:
             raise Failed(
@@ -91,22 +91,28 @@ class MergeWorker:
             self._peak,
             sum(os.times()[:2]),
             began,
+            blame,
         )
 
-    def _compute(self, unit: Unit, reader: PointReader, files: Sequence[File]) -> list[str]:
+    def _compute(self, unit: Unit, reader: PointReader, files: Sequence[File]) -> tuple[list[str], str]:
+        """The digests of what is written, and where the first results come from that are not finite, if there are."""
+        blame = ""
         digests = [xxhash.xxh3_128() for _ in files]
         writers = self._writers[: len(files)]
         for writer, file in zip(writers, files, strict=True):
             writer.begin(file, unit.start)
         for segment in unit.segments:
+            before = sum(reader.nonfinite)
             for _, tensors in reader.chunks(segment.tensor, segment.start, segment.stop):
                 for writer, digest, tensor in zip(writers, digests, tensors, strict=True):
                     data = tensor.view(torch.uint8).numpy().data
                     digest.update(data)
                     writer.write(data)
+            if not blame and sum(reader.nonfinite) > before:
+                blame = reader.blame(segment.tensor)
         for writer in writers:
             writer.end()
-        return [digest.hexdigest() for digest in digests]
+        return [digest.hexdigest() for digest in digests], blame
 
     def sync(self) -> None:
         """Makes everything this worker wrote durable. Raises Failed."""

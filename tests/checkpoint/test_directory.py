@@ -61,10 +61,45 @@ def test_a_hub_name_that_cannot_be_had_is_one_sentence():
     assert "\n" not in str(caught.value)
 
 
-def test_pickles_are_refused_with_the_way_out(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(BadInput, match="pickled weights.*save_pretrained"):
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("pytorch_model.bin", "pickled weights.*save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "pickled weights.*save_pretrained"),
+        ("model-Q4_K_M.gguf", "GGUF weights.*gguf_file='model-Q4_K_M.gguf'.*save_pretrained"),
+        ("__0_0.distcp", "distributed checkpoint.*accelerate merge-weights"),
+        ("llama.nemo", "NeMo archive.*convert_"),
+        ("consolidated.00.pth", "Meta's own layout.*convert_llama_weights_to_hf"),
+        ("zero_to_fp32.py", "ZeRO checkpoint of DeepSpeed.*zero_to_fp32.py"),
+    ],
+)
+def test_weights_in_another_format_are_refused_with_what_converts_them(tmp_path, file, said):
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(BadInput, match=f"{tmp_path}: holds .*{said}") as caught:
         open_checkpoint(tmp_path)
+    assert file in str(caught.value)
+    if not file.endswith(".py"):
+        with pytest.raises(BadInput, match=said):
+            open_checkpoint(tmp_path / file)
+
+
+def test_a_file_in_place_of_its_directory(tmp_path):
+    path = write_checkpoint(tmp_path / "c", tensors(0))
+    with pytest.raises(BadInput, match="is a file; give the directory that holds it"):
+        open_source(str(path / "model.safetensors"))
+
+
+def test_a_whole_file_beside_the_index_of_an_older_save(tmp_path):
+    """Without its shards the index is stale, and the file is read as transformers reads it; with some, who knows."""
+    path = write_checkpoint(tmp_path / "c", tensors(0), shards=2)
+    write_checkpoint(tmp_path / "whole", tensors(1))
+    (tmp_path / "whole" / "model.safetensors").rename(path / "model.safetensors")
+    with pytest.raises(BadInput, match=f"{INDEX}: lists model-00001-of-00002.safetensors .* is stale"):
+        open_checkpoint(path)
+    for shard in path.glob("model-0*"):
+        shard.unlink()
+    found = open_checkpoint(path)
+    assert found.files == ["model.safetensors"] and found.tensors.keys() == tensors(1).keys()
 
 
 def test_a_file_that_changed_is_noticed(tmp_path):

@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rvdist.checkpoint.header import build_header, read_header
@@ -39,6 +40,21 @@ def test_writes_what_safetensors_reads(tmp_path):
     loaded = load_file(tmp_path / "x.safetensors")
     assert torch.equal(loaded["b"], torch.arange(6).bfloat16().view(3, 2)) and loaded["naïve"] == 2.5
     assert specs[0].offset == len(header)
+
+
+def test_metadata_that_is_null_is_none_as_the_library_has_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw({"__metadata__": None, "a": entry()}, b"1234"))
+    with safe_open(path, "pt") as library:
+        assert list(library.keys()) == ["a"] and not library.metadata()
+    specs, metadata, _ = read_header(path)
+    assert [spec.name for spec in specs] == ["a"] and metadata == {}
+    for other in ("text", 3, [], False):
+        path.write_bytes(raw({"__metadata__": other, "a": entry()}, b"1234"))
+        with pytest.raises(SafetensorError):
+            safe_open(path, "pt").__enter__()
+        with pytest.raises(BadInput, match="metadata|damaged"):
+            read_header(path)
 
 
 @pytest.mark.parametrize(

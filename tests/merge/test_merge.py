@@ -139,11 +139,27 @@ def test_nonfinite_results_are_refused_and_leave_nothing(tmp_path):
     base = {"w": torch.full((8,), 60000.0).half()}
     paths = {"target": base, "plus": {"w": torch.full((8,), 9000.0).half()}, "minus": {"w": torch.zeros(8).half()}}
     paths = {name: write_checkpoint(tmp_path / name, weights) for name, weights in paths.items()}
-    with pytest.raises(BadInput, match="8 results in model.safetensors.*infinite or not a number"):
+    with pytest.raises(BadInput, match="tensor w would be .*: all it is made of is finite, and the result overflows"):
         run([shifted(paths)], [tmp_path / "out"])
     assert not list(tmp_path.glob("out*"))
     run([shifted(paths)], [tmp_path / "out"], allow_nonfinite=True)
     assert load_checkpoint(tmp_path / "out")["w"].isinf().all()
+
+
+@pytest.mark.parametrize("bad", [["target"], ["plus"], ["minus"], ["plus", "minus"]])
+def test_the_source_that_holds_what_is_not_finite_is_named(bad, tmp_path):
+    """Also where infinity less infinity is what is not a number."""
+    weights = {name: {"v": torch.ones(5).half(), "w": torch.ones(4, 3).half()} for name in ("target", "plus", "minus")}
+    for name in bad:
+        weights[name]["w"][2, 1] = float("inf")
+    paths = {name: write_checkpoint(tmp_path / name, own) for name, own in weights.items()}
+    with pytest.raises(BadInput, match="tensor w would be infinite or not a number: ") as caught:
+        run([shifted(paths)], [tmp_path / "out"])
+    sentence = str(caught.value)
+    for name in weights:
+        part = f"{tmp_path / name}/model.safetensors ({'the target' if name == 'target' else name}) has 1 value that is"
+        assert (part in sentence) == (name in bad)
+    assert "the first at [2, 1]" in sentence and "allow_nonfinite=true" in sentence and "overflow" not in sentence
 
 
 def test_a_source_that_changes_underneath_stops_the_merge(family, tmp_path):
