@@ -164,7 +164,8 @@ class Examination:
                 self._warm.finish()
             for run in runs:
                 asked = [(arm, self.asking(run, arm)) for arm in run.arms if arm.name not in run.unscored]
-                score(run, [(arm, asking, answered[asking]) for arm, asking in asked], known)
+                if asked:
+                    score(run, [(arm, asking, answered[asking]) for arm, asking in asked], known)
 
     def answer(
         self,
@@ -225,9 +226,14 @@ class Examination:
                     with FleetView(total, cached, names, run.log) as view:
                         fleet.answer(todo, requests, keep, view.show)
                     _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
+                    spoiled = {piece.point: found.spoiled for piece, found in answered.items() if found.spoiled}
                     for owner, one in arms:
                         if reason := fleet.refused.get(_located(owner, one)):
                             owner.leave_out(one, reason)
+                        if tensors := spoiled.get(_located(owner, one)):
+                            sentence = f"{one.name} is scored although {', '.join(tensors[:3])} hold infinities or NaNs"
+                            owner.notes[one.point] += (sentence,)
+                            owner.note(sentence)
                 else:
                     for phase in ("engine_start", "swap", "generate"):
                         timing.add(phase, 0.0)
@@ -295,9 +301,7 @@ def _scored(run: Run, arm: Arm, asking: Asking, answered: Answers) -> Scored:
 
 def score(run: Run, arms: Sequence[tuple[Arm, Asking, Answers]], known: Known) -> None:
     """What some arms of a run answered, the baseline first, scored and compared, in the files of its directory. What is
-    `known` is not scored again. Raises Failed where no arm has answers."""
-    if not arms:
-        run.require_scores()
+    `known` is not scored again."""
     from lm_eval.utils import handle_non_serializable
 
     from rvdist.report.statistics import summarise

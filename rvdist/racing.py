@@ -59,7 +59,8 @@ def race(examination: Examination, run: Run) -> None:
     confirmed = asking.restricted(held)
     chosen = list(dict.fromkeys([run.arms[0], arms[outcome.best]]))
     answered = examination.answer(confirmed, [(run, arm) for arm in chosen])
-    score(run, [(arm, confirmed, answered) for arm in chosen if arm.name not in run.unscored], {})
+    if scored := [(arm, confirmed, answered) for arm in chosen if arm.name not in run.unscored]:
+        score(run, scored, {})
 
 
 def _round(

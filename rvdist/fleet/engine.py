@@ -270,7 +270,7 @@ class Engine:
         self._prefix: int = self._tokenizer.eos_token_id if bos is None else bos
         self._prefix_text: str = self._tokenizer.decode(self._prefix)
         self._at: tuple[str, tuple[Term, ...]] | None = (base, ())
-        self._spoiled: list[str] = []
+        self.spoiled: list[str] = []  # tensors of the present point in which there are infinities or NaNs
         self._own: list[float] = []  # the probe's log-probabilities at the base
         self._probe: str | None = None
         self._tokens: dict[tuple[str, bool | None], array[int]] = {}
@@ -326,7 +326,7 @@ class Engine:
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
         self._at = None  # undefined, should the next line fail
         spoiled = self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
-        self._spoiled = list(dict.fromkeys(name for rank in spoiled for name in rank))
+        self.spoiled = list(dict.fromkeys(name for rank in spoiled for name in rank))
         self._llm.reset_prefix_cache()
 
     def _check_start(self) -> None:
@@ -509,10 +509,10 @@ class Engine:
 
     def _require_finite(self) -> None:
         self._require_weights()
-        if self._spoiled and not self.settings.allow_nonfinite:
-            some = ", ".join(self._spoiled[:3]) + (", …" if len(self._spoiled) > 3 else "")
+        if self.spoiled and not self.settings.allow_nonfinite:
+            some = ", ".join(self.spoiled[:3]) + (", …" if len(self.spoiled) > 3 else "")
             raise Unscorable(
-                f"weights in {len(self._spoiled)} of its tensors ({some}) are infinite or not a number; choose a "
+                f"weights in {len(self.spoiled)} of its tensors ({some}) are infinite or not a number; choose a "
                 "smaller alpha, another dtype, or set allow_nonfinite=true"
             )
 

@@ -92,11 +92,13 @@ Answer: TypeAlias = Completion | Loglikelihood
 
 @dataclass(frozen=True)
 class Answered:
-    """A slice's answers, in order. `truncated` of its prompts did not fit and were cut; it took so many `seconds`."""
+    """A slice's answers, in order. `truncated` of its prompts did not fit and were cut; it took so many `seconds`.
+    `spoiled`: tensors in which there are infinities or NaNs, where that is allowed; not kept in the cache."""
 
     answers: tuple[Answer, ...]
     truncated: int
     seconds: float
+    spoiled: tuple[str, ...] = ()
 
 
 class Unscorable(Exception):

@@ -96,8 +96,8 @@ class EngineActor(Engine):
             return Refused(str(error)), (swapped - begin) * moved
         except ValueError as error:
             raise BadInput(f"engine.max_model_len, benchmarks.allow_truncation: {error}") from None
-        answered = Answered(tuple(answers), self.truncated - truncated, time.perf_counter() - swapped)
-        return answered, (swapped - begin) * moved
+        cut, seconds = self.truncated - truncated, time.perf_counter() - swapped
+        return Answered(tuple(answers), cut, seconds, tuple(self.spoiled)), (swapped - begin) * moved
 
 
 @dataclass

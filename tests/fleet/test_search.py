@@ -226,3 +226,15 @@ def test_replays_of_recorded_grids(tolerance):
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 def test_a_thousand_replays_of_recorded_grids(tolerance):
     check_replays(tolerance, 1000)
+
+
+def test_a_candidate_without_a_score_is_withdrawn_and_the_others_race_on():
+    race = Race("abc", {"t": list(range(40))}, round_size=10)
+    documents, candidates = race.next()
+    assert candidates == ["a", "b", "c"]
+    race.withdraw("a")
+    assert race.next() == (documents, ["b", "c"])
+    race.tell({"b": [0.2] * 10, "c": [0.4] * 10})
+    assert race.outcome.means.keys() == {"b", "c"} and race.outcome.best == "c"
+    race.withdraw("c")
+    assert race.next() is None and race.outcome.best == "b" and race.outcome.tied == ()
