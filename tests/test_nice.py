@@ -17,12 +17,8 @@ print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
 """
 
 
-def niceness() -> int:
-    return os.nice(0)
-
-
 def test_workers_are_no_nicer_than_this_process(ray_local: None) -> None:
-    assert ray.get(ray.remote(num_cpus=0)(niceness).remote()) == niceness()
+    assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()) == os.nice(0)
 
 
 @pytest.mark.slow

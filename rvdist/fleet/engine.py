@@ -494,7 +494,7 @@ class Engine:
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         answers: list[Any] = self._llm.generate(inputs, parameters, use_tqdm=False)
         rows, bad = map(sum, zip(*self._llm.collective_rpc("rvdist_rows"), strict=True))
-        if not rows:
+        if prompts and not rows:
             raise RuntimeError("this vLLM takes no logits from where they are watched; install another version")
         if bad:
             raise Unscorable(

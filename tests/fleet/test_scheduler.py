@@ -100,7 +100,10 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(alone, re
 
 @pytest.mark.parametrize(
     ("allowed", "reason"),
-    [(False, r"k_proj\.weight\) are infinite or not a number"), (True, "distributions .* are not a number")],
+    [
+        (False, r"k_proj\.weight\) are infinite or not a number"),
+        pytest.param(True, "distributions .* are not a number", marks=pytest.mark.slow),
+    ],
 )
 def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
     allowed, reason, alone, requests, tmp_path
@@ -114,10 +117,11 @@ def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
     refused = WeightPoint(TARGET.base, (Term(1.0, Vector(str(spoiled), VECTOR.minus)),))
     large = WeightPoint(TARGET.base, (Term(1e20, VECTOR),))
     slices = [piece for point in (refused, large) for piece in cut(point, requests, 16)]
+    good = {piece: found for piece, found in alone.items() if piece.task == "pocket_sums"}
     fleet = Fleet(TARGET.base, dataclasses.replace(SETTINGS, allow_nonfinite=allowed), count=1, cpus=0.5)
     kept = {}
-    answered = fleet.answer([*slices, *alone], requests, lambda piece, found: kept.update({piece: found}))
-    assert texts(answered) == alone and texts(kept) == alone
+    answered = fleet.answer([*slices, *good], requests, lambda piece, found: kept.update({piece: found}))
+    assert texts(answered) == good and texts(kept) == good
     assert fleet.refused.keys() == {refused, large} and fleet.stats.deaths == 0
     assert re.search(reason, fleet.refused[refused]) and "are not a number" in fleet.refused[large]
     fleet.stop()
