@@ -9,7 +9,8 @@ loads the target with transformers and merges the adapter at α times its scale.
 
 An outcome is *right* where every tensor is what the situation says, to two units in the last place (`off`); *refused*
 where the tool ends with a message that names what is wrong as ours must; *crashed* where it ends with another;
-*silently wrong* where it ends well and tensors differ, files are lost, or no output could be right.
+*silently wrong* where it ends well and tensors differ, files are lost, or no output could be right; *not judged* where
+it does what we refuse, and may know how.
 The table goes to benchmarks/README.md.
 """
 
@@ -43,7 +44,7 @@ from rvdist.errors import BadInput  # noqa: E402
 
 SITUATION = {situation.name: situation for situation in SITUATIONS}
 README = Path(__file__).with_name("README.md")
-RIGHT, REFUSED, CRASHED, WRONG, NOT_ASKED = "right", "refused", "crashed", "silently wrong", ""
+RIGHT, REFUSED, CRASHED, WRONG, UNJUDGED, NOT_ASKED = "right", "refused", "crashed", "silently wrong", "not judged", ""
 SERVE = """
 import json, os, signal, sys, traceback
 for job in json.load(open(sys.argv[1])):
@@ -94,10 +95,11 @@ def version(python: str, package: str) -> str:
 
 
 def expressible(asked: Asked) -> bool:
-    """Whether the other tools can be asked for it at all: no masks, no renaming, nothing that is about our command."""
+    """Whether the other tools can be asked for it at all: no masks, no renaming, nothing that is about our command, no
+    tensors that no architecture has."""
     vector = asked.settings.vector
     return not (
-        asked.typed or asked.point or vector.mask.include or vector.mask.exclude or vector.mask.layers
+        asked.typed or asked.point or asked.made_up or vector.mask.include or vector.mask.exclude or vector.mask.layers
         or vector.rename or asked.settings.overwrite
     )  # fmt: skip
 
@@ -114,20 +116,21 @@ def mergekit(asked: Asked, place: Path) -> list[str]:
         ]
     recipe = {
         "merge_method": "task_arithmetic", "base_model": settings.target, "parameters": {"normalize": False},
-        "models": models, "dtype": settings.dtype or stored_dtype(Path(settings.target)),
+        "models": models,
     }  # fmt: skip
+    if dtype := settings.dtype or stored_dtype(Path(settings.target)):
+        recipe["dtype"] = dtype
     (place / "recipe.yml").write_text(json.dumps(recipe))  # JSON is YAML
     return [str(place / "recipe.yml"), str(place / "theirs"), str(place / "loras")]
 
 
-def stored_dtype(target: Path) -> str:
-    """The dtype of most of the target's elements, as one would give it."""
-    counts = Counter[str]()
+def stored_dtype(target: Path) -> str | None:
+    """The dtype of the target's tensors, as one would give it; None where they have several, so that each is kept."""
+    found = set()
     with suppress(Exception):
-        for tensor in load_checkpoint(target).values():
-            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.is_floating_point()
-    known = [dtype for dtype, _ in counts.most_common() if dtype in ("float16", "bfloat16", "float32", "float64")]
-    return known[0] if known else "bfloat16"
+        found = {str(t.dtype).removeprefix("torch.") for t in load_checkpoint(target).values()}
+    dtypes = found & {"float16", "bfloat16", "float32", "float64"}
+    return dtypes.pop() if len(dtypes) == len(found) == 1 else None if dtypes == found and dtypes else "bfloat16"
 
 
 def peft(asked: Asked, place: Path) -> list[str] | None:
@@ -170,13 +173,20 @@ def judge(asked: Asked, status: int, log: str, place: Path, companioned: bool) -
     except Exception as error:
         return WRONG, f"the output cannot be read: {message(str(error))}"
     if isinstance(verdict, Refused):
-        if asked.otherwise:
-            wrong = off(found, asked.otherwise, {})
-            return (WRONG, wrong) if wrong else (RIGHT, "")
+        if verdict.possible:
+            return UNJUDGED, "writes a model"
         return WRONG, "writes a model, and says nothing"
     wrong = off(found, dict(verdict.weights) | {n: t for n, t in verdict.may.items() if n in found}, originals(asked))
+    wrong = wrong or still(place / "theirs", verdict)
     lost = missing(asked, place / "theirs", verdict) if companioned else ""
     return (WRONG, wrong or lost) if wrong or lost else (RIGHT, "")
+
+
+def still(theirs: Path, verdict: Right) -> str:
+    """A key that the output's config must not have any more."""
+    said = json.loads((theirs / "config.json").read_text())
+    left = [key for key, value in verdict.config.items() if value is ... and key in said]
+    return f"config.json still has {left[0]}" if left else ""
 
 
 def specific(verdict: Refused) -> list[str]:
@@ -298,7 +308,7 @@ def main() -> None:
 
 
 def write(rows: list[list[str]], counts: Mapping[str, Counter[str]], versions: list[str]) -> None:
-    kinds = [RIGHT, REFUSED, CRASHED, WRONG]
+    kinds = [RIGHT, REFUSED, CRASHED, WRONG, UNJUDGED]
     head = [
         f"{', '.join(versions) or 'no other tool was installed'}. {len(rows)} situations that all can be asked for.",
         "",

@@ -30,7 +30,8 @@ class Generate:
     @classmethod
     def from_lm_eval(cls, prompt: str, kwargs: Mapping[str, Any], default_max_tokens: int = 256) -> Generate:
         """The request for lm-eval's `generate_until` arguments. Greedy unless `do_sample` is true or a positive
-        temperature is given without `do_sample`. Raises ValueError for an argument nobody here knows."""
+        temperature is given without `do_sample`. An empty string in `until` stops nothing. Raises ValueError for an
+        argument nobody here knows."""
         left = dict(kwargs)
         until = left.pop("until", None) or ()
         lengths = [left.pop(key, None) for key in _LENGTHS]
@@ -44,7 +45,7 @@ class Generate:
         return cls(
             prompt=prompt,
             max_tokens=max_tokens,
-            stop=(until,) if isinstance(until, str) else tuple(until),
+            stop=tuple(stop for stop in ((until,) if isinstance(until, str) else until) if stop),
             temperature=1.0 if temperature is None else float(temperature),
             **known,
         )

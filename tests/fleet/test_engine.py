@@ -251,6 +251,7 @@ def test_the_order_of_a_batch_does_not_matter(tied: Engine) -> None:
 def test_generation_arguments() -> None:
     assert Generate.from_lm_eval("p", {}) == Generate("p", 256)
     assert Generate.from_lm_eval("p", {"until": "x", "max_new_tokens": 5}) == Generate("p", 5, ("x",))
+    assert Generate.from_lm_eval("p", {"until": ["", "x"]}).stop == ("x",), "as lm-eval does"
     assert Generate.from_lm_eval("p", {"do_sample": False, "temperature": 0.7}).temperature == 0
     assert Generate.from_lm_eval("p", {"temperature": 0.7}).temperature == 0.7
     assert Generate.from_lm_eval("p", {"do_sample": True}).temperature == 1

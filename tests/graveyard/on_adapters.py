@@ -83,7 +83,8 @@ def applied(place: Path, tensors: Weights, scales: dict[str, float] | None = Non
 
 def refused(place: Path, tensors: Weights, *words: str, **config: object) -> Asked:
     write(place / "target", llama())
-    return ask(place, Refused(["adapter: ", *words]), vector=adapter(place, tensors, **config))
+    verdict = Refused(["adapter: ", *words], possible="merge_and_unload" in words or "init_lora" in words[0])
+    return ask(place, verdict, vector=adapter(place, tensors, **config))
 
 
 FORMULA = "peft's formula"
@@ -205,7 +206,8 @@ def adapter_of_an_untied_head(place: Path) -> Asked:
     }
     target = llama(tied=False)
     write(place / "target", target)
-    return ask(place, Right(added(target, deltas(tensors)), notes=[SKIPS, LACKS]), vector=adapter(place, tensors))
+    asked = adapter(place, tensors, target_modules=["q_proj", "up_proj", "v_proj", "lm_head"])
+    return ask(place, Right(added(target, deltas(tensors)), notes=[SKIPS, LACKS]), vector=asked)
 
 
 BY_NAME = "named, with the way out (merge_and_unload)"
@@ -269,6 +271,7 @@ def trainable_tokens(place: Path) -> Asked:
         place,
         factors() | rows,
         "trainable_token_indices|trainable_tokens",
+        "merge_and_unload",
         trainable_token_indices={"embed_tokens": [3, 4]},
     )
 

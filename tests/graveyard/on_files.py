@@ -99,7 +99,7 @@ def lfs_pointer_tokenizer(place: Path) -> Asked:
     plain(place)
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'cd' * 32}\nsize 11421896\n"
     put(place / "target/tokenizer.json", pointer)
-    return ask(place, Refused(["target/tokenizer.json", "Git LFS pointer", "git lfs pull"]))
+    return ask(place, Refused(["target/tokenizer.json", "Git LFS pointer", "git lfs pull"], possible=True))
 
 
 @situation(
@@ -139,7 +139,7 @@ def index_names_an_absent_tensor(place: Path) -> Asked:
     plain(place, 2)
     listed = json.loads((place / "target" / INDEX).read_text())["weight_map"]
     change_index(place / "target", weight_map=listed | {"mtp.fc.weight": "model-00002-of-00002.safetensors"})
-    return ask(place, Refused([INDEX, "mtp.fc.weight", "model-00002-of-00002.safetensors"]))
+    return ask(place, Refused([INDEX, "mtp.fc.weight", "model-00002-of-00002.safetensors"], possible=True))
 
 
 @situation(
@@ -235,7 +235,7 @@ def a_thousand_shards(place: Path) -> Asked:
     weights = siblings(base)
     for role in ROLES:
         write(place / role, weights[role], 1000 if role == "target" else 1, tokens=40)
-    return ask(place, Right(merged(weights)))
+    return ask(place, Right(merged(weights)), made_up=True)
 
 
 @situation(

@@ -248,7 +248,9 @@ def mtp_present_and_undeclared(place: Path) -> Asked:
     weights = siblings(base)
     weights["target"] = base | mtp(base)
     write_all(place, weights)
-    return ask(place, Right(merged(weights), notes=[f"lacks 10 of the target's tensors, .*layers.{LAYERS}"]))
+    return ask(
+        place, Right(merged(weights), notes=[f"lacks 10 of the target's tensors, .*layers.{LAYERS}"]), made_up=True
+    )
 
 
 @situation(
@@ -266,7 +268,7 @@ def layers_with_gaps(place: Path) -> Asked:
     weights = siblings({rename(name): tensor for name, tensor in llama().items()})
     write_all(place, weights)
     out = {name: tensor if "layers.3." in name else weights["target"][name] for name, tensor in merged(weights).items()}
-    return ask(place, Right(out), vector=vector(place, mask=MaskConfig(layers=[[2, 9]])))
+    return ask(place, Right(out), vector=vector(place, mask=MaskConfig(layers=[[2, 9]])), made_up=True)
 
 
 def tower(seed: int) -> Weights:
@@ -285,7 +287,7 @@ def tower_lost_by_a_donor(place: Path) -> Asked:
     weights = siblings(llama() | tower(1))
     weights["plus"] = {name: tensor for name, tensor in weights["plus"].items() if "visual" not in name}
     write_all(place, weights)
-    return ask(place, Refused(["plus: lacks tensor visual.blocks.0.attn.qkv.weight, which .*minus has"]))
+    return ask(place, Refused(["plus: lacks tensor visual.blocks.0.attn.qkv.weight, which .*minus has"]), made_up=True)
 
 
 @situation(
@@ -299,7 +301,7 @@ def tower_lost_and_masked_out(place: Path) -> Asked:
     write(place / "plus", {name: tensor for name, tensor in weights["plus"].items() if "visual" not in name})
     out = merged(weights) | tower(1)
     mask = MaskConfig(exclude=[r"visual\..*"])
-    return ask(place, Right(out, notes=["target's tensors|mask"]), vector=vector(place, mask=mask))
+    return ask(place, Right(out, notes=["target's tensors|mask"]), vector=vector(place, mask=mask), made_up=True)
 
 
 @situation("layers", "both donors have lost the vision tower", "Blaizzy/mlx-vlm#1879", right="it stays, and is said to")
@@ -307,7 +309,7 @@ def tower_lost_by_both(place: Path) -> Asked:
     text = llama()
     weights = {"target": text | tower(1), "plus": near(text, 1), "minus": near(text, 2)}
     write_all(place, weights)
-    return ask(place, Right(merged(weights), notes=["lacks 2 of the target's tensors.*visual.blocks.0"]))
+    return ask(place, Right(merged(weights), notes=["lacks 2 of the target's tensors.*visual.blocks.0"]), made_up=True)
 
 
 @situation(
@@ -320,7 +322,7 @@ def prefixes_of_two_versions(place: Path) -> Asked:
     weights["target"] = {n.replace("model.", "model.language_model.", 1): t for n, t in weights["target"].items()}
     seen = {f"model.{name}": tensor for name, tensor in tower(1).items()}
     write_all(place, {role: own | seen for role, own in weights.items()}, vocab_size=ROWS, model_type="qwen2_5_vl")
-    return ask(place, Refused([r"vector\.rename"]))
+    return ask(place, Refused([r"vector\.rename"]), made_up=True)
 
 
 @situation(
@@ -335,22 +337,22 @@ def prefixes_renamed(place: Path) -> Asked:
         write(place / role, own | seen, config={"vocab_size": ROWS, "model_type": "qwen2_5_vl"}, tokens=ROWS)
     out = {n.replace("model.", "model.language_model.", 1): t for n, t in merged(weights).items()} | seen
     rename = [[r"^model\.(?!visual)", "model.language_model."]]
-    return ask(place, Right(out, notes=["were renamed"]), vector=vector(place, rename=rename))
+    return ask(place, Right(out, notes=["were renamed"]), vector=vector(place, rename=rename), made_up=True)
 
 
 # --- experts
 
 
-def experts(layout: str, seed: int = 4, count: int = 4) -> Weights:
+def experts(layout: str, layer: int, count: int = 4) -> Weights:
     """The experts of a layer of a mixture, in one of the layouts that published checkpoints have."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(4 + layer)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.05
 
     gate, up, down = normal(count, 12, HIDDEN), normal(count, 12, HIDDEN), normal(count, HIDDEN, 12)
-    at = "model.layers.0.mlp.experts"
-    if layout == "per expert":
+    at = f"model.layers.{layer}.mlp.experts"
+    if layout == "one by one":
         found = {}
         for k in range(count):
             found |= {
@@ -372,24 +374,34 @@ def experts(layout: str, seed: int = 4, count: int = 4) -> Weights:
 
 
 def mixture(layout: str) -> Weights:
-    dense = {n: t for n, t in llama().items() if not n.startswith("model.layers.0.mlp")}
-    return dense | {"model.layers.0.mlp.gate.weight": torch.zeros(4, HIDDEN).bfloat16()} | experts(layout)
+    """As Qwen3-MoE, but for the layout."""
+    found = {name: tensor for name, tensor in llama(tied=False).items() if ".mlp." not in name}
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        generator = torch.Generator().manual_seed(layer)
+        norms = {f"{at}.self_attn.{name}_norm.weight": torch.ones(8).bfloat16() for name in "qk"}
+        router = (torch.randn(4, HIDDEN, generator=generator) * 0.05).bfloat16()
+        found |= norms | {f"{at}.mlp.gate.weight": router} | experts(layout, layer)
+    return found
 
 
-MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+}  # fmt: skip
 
 
-def alike(place: Path, layout: str, **config: object) -> Asked:
+def alike(place: Path, layout: str, made_up: bool = False, **config: object) -> Asked:
     weights = siblings(mixture(layout))
     write_all(place, weights, **(MOE | config))
-    return ask(place, Right(merged(weights)))
+    return ask(place, Right(merged(weights)), made_up=made_up)
 
 
 @situation(
     "experts", "experts stored one by one in all three", "EfficientMoE/MoE-Infinity#108", right="as any other tensor"
 )
 def experts_one_by_one(place: Path) -> Asked:
-    return alike(place, "per expert")
+    return alike(place, "one by one")
 
 
 @situation(
@@ -406,15 +418,15 @@ def experts_fused(place: Path) -> Asked:
     right="as any other tensor",
 )
 def experts_interleaved(place: Path) -> Asked:
-    return alike(place, "interleaved", model_type="gpt_oss")
+    return alike(place, "interleaved", made_up=True, model_type="gpt_oss")
 
 
-def unlike(place: Path, target: str, donors: str, *words: str, model_type: str = "qwen3_moe") -> Asked:
+def unlike(place: Path, target: str, donors: str, *words: str) -> Asked:
     weights = siblings(mixture(donors))
     weights["target"] = mixture(target)
     for role, own in weights.items():
-        write(place / role, own, config=MOE | {"model_type": model_type})
-    return ask(place, Refused([*words, "convert"]))
+        write(place / role, own, config=MOE)
+    return ask(place, Refused([*words, "convert"]), made_up="interleaved" in (target, donors))
 
 
 LAYOUTS = "names both layouts"
@@ -427,7 +439,7 @@ LAYOUTS = "names both layouts"
     refused=LAYOUTS,
 )
 def fused_vector_for_single_experts(place: Path) -> Asked:
-    return unlike(place, "per expert", "fused", "one by one", "fused")
+    return unlike(place, "one by one", "fused", "one by one", "fused")
 
 
 @situation(
@@ -437,7 +449,7 @@ def fused_vector_for_single_experts(place: Path) -> Asked:
     refused=LAYOUTS,
 )
 def single_vector_for_fused_experts(place: Path) -> Asked:
-    return unlike(place, "fused", "per expert", "one by one", "fused")
+    return unlike(place, "fused", "one by one", "one by one", "fused")
 
 
 @situation(
@@ -455,6 +467,6 @@ def interleaved_vector_for_fused_experts(place: Path) -> Asked:
 )
 def donors_of_two_expert_layouts(place: Path) -> Asked:
     weights = siblings(mixture("fused"))
-    weights["minus"] = near(mixture("per expert"), 2)
+    weights["minus"] = near(mixture("one by one"), 2)
     write_all(place, weights, **MOE)
     return ask(place, Refused(["one by one", "fused", "convert"]))

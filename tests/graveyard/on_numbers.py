@@ -52,7 +52,7 @@ def buffers(place: Path) -> Asked:
     weights["minus"]["model.token_count"] = torch.tensor(3)
     write_all(place, weights)
     notes = [f"{name} is not floating-point" for name in ("model.position_ids", "model.bias_mask", "model.token_count")]
-    return ask(place, Right(merged(weights), notes=notes))
+    return ask(place, Right(merged(weights), notes=notes), made_up=True)
 
 
 @situation("dtypes", "fp64 throughout", "none found", right="fp64 arithmetic, to the bit")
@@ -110,7 +110,7 @@ def complex_numbers(place: Path) -> Asked:
     base = llama()
     weights = {role: own | freqs for role, own in siblings(base).items()}
     write_all(place, weights)
-    return ask(place, Right(merged(weights), notes=["model.freqs_cis is not floating-point"]))
+    return ask(place, Right(merged(weights), notes=["model.freqs_cis is not floating-point"]), made_up=True)
 
 
 # --- fp8 and other quantisations
@@ -248,7 +248,7 @@ def mxfp4(place: Path) -> Asked:
     }
     for role in ROLES:
         write(place / role, weights[role] | packed, config={"quantization_config": {"quant_method": "mxfp4"}})
-    return ask(place, Refused(["is quantised by mxfp4"]))
+    return ask(place, Refused(["is quantised by mxfp4"]), made_up=True)
 
 
 # --- numbers that are not finite

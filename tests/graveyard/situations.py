@@ -18,6 +18,7 @@ from checkpoints import near, write_checkpoint
 
 from rvdist.config import Config, VectorConfig
 from rvdist.point import WeightPoint
+from rvdist.record import Record
 
 Weights = dict[str, torch.Tensor]
 ALPHA = 0.7
@@ -47,29 +48,40 @@ class Right:
 @dataclass(frozen=True)
 class Refused:
     """Patterns of what the sentence must say. `underway`: it is found while results are computed, so that there is a
-    run directory by then."""
+    run directory by then. `possible`: another tool may know how, or may be right to look away."""
 
     words: Sequence[str]
     underway: bool = False
+    possible: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run that asks of checkpoints without what is the matter, and what is wrong with the records of both: sentences.
+    With `failed`, patterns, the run itself fails in a sentence that has them; what it did score counts all the same."""
+
+    control: Config
+    wrong: Callable[[Sequence[Record], Sequence[Record]], list[str]]
+    failed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A run, and what is right. `otherwise`: the tensors of a right output where we refuse to make one, for judging
-    other tools; empty where no output can be right. `typed`: the arguments of the command, where it is about
-    these; `point`: what is written, where it is asked for from Python."""
+    """A run, and what is right. `typed`: the arguments of the command, where it is about these; `point`: what is
+    written, where it is asked for from Python. `made_up`: no architecture has these tensors, so that tools which go by
+    architectures cannot be asked."""
 
     settings: Config
-    verdict: Right | Refused
-    otherwise: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    verdict: Right | Refused | Scored
     typed: Sequence[str] = ()
     point: WeightPoint | None = None
+    made_up: bool = False
 
 
 @dataclass(frozen=True)
 class Situation:
     """`what` it is; the public `report` it is taken from, as OWNER/REPO#NUMBER or an address; what we do: `right` or
-    `refused` say how. `todo`: why it does not come out so yet."""
+    `refused` say how. `todo`: why it does not come out so yet; `slow`: it needs an engine."""
 
     name: str
     group: str
@@ -86,13 +98,13 @@ SITUATIONS: list[Situation] = []
 
 
 def situation(
-    group: str, what: str, report: str, *, right: str = "", refused: str = "", todo: str = ""
+    group: str, what: str, report: str, *, right: str = "", refused: str = "", todo: str = "", slow: bool = False
 ) -> Callable[[Callable[[Path], Asked]], Callable[[Path], Asked]]:
     """Enters a builder, whose name is the situation's."""
     assert bool(right) != bool(refused), "either right or refused"
 
     def enter(build: Callable[[Path], Asked]) -> Callable[[Path], Asked]:
-        SITUATIONS.append(Situation(build.__name__, group, what, report, right, refused, build, todo))
+        SITUATIONS.append(Situation(build.__name__, group, what, report, right, refused, build, todo, slow))
         return build
 
     return enter
@@ -202,7 +214,7 @@ def write_all(place: Path, weights: Mapping[str, Weights], shards: int = 1, **co
         write(place / role, weights[role], shards, config)
 
 
-def ask(place: Path, verdict: Right | Refused, otherwise: Weights | None = None, **settings: Any) -> Asked:
+def ask(place: Path, verdict: Right | Refused, made_up: bool = False, **settings: Any) -> Asked:
     """target + ALPHA · (plus − minus), written to out; `settings` are other keys."""
     asked = Config(
         target=str(place / "target"),
@@ -210,7 +222,7 @@ def ask(place: Path, verdict: Right | Refused, otherwise: Weights | None = None,
         alpha=ALPHA,
         output=str(place / "out"),
     )
-    return Asked(replace(asked, **settings), verdict, otherwise or {})
+    return Asked(replace(asked, **settings), verdict, made_up=made_up)
 
 
 def vector(place: Path, **keys: Any) -> VectorConfig:

@@ -1,0 +1,69 @@
+"""The situations of the graveyard that need an engine: every answer as it must be, or one sentence."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from catalogue import SITUATIONS
+from rich.console import Console
+from runner import contents
+from situations import Refused, Scored, Situation
+
+from rvdist.config import CacheConfig, Config
+from rvdist.errors import BadInput
+from rvdist.log import Log, LoggedTiming
+from rvdist.record import Record
+from rvdist.run import Run
+from rvdist.stages import run_jobs
+from rvdist.warm import Warm
+
+pytestmark = pytest.mark.slow
+
+
+def score(settings: Config, directory: Path) -> tuple[list[Record], Exception | None]:
+    """What a run of its own has scored, and what it ended with."""
+    log = Log(console=Console(quiet=True, force_terminal=False))
+    settings = replace(settings, cache=CacheConfig(str(directory / "cache"), samples=False))
+    run = Run(settings, directory, "graveyard", LoggedTiming(log), log)
+    with closing(Warm()) as warm:
+        (end,) = run_jobs([run], warm, last=True)
+    return list(run.scores.records) if run.scores else [], end if isinstance(end, Exception) else None
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def marked(situation: Situation) -> object:
+    marks = [pytest.mark.xfail(reason=situation.todo, strict=True)] if situation.todo else []
+    return pytest.param(situation, id=situation.name, marks=marks)
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("situation", [marked(situation) for situation in SITUATIONS if situation.slow])
+def test_nothing_is_silent_when_it_is_scored(situation: Situation, place: Path) -> None:
+    asked = situation.build(place)
+    before, verdict = contents(place), asked.verdict
+    records, error = score(asked.settings, place / "run")
+    if isinstance(verdict, Refused):
+        assert situation.refused and isinstance(error, BadInput), f"silent, or not a refusal: {error!r}"
+        assert "\n" not in str(error) and all(re.search(words, str(error)) for words in verdict.words), str(error)
+        left = {path for path in contents(place) - before if path.parts[:2] != ("run", "cache")}
+        assert verdict.underway or not left, left
+        return
+    assert situation.right and isinstance(verdict, Scored)
+    if verdict.failed:
+        assert error and all(re.search(words, str(error)) for words in verdict.failed), f"silent: {error!r}"
+    elif error:
+        raise error
+    control, stopped = score(verdict.control, place / "control-run")
+    assert stopped is None, stopped
+    assert verdict.wrong(records, control) == []
