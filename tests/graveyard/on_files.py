@@ -506,7 +506,7 @@ def output_over_a_donor(place: Path) -> Asked:
 @situation(
     "mistakes",
     "donors of another pre-training",
-    "none found",
+    "arcee-ai/mergekit#125",
     refused="gives their sampled distance from the target",
 )
 def another_pretraining(place: Path) -> Asked:
@@ -520,7 +520,7 @@ def another_pretraining(place: Path) -> Asked:
 @situation(
     "mistakes",
     "a base model's vector on another size of it",
-    "none found",
+    "arcee-ai/mergekit#125",
     refused="names a tensor and both shapes, or the key of the config",
 )
 def another_size(place: Path) -> Asked:
