@@ -4,13 +4,19 @@ VENV := .venv
 PY := $(VENV)/bin/python
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: demo test test-slow lint pocket clean
+PARTS := heavy shared fast
+
+.PHONY: demo test $(PARTS:%=test-%) test-slow lint pocket clean
 
 demo: $(VENV)/ready
 	$(PY) -m rvdist.launch experiment=demo
 
-test: lint
-	$(PY) -m pytest -m "not slow and not gpu"
+# The parts, the longest first, two at a time; each is shown when it ends. tests/conftest.py says which test is in which.
+test: $(VENV)/ready
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(PARTS:%=test-%) lint
+
+$(PARTS:%=test-%): test-%: $(VENV)/ready
+	$(PY) -m pytest -m "not slow and not gpu" --part $*
 
 test-slow: $(VENV)/ready
 	$(PY) -m pytest -m "slow"
@@ -32,9 +38,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 ifeq ($(EXTRA),gpu)
 	$(PY) -m pip install --quiet --editable ".[gpu,dev]"
 else
-	$(PY) -m pip install --quiet --no-deps --requirement constraints.txt || \
+	$(PY) -m pip install --quiet --no-deps --no-compile --requirement constraints.txt || \
 	  { echo "If pip found no torch+cpu: point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at PyTorch's CPU wheels"; exit 1; }
 	$(PY) -m pip install --quiet --no-deps --editable .
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # pip does so on one core; templates that are no Python fail
 endif
 	@touch $@
 

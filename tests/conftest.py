@@ -9,12 +9,44 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
+
 import torch
 from checkpoints import POCKET, near, tensors, write_checkpoint
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 _STATUS = pytest.StashKey[int]()
+_WITHOUT = Path(__file__).with_name("without")
+_SHARED = {"ray_local", "families", "nodes"}  # a Ray or engines in the process of the tests
+_HEAVY = _SHARED | {"resumed", "examples", "allocation"}  # and what starts commands
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=["fast", "shared", "heavy"], help="one of the parts of `make test`")
+
+
+def part(item: pytest.Item) -> str:
+    """What a test needs decides: little, a Ray or engines that others share, or much of its own."""
+    if _SHARED & set(getattr(item, "fixturenames", ())):
+        return "shared"
+    return "heavy" if item.get_closest_marker("heavy") else "fast"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is fast needs neither Ray nor vLLM: there, and in the processes it starts, importing them fails."""
+    if config.getoption("part") == "fast":
+        sys.path.insert(0, str(_WITHOUT))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_WITHOUT), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _HEAVY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
+    if wanted := config.getoption("part"):
+        config.hook.pytest_deselected(items=[item for item in items if part(item) != wanted])
+        items[:] = [item for item in items if part(item) == wanted]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

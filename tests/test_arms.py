@@ -7,6 +7,8 @@ from checkpoints import POCKET, launch
 
 from rvdist.record import read_records
 
+pytestmark = pytest.mark.heavy
+
 THINK = "Think step by step.\n"
 ARMS = (
     'arms=[{name:Baseline,alpha:0},{name:"G+T",weights:"${vector.plus}",prompt:think},{name:"+Vector",alpha:1},'

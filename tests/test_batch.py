@@ -171,6 +171,7 @@ def table(place, run="run"):
     return json.loads((place / run / "batch.json").read_text())
 
 
+@pytest.mark.heavy
 def test_one_that_fails_loses_no_other(place):
     done = launch(f"batch=[{BAD[0]},{GOOD},{','.join(BAD[1:])}]", *COMMON, "hydra.run.dir=run", cwd=place)
     assert done.returncode == 1 and "Traceback" not in done.stderr

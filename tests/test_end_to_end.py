@@ -15,6 +15,8 @@ from rvdist.fleet.engine import Engine, EngineSettings
 from rvdist.fleet.request import Generate
 from rvdist.record import read_records
 
+pytestmark = pytest.mark.heavy
+
 ALPHAS = [-1, 0.5, 1]
 KEYS = (
     "arm point alpha prompt task metric filter primary higher_is_better seed value stderr ci_low ci_high n "

@@ -142,6 +142,7 @@ def test_an_engine_that_cannot_start_is_one_sentence(place):
     assert "an engine could not start" in done.stderr and "quantized" in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_merge_from_the_command_and_again(place):
     arguments = merge("alpha=0.5", "hydra.run.dir=run", "merge.workers=1")
     done = launch(*arguments, cwd=place)

@@ -110,6 +110,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(terminal, as_json, monkeypatch,
         assert re.search(r"merge: 1.0 kB of 4.0 kB in 0.\d s, .*/s, 0 s left", text) and "━" not in text
 
 
+@pytest.mark.heavy
 def test_a_merge_told_in_json(place):
     run = place / "run"
     done = launch("target=family/target", *VECTOR, "output=out", "hydra.run.dir=run", "log=json", cwd=place)

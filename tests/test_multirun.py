@@ -6,6 +6,8 @@ import shutil
 import pytest
 from checkpoints import POCKET, launch
 
+pytestmark = pytest.mark.heavy
+
 SCORING = (
     "experiment=demo",
     f"vector.plus={POCKET / 'grpo'}",

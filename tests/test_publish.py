@@ -341,6 +341,7 @@ def test_what_the_hub_has_is_compared(hub, vector, monkeypatch, lost):
 # The command
 
 
+@pytest.mark.heavy
 def test_on_a_terminal_it_asks(server, family, tmp_path):
     family()
     command = ["vector.plus=plus", "vector.minus=minus", "vector.save=v", "publish=org/v"]
@@ -373,6 +374,7 @@ def test_on_a_terminal_it_asks(server, family, tmp_path):
     assert status == 0 and f"published org/v@{server.commit('org/v', 'main')}" in said
 
 
+@pytest.mark.heavy
 def test_an_upload_that_was_killed_goes_on(server, family, tmp_path):
     family()
     command = (
@@ -419,6 +421,7 @@ print(model.generate(**tokens, max_new_tokens=4, do_sample=False).shape)
 """
 
 
+@pytest.mark.heavy
 def test_a_scored_checkpoint_is_published_and_comes_back(server, tmp_path):
     """Merged, scored and published by one command; then loaded by transformers, and merged from."""
     sources = {}

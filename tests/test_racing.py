@@ -5,6 +5,8 @@ import json
 import pytest
 from checkpoints import POCKET, launch
 
+pytestmark = pytest.mark.heavy
+
 SCORING = (
     "experiment=demo",
     f"target={POCKET / 'target'}",

@@ -242,6 +242,7 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
         assert units_apart(found, expected[where.name], inputs) <= 4
 
 
+@pytest.mark.heavy
 def test_the_command_writes_what_mergekit_does(here, expected, tmp_path):
     """All recorded recipes as one plan; dtype and base are the recipe's."""
     files = ",".join(f"'{HERE / name}.yml'" for name in EXACT)

@@ -18,6 +18,8 @@ from lm_eval.utils import get_results_filenames, make_table
 from lm_eval_logs import log_samples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.heavy
+
 TASKS = ["pocket_sums", "pocket_choice", "ended", "whole"]
 LIMIT = 12
 OWN = {

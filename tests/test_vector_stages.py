@@ -146,6 +146,7 @@ def test_names_are_not_guessed(family, tmp_path):
         check(paths["target"], Vector(str(write_adapter(tmp_path / "b", alien))))
 
 
+@pytest.mark.heavy
 def test_the_command_stores_applies_and_says_what_is_wrong(family, tmp_path):
     """One vector stored, and applied in place of its donors."""
     paths = family()

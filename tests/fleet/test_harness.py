@@ -106,6 +106,7 @@ def test_records_survive_a_file(suite, tokenizer, tmp_path):
     assert list(read_records(tmp_path / "r.jsonl")) == records
 
 
+@pytest.mark.heavy
 def test_an_unknown_task_is_named(tmp_path):
     with pytest.raises(BadInput, match="there is no task 'pocket_sms'; did you mean pocket_sums?"):
         Suite.load(["pocket_sms"])

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 from checkpoints import POCKET
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -72,6 +71,8 @@ def test_points_give_different_answers(alone):
 
 def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(alone, requests):
     """Two engines share the work; one is killed and replaced; there never is room for a third."""
+    import ray
+
     fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
     ray.wait(list(fleet._starting), num_returns=2)
     kept, seen, killed = {}, [], []
@@ -190,6 +191,7 @@ def test_requests_that_kill_every_engine_are_reported_after_all_else_is_answered
 @pytest.mark.slow
 def test_an_engine_joins_when_the_cluster_grows(requests):
     """The second engine waits for a node that comes while the first one works."""
+    import ray
     from ray.cluster_utils import Cluster
 
     from rvdist import cluster

@@ -217,6 +217,7 @@ def check_replays(tolerance, count):
         assert np.median([one.cost for one in replays]) <= 0.5, family
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 def test_replays_of_recorded_grids(tolerance):
     check_replays(tolerance, 200)

@@ -179,6 +179,7 @@ def test_kuberay_gives_the_token(rayjob: dict[str, Any]) -> None:
     assert rayjob["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
 
 
+@pytest.mark.heavy
 def test_ray_up_takes_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Filled and checked by Ray's own functions, as `ray up` does before it does anything."""
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -199,6 +200,7 @@ def test_ray_up_takes_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         assert start.startswith("RAY_AUTH_MODE=token ")
 
 
+@pytest.mark.heavy
 def test_ray_up_refuses_what_it_does_not_know() -> None:
     import jsonschema
     from ray.autoscaler._private.util import prepare_config, validate_config

@@ -51,6 +51,7 @@ def files(place: Path) -> set[str]:
     return {name for name in found if "__pycache__" not in name}
 
 
+@pytest.mark.heavy
 def test_what_a_job_takes_along(tree: Path, tmp_path: Path) -> None:
     """Packed by Ray's own function."""
     from ray._private.ray_constants import get_runtime_env_default_excludes

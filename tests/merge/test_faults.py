@@ -376,6 +376,7 @@ def test_a_disk_that_fills_up_in_the_middle(run, right, tmp_path, mount, monkeyp
     goes_on(run, disk / "out", right)
 
 
+@pytest.mark.heavy
 def test_a_disk_without_room_is_found_before_any_work(tmp_path, mount):
     disk = mount(tmp_path / "disk", "-t", "tmpfs", "-o", "size=500k", "tmpfs")
     sources = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]

@@ -51,6 +51,7 @@ def told(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.heavy
 def test_sums(told):
     asked = told["target pocket_sums"]
     assert asked["size"] >= 600

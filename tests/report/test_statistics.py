@@ -154,6 +154,7 @@ def test_wilson_covers_on_average():
     assert min(coverage) >= 0.92 and np.mean(coverage) >= 0.945
 
 
+@pytest.mark.heavy
 def test_bootstrap_covers_and_never_disagrees():
     """40 documents asked four times in two arms, an effect of 8 points in each of them."""
     rng = np.random.default_rng(0)

@@ -194,12 +194,14 @@ def verdicts(mode):
     return dict(zip([*ATTEMPTS, *range(len(SAYS))], run(programs, LIMITS, 4, mode), strict=True))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_attempts_do_not_pass(mode, name):
     verdict = verdicts(mode)[name]
     assert verdict.mode == mode and not verdict.passed and verdict.reason, verdict
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", range(len(SAYS)))
 def test_a_verdict_says_what_happened(mode, number):
     _, _, outcome, reason = SAYS[number]

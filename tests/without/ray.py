@@ -1,0 +1,1 @@
+raise ImportError("a test of `make test-fast` imports ray: mark it heavy")
