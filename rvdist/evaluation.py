@@ -223,7 +223,7 @@ class Examination:
                 if todo:
                     fleet = self._fleet(asking, arms)
                     was_up = fleet.first_up is not None
-                    with FleetView(total, cached, names, run.log) as view:
+                    with FleetView(total, cached, names, run.log, str(run.cache / FILE) if cache else None) as view:
                         fleet.answer(todo, requests, keep, view.show)
                     _note(arms, fleet, 0.0 if was_up else fleet.first_up or 0.0)
                     spoiled = {piece.point: found.spoiled for piece, found in answered.items() if found.spoiled}

@@ -18,16 +18,26 @@ import sys
 import time
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rvdist.checkpoint.source import open_source
 from rvdist.errors import BadInput
-from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood, Rolling, Unscorable
+from rvdist.fleet.request import (
+    Answer,
+    Choice,
+    Completion,
+    Generate,
+    Loglikelihood,
+    Progress,
+    Request,
+    Rolling,
+    Unscorable,
+)
 from rvdist.fleet.served import linked, strays
 from rvdist.point import Term, WeightPoint
 
@@ -96,8 +106,14 @@ _TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for
 
 _REMEMBERED = 2**24  # tokens of prompts, so that no prompt is cut into tokens again for every point
 
+_TELL_EVERY = 0.5  # seconds, how far a batch is
+
 _PROBE = "12 + 34 = 46, and the sum of 5 and 6 is 11."
 _PROBE_TOLERANCE = 1e-3  # nats: only the order in which a normaliser is summed may differ
+
+
+T = TypeVar("T")
+Running = Generator[Progress, None, T]  # what comes meanwhile, and at the end
 
 
 @dataclass(frozen=True)
@@ -215,6 +231,16 @@ def _hidden(module: str) -> Iterator[None]:
     finally:
         if hides:
             del sys.modules[module]
+
+
+def _finish(running: Running[T]) -> T:
+    """What comes at the end."""
+    while True:
+        try:
+            next(running)
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
 
 class Engine:
@@ -366,7 +392,7 @@ class Engine:
 
     def _log_probabilities(self, tokens: list[int]) -> list[float]:
         """Of each token but the first after those before it."""
-        (found,) = self._candidates([tokens])
+        (found,) = _finish(self._candidates([tokens]))
         return [found[i][token].logprob for i, token in enumerate(tokens) if i > 0]
 
     def _require_own(self, found: Sequence[float], tolerance: float, otherwise: str) -> None:
@@ -378,6 +404,26 @@ class Engine:
         """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
         but not on their order. Raises ValueError for a prompt that is empty or does not fit, Unscorable where a
         token had no distribution."""
+        return _finish(self._generating(requests))
+
+    def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
+        """One score a request, in order; one batch, as `generate`. Raises what `generate` raises."""
+        return _finish(self._scoring(requests))
+
+    def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
+        """One score a text, in order; the requests are one batch, as in `generate`."""
+        return _finish(self._rolling(requests))
+
+    def answering(self, requests: Sequence[Request]) -> Running[Sequence[Answer]]:
+        """The answers to requests of one kind, as the methods above give them; meanwhile, about twice a second, how far
+        they are."""
+        if isinstance(requests[0], Generate):
+            return (yield from self._generating([r for r in requests if isinstance(r, Generate)]))
+        if isinstance(requests[0], Rolling):
+            return (yield from self._rolling([r for r in requests if isinstance(r, Rolling)]))
+        return (yield from self._scoring([r for r in requests if isinstance(r, Choice)]))
+
+    def _generating(self, requests: Sequence[Generate]) -> Running[list[Completion]]:
         from vllm import SamplingParams
 
         self._require_finite()
@@ -404,7 +450,7 @@ class Engine:
         ]
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), requests[i].prompt))
         completions: dict[int, Completion] = {}
-        answers = self._run([prompts[i] for i in order], [parameters[i] for i in order])
+        answers = yield from self._run([prompts[i] for i in order], [parameters[i] for i in order])
         for i, answer in zip(order, answers, strict=True):
             output = answer.outputs[0]
             text = output.text
@@ -421,8 +467,7 @@ class Engine:
         drawn = hashlib.blake2b(f"{self.settings.seed} {request.repeat} {request.prompt}".encode(), digest_size=4)
         return int.from_bytes(drawn.digest(), "big")
 
-    def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
-        """One score a request, in order; one batch, as `generate`. Raises what `generate` raises."""
+    def _scoring(self, requests: Sequence[Choice]) -> Running[list[Loglikelihood]]:
         self._require_finite()
         prompts, starts = [], []
         for request in requests:
@@ -432,10 +477,9 @@ class Engine:
             starts.append(len(prompts[-1]) - len(continuation))
             if starts[-1] < 1:
                 raise ValueError(f"a continuation of {len(continuation)} tokens leaves no room for its context")
-        return self._score(prompts, starts)
+        return (yield from self._score(prompts, starts))
 
-    def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
-        """One score a text, in order; the requests are one batch, as in `generate`."""
+    def _rolling(self, requests: Sequence[Rolling]) -> Running[list[Loglikelihood]]:
         self._require_finite()
         windows = [
             (i, *window)
@@ -446,7 +490,8 @@ class Engine:
         at_once = max(1, _TOKENS_AT_ONCE // self._max_len)
         for k in range(0, len(windows), at_once):
             owners, prompts, starts = zip(*windows[k : k + at_once], strict=True)
-            for i, score in zip(owners, self._score(prompts, starts), strict=True):
+            found = yield from self._score(prompts, starts)
+            for i, score in zip(owners, found, strict=True):
                 scores[i].append(score)
         return [
             Loglikelihood(sum((s.logprob for s in own), 0.0), all(s.greedy for s in own), sum(s.tokens for s in own))
@@ -462,14 +507,15 @@ class Engine:
             prompt = tokens[end - width - 1 : end] if begin else [self._prefix, *tokens[:end]]
             yield prompt, len(prompt) - (end - begin)
 
-    def _score(self, prompts: Sequence[list[int]], starts: Sequence[int]) -> list[Loglikelihood]:
+    def _score(self, prompts: Sequence[list[int]], starts: Sequence[int]) -> Running[list[Loglikelihood]]:
         """How likely each prompt is from its start on."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-        answers = dict(zip(order, self._candidates([prompts[i] for i in order]), strict=True))
+        found = yield from self._candidates([prompts[i] for i in order])
+        answers = dict(zip(order, found, strict=True))
         scores = []
         for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            found = answers[i].logprobs[answers[i].start_indices[start] :]
-            own, likeliest = found[::2], found[1::2]
+            numbers = answers[i].logprobs[answers[i].start_indices[start] :]
+            own, likeliest = numbers[::2], numbers[1::2]
             assert len(own) == len(likeliest) == len(prompt) - start
             # lm-eval's rule: a token that ties with the likeliest is greedy, whatever vLLM's rank says
             greedy = all(map(operator.ge, own, likeliest))
@@ -479,20 +525,35 @@ class Engine:
             scores.append(Loglikelihood(total, greedy, len(prompt) - start))
         return scores
 
-    def _candidates(self, prompts: Sequence[list[int]]) -> list[Any]:
+    def _candidates(self, prompts: Sequence[list[int]]) -> Running[list[Any]]:
         """For each prompt vLLM's FlatLogprobs over its positions: the token there, then the likeliest."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(
             temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False, flat_logprobs=True, skip_clone=True
         )
-        return [answer.prompt_logprobs for answer in self._run(prompts, parameters)]
+        answers = yield from self._run(prompts, parameters)
+        return [answer.prompt_logprobs for answer in answers]
 
-    def _run(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
+    def _run(self, prompts: Sequence[list[int]], parameters: Any) -> Running[list[Any]]:
+        """vLLM's answers, in order. It is asked what its own LLM.generate asks it, so that batches are the same."""
         from vllm import TokensPrompt
 
-        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        answers: list[Any] = self._llm.generate(inputs, parameters, use_tqdm=False)
+        vllm, answers, steps, told = self._llm.llm_engine, [], 0, time.monotonic()
+        named = self._llm.enqueue(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=False
+        )
+        try:
+            while vllm.has_unfinished_requests():
+                answers += [answer for answer in vllm.step() if answer.finished]
+                steps += 1
+                if time.monotonic() - told > _TELL_EVERY:
+                    yield self._progress(prompts, answers, steps)
+                    told = time.monotonic()
+        except BaseException:  # nothing of it may be left for the next batch
+            vllm.abort_request(named, internal=True)
+            self._llm.collective_rpc("rvdist_rows")
+            raise
         rows, bad = map(sum, zip(*self._llm.collective_rpc("rvdist_rows"), strict=True))
         if prompts and not rows:
             raise RuntimeError("this vLLM takes no logits from where they are watched; install another version")
@@ -501,7 +562,24 @@ class Engine:
                 f"of {rows:,} distributions over the next token {bad:,} are not a number; choose a smaller alpha, or "
                 "leave the arm out"
             )
-        return answers
+        yield self._progress(prompts, answers, steps)
+        return sorted(answers, key=lambda answer: int(answer.request_id))
+
+    def _progress(self, prompts: Sequence[list[int]], answers: Sequence[Any], steps: int) -> Progress:
+        """How far a batch is: counted, not guessed, but for prompts of which vLLM has read a part."""
+        begun = [
+            state
+            for state in self._llm.llm_engine.output_processor.request_states.values()
+            if not state.is_prefilling and state.detokenizer
+        ]
+        return Progress(
+            len(answers),
+            sum(map(len, prompts)),
+            sum(len(answer.prompt_token_ids) for answer in answers) + sum(state.prompt_len for state in begun),
+            sum(len(answer.outputs[0].token_ids) for answer in answers)
+            + sum(state.detokenizer.num_output_tokens() for state in begun),
+            steps,
+        )
 
     def _require_weights(self) -> None:
         if self._at is None:

@@ -112,3 +112,15 @@ class Refused:
     """A slice that got no answers, since its point is `Unscorable`: the `reason`."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a slice is: so many of its requests are answered, of its `prompt_tokens` so many are `read`, and so many
+    `tokens` made, in so many `steps` of all that are answered at once."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    read: int = 0
+    tokens: int = 0
+    steps: int = 0

@@ -16,7 +16,7 @@ from rvdist.fleet.request import Generate, Request
 from rvdist.point import WeightPoint
 
 LETHAL = 2  # engines that may die on a slice before it is given up
-_CHARACTERS_PER_TOKEN = 4
+CHARACTERS_PER_TOKEN = 4
 _MUCH = 4 / 3  # times as long: what an engine leaves its point's shorter slices for
 _FIRST_RATE = 1e-3  # seconds a token, until a slice has been timed
 
@@ -30,6 +30,11 @@ class Slice:
     begin: int
     end: int
     work: float
+
+    @property
+    def count(self) -> int:
+        """How many requests it has."""
+        return self.end - self.begin
 
 
 def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_size: int) -> list[Slice]:
@@ -49,8 +54,8 @@ def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_siz
 
 def _work(request: Request) -> float:
     if isinstance(request, Generate):
-        return len(request.prompt) / _CHARACTERS_PER_TOKEN + request.max_tokens
-    return (len(request.context) + len(request.continuation)) / _CHARACTERS_PER_TOKEN + 1
+        return len(request.prompt) / CHARACTERS_PER_TOKEN + request.max_tokens
+    return (len(request.context) + len(request.continuation)) / CHARACTERS_PER_TOKEN + 1
 
 
 @dataclass
@@ -161,13 +166,16 @@ class Schedule:
             tally.work += piece.work
         self._tally_swap(swap)
 
-    def refuse(self, engine: int, swap: float) -> None:
+    def refuse(self, engine: int, swap: float) -> list[Slice]:
         """The engine has no answers at the point of its slice, after a `swap` of so many seconds: nobody is asked at
-        that point again."""
+        that point again. Returns what waited there."""
         piece, _ = self._busy.pop(engine)
-        self._refused.add(self._id(piece.point))
-        self._piles[self._id(piece.point)].clear()
+        point = self._id(piece.point)
+        self._refused.add(point)
+        waiting = [other for pile in self._piles[point].values() for other in pile.slices]
+        self._piles[point].clear()
         self._tally_swap(swap)
+        return waiting
 
     def _tally_swap(self, swap: float) -> None:
         if swap > 0:
@@ -177,13 +185,6 @@ class Schedule:
     def left(self, point: WeightPoint) -> int:
         """How many slices of a point wait."""
         return sum(len(pile.slices) for pile in self._piles[self._id(point)].values())
-
-    def seconds_left(self, now: float) -> float | None:
-        """What is still to be done, shared by all engines; None before anything was timed."""
-        if not self._at or not self._total.work:
-            return None
-        busy = sum(self._free(engine, now) for engine in self._busy)
-        return (busy + sum(self._left().values())) / len(self._at)
 
     def _id(self, point: WeightPoint) -> int:
         if point not in self._ids:

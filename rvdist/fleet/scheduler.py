@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 from rvdist.cluster import live_nodes
 from rvdist.errors import BadInput, Failed
 from rvdist.fleet.engine import Engine, EngineSettings, versions
-from rvdist.fleet.request import Answer, Answered, Choice, Generate, Refused, Request, Rolling, Unscorable
+from rvdist.fleet.forecast import Forecast
+from rvdist.fleet.request import Answered, Completion, Progress, Refused, Request, Unscorable
 from rvdist.fleet.schedule import LETHAL, Schedule, Slice
 from rvdist.point import WeightPoint
 
@@ -38,6 +39,7 @@ class FleetStats:
     swaps: int = 0
     requests: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     deaths: int = 0
     by_engine: dict[int, int] = field(default_factory=dict)  # requests
 
@@ -61,43 +63,46 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The fleet now: what is done of this call's work, and how long the rest should take (None: unknown)."""
+    """The fleet now: what is done of this call's work, that within slices included, and how long the rest should take
+    (None: unknown). `prompt_tokens` are those read, `tokens` those made or scored. What is `in_flight`, requests of
+    slices that are not finished, would be asked again if all ended now; `finished` are those of slices that are."""
 
     engines: tuple[EngineStatus, ...]
     requests: int
     tokens: int
     seconds_left: float | None
+    prompt_tokens: int = 0
+    in_flight: int = 0
+    finished: int = 0
 
 
 class EngineActor(Engine):
-    """An engine as a Ray actor answers a whole slice in one call. Any class of these methods can be in its place."""
+    """An engine as a Ray actor answers a whole slice in one call. Any class of these methods can be in its place; one
+    that does not tell how far it is returns what this one yields last."""
 
     def __init__(self, base: str, settings: EngineSettings) -> None:
         # Ray sets it to num_cpus. A runtime environment would too, but takes a process and two seconds more
         os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
         super().__init__(base, settings)
 
-    def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered | Refused, float]:
-        """The answers, or why there are none at this point, and the seconds that the swap took (0: none was needed).
-        Raises BadInput for a prompt that does not fit."""
+    def answer(
+        self, piece: Slice, requests: Sequence[Request]
+    ) -> Iterator[Progress | tuple[Answered | Refused, float]]:
+        """How far it is, now and then; last the answers, or why there are none at this point, and the seconds that the
+        swap took (0: none was needed). Raises BadInput for a prompt that does not fit."""
         begin, truncated, moved = time.perf_counter(), self.truncated, not self.is_at(piece.point)
         swapped = begin
-        answers: list[Answer] = []
         try:
             self.swap(piece.point)
             swapped = time.perf_counter()
-            if isinstance(requests[0], Generate):
-                answers += self.generate([r for r in requests if isinstance(r, Generate)])
-            elif isinstance(requests[0], Rolling):
-                answers += self.rolling([r for r in requests if isinstance(r, Rolling)])
-            else:
-                answers += self.loglikelihood([r for r in requests if isinstance(r, Choice)])
+            answers = yield from self.answering(requests)
         except Unscorable as error:
-            return Refused(str(error)), (swapped - begin) * moved
+            yield Refused(str(error)), (swapped - begin) * moved
+            return
         except ValueError as error:
             raise BadInput(f"engine.max_model_len, benchmarks.allow_truncation: {error}") from None
         cut, seconds = self.truncated - truncated, time.perf_counter() - swapped
-        return Answered(tuple(answers), cut, seconds, tuple(self.spoiled)), (swapped - begin) * moved
+        yield Answered(tuple(answers), cut, seconds, tuple(self.spoiled)), (swapped - begin) * moved
 
 
 @dataclass
@@ -109,6 +114,7 @@ class _Seat:
     up: float | None = None
     at: WeightPoint | None = None
     failures: int = 0
+    progress: Progress | None = None  # of the slice at which it works
 
 
 class Fleet:
@@ -184,7 +190,8 @@ class Fleet:
         import ray
 
         self.stats, self.refused = FleetStats(), {}
-        schedule = Schedule(slices, self._home)
+        slices = list(slices)
+        schedule, forecast = Schedule(slices, self._home), Forecast(slices, requests)
         answers: dict[Slice, Answered] = {}
         running: dict[Any, tuple[_Seat, Slice]] = {}
         came: list[tuple[Slice, Answered]] = []
@@ -194,10 +201,10 @@ class Fleet:
             if seat.up is not None and seat.number not in unsure:
                 schedule.join(seat.number, seat.at)
         while True:
-            self._feed(schedule, requests, running)
+            self._feed(schedule, forecast, requests, running)
             for piece, answered in came:  # after the engines were fed: keeping takes its time
                 keep(piece, answered)
-            watch(self._status(schedule, running, begin))
+            watch(self._status(schedule, forecast, running, begin))
             if schedule.over:
                 break
             self._require_engines(running)
@@ -206,22 +213,31 @@ class Fleet:
                 if ready in self._starting:
                     self._welcome(ready, schedule, begin)
                     continue
-                seat, piece = running.pop(ready)
+                seat, piece = running[ready]
                 try:
-                    answered, swap = ray.get(ready)
+                    found = _next(ready)
+                    if isinstance(found, Progress):
+                        seat.progress = found
+                        forecast.hear(piece, found, time.monotonic())
+                        continue
+                    del running[ready]
+                    answered, swap = found
                 except ray.exceptions.RayTaskError as error:
                     for done in came:
                         keep(*done)
                     raise error.cause from None
                 except ray.exceptions.RayError:
+                    del running[ready]
+                    forecast.drop(piece)
                     self._bury(seat, schedule, begin, {busy.number for busy, _ in running.values()})
                     continue
                 if isinstance(answered, Refused):
                     self.refused.setdefault(piece.point, answered.reason)
-                    schedule.refuse(seat.number, swap)
+                    forecast.refuse(piece, schedule.refuse(seat.number, swap))
                     self._count_swap(swap)
                     continue
                 schedule.finish(seat.number, swap, answered.seconds)
+                forecast.finish(piece, answered, time.monotonic())
                 self._count(seat, answered, swap)
                 answers[piece] = answered
                 came.append((piece, answered))
@@ -281,6 +297,7 @@ class Fleet:
     def _feed(
         self,
         schedule: Schedule,
+        forecast: Forecast,
         requests: Mapping[str, Sequence[Request]],
         running: dict[Any, tuple[_Seat, Slice]],
     ) -> None:
@@ -289,7 +306,8 @@ class Fleet:
             if seat.up is None or seat.number in busy:
                 continue
             if piece := schedule.take(seat.number, time.monotonic()):
-                seat.at = piece.point
+                seat.at, seat.progress = piece.point, None
+                forecast.begin(piece, time.monotonic())
                 batch = requests[piece.task][piece.begin : piece.end]
                 running[seat.actor.answer.remote(piece, batch)] = (seat, piece)
 
@@ -316,6 +334,10 @@ class Fleet:
         stats.generate += answered.seconds
         stats.requests += count
         stats.tokens += sum(answer.tokens for answer in answered.answers)
+        if seat.progress:
+            stats.prompt_tokens += seat.progress.read
+        else:
+            stats.prompt_tokens += sum(one.prompt_tokens for one in answered.answers if isinstance(one, Completion))
         stats.by_engine[seat.number] = stats.by_engine.get(seat.number, 0) + count
 
     def _count_swap(self, swap: float) -> None:
@@ -333,23 +355,37 @@ class Fleet:
     def _status(
         self,
         schedule: Schedule,
+        forecast: Forecast,
         running: Mapping[Any, tuple[_Seat, Slice]],
         begin: float,
     ) -> Status:
-        now, by_engine = time.monotonic(), self.stats.by_engine
-        working = {seat.number: piece.point for seat, piece in running.values()}
+        now, stats = time.monotonic(), self.stats
+        working = {seat.number: piece for seat, piece in running.values()}
+        within = {seat.number: seat.progress for seat, _ in running.values() if seat.progress}
+        requests = {number: min(found.requests, working[number].count) for number, found in within.items()}
         engines = [
             EngineStatus(
                 seat.number,
                 seat.up is not None,
-                point := working.get(seat.number),
-                by_engine.get(seat.number, 0) / max(now - max(seat.up, begin), _TICK) if seat.up is not None else 0.0,
-                schedule.left(point) if point is not None else 0,
+                piece.point if (piece := working.get(seat.number)) else None,
+                (stats.by_engine.get(seat.number, 0) + requests.get(seat.number, 0))
+                / max(now - max(seat.up, begin), _TICK)
+                if seat.up is not None
+                else 0.0,
+                schedule.left(piece.point) if piece else 0,
             )
             for seat in self._seats
             if seat.number not in self._empty
         ]
-        return Status(tuple(engines), self.stats.requests, self.stats.tokens, schedule.seconds_left(now))
+        return Status(
+            tuple(engines),
+            stats.requests + sum(requests.values()),
+            stats.tokens + sum(found.tokens for found in within.values()),
+            forecast.seconds_left(now, self.started),
+            stats.prompt_tokens + sum(found.read for found in within.values()),
+            sum(piece.count for piece in working.values()),
+            stats.requests,
+        )
 
 
 def device_kind(on_gpus: bool) -> str:
@@ -373,6 +409,13 @@ def _ready(pending: list[Any]) -> list[Any]:
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
     found: list[Any] = ready
     return found
+
+
+def _next(ready: Any) -> Any:
+    """What an engine that tells how far it is says next; of another one its answers."""
+    import ray
+
+    return ray.get(next(ready) if isinstance(ready, ray.ObjectRefGenerator) else ready)
 
 
 def _kill(actor: Any) -> None:

@@ -18,7 +18,7 @@ from families import SETTINGS, Family, start
 from rvdist.errors import BadInput
 from rvdist.fleet.engine import _REFUSED, Engine, EngineSettings, further_arguments, identity, vllm_arguments
 from rvdist.fleet.harness import Suite, shown_answers
-from rvdist.fleet.request import Choice, Generate, Rolling
+from rvdist.fleet.request import Choice, Generate, Request, Rolling
 from rvdist.point import Arm, WeightPoint
 from rvdist.report.statistics import summarise
 
@@ -246,6 +246,42 @@ def test_the_order_of_a_batch_does_not_matter(tied: Engine) -> None:
     assert tied.generate(requests[::-1]) == tied.generate(requests)[::-1]
     choices = [Choice(*pair) for pair in PAIRS]
     assert tied.loglikelihood(choices[::-1]) == tied.loglikelihood(choices)[::-1]
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [Generate(prompt, 24) for prompt in PROMPTS],
+        [Choice(*pair) for pair in PAIRS],
+        [Rolling(text) for text in PROMPTS if text.strip()],
+    ],
+)
+def test_while_it_answers_it_tells_how_far_it_is(
+    tied: Engine, monkeypatch: pytest.MonkeyPatch, requests: list[Request]
+) -> None:
+    """Told at every step it answers as when nobody asks, and what is told only grows, up to all."""
+    untold = {Generate: tied.generate, Choice: tied.loglikelihood, Rolling: tied.rolling}[type(requests[0])](requests)
+    monkeypatch.setattr("rvdist.fleet.engine._TELL_EVERY", -1.0)
+    told, running = [], tied.answering(requests)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            told.append(next(running))
+    assert end.value.value == untold
+    assert len(told) > 1 and told == sorted(told, key=lambda one: (one.steps, one.read, one.tokens, one.requests))
+    assert told[-1].requests == len(requests) and told[-1].read == told[-1].prompt_tokens > 0
+    if isinstance(requests[0], Generate):
+        assert told[-1].tokens == sum(one.tokens for one in untold) and told[0].tokens < told[-1].tokens
+        assert told[-1].prompt_tokens == sum(one.prompt_tokens for one in untold)
+
+
+def test_a_batch_that_is_given_up_leaves_nothing_behind(tied: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Generate(prompt, 24) for prompt in PROMPTS]
+    whole = tied.generate(requests)
+    monkeypatch.setattr("rvdist.fleet.engine._TELL_EVERY", -1.0)
+    given_up = tied.answering([Generate("what", 200)])
+    next(given_up)
+    given_up.close()
+    assert tied.generate(requests) == whole
 
 
 def test_generation_arguments() -> None:

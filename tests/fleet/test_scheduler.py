@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rvdist.errors import BadInput, Failed
-from rvdist.fleet.engine import EngineSettings
+from rvdist.fleet.engine import EngineSettings, versions
 from rvdist.fleet.harness import Suite
-from rvdist.fleet.request import Generate, Rolling
+from rvdist.fleet.request import Answered, Completion, Generate, Rolling
 from rvdist.fleet.schedule import cut
 from rvdist.fleet.scheduler import Fleet
 from rvdist.point import Term, Vector, WeightPoint
@@ -126,6 +127,43 @@ def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
     assert fleet.refused.keys() == {refused, large} and fleet.stats.deaths == 0
     assert re.search(reason, fleet.refused[refused]) and "are not a number" in fleet.refused[large]
     fleet.stop()
+
+
+def test_what_is_done_within_a_slice_is_shown(ray_local):
+    """A slice that takes seconds is told of while it is answered; numbers never fall, and end at what was done."""
+    fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
+    requests = {"t": [Generate(f"Q: {k} + {k + 1} =", 20 + 40 * (k % 6)) for k in range(192)]}
+    slices, seen = cut(TARGET, requests, 192), []
+    answered = fleet.answer(slices, requests, watch=seen.append)
+    fleet.stop()
+    within = [status for status in seen if status.in_flight and status.tokens]
+    assert within and all(status.in_flight == 192 for status in within)
+    numbers = [(status.requests, status.tokens, status.prompt_tokens) for status in seen]
+    assert all(one <= other for k in range(3) for one, other in pairwise(number[k] for number in numbers))
+    answers = answered[slices[0]].answers
+    assert numbers[-1] == (192, sum(one.tokens for one in answers), sum(one.prompt_tokens for one in answers))
+    assert seen[-1].in_flight == 0 and within[-1].engines[0].rate > 0
+
+
+class Silent:
+    """Answers whole slices, as an engine that cannot tell how far it is."""
+
+    def __init__(self, base, settings):
+        pass
+
+    def info(self):
+        return versions()
+
+    def answer(self, piece, requests):
+        return Answered(tuple(Completion("x", "stop", 3, 2) for _ in requests), 0, 0.1), 0.0
+
+
+def test_an_engine_need_not_tell(ray_local):
+    fleet = Fleet("base", None, count=2, cpus=0.1, actor=Silent)
+    requests, seen = {"t": [Generate("abc", 8)] * 40}, []
+    assert len(fleet.answer(cut(WeightPoint("base"), requests, 4), requests, watch=seen.append)) == 10
+    fleet.stop()
+    assert (seen[-1].requests, seen[-1].tokens, seen[-1].prompt_tokens) == (40, 80, 120)
 
 
 def test_a_prompt_that_does_not_fit_is_bad_input(ray_local):
