@@ -118,6 +118,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "allow_truncation": "cut prompts that do not fit from the left instead of refusing, and count them",
         "allow_code_execution": "run programs that a model wrote, in a sandbox; tasks that need it are refused without",
         "sandbox": "degraded: run them with what isolation there is where namespaces are not to be had",
+        "primary": "the filter whose score counts, by task or group, as `{gsm8k: flexible-extract}`; of others the one "
+        "that their prompts ask for",
     },
     config.EngineConfig: {
         "count": "engines; null: as many as there are GPUs or cores for",

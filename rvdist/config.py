@@ -122,6 +122,7 @@ class BenchmarksConfig:
     allow_truncation: bool = False
     allow_code_execution: bool = False
     sandbox: str = "strict"
+    primary: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -347,7 +347,8 @@ def _groups(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
             if metric == one.metric and (one.filter_list is None or filtered in one.filter_list)
         }
         if together:
-            metrics = tuple(pair for pair in shared if pair in together)
+            counts = known[members[0]].primary[1]
+            metrics = tuple(sorted((pair for pair in shared if pair in together), key=lambda pair: pair[1] != counts))
             found.append(GroupInfo(name, tuple(members), metrics, bool(together[metrics[0]].weight_by_size)))
     return found
 
@@ -392,6 +393,7 @@ def _suite(run: Run, prompt: str) -> Suite:
         _path(benchmarks.data_dir),
         benchmarks.allow_missing,
         prompt,
+        benchmarks.primary,
     )
 
 

@@ -23,7 +23,7 @@ from rvdist.config import PLACEHOLDERS
 from rvdist.errors import BadInput, Failed
 from rvdist.point import WeightPoint
 from rvdist.report.metadata import Result
-from rvdist.report.summary import Outline
+from rvdist.report.summary import Outline, dissenting
 from rvdist.report.wording import printable
 from rvdist.run import Run
 
@@ -75,6 +75,7 @@ def results(run: Run, point: WeightPoint) -> list[Result]:
         return []
     rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
     baseline = scores.arms[0].name
+    dissent = dissenting(scores.rows)
     reference = {row.task: row for row in rows if row.arm == baseline}
     members = {group.name: group.tasks for group in scores.groups}
     said = read_json(run.directory / "results" / f"{baseline}.json")
@@ -83,7 +84,8 @@ def results(run: Run, point: WeightPoint) -> list[Result]:
         if row.point == digest:
             asked = {json.dumps(_asked(said, task)) for task in members.get(row.task, (row.task,))}
             what = json.loads(asked.pop()) if len(asked) == 1 else {}
-            found.append(Result(row, reference.get(row.task) if row.arm != baseline else None, **what))
+            other = reference.get(row.task) if row.arm != baseline else None
+            found.append(Result(row, other, dissent=dissent.get((row.task, row.arm), ()), **what))
     return found
 
 

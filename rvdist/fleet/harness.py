@@ -46,7 +46,7 @@ class Document:
 @dataclass(frozen=True)
 class Suite:
     """Loaded tasks and how they are asked. `load` makes one; `lacking` says why names were left out; `chosen`, by task,
-    are the documents of `restricted`."""
+    are the documents of `restricted`; `primary`, by task, is the filter whose score counts."""
 
     loaded: Mapping[str, Any]
     limit: int | None
@@ -54,6 +54,7 @@ class Suite:
     walls: sandbox.Mode | None = None
     lacking: Mapping[str, str] = field(default_factory=dict)
     chosen: Mapping[str, list[int]] | None = None
+    primary: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -67,19 +68,28 @@ class Suite:
         data_dir: Path | None = None,
         leave_out: bool = False,
         prompt: str = "",
+        primary: Mapping[str, str] | None = None,
     ) -> Suite:
         """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
 
         `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
         prompts into the model's chat template; `code` lets answers that are programs run in a "strict" or "degraded"
         sandbox; `data_dir` holds the benchmarks as files, and `leave_out` goes on without those it does not hold;
-        `prompt` is put before every question, but for those of examples.
+        `prompt` is put before every question, but for those of examples; `primary` names filters whose score counts,
+        by task or group.
         Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
         """
         include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
         loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
         runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
-        return cls(loaded, limit, chat, sandbox.available_mode(code == "degraded") if runs_code else None, lacking)
+        walls = sandbox.available_mode(code == "degraded") if runs_code else None
+        names_of = {id(task): name for name, task in loaded["tasks"].items()}
+        groups = {
+            name: [names_of[id(task)] for task in group.get_all_tasks() if id(task) in names_of]
+            for name, group in loaded.get("groups", {}).items()
+        }
+        chosen = catalogue.primary_filters(loaded["tasks"], groups, primary or {}, lacking)
+        return cls(loaded, limit, chat, walls, lacking, primary=chosen)
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -190,7 +200,8 @@ class Suite:
             if pairs:
                 metrics = tuple(pairs)
                 better = {metric: _higher_is_better(task, metric) for metric, _ in metrics}
-                found.append(TaskInfo(name, self.versions[name], metrics, metrics[0], better))
+                primary = next((pair for pair in metrics if pair[1] == self.primary.get(name)), metrics[0])
+                found.append(TaskInfo(name, self.versions[name], metrics, primary, better))
         return found
 
     def left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:

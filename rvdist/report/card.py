@@ -13,7 +13,17 @@ from typing import Any
 
 from rvdist.point import Mask, MethodSpec, WeightPoint
 from rvdist.report.metadata import Licence, Result, front_matter, licence_fields, model_index, task_name
-from rvdist.report.wording import MARK_NOTE, Scale, formula, is_hub_id, mark, printable, source_name, verdict_text
+from rvdist.report.wording import (
+    MARK_NOTE,
+    Scale,
+    formula,
+    is_hub_id,
+    mark,
+    metric_name,
+    printable,
+    source_name,
+    verdict_text,
+)
 
 # An absolute path (/a/b, ~/b, file:///a/b), but not the path of a URL; the group is its last component.
 _PATH = re.compile(r"(?<![\w/.~-])(?!//)(?:file://)?~?/(?:[^\s/\"'`]+/)*([^\s/\"'`]+)/?")
@@ -165,12 +175,12 @@ def _results(results: Sequence[Result]) -> list[str]:
         rows.append(
             (
                 _line(task_name(row)),
-                _line(f"{row.metric} {scale.unit}".strip()),
+                _line(f"{metric_name(row.metric, row.filter)} {scale.unit}".strip()),
                 str(row.n),
                 scale.score(baseline) if baseline else "",
                 scale.score(row),
                 scale.delta(row),
-                verdict_text(row),
+                _verdict(result),
             )
         )
     head = ("task", "metric", "documents", "baseline [95 %]", "this [95 %]", "change [95 %]", "verdict")
@@ -178,6 +188,11 @@ def _results(results: Sequence[Result]) -> list[str]:
     if any(mark(result.row) for result in results):
         said.append(MARK_NOTE)
     return [_table(head, rows), " ".join(said)]
+
+
+def _verdict(result: Result) -> str:
+    others = "; ".join(f"by {_line(one.filter)}: {verdict_text(one)}" for one in result.dissent)
+    return verdict_text(result.row) + (f" ({others})" if others else "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from rvdist.report.paper import Line, Reported, paper_lines
 from rvdist.report.robustness import Edited, robustness
 from rvdist.report.seeds import Spread, seed_spread
 from rvdist.report.statistics import detectable_effects
-from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of
+from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting
 from rvdist.report.wording import Scale, claims, footnotes, persistence_claims
 
 
@@ -57,6 +57,10 @@ class Findings:
     @cached_property
     def others(self) -> list[Row]:
         return [row for row in self.rows if not row.primary]
+
+    @cached_property
+    def dissent(self) -> dict[tuple[str, str], list[Row]]:
+        return dissenting(self.rows)
 
     @cached_property
     def lines(self) -> list[Line]:

@@ -38,7 +38,8 @@ class Licence:
 @dataclass(frozen=True)
 class Result:
     """A score of what is published, the baseline's (None: it is the baseline), and what was asked: the Hub's name of
-    the data set, if it is from there, its configuration and split, and the number of examples before each question."""
+    the data set, if it is from there, its configuration and split, and the number of examples before each question.
+    `dissent`: scores through other filters, of another verdict."""
 
     row: Row
     baseline: Row | None = None
@@ -46,6 +47,7 @@ class Result:
     config: str | None = None
     split: str | None = None
     shots: int | None = None
+    dissent: Sequence[Row] = ()
 
 
 def front_matter(data: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from rvdist.report.wording import (
     by_task,
     formula,
     mark,
+    metric_name,
     p_text,
     persistence_text,
     printable,
@@ -59,8 +60,8 @@ def write_page(
         sentence=sentence,
         claims=[text for text in details if text],
         paper=_paper_table(findings.lines) if len(findings.arms) > 1 or findings.lacking else None,
-        primary=[_task_table(group) for _, group in by_task(findings.benchmarks)],
-        members=[_task_table(group) for _, group in by_task(findings.members)],
+        primary=[_task_table(group, findings.dissent) for _, group in by_task(findings.benchmarks)],
+        members=[_task_table(group, findings.dissent) for _, group in by_task(findings.members)],
         others=[_task_table(list(group)) for _, group in groupby(findings.others, _score_of)],
         footnotes=findings.footnotes,
         edited=[
@@ -164,8 +165,10 @@ def _spread_line(spread: Spread, scale: Scale) -> dict[str, Any]:
     }
 
 
-def _task_table(rows: Sequence[Row]) -> dict[str, Any]:
-    scale = Scale(rows)
+def _task_table(rows: Sequence[Row], dissent: Mapping[tuple[str, str], Sequence[Row]] | None = None) -> dict[str, Any]:
+    """The rows of one score, each followed by those of other filters that `dissent`."""
+    first, scale = rows[0], Scale(rows)
+    rows = [one for row in rows for one in (row, *(dissent or {}).get((row.task, row.arm), ()))]
     reach = max((abs(end) for row in rows for end in (row.delta_ci_low, row.delta_ci_high) if end), default=1.0)
 
     def place(x: float) -> float:
@@ -177,7 +180,7 @@ def _task_table(rows: Sequence[Row]) -> dict[str, Any]:
         ends = [place(x or 0.0) for x in (row.delta_ci_low, row.delta, row.delta_ci_high)] if drawn else None
         lines.append(
             {
-                "arm": row.arm,
+                "arm": row.arm if row.filter == first.filter else f"{row.arm}, by {row.filter}",
                 "score": scale.score(row),
                 "delta": scale.delta(row),
                 "interval": ends,
@@ -187,8 +190,7 @@ def _task_table(rows: Sequence[Row]) -> dict[str, Any]:
                 "kind": _kind(row),
             }
         )
-    first = rows[0]
-    metric = f"{first.metric} ({first.filter})" if first.filter != "none" else first.metric
+    metric = metric_name(first.metric, first.filter)
     return {"task": first.task, "metric": metric, "unit": scale.unit, "n": first.n, "rows": lines, "width": _WIDTH}
 
 

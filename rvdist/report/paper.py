@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rvdist.report.summary import Row
-from rvdist.report.wording import Scale, by_task, verdict_text
+from rvdist.report.wording import Scale, by_task, metric_name, verdict_text
 
 Reported = Mapping[str, Mapping[str, float]]  # by benchmark and arm, changes against the baseline in points
 
@@ -74,7 +74,7 @@ def paper_lines(rows: Sequence[Row], reported: Reported, lacking: Mapping[str, s
         scale = Scale(group)
         said = reported.get(task, {})
         cells = {row.arm: Cell(row, scale, said.get(row.arm) if row.delta is not None else None) for row in group}
-        lines.append(Line(task, group[0].metric, scale.unit, group[0].n, cells))
+        lines.append(Line(task, metric_name(group[0].metric, group[0].filter), scale.unit, group[0].n, cells))
     return lines + [Line(task, lacking=reason) for task, reason in lacking.items()]
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from rvdist.report.drawing import FAINT, QUIET, columns_for, empty, grid, label, legend_below, title
 from rvdist.report.summary import Row, baseline_of
-from rvdist.report.wording import Scale, by_task
+from rvdist.report.wording import Scale, by_task, metric_name
 
 # Okabe and Ito's palette, told apart without colour by shape and dashes too.
 _CURVES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "v", ":")]
@@ -74,7 +74,7 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None) -> d
     axes.set_xticks(labelled := _labelled(alphas), [f"{a:g}".replace("-", "−") for a in labelled])
     axes.set_xlim(alphas[0] - 0.06 * span, alphas[-1] + span * (0.06 + bool(others) * (0.06 + 0.09 * len(others))))
     axes.set_xlabel("α")
-    axes.set_ylabel(label(rows[0].metric) + (", %" if scale.percent else ""))
+    axes.set_ylabel(label(metric_name(rows[0].metric, rows[0].filter)) + (", %" if scale.percent else ""))
     title(axes, task, f"{rows[0].n} documents")
     grid(axes, "y")
     return legend

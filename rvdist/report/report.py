@@ -35,7 +35,7 @@ def print_findings(findings: Findings, console: Console | None = None) -> None:
     console = console or Console()
     if not findings.rows:
         return
-    print_scores(findings.claims, findings.benchmarks, findings.footnotes, console)
+    print_scores(findings.claims, findings.benchmarks, findings.footnotes, console, findings.dissent)
     if findings.edited:
         console.print()
         print_robustness(findings.edited, findings.scales, findings.baseline, console)

@@ -88,6 +88,17 @@ def baseline_of(rows: Sequence[Row]) -> str | None:
     return next(row.arm for row in rows if row.p_value is None)
 
 
+def dissenting(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """By task and arm, the scores through other filters than the primary one whose verdict is another."""
+    primary = {(row.task, row.arm, row.metric): row for row in rows if row.primary}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        counts = primary.get((row.task, row.arm, row.metric))
+        if counts and row.filter != counts.filter and row.verdict != counts.verdict:
+            found.setdefault((row.task, row.arm), []).append(row)
+    return found
+
+
 def write_summary(path: Path, rows: Sequence[Row]) -> None:
     """Write `path` as a JSON list and the same rows as CSV beside it."""
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")

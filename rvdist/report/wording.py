@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
+def metric_name(metric: str, filter_: str) -> str:
+    """A score's name: of a metric that reads an answer through one of several filters, with the filter."""
+    return metric if filter_ == "none" else f"{metric} ({filter_})"
+
+
 def by_task(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """The primary scores, task by task."""
     return [(task, list(group)) for task, group in groupby((r for r in rows if r.primary), lambda row: row.task)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,12 @@ from rvdist.tasks import local, perturb
 OURS = Path(__file__).resolve().parent
 TEXT = "text"  # followed by a colon and a file: a task of ours
 _FOLDERS = ("bbh", "gsm8k", "gsm8k_platinum", "gsm_plus", "sciq")  # of lm-eval's; reading all of them takes 10 s
+# The filter that reads what a task's prompt asks for: where examples show how an answer ends, and without examples. Of
+# lm-eval's tasks with several filters these are those where it may not be the first.
+_ASKED_FOR = {
+    r"(gsm8k(_platinum)?(_cot)?|gsm_plus(_mini)?)": ("strict-match", "flexible-extract"),
+    r"(gsm8k(_platinum)?_cot_zeroshot|bbh_(cot_)?zeroshot_\w+)": ("flexible-extract", "flexible-extract"),
+}
 _QUESTIONS = ("question", "problem", "input")
 
 
@@ -118,6 +125,41 @@ def load(
         if prompt:
             _prompt(one, prompt)
     return loaded, lacking
+
+
+def primary_filters(
+    tasks: Mapping[str, Any],
+    groups: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, str],
+    lacking: Collection[str] = (),
+) -> dict[str, str]:
+    """The filter whose score counts for each task: the one `wanted` of it, of the task whose questions it edits, or of
+    a group that has it; else the one that reads what its prompt asks for; else its first. Raises BadInput for a name
+    that is none of these and for a filter that a task does not have."""
+    known = {*tasks, *map(_original, tasks), *groups, *lacking, *map(_original, lacking)}
+    for name in wanted:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "name a task of benchmarks.tasks"
+            raise BadInput(f"benchmarks.primary: {name} is none of the tasks that are asked; {hint}")
+    found = {}
+    for name, task in tasks.items():
+        filters = [one["name"] for one in task.get_config("filter_list") or [{"name": "none"}]]
+        holding = sorted((group for group in groups if name in groups[group]), key=lambda group: len(groups[group]))
+        names = [one for one in (name, _original(name), *holding) if one in wanted]
+        if names and wanted[names[0]] not in filters:
+            raise BadInput(
+                f"benchmarks.primary: {name} has no filter {wanted[names[0]]!r}; it has {', '.join(filters)}"
+            )
+        asked_for = [pair for pattern, pair in _ASKED_FOR.items() if re.fullmatch(pattern, _original(name))]
+        own = asked_for[0][0 if task.get_config("num_fewshot") else 1] if asked_for else filters[0]
+        found[name] = wanted[names[0]] if names else own if own in filters else filters[0]
+    return found
+
+
+def _original(name: str) -> str:
+    """The task whose questions a task edits, or itself."""
+    return name.partition("+")[0]
 
 
 def _prompt(task: Any, prompt: str) -> None:

@@ -125,8 +125,11 @@ def test_results_are_what_the_client_of_the_hub_reads():
         ),
     ]  # fmt: skip
     assert ModelCard(text).data.model_name == "merged"
-    row = "| gsm8k | exact_match % | 1319 | 70.0 [70.0, 80.0] | 75.0 [70.0, 80.0] | +5.0 [+2.0, +8.0] | better |"
-    assert row in text and 'path = "me/merged"' in text
+    strict = replace(results[0].row, filter="get|answer", verdict="no detectable difference")
+    disagreeing = card(HUB, name="me/merged", results=[replace(results[0], dissent=(strict,))])
+    assert "| better (by get\\|answer: no detectable difference) |" in disagreeing
+    row = "| gsm8k | exact_match (strict-match) % | 1319 | 70.0 [70.0, 80.0] | 75.0 [70.0, 80.0] | +5.0 [+2.0, +8.0] |"
+    assert f"{row} better |" in text and 'path = "me/merged"' in text
     assert 'from_pretrained(path, revision="trial")' in card(HUB, name="me/merged@trial")
     alone = card(HUB, results=[result(delta=None)])
     assert "| 1319 |  | 75.0 [70.0, 80.0] |  | baseline |" in alone

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from made_up import make_arm, make_experiment, make_records, make_task
 from rich.console import Console
 
+from rvdist.record import TaskInfo
 from rvdist.report.findings import Findings
 from rvdist.report.report import print_findings
 from rvdist.report.statistics import summarise
@@ -39,6 +41,25 @@ def test_fits_a_hundred_columns():
     table = text.split("\n\n")[1]
     assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
     assert "…" not in table and table.count("\n") == 2 * 7  # no number is cut and no line is folded
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_another_filter_is_named_where_its_verdict_is_another(terminal):
+    arms = [make_arm("baseline", 0.0), make_arm("up", 1.0), make_arm("same", 2.0)]
+    records = [
+        replace(record, filter=filtered)
+        for filtered, rights in (("flexible-extract", (20, 36, 22)), ("strict-match", (20, 20, 20)))
+        for arm, right in zip(arms, rights, strict=True)
+        for record in make_records(arm.name, scores(right, 50 - right))
+    ]
+    pairs = (("exact_match", "strict-match"), ("exact_match", "flexible-extract"))
+    task = TaskInfo("gsm8k", "3", pairs, pairs[1], {"exact_match": True})
+    text = show(arms, records, [task], terminal, width=140)
+    assert "exact_match (flexible-extract) %" in text
+    (line,) = [line for line in text.splitlines() if "by strict-match" in line]
+    assert "up, by strict-match" in line and "40.0 [" in line and line.endswith("no detectable difference")
+    rows = summarise(arms, records, [task], "baseline")
+    assert [row.primary for row in rows] == [False] * 3 + [True] * 3 and rows[4].verdict == "better"
 
 
 def test_what_holm_takes_back_is_marked():

@@ -122,6 +122,57 @@ def test_the_score_of_big_bench_hard_is_weighted_by_size(generated, tokenizer):
     assert {info.primary for info in suite.infos(records)} == {("exact_match", "get-answer")}
 
 
+@pytest.mark.parametrize(
+    ("task", "shots", "wanted", "counts"),
+    [
+        ("gsm8k", None, {}, "strict-match"),  # its examples end with "#### 5"
+        ("gsm8k", 0, {}, "flexible-extract"),  # and without them nothing says so
+        ("gsm8k_cot", None, {}, "strict-match"),
+        ("gsm8k_cot_zeroshot", None, {}, "flexible-extract"),
+        ("gsm8k_cot_zeroshot+typos", None, {}, "flexible-extract"),
+        ("gsm8k_cot_llama", 0, {}, "strict-match"),  # "Your response should end with …"
+        ("bbh_cot_zeroshot_hyperbaton", None, {}, "flexible-extract"),
+        ("bbh_zeroshot_hyperbaton", None, {}, "flexible-extract"),
+        ("bbh_cot_fewshot_hyperbaton", None, {}, "get-answer"),
+        ("gsm8k", None, {"gsm8k": "flexible-extract"}, "flexible-extract"),
+        ("gsm8k+typos", None, {"gsm8k": "flexible-extract"}, "flexible-extract"),
+        ("gsm8k+typos", None, {"gsm8k": "flexible-extract", "gsm8k+typos": "strict-match"}, "strict-match"),
+    ],
+)
+def test_the_score_that_counts_is_read_as_the_prompt_asks(generated, tokenizer, task, shots, wanted, counts):
+    suite = Suite.load([task], data_dir=generated, limit=2, num_fewshot=shots, chat=False, primary=wanted)
+    plain = Suite.load([task], data_dir=generated, limit=2, num_fewshot=shots, chat=False)
+    requests = suite.requests(tokenizer)
+    assert requests == plain.requests(tokenizer) and suite.versions == plain.versions, "as the cache's keys are made"
+    answers = {task: [Completion("So it is 5.", "stop", 1, 1) for _ in requests[task]]}
+    _, records = suite.score(ARM, "d", tokenizer, requests, answers, 0)
+    (info,) = suite.infos(records)
+    assert info.primary == ("exact_match", counts) and info.primary in info.metrics
+    (info,) = suite.restricted({task: [1]}).infos(records)
+    assert info.primary == ("exact_match", counts)
+
+
+def test_the_score_of_a_group_that_counts_is_that_of_its_members(generated):
+    suite = Suite.load(["bbh_cot_zeroshot"], data_dir=generated, limit=1)
+    assert set(suite.primary.values()) == {"flexible-extract"} and len(suite.primary) == 27
+    wanted = {"bbh_cot_zeroshot": "strict-match", "bbh_cot_zeroshot_hyperbaton": "flexible-extract"}
+    suite = Suite.load(["bbh_cot_zeroshot"], data_dir=generated, limit=1, primary=wanted)
+    others = {filtered for task, filtered in suite.primary.items() if task != "bbh_cot_zeroshot_hyperbaton"}
+    assert others == {"strict-match"} and suite.primary["bbh_cot_zeroshot_hyperbaton"] == "flexible-extract"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"gsm8": "strict-match"}, "benchmarks.primary: gsm8 is none of the tasks that are asked; did you mean gsm8k"),
+        ({"gsm8k": "strict"}, "gsm8k has no filter 'strict'; it has strict-match, flexible-extract"),
+    ],
+)
+def test_a_filter_that_there_is_not_is_refused(generated, wanted, message):
+    with pytest.raises(BadInput, match=message):
+        Suite.load(["gsm8k"], data_dir=generated, limit=1, primary=wanted)
+
+
 def test_sciq_is_asked_with_its_four_answers(generated, tokenizer):
     suite = Suite.load(["sciq"], chat=False, data_dir=generated)
     (asked,) = suite.requests(tokenizer).values()
