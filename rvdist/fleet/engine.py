@@ -20,7 +20,7 @@ import warnings
 from array import array
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -233,14 +233,20 @@ def _hidden(module: str) -> Iterator[None]:
             del sys.modules[module]
 
 
+def _next(running: Running[T]) -> Progress | T:
+    """What comes next; at last the end."""
+    try:
+        return next(running)
+    except StopIteration as end:
+        found: T = end.value
+        return found
+
+
 def _finish(running: Running[T]) -> T:
     """What comes at the end."""
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            found: T = end.value
-            return found
+    while isinstance(found := _next(running), Progress):
+        pass
+    return found
 
 
 class Engine:
@@ -487,12 +493,15 @@ class Engine:
             for window in self._windows(self._encode(request.continuation))
         ]
         scores: list[list[Loglikelihood]] = [[] for _ in requests]
-        at_once = max(1, _TOKENS_AT_ONCE // self._max_len)
+        at_once, told = max(1, _TOKENS_AT_ONCE // self._max_len), Progress()
         for k in range(0, len(windows), at_once):
             owners, prompts, starts = zip(*windows[k : k + at_once], strict=True)
-            found = yield from self._score(prompts, starts)
-            for i, score in zip(owners, found, strict=True):
-                scores[i].append(score)
+            before, score = told, self._score(prompts, starts)
+            while isinstance(found := _next(score), Progress):
+                told = before + found
+                yield replace(told, requests=told.requests * len(requests) // len(windows))
+            for i, own in zip(owners, found, strict=True):
+                scores[i].append(own)
         return [
             Loglikelihood(sum((s.logprob for s in own), 0.0), all(s.greedy for s in own), sum(s.tokens for s in own))
             for own in scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's, the first counts
@@ -124,3 +124,6 @@ class Progress:
     read: int = 0
     tokens: int = 0
     steps: int = 0
+
+    def __add__(self, other: Progress) -> Progress:
+        return Progress(*(own + more for own, more in zip(astuple(self), astuple(other), strict=True)))
