@@ -22,9 +22,13 @@ def analyse(run: Run) -> None:
         if source.hub:
             download_weights(source)
     nbytes = sum(spec.nbytes for spec in sources[target].tensors.values())
-    with run.timing.phase("analyze"):
+
+    def account(nbytes_read: int) -> None:
+        run.timing.bytes_read += nbytes_read
+
+    with run.timing.phase("analyze"), run.timing.computing():
         with Bar("analyze", nbytes, run.log) as bar:
-            anatomy = analyze(vectors, target, sources, progress=bar.advance)
+            anatomy = analyze(vectors, target, sources, progress=bar.advance, account=account)
         (run.directory / "anatomy.json").write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
         (run.directory / "anatomy.csv").write_text(anatomy_csv(anatomy))
         for name, picture in anatomy_plots(anatomy).items():

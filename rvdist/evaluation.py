@@ -448,6 +448,8 @@ def _note(arms: Sequence[tuple[Run, Arm]], fleet: Fleet, start: float) -> None:
     timing.fleet["engines"] = max(timing.fleet.get("engines", 0), fleet.started)
     timing.fleet["utilisation"] = (timing.phases["swap"] + timing.phases["generate"]) / timing.fleet["engine_seconds"]
     info = next(iter(fleet.info()), {})
+    timing.cpu_seconds += stats.cpu_seconds
+    timing.bytes_read += stats.bytes_read
     for other, _ in arms:
         other.engine.pop("samples", None)
         other.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe") if key in info}

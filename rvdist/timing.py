@@ -14,8 +14,8 @@ from pathlib import Path
 
 @dataclass
 class Timing:
-    """Of the command with the id `run`: wall seconds by phase; phases may overlap. Bytes, CPU seconds, peak memory by
-    who used it, what the fleet did."""
+    """Of the command with the id `run`: wall seconds by phase; phases may overlap. Bytes and CPU seconds of workers, of
+    engines and of an analysis, peak memory by who used it, what the fleet did."""
 
     phases: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
@@ -32,6 +32,15 @@ class Timing:
             yield
         finally:
             self.add(name, time.perf_counter() - started)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Counts this process's CPU seconds."""
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self.cpu_seconds += time.process_time() - started
 
     def add(self, name: str, seconds: float) -> None:
         self.phases[name] = self.phases.get(name, 0.0) + seconds

@@ -37,13 +37,14 @@ def analyze(
     thresholds: Sequence[float] = THRESHOLDS,
     spectra: bool = True,
     progress: Callable[[int], None] = lambda nbytes: None,
+    account: Callable[[int], None] = lambda nbytes: None,
 ) -> Anatomy:
     """Measures `vectors`, by what they are called, beside the source `target`; `compat.check` has let them pass.
 
     v is plus − minus in fp64; an adapter's own difference, which begins at minus where minus is a checkpoint. Of a
     tensor that has more rows in one source than in another, v has those that all of its own have. `progress` is told
-    how many bytes of the target are done since it was last told. The numbers do not depend on chunks or threads, to
-    the bit; those of spectra, to fp64's rounding.
+    how many bytes of the target are done since it was last told, `account` how many were read in all. The numbers do
+    not depend on chunks or threads, to the bit; those of spectra, to fp64's rounding.
 
     Raises BadInput where v or θ is not finite or a source cannot be used, Failed where the Hub does not answer.
     """
@@ -62,6 +63,7 @@ def analyze(
                     _add_spectra(found, spec.shape[1], displacements, values)
                 tensors.append(found)
             progress(spec.nbytes)
+        account(values.bytes_read)
     for source in used:
         sources[source].require_unchanged()
     if not any(one.elements for tensor in tensors for one in tensor.vectors):
@@ -124,6 +126,10 @@ class _Values:
         if source not in self._held or self._held[source][0] != wanted:
             self._held[source] = wanted, self._operands[source].read(*wanted, self._buffers[source])
         return self._held[source][1]
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(operand.bytes_read for operand in self._operands.values())
 
     def close(self) -> None:
         for operand in self._operands.values():

@@ -297,6 +297,7 @@ class Engine:
         self._seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len
+        self._checkpoint_bytes = sum(spec.nbytes for spec in self._checkpoint.tensors.values())
         self._eos = self._tokenizer.decode(self._tokenizer.eos_token_id) or self._tokenizer.eos_token
         bos = self._tokenizer.bos_token_id
         self._prefix: int = self._tokenizer.eos_token_id if bos is None else bos
@@ -331,6 +332,10 @@ class Engine:
             "max_model_len": self._max_len,
             "truncated": self.truncated,
             "probe": self._probe or "not run",
+            "cpu_seconds": time.process_time(),
+            "bytes_read": sum(
+                self._checkpoint_bytes + read for read in self._llm.collective_rpc("rvdist_bytes")
+            ),  # of weights, by all ranks
             **self._seconds,
         }
 

@@ -40,6 +40,8 @@ class FleetStats:
     requests: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
+    cpu_seconds: float = 0.0
+    bytes_read: int = 0
     deaths: int = 0
     by_engine: dict[int, int] = field(default_factory=dict)  # requests
 
@@ -114,6 +116,8 @@ class _Seat:
     up: float | None = None
     at: WeightPoint | None = None
     failures: int = 0
+    cpu_seconds: float = 0.0  # of the engine, as it last said
+    bytes_read: int = 0
     progress: Progress | None = None  # of the slice at which it works
 
 
@@ -165,14 +169,18 @@ class Fleet:
         return self._empty
 
     def info(self) -> list[dict[str, Any]]:
-        """What each engine that is up says of itself."""
+        """What each engine that is up says of itself. What it used since it was last asked goes to `stats`."""
         import ray
 
         found = []
         for seat in self._seats:
             if seat.up is not None:
                 with contextlib.suppress(ray.exceptions.RayError):
-                    found.append(ray.get(seat.actor.info.remote()))
+                    found.append(said := ray.get(seat.actor.info.remote()))
+                    cpu, read = said.get("cpu_seconds", 0.0), said.get("bytes_read", 0)
+                    self.stats.cpu_seconds += cpu - seat.cpu_seconds
+                    self.stats.bytes_read += read - seat.bytes_read
+                    seat.cpu_seconds, seat.bytes_read = cpu, read
         return found
 
     def answer(
@@ -253,6 +261,7 @@ class Fleet:
 
     def _start(self, seat: _Seat) -> None:
         seat.actor, seat.up, seat.at = self._spawn(), None, None
+        seat.cpu_seconds, seat.bytes_read = 0.0, 0
         self._starting[seat.actor.info.remote()] = seat
 
     def _welcome(self, ready: Any, schedule: Schedule, begin: float) -> None:

@@ -45,6 +45,12 @@ class SwapExtension:
     _rvdist_tensors: list[str]
     _rvdist_rows: torch.Tensor  # of logits since they were asked for: all of them, and those that give no distribution
 
+    _rvdist_bytes = 0  # that swaps read
+
+    def rvdist_bytes(self) -> int:
+        """How many bytes the swaps of this rank read."""
+        return self._rvdist_bytes
+
     def rvdist_ready(self, tensors: list[str]) -> None:
         """Call once after start on a checkpoint of these tensors. vLLM's CPU kernels use AMX tiles, but in eager mode
         nothing asks the kernel for them, and a first batch of one token dies of an illegal instruction."""
@@ -88,6 +94,7 @@ class SwapExtension:
                 tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
             loaded = self._rvdist_reload(_noting(came, tensors))
             spoiled = list(reader.spoiled)
+            self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:
             raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
         if stale := {name for name, _ in self.model_runner.get_model().named_parameters()} - loaded:

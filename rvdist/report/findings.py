@@ -13,10 +13,11 @@ from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
 from rvdist.report.paper import Line, Reported, paper_lines
 from rvdist.report.robustness import Edited, robustness
+from rvdist.report.samples import empty_answers
 from rvdist.report.seeds import Spread, seed_spread
 from rvdist.report.statistics import detectable_effects
 from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting
-from rvdist.report.wording import Scale, claims, footnotes, persistence_claims
+from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, persistence_claims
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Findings:
         """What it all means, in sentences; the first for the whole."""
         if not self.rows:
             return []
-        return claims(self.benchmarks) + persistence_claims(self.edited, self.scales, self.baseline)
+        missing = empty_sentences(empty_answers(self.records, self.tasks))
+        return claims(self.benchmarks) + persistence_claims(self.edited, self.scales, self.baseline) + missing
 
     @cached_property
     def footnotes(self) -> list[str]:

@@ -6,6 +6,7 @@ text and of all texts together is bounded, and what is left out is counted.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations_with_replacement
@@ -51,6 +52,21 @@ def choose_samples(
         "tasks": [shown[task.name] for task in tasks],
         "texts": list(texts.places),
     }
+
+
+_BLANK = re.compile(r"(\[\d+ of \d+, 0 characters\]\s*)*")  # what is shown of answers without a character
+
+
+def empty_answers(records: Iterable[Record], tasks: Sequence[TaskInfo]) -> list[tuple[str, str, int, int]]:
+    """The tasks and arms of whose answers half or more are empty: (task, arm, how many are, of how many)."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    filters = {task.name: task.primary[1] for task in tasks}
+    for record in records:
+        if filters.get(record.task) == record.filter:
+            found = counts.setdefault((record.task, record.arm), [0, 0])
+            found[0] += bool(_BLANK.fullmatch(record.response.strip()))
+            found[1] += 1
+    return [(task, arm, none, all_) for (task, arm), (none, all_) in counts.items() if 2 * none >= all_ > 0]
 
 
 class _Texts:

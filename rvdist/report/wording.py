@@ -153,6 +153,14 @@ def footnotes(rows: Sequence[Row], detectable: Mapping[str, float]) -> list[str]
     return notes
 
 
+def empty_sentences(found: Sequence[tuple[str, str, int, int]]) -> list[str]:
+    """Where answers are missing: of a task, an arm, how many are empty, of how many. A sentence for each task."""
+    return [
+        f"{task}: empty answers: {'; '.join(f'{none:,} of {all_:,} with “{arm}”' for _, arm, none, all_ in group)}."
+        for task, group in groupby(found, lambda one: one[0])
+    ]
+
+
 def persistence_text(row: Edited) -> str:
     text = row.persistence or ""
     return text + mark(row.gain_change) if row.gain_change and text != "no difference" else text

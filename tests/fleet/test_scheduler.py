@@ -135,6 +135,12 @@ def test_what_is_done_within_a_slice_is_shown(ray_local):
     requests = {"t": [Generate(f"Q: {k} + {k + 1} =", 20 + 40 * (k % 6)) for k in range(192)]}
     slices, seen = cut(TARGET, requests, 192), []
     answered = fleet.answer(slices, requests, watch=seen.append)
+    fleet.info()
+    weights = (POCKET / "target" / "model.safetensors").stat().st_size
+    assert fleet.stats.cpu_seconds > 1 and fleet.stats.bytes_read == pytest.approx(weights, rel=0.1)
+    used = fleet.stats.cpu_seconds
+    fleet.info()
+    assert fleet.stats.cpu_seconds < used + 0.5, "counted once"
     fleet.stop()
     within = [status for status in seen if status.in_flight and status.tokens]
     assert within and all(status.in_flight == 192 for status in within)

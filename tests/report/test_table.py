@@ -62,6 +62,18 @@ def test_another_filter_is_named_where_its_verdict_is_another(terminal):
     assert [row.primary for row in rows] == [False] * 3 + [True] * 3 and rows[4].verdict == "better"
 
 
+def test_empty_answers_are_pointed_out():
+    arms = [make_arm("baseline", 0.0), make_arm("mute", 20.0), make_arm("terse", 1.0)]
+    repeated = "[1 of 2, 0 characters]\n\n[2 of 2, 0 characters]\n"
+    records = make_records("baseline", scores(5, 5)) + make_records("mute", scores(0, 10), response=repeated)
+    records += make_records("terse", scores(0, 4), response=" \n") + [
+        replace(record, doc_id=4 + i, doc=f"gsm8k-{4 + i:05d}")
+        for i, record in enumerate(make_records("terse", scores(2, 4), response="5"))
+    ]
+    text = " ".join(show(arms, records, [make_task()], terminal=False).split())
+    assert "gsm8k: empty answers: 10 of 10 with “mute”." in text  # 4 of 10 with “terse” may be as they should
+
+
 def test_what_holm_takes_back_is_marked():
     arms = [make_arm("baseline", 0.0)] + [make_arm(f"α={i}", float(i)) for i in range(1, 6)]
     records = make_records("baseline", scores(20, 30)) + make_records("α=1", scores(27, 23))
