@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rvdist import config
 from rvdist.errors import BadInput
@@ -14,6 +15,9 @@ from rvdist.fleet.search import Outcome, Race, split
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
 from rvdist.run import Run
+
+if TYPE_CHECKING:
+    from rvdist.report.race import RaceAccount
 
 FILE = "search.json"
 
@@ -53,6 +57,7 @@ def race(examination: Examination, run: Run) -> None:
             run.say(_sentence(running.outcome))
     outcome = running.outcome
     _write(run, outcome, seen, held)
+    run.race = _account(outcome, {arm.name: arm for arm in run.arms}, sum(map(len, seen.values())))
     claim = _claim(outcome, sum(map(len, held.values())))
     run.notes[run.arms[0].point] += (claim,)
     run.say(claim)
@@ -119,6 +124,24 @@ def _claim(outcome: Outcome[str], held: int) -> str:
         f"{outcome.confidence:.0%} confidence, from {outcome.samples:,} of the grid's {outcome.full_grid:,} samples "
         f"({share:.0%}){tied}; the scores here are of {held} documents that it did not see"
     )
+
+
+def _account(outcome: Outcome[str], arms: Mapping[str, Arm], documents: int) -> RaceAccount:
+    """For the page."""
+    from rvdist.report.race import BEST, DROPPED, TIED, RaceAccount, Runner
+
+    dropped = {one.candidate: one for one in outcome.eliminated}
+    runners = []
+    for name in outcome.means:
+        fate, why = (BEST, "") if name == outcome.best else (TIED, "") if name in outcome.tied else (DROPPED, "")
+        if found := dropped.get(name):
+            why = (
+                f"after round {found.round}: “{found.by}” and others are better (evidence {found.evidence:,.0f}, and "
+                f"{found.bound:,.0f} is enough)"
+            )
+        rounds = [(one.seen, one.mean) for one in outcome.history if one.candidate == name]
+        runners.append(Runner(name, arms[name].alpha, rounds, fate, why))
+    return RaceAccount(runners, documents)
 
 
 def _write(

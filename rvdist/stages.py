@@ -199,7 +199,9 @@ def _report(run: Run) -> None:
     from rvdist.report.report import print_findings, write_report
 
     scores, reported = run.scores or Scores((), [], [], []), run.settings.reported
-    findings = Findings(scores.arms, scores.rows, scores.records, scores.tasks, scores.groups, reported, scores.lacking)
+    findings = Findings(
+        scores.arms, scores.rows, scores.records, scores.tasks, scores.groups, reported, scores.lacking, run.race
+    )
     named = ", ".join(dict.fromkeys(row.task for row in findings.benchmarks))
     making = Making(
         title=f"{Path(run.settings.target).name}: {named or 'its vectors'}",

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "batch": {"config", "errors", "evaluation", "point", "run"},
     "preview": {"cluster", "config", "merge", "run"},
     "evaluation": {"cluster", "config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
-    "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "run", "warm"},
+    "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "report", "run", "warm"},
     "connectivity": {"config", "evaluation", "point", "report", "run"},
     "analysis": {"anatomy", "checkpoint", "progress", "report", "run"},
     "publish": {"checkpoint", "config", "errors", "point", "report", "run"},

@@ -1,6 +1,7 @@
 """Vectors and adapters from the configuration on: what is refused, what is noted, what is written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,9 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
     assert found["whole"]["cosines"][0][1] == pytest.approx(-1)
     assert (tmp_path / "run/anatomy-cosines.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run/anatomy.csv").exists() and (tmp_path / "run/config.yaml").exists()
+    timing = json.loads((tmp_path / "run/timing.json").read_text())
+    sizes = sum(Path(path).stat().st_size for name in paths for path in Path(paths[name]).glob("*.safetensors"))
+    assert timing["cpu_seconds"] > 0 and 0.5 * sizes < timing["bytes_read"] <= 2 * sizes
     assert "The cosine between" in capsys.readouterr().out
 
 

@@ -48,10 +48,21 @@ class Eliminated(Generic[C]):
 
 
 @dataclass(frozen=True)
+class Standing(Generic[C]):
+    """After `round` a candidate that ran in it has seen so many documents, and an estimated mean."""
+
+    candidate: C
+    round: int
+    seen: int
+    mean: float
+
+
+@dataclass(frozen=True)
 class Outcome(Generic[C]):
     """Where a race stands. With a chance of at least `confidence`, whenever it was stopped: the best is `best` or
     one of `tied`; and if `over`, `best` is worse than the best by at most `tolerance`. The best: by the mean over all
-    documents of the race, those not scored included. `means` are estimates from the documents seen."""
+    documents of the race, those not scored included. `means` are estimates from the documents seen; `history` is how
+    they came about."""
 
     best: C
     tied: tuple[C, ...]
@@ -63,6 +74,7 @@ class Outcome(Generic[C]):
     full_grid: int
     confidence: float
     tolerance: float
+    history: tuple[Standing[C], ...] = ()
 
 
 def split(tasks: Mapping[str, Sequence[D]], holdout: float, seed: int) -> tuple[dict[str, list[D]], dict[str, list[D]]]:
@@ -116,6 +128,7 @@ class Race(Generic[C, D]):
         self._wealth = np.zeros((2, len(_STAKES), count, count))  # log wealth by margin, stake, a, b
         self._eliminated: list[Eliminated[C]] = []
         self._withdrawn: set[C] = set()
+        self._history: list[Standing[C]] = []
         self._rounds = 0
         self._over = self._is_over()
 
@@ -139,6 +152,11 @@ class Race(Generic[C, D]):
             raise ValueError("a score lies outside [0, 1]")
         self._bet(table)
         self._rounds += 1
+        means = self._means()
+        self._history += [
+            Standing(self._candidates[one], self._rounds, int(self._seen[one]), float(means[one]))
+            for one in self._racing
+        ]
         self._eliminate()
         self._over = self._is_over()
 
@@ -163,6 +181,7 @@ class Race(Generic[C, D]):
             full_grid=len(self._candidates) * len(self._documents),
             confidence=self._confidence,
             tolerance=self._tolerance,
+            history=tuple(self._history),
         )
 
     @property

@@ -12,6 +12,7 @@ from functools import cached_property
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
 from rvdist.report.paper import Line, Reported, paper_lines
+from rvdist.report.race import RaceAccount
 from rvdist.report.robustness import Edited, robustness
 from rvdist.report.samples import empty_answers
 from rvdist.report.seeds import Spread, seed_spread
@@ -23,7 +24,8 @@ from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, per
 @dataclass(frozen=True)
 class Findings:
     """`rows` are those of `summarise` of the same arms, records, tasks and groups. `reported` are changes that somebody
-    else found, in points, by benchmark and arm; `lacking` says of tasks why they could not be asked."""
+    else found, in points, by benchmark and arm; `lacking` says of tasks why they could not be asked; `race` how the
+    arms were chosen, if by one."""
 
     arms: Sequence[Arm]
     rows: Sequence[Row]
@@ -32,6 +34,7 @@ class Findings:
     groups: Sequence[GroupInfo] = ()
     reported: Reported = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
+    race: RaceAccount | None = None
 
     @cached_property
     def outline(self) -> Outline:

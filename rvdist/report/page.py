@@ -81,6 +81,7 @@ def write_page(
             for arm in findings.arms
         ],
         pictures=pictures,
+        race=findings.race.table() if findings.race else [],
         anatomy=anatomy,
         versions=making.versions,
         timing=making.timing,

@@ -22,8 +22,9 @@ _CURVES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-.")
 _MARKS = [("#CC79A7", "D"), ("#009E73", "P"), ("#E69F00", "X"), ("#56B4E9", "*"), ("#000000", "h")]
 
 
-def alpha_figure(rows: Sequence[Row]) -> Figure:
-    """A panel for each task with a primary score."""
+def alpha_figure(rows: Sequence[Row], joined: bool = True) -> Figure:
+    """A panel for each task with a primary score. Not `joined`: the α's were chosen, and nothing is known of what is
+    between them, so no line says so."""
     tasks = by_task(rows)
     columns = columns_for(len(tasks))
     lines = math.ceil(len(tasks) / columns)
@@ -31,12 +32,12 @@ def alpha_figure(rows: Sequence[Row]) -> Figure:
     legend: dict[str, Any] = {}
     for i, (task, group) in enumerate(tasks):
         axes = figure.add_subplot(lines, columns, i + 1)
-        legend |= _panel(axes, task, group, baseline_of(rows))
+        legend |= _panel(axes, task, group, baseline_of(rows), joined)
     legend_below(figure, legend)
     return figure
 
 
-def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None) -> dict[str, Any]:
+def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None, joined: bool) -> dict[str, Any]:
     """Draw one task; returns what the legend must explain."""
     scale = Scale(rows)
     factor = scale.factor
@@ -54,8 +55,8 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None) -> d
         x = [row.alpha or 0.0 for row in curve]
         y = [row.value * factor for row in curve]
         low, high = _ends(curve, factor)
-        if len(curve) == 1:
-            handle = _bar(axes, x[0], curve[0], factor, color, marker)
+        if len(curve) == 1 or not joined:
+            handle, *_ = [_bar(axes, at, row, factor, color, marker) for at, row in zip(x, curve, strict=True)]
         else:
             axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0, zorder=2)
             (handle,) = axes.plot(x, y, color=color, marker=marker, linestyle=dashes, markersize=4.5, zorder=4)

@@ -2,7 +2,8 @@
 
     alpha.png .pdf          every benchmark along α              changes.png .pdf       the paper's table as a picture
     paper.csv               the paper's table                    robustness.csv .png .pdf   edited questions
-    seeds.csv               the spread between seeds             report.html            all of it in one page
+    seeds.csv               the spread between seeds             race.png .pdf          how the arms were chosen
+    report.html             all of it in one page
 
 Those for which there is something to say. Computes nothing itself.
 """
@@ -23,6 +24,7 @@ from rvdist.report.grids import print_paper_table, print_robustness
 from rvdist.report.page import write_page
 from rvdist.report.paper import write_paper_table
 from rvdist.report.plot import alpha_figure
+from rvdist.report.race import race_figure
 from rvdist.report.robustness import write_robustness
 from rvdist.report.seeds import write_seeds
 from rvdist.report.table import print_scores
@@ -52,8 +54,13 @@ def write_report(directory: Path, findings: Findings, making: Making, anatomy: A
     """Writes the files. Names are fixed; what was there under them is replaced."""
     wanted: dict[str, Callable[[], Figure | None]] = {}
     if findings.benchmarks:
-        wanted = {"alpha": lambda: alpha_figure(findings.benchmarks), "changes": lambda: changes_figure(findings.lines)}
+        wanted = {
+            "alpha": lambda: alpha_figure(findings.benchmarks, findings.race is None),
+            "changes": lambda: changes_figure(findings.lines),
+        }
         write_paper_table(directory / "paper.csv", findings.lines)
+    if race := findings.race:
+        wanted["race"] = lambda: race_figure(race)
     if findings.edited:
         wanted["robustness"] = lambda: robustness_figure(findings.edited, findings.scales)
         write_robustness(directory / "robustness.csv", findings.edited)

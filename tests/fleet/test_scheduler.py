@@ -132,22 +132,22 @@ def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
 def test_what_is_done_within_a_slice_is_shown(ray_local):
     """A slice that takes seconds is told of while it is answered; numbers never fall, and end at what was done."""
     fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
-    requests = {"t": [Generate(f"Q: {k} + {k + 1} =", 20 + 40 * (k % 6)) for k in range(192)]}
-    slices, seen = cut(TARGET, requests, 192), []
+    requests = {"t": [Generate(f"Q: {k} + {k + 1} =", 20 + 40 * (k % 6)) for k in range(384)]}
+    slices, seen = cut(TARGET, requests, 384), []
     answered = fleet.answer(slices, requests, watch=seen.append)
     fleet.info()
     weights = (POCKET / "target" / "model.safetensors").stat().st_size
-    assert fleet.stats.cpu_seconds > 1 and fleet.stats.bytes_read == pytest.approx(weights, rel=0.1)
+    assert fleet.stats.cpu_seconds > 1 and fleet.stats.bytes_read >= 0.9 * weights
     used = fleet.stats.cpu_seconds
     fleet.info()
     assert fleet.stats.cpu_seconds < used + 0.5, "counted once"
     fleet.stop()
     within = [status for status in seen if status.in_flight and status.tokens]
-    assert within and all(status.in_flight == 192 for status in within)
+    assert within and all(status.in_flight == 384 for status in within)
     numbers = [(status.requests, status.tokens, status.prompt_tokens) for status in seen]
     assert all(one <= other for k in range(3) for one, other in pairwise(number[k] for number in numbers))
     answers = answered[slices[0]].answers
-    assert numbers[-1] == (192, sum(one.tokens for one in answers), sum(one.prompt_tokens for one in answers))
+    assert numbers[-1] == (384, sum(one.tokens for one in answers), sum(one.prompt_tokens for one in answers))
     assert seen[-1].in_flight == 0 and within[-1].engines[0].rate > 0
 
 
