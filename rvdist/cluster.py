@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rvdist.errors import BadInput
+from rvdist.errors import BadInput, Failed
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has the cluster's"
 _PATIENCE = 60.0  # seconds for a node to say what it sees
+_STARTS = 2  # of a Ray of our own, which times out where much else runs
+_SOCKET = len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+_LONGEST = 107 - _SOCKET  # bytes of the directory under which Ray can have its sockets
+_leaving = False
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,7 @@ def connect(
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice, 15, starves them on a shared machine
         try:
-            ray.init(
-                address=address,
-                namespace=namespace,
-                logging_level="ERROR",
-                log_to_driver=False,
-                **({"include_dashboard": False} if address == "local" else {}),
-            )
+            _init(address, namespace)
         except ray.exceptions.AuthenticationError:
             raise BadInput(f"cluster.address={address}: there is no token for it; {_TOKEN}") from None
         except (ConnectionError, ValueError) as error:
@@ -87,6 +88,91 @@ def connect(
             )
         over.wait(0.5)
     return Resources(found)
+
+
+def _init(address: str, namespace: str | None) -> None:
+    """Raises Failed where a Ray of our own does not start."""
+    import ray
+
+    global _leaving
+    _leaving = False
+    more: dict[str, Any] = {"include_dashboard": False} | _short_directory() if address == "local" else {}
+    for start in range(1, _STARTS + 1):
+        try:
+            ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
+            return
+        except Exception as error:
+            if address != "local":
+                raise
+            disconnect()
+            _leaving = False
+            if start == _STARTS:
+                reason = " ".join(str(error).split())[:300]
+                raise Failed(
+                    f"Ray could not be started on this machine, though it was tried {_STARTS} times ({reason}); run "
+                    "the same command again when less else runs here"
+                ) from None
+
+
+def _short_directory() -> dict[str, str]:
+    """Where Ray puts its sockets, if its own choice is too long for their names. Raises BadInput where the user chose
+    it."""
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    chosen = os.environ.get(variable, "")
+    if not chosen or len(os.fsencode(os.path.abspath(chosen))) <= _LONGEST:
+        return {}
+    if variable == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK | os.X_OK):
+        raise BadInput(
+            f"{variable}={chosen}: is too long for the names of Ray's sockets, which leave room for {_LONGEST} bytes; "
+            "set RAY_TMPDIR to a shorter directory, such as /tmp"
+        )
+    return {"_temp_dir": "/tmp/ray"}
+
+
+@dataclass(frozen=True)
+class Vital:
+    """Without what the connected cluster is lost: processes of this machine, by id and name, and the address of a GCS
+    that is not one of them."""
+
+    processes: tuple[tuple[int, str], ...]
+    gcs: str | None
+
+
+def vital() -> Vital | None:
+    """None where no cluster is connected, or we are about to leave it. Ray has no public word for these processes."""
+    worker: Any = sys.modules.get("ray._private.worker")
+    node = getattr(worker, "_global_node", None)
+    if not node or _leaving or not worker.global_worker.connected:
+        return None
+    own = [
+        (started[0].process.pid, name)
+        for kind, name in (("gcs_server", "GCS"), ("raylet", "raylet"))
+        if (started := node.all_processes.get(kind))
+    ]
+    if own:
+        return Vital(tuple(own), None)
+    raylet = _listener(node.raylet_socket_name)
+    return Vital(((raylet, "raylet"),) if raylet else (), str(node.gcs_address))
+
+
+@lru_cache(maxsize=1)
+def _listener(path: str) -> int | None:
+    """The process that listens at a socket of this machine."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(1.0)
+        asking.connect(path)
+        return int.from_bytes(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
+    return None
+
+
+def answers(address: str) -> bool:
+    """Whether somebody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def live_nodes() -> list[dict[str, Any]]:
@@ -160,4 +246,6 @@ def disconnect() -> None:
     """Leaves the cluster, and ends it where `connect` started it."""
     import ray
 
+    global _leaving
+    _leaving = True
     ray.shutdown()

@@ -1,7 +1,7 @@
 """python -m rvdist.launch: configuration → run directory → stages. No logic of its own.
 
 Exit status: 0 everything asked for was done; 1 failed or partly done; 2 bad input (one sentence on
-standard error, nothing written); 130 interrupted.
+standard error, nothing written); 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gc
 import os
 import shlex
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist import multirun
 from rvdist.config import Config
+from rvdist.ends import Watch
 from rvdist.errors import BadInput, Failed
 from rvdist.log import Log
 from rvdist.run import remove_empty
@@ -41,11 +43,14 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
     ConfigStore.instance().store(name="schema", node=Config)
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
+    watch = Watch(log.fail)
+    watch.begin()
     multirun.register()
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on
     if unfinished:
         os.environ["COMP_LINE"] = " ".join(_quoted(argument) for argument in unfinished.split(" "))
     failures: list[tuple[str, Exception]] = []
+    interrupted = False
     if not unfinished:
         try:
             sys.argv[1:] = [_readable(_quoted(argument)) for argument in sys.argv[1:]]
@@ -66,8 +71,7 @@ def main() -> None:
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except KeyboardInterrupt:
-        log.fail("interrupted", 130)
-        sys.exit(130)
+        interrupted = True
     except Exception as error:
         if os.environ.get("RVDIST_TRACEBACK"):
             raise
@@ -75,6 +79,11 @@ def main() -> None:
             failures.append(("", error))
     finally:
         multirun.RayLauncher.close()
+    if interrupted:
+        while watch.status is None:  # it is told by the other thread
+            time.sleep(0.01)
+        sys.stdout.flush()
+        os._exit(watch.status)
     failures += multirun.RayLauncher.failures
     if failures:
         refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)

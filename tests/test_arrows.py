@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors"},
     "arithmetic": set(),
     "cluster": {"errors"},
+    "ends": {"cluster"},
     "operand": {"checkpoint", "errors"},
     "vector": {"arithmetic", "checkpoint", "errors", "operand", "point"},
     "anatomy": {"arithmetic", "checkpoint", "errors", "operand", "point"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "verify": {"checkpoint", "errors"},
     "inspect": {"checkpoint", "config", "errors", "point", "report", "timing"},
     "multirun": {"config", "log", "run", "stages", "timing", "warm"},
-    "launch": {"config", "errors", "log", "multirun", "run", "stages"},
+    "launch": {"config", "ends", "errors", "log", "multirun", "run", "stages"},
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import Staging
+from rvdist.ends import KEPT
 from rvdist.errors import BadInput, Failed
 from rvdist.merge import crew
 from rvdist.merge import plan as planning
@@ -195,7 +196,7 @@ def resumed(tmp_path_factory):
     wait_for_journal(interrupted)
     os.killpg(interrupted.pid, signal.SIGINT)  # as Ctrl-C does
     _, errors = interrupted.communicate(timeout=60)
-    assert interrupted.returncode == 130 and errors == "rvdist: interrupted\n", errors
+    assert interrupted.returncode == 130 and errors == f"rvdist: interrupted; {KEPT}\n", errors
     wait_until_gone(mark + "2", 20)
     second = journalled(place / "out.partial")
     assert 0 < first < second  # what was journalled before is in it
@@ -222,6 +223,49 @@ def test_the_command_is_killed_and_interrupted_and_goes_on(resumed, ray_local):
     for name, file in weight_map.items():
         with safe_open(place / "out" / file, "pt") as opened:
             assert opened.get_slice(name).get_shape() == list(target[name].shape)
+
+
+def part_of(mark, name):
+    """A process of Ray's that a command with this mark started."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            called = Path(f"/proc/{process}/comm").read_text().strip()
+            if called == name and f"MARK={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes():
+                return int(process)
+    raise AssertionError(name)
+
+
+@pytest.mark.slow
+def test_an_end_that_is_not_ours_gets_our_sentence_and_the_same_command_goes_on(tmp_path):
+    """SIGTERM, then a killed GCS, then a killed raylet, each in the middle of the merge; within 10 s."""
+    arguments = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
+    arguments += ["output=out", "merge.workers=1", "max_shard_size=100KB", "hydra.run.dir=run"]
+    ends = (
+        ("python", signal.SIGTERM, 143, rf"terminated \(SIGTERM\); {KEPT}"),
+        ("gcs_server", signal.SIGKILL, 1, rf"the Ray cluster is lost: its GCS \(process \d+\) ended; {KEPT}"),
+        ("raylet", signal.SIGKILL, 1, rf"the Ray cluster is lost: its raylet \(process \d+\) ended; {KEPT}"),
+    )
+    before = 0
+    for victim, with_signal, status, sentence in ends:
+        mark = uuid.uuid4().hex
+        running = command(tmp_path, mark, *arguments, hold=60)
+        wait_for_journal(running)
+        began = time.monotonic()
+        os.kill(running.pid if victim == "python" else part_of(mark, victim), with_signal)
+        _, errors = running.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+        assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}\n", errors), errors
+        wait_until_gone(mark, 30, but=AGENTS)
+        now = journalled(tmp_path / "out.partial")
+        assert now > before
+        before = now
+    done = command(tmp_path, uuid.uuid4().hex, *arguments)
+    _, errors = done.communicate(timeout=300)
+    assert done.returncode == 0 and not errors, errors
+    assert (
+        json.loads((tmp_path / "run/timing.json").read_text())["bytes_written"]
+        < open_source(str(tmp_path / "out")).nbytes
+    )
 
 
 def flip(out):

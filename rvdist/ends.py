@@ -1,0 +1,126 @@
+"""Ends that are not ours: a signal, or a cluster that is lost, ends the command with our sentence and a status.
+
+Ray's core replaces the handler of SIGTERM, and when the GCS or the raylet dies it ends the process from inside, after
+up to a minute, with its own text. So a thread looks: it tells at once, and where the rest has not come to an end by
+then, ends the process. Only the command has this; whoever uses rvdist from Python keeps their own signals.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+from rvdist import cluster
+
+KEPT = "what is done is kept, and the same command goes on from there"
+_SAID = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated (SIGTERM)",
+    signal.SIGHUP: "ended with its terminal (SIGHUP)",
+}
+_TICK = 0.1  # seconds between looks
+_GRACE = 7.0  # seconds that a signal leaves for stopping what runs
+_SILENCE = 6.0  # seconds for which the GCS of a cluster that is not ours may refuse before it counts as lost
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends the command: everything that gives way to an interrupt gives way to it."""
+
+
+class Watch:
+    """Once begun, in the main thread, it lasts as long as the process. `tell` is given the sentence and the status, at
+    most once, from another thread. `status`: that of the signal that came, None while there is none."""
+
+    def __init__(self, tell: Callable[[str, int], None]) -> None:
+        self.status: int | None = None
+        self._tell, self._deadline = tell, 0.0
+        self._vital: dict[int, str] = {}  # a pidfd of each process that must live: what it is
+        self._cluster: cluster.Vital | None = None
+        self._asked = self._answered = 0.0  # when the GCS was
+
+    def begin(self) -> None:
+        self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self._raise)
+        api = ctypes.pythonapi
+        api.PyOS_getsig.restype = api.PyOS_setsig.restype = ctypes.c_void_p
+        api.PyOS_setsig.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        self._handler = api.PyOS_getsig(signal.SIGTERM)
+        threading.Thread(target=self._look, name="rvdist-ends", daemon=True).start()
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not end what the first lets stop
+        raise Ended
+
+    def _look(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._woken, *self._vital], [], [], _TICK)
+            self._hear()
+            dead = [name for descriptor, name in self._vital.items() if descriptor in ready]
+            if dead and self._is_ours_to_miss():
+                self._lose(dead[0])
+            if self.status is not None and time.monotonic() > self._deadline:
+                _leave(self.status)
+            if self.status is None:
+                ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, self._handler)  # Ray's core puts its own there
+                self._know()
+                self._ask()
+
+    def _hear(self) -> None:
+        """Tells of the first signal."""
+        with suppress(BlockingIOError):
+            for number in os.read(self._woken, 64):
+                if self.status is None and number in _SAID:
+                    self.status, self._deadline = 128 + number, time.monotonic() + _GRACE
+                    self._tell(f"{_SAID[signal.Signals(number)]}; {KEPT}", self.status)
+
+    def _is_ours_to_miss(self) -> bool:
+        """Whether a process of Ray's did not end because we let it, or of the signal that we got, too."""
+        time.sleep(_TICK)
+        self._hear()
+        return self.status is None and cluster.vital() is not None
+
+    def _know(self) -> None:
+        """Opens what must live of the cluster that is connected now."""
+        now = cluster.vital()
+        if now == self._cluster:
+            return
+        for descriptor in self._vital:
+            os.close(descriptor)
+        self._vital, self._cluster, self._answered = {}, now, time.monotonic()
+        for pid, name in now.processes if now else ():
+            with suppress(OSError):
+                self._vital[os.pidfd_open(pid)] = f"{name} (process {pid}) ended"
+
+    def _ask(self) -> None:
+        """Looks whether the GCS of a cluster that is not ours answers."""
+        now = time.monotonic()
+        if self._cluster is None or not self._cluster.gcs or now - self._asked < 1.0:
+            return
+        if cluster.answers(self._cluster.gcs):
+            self._answered = time.monotonic()
+        elif time.monotonic() - self._answered > _SILENCE and self._is_ours_to_miss():
+            self._lose(f"GCS at {self._cluster.gcs} does not answer")
+        self._asked = time.monotonic()
+
+    def _lose(self, what: str) -> NoReturn:
+        self._tell(f"the Ray cluster is lost: its {what}; {KEPT}", 1)
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process: Ray's own, where we started it, end with the thread that did."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
