@@ -33,6 +33,13 @@ def layer_count(names: Iterable[str]) -> int:
     return max((layer for name in names if (layer := layer_of(name)) is not None), default=-1) + 1
 
 
+def _between(numbers: tuple[float, ...], at: float) -> float:
+    """Of numbers that stand at 0, 1, 2, … the one at `at`, linearly between two."""
+    low = min(int(at), len(numbers) - 1)
+    high = min(low + 1, len(numbers) - 1)
+    return numbers[low] + (at - low) * (numbers[high] - numbers[low])
+
+
 @dataclass(frozen=True)
 class Mask:
     """The paper's m: a coefficient for each tensor, from its name and its layer.
@@ -74,9 +81,7 @@ class Mask:
         if not self.depth or layer is None:
             return 1.0
         at = layer / max(1, layers - 1) * (len(self.depth) - 1)
-        low = min(int(at), len(self.depth) - 1)
-        high = min(low + 1, len(self.depth) - 1)
-        return self.depth[low] + (at - low) * (self.depth[high] - self.depth[low])
+        return _between(self.depth, at)
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,13 @@ class Vector:
 
 @dataclass(frozen=True)
 class Term:
-    """α · (m ⊙ v). Raises ValueError unless α is a finite number."""
+    """α · (m ⊙ v). `density` is the share of this vector that the method keeps, from the first layer to the last as
+    `Mask.depth` has it; empty where that is the method's own. Raises ValueError unless α is a finite number."""
 
     alpha: float
     vector: Vector
     mask: Mask = Mask()
+    density: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.alpha))  # it may be a scalar of NumPy or torch
@@ -150,6 +157,17 @@ class WeightPoint:
         weighted = [(term.alpha * term.mask.coefficient(name, layers), term.vector) for term in self.active_terms]
         return [(alpha, vector) for alpha, vector in weighted if alpha != 0 and has(vector.plus)]
 
+    def densities(self, name: str, layers: int, has: Callable[[str], bool]) -> tuple[float, ...]:
+        """The density of each term in `recipe`; empty where no term has one of its own."""
+        if not any(term.density for term in self.terms):
+            return ()
+        at = (layer_of(name) or 0) / max(1, layers - 1)
+        return tuple(
+            _between(term.density, at * (len(term.density) - 1)) if term.density else self.method.density
+            for term in self.active_terms
+            if term.mask.coefficient(name, layers) != 0 and has(term.vector.plus)
+        )
+
     def sources(self) -> Iterator[str]:
         """Every checkpoint the point names, base first, each once."""
         seen = dict.fromkeys([self.base])
@@ -174,7 +192,11 @@ class WeightPoint:
         return replace(self, base=places[self.base], terms=terms)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        for term in found["terms"]:
+            if not term["density"]:
+                del term["density"]
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightPoint:
@@ -192,6 +214,7 @@ class WeightPoint:
                     layers=tuple((first, last) for first, last in term["mask"]["layers"]),
                     depth=tuple(term["mask"]["depth"]),
                 ),
+                density=tuple(term.get("density", ())),
             )
             for term in data["terms"]
         )
@@ -209,6 +232,7 @@ class WeightPoint:
                     "rename": term.vector.rename,
                     "mask": asdict(term.mask),
                 }
+                | ({"density": term.density} if term.density else {})
                 for term in self.active_terms
             ],
             "method": asdict(self.method),

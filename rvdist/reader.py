@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
@@ -138,7 +139,9 @@ class PointReader:
             for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
                 if method.whole_tensors and terms:
                     base = [point.base] * method.surveys_base
-                    method.survey(Place(name, numel), partial(self._differences, name, base, terms, work))
+                    method.survey(
+                        self._at(Place(name, numel), point), partial(self._differences, name, base, terms, work)
+                    )
             self._prepared = name
         return recipes, works, [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
 
@@ -163,8 +166,16 @@ class PointReader:
                 for alpha, vector in terms
                 if vector in present or not method.elementwise_sum
             ]
-            counts.append(combine(method, operand[point.base], differences, out, scratch, place, work))
+            own = self._at(place, point)
+            counts.append(combine(method, operand[point.base], differences, out, scratch, own, work))
         return counts
+
+    def _at(self, place: Place, point: WeightPoint) -> Place:
+        """The place, with the densities of the terms that change its tensor."""
+        densities = point.densities(
+            place.tensor, self._layers, lambda source: place.tensor in self._sources[source].tensors
+        )
+        return replace(place, densities=densities) if densities else place
 
     def _finish(self, begin: int, lane: Lane, copied: Sequence[bool]) -> tuple[int, list[torch.Tensor]]:
         results, counts = lane.wait()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -214,8 +214,7 @@ class _File:
     def _point(self, method: str, base: str, models: list[_Model], tensors: Collection[str], seed: int) -> WeightPoint:
         normalize = self._flag("normalize", method in ("linear", "ties"))
         rescale = self._flag("rescale", method.startswith("dare"))
-        if self._flag("int8_mask", False):
-            self._refuse("parameters.int8_mask", "is not supported; leave it out: it saves mergekit memory, no more")
+        self._flag("int8_mask", False)  # saves mergekit memory, no more
         if method == "ties" and rescale:
             self._refuse("parameters.rescale", "true is not supported for ties")
         inputs = [model for model in models if model.name != base or method == "linear"]
@@ -223,39 +222,45 @@ class _File:
             self._refuse("models", f"name {len(inputs)} models beside the base; slerp goes from the base to one other")
         given = "t" if method == "slerp" else "weight"
         rules = [self._rules(given, None if given == "t" else model, None) for model in inputs]
-        density = 1.0
         if method in ("ties", "dare_linear", "dare_ties"):
-            density = self._constant("density", [self._rules("density", model, 1.0) for model in inputs], tensors)
-            if not 0 < density <= 1:
-                self._refuse("density", f"{density:g} is not above 0 and at most 1")
+            rules += [self._rules("density", model, 1.0) for model in inputs]
         factor = 1.0
         if method not in ("linear", "slerp"):
             factor = self._constant("lambda", [self._rules("lambda", None, 1.0)], tensors)
         elects = method.endswith("ties")
         if elects and factor != 1 and (normalize or factor < 0):
             self._refuse("parameters.lambda", f"{factor:g} is not supported for {method}, only 1; scale the weights")
-        if method.startswith("dare") and not rescale:
-            factor *= density  # what the method divides by again
-        if method == "dare_ties" and not rescale and normalize and density != 1:
-            self._refuse("parameters.rescale", "false is not supported for dare_ties with normalize")
         terms: list[Term] = []
         for values, outside, include in _cells(rules, tensors):
-            for model, value in zip(inputs, values, strict=True):
+            for model, value in zip(inputs, values[: len(inputs)], strict=True):
                 if value is None:
                     example = next(name for name in tensors if any(re.fullmatch(p, name) for p in include or (".*",)))
                     where = "" if given == "t" else f"{model.key}."
                     self._refuse(f"{where}parameters.{given}", f"is not set for tensor {example}")
             layers = layer_count(tensors)
-            columns = _columns([value for value in values if value is not None], 0 if outside else layers)
-            columns = [self._share(method, column, normalize, factor) for column in columns]
+            both = _columns([value for value in values if value is not None], 0 if outside else layers)
+            columns = [self._share(method, column[: len(inputs)], normalize, factor) for column in both]
             for number, model in enumerate(inputs):
-                if model.name != base:
-                    alphas = tuple(column[number] for column in columns)
-                    terms += _term(Vector(model.name, base), alphas, include, outside, layers)
+                if model.name == base:
+                    continue
+                alphas = tuple(column[number] for column in columns)
+                kept = tuple(column[len(inputs) + number] for column in both) if len(rules) > len(inputs) else ()
+                for density in kept:
+                    if not 0 < density <= 1:
+                        self._refuse("density", f"{density:g} is not above 0 and at most 1")
+                if method == "dare_ties" and not rescale and normalize and set(kept) != {1.0}:
+                    self._refuse("parameters.rescale", "false is not supported for dare_ties with normalize")
+                if method.startswith("dare") and not rescale:  # what the method divides by again
+                    alphas = tuple(alpha * density for alpha, density in zip(alphas, kept, strict=True))
+                terms += _term(Vector(model.name, base), alphas, include, outside, layers, kept)
         name = {"dare_linear": "dare", "slerp": "slerp"}.get(method, "linear")
         if elects:
             name = f"{method}_{'mean' if normalize else 'sum'}"
-        spec = MethodSpec() if name == "linear" else MethodSpec(name, density, seed if "dare" in name else 0)
+        densities = {density for term in terms for density in term.density}
+        one = densities.pop() if len(densities) == 1 else 1.0
+        if not densities:  # the method's own, not the terms'
+            terms = [replace(term, density=()) for term in terms]
+        spec = MethodSpec() if name == "linear" else MethodSpec(name, one, seed if "dare" in name else 0)
         return WeightPoint(base, tuple(terms), spec)
 
     def _share(self, method: str, weights: Sequence[float], normalize: bool, factor: float) -> list[float]:
@@ -324,10 +329,13 @@ def _interpolate(gradient: Numbers, place: float) -> float:
     return (1 - (at - low)) * gradient[low] + (at - low) * gradient[high]
 
 
-def _term(vector: Vector, alphas: Numbers, include: tuple[str, ...], outside: bool, layers: int) -> list[Term]:
+def _term(
+    vector: Vector, alphas: Numbers, include: tuple[str, ...], outside: bool, layers: int, kept: Numbers
+) -> list[Term]:
     exclude = (_INSIDE_LAYERS,) if outside else ()
     if not any(alphas):
         return []
+    density = kept[:1] if len(set(kept)) == 1 else kept
     if len(alphas) == 1:
-        return [Term(alphas[0], vector, Mask(include, exclude))]
-    return [Term(1.0, vector, Mask(include, exclude, ((0, layers - 1),), alphas))]
+        return [Term(alphas[0], vector, Mask(include, exclude), density)]
+    return [Term(1.0, vector, Mask(include, exclude, ((0, layers - 1),), alphas), density)]

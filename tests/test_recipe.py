@@ -25,7 +25,7 @@ from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
 from rvdist.pipeline import HostLane
-from rvdist.point import MethodSpec
+from rvdist.point import MethodSpec, WeightPoint
 from rvdist.reader import PointReader, read_point
 from rvdist.recipe import read_recipe
 from rvdist.report import card
@@ -130,6 +130,26 @@ def require_equal(recipe, found, expected):
     assert apart < 0.05 * moved, "agrees with mergekit no better than the base does"
 
 
+def test_each_model_is_dropped_from_by_its_own_density(here, tmp_path):
+    """DARE's choice is random: each vector keeps its share, and what stays is divided by that share."""
+    text = "{merge_method: dare_linear, base_model: base, parameters: {normalize: false}, dtype: float32, models: ["
+    text += (
+        "{model: a, parameters: {weight: 1, density: 0.25}}, {model: b, parameters: {weight: 1, density: [0.5, 1]}}]}"
+    )
+    (tmp_path / "own.yml").write_text(text)
+    point = read_recipe(tmp_path / "own.yml", names, 3).point
+    assert WeightPoint.from_json(json.loads(json.dumps(point.to_json()))) == point
+    (a, *_), tensor = point.terms, "model.layers.2.mlp.up_proj.weight"
+    assert a.density == (0.25,) and point.densities(tensor, 3, lambda _: True) == (0.25, 1.0)
+    assert point.densities("model.layers.1.mlp.up_proj.weight", 3, lambda _: True) == (0.25, 0.75)
+    base, one, other = (load_checkpoint(Path(name))[tensor].double() for name in ("base", "a", "b"))
+    only_a = (dict(read_point(point))[tensor].double() - other) / (one - base)  # b has density 1 in the last layer
+    assert set(only_a.round().unique().tolist()) == {0.0, 4.0}
+    assert formula(point).endswith("density 0.25 … 1, seed 3)")
+    same = read_recipe(HERE / "ties.yml", names).point
+    assert not any(term.density for term in same.terms) and "density" not in same.to_json()["terms"][0]
+
+
 def test_random_dropping_differs_only_in_the_scale(expected, here):
     """What stays is random. mergekit scales it so that the sum of magnitudes is again that of the whole tensor,
     we divide by the density, which gives that sum in expectation."""
@@ -179,8 +199,7 @@ REFUSED = [
     ("linear.yml", "model: a,", "model: a, layer_range: [0, 2],", r"models\[1\].layer_range is not supported here"),
     ("linear.yml", "models:", "slices:", "slices has to be a list of one slice"),
     ("ties.yml", "base_model: base\n", "", "base_model is not set; ties needs one"),
-    ("ties.yml", "density: 0.3", "density: 0.3, int8_mask: true", "parameters.int8_mask is not supported"),
-    ("ties.yml", "density: 0.3", "density: [0.3, 0.5]", "density differs between models or tensors"),
+    ("ties.yml", "density: 0.3", "density: [0.3, 1.5]", "density 1.5 is not above 0"),
     ("ties.yml", "density: 0.3", "density: 0", "density 0 is not above 0"),
     ("ties.yml", "density: 0.3", "density: 0.3, lambda: 0.5", "parameters.lambda 0.5 is not supported for ties"),
     ("ties.yml", "density: 0.3", "density: 0.3, rescale: true", "parameters.rescale true is not supported"),

@@ -38,8 +38,10 @@ class Consensus:
         self._least: list[int] | None = None  # each vector's smallest magnitude to be kept, as bits; None: all stay
 
     def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
-        kept = max(1, int(self._density * place.numel))
-        self._least = kth_largest(chunks, kept) if kept < place.numel else None
+        densities = place.densities or (self._density,)
+        kept = [max(1, int(density * place.numel)) for density in densities]
+        few = len(kept) == 1
+        self._least = kth_largest(chunks, kept[0] if few else kept) if min(kept) < place.numel else None
 
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place

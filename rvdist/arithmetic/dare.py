@@ -44,15 +44,17 @@ class Dare:
 
     def drop(self, difference: torch.Tensor, alpha: float, vector: int, place: Place) -> None:
         """b_k·(α / density)·d_k, in place; `vector` is k."""
-        difference.mul_(alpha / self._density)
-        if self._density < 1:
-            difference.mul_(self._kept(place.tensor, vector, place.start, difference.numel()).to(difference.device))
+        density = place.densities[vector] if place.densities else self._density
+        difference.mul_(alpha / density)
+        if density < 1:
+            kept = self._kept(density, place.tensor, vector, place.start, difference.numel())
+            difference.mul_(kept.to(difference.device))
 
-    def _kept(self, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
+    def _kept(self, density: float, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
         """1 for those of the elements [start, start + n) of the vector's tensor that stay, else 0."""
         name = hashlib.blake2b(f"{self._seed} {vector} {tensor}".encode(), digest_size=16).digest()
         stream = np.random.Philox(key=int.from_bytes(name, "little"))
         steps, skip = divmod(start, _DRAWS)
         stream.advance(steps)
         draws = stream.random_raw((skip + n + 1) // 2).astype("<u8", copy=False).view("<u4")[skip : skip + n]
-        return torch.from_numpy((draws < round(self._density * 2**32)).astype(np.float32))
+        return torch.from_numpy((draws < round(density * 2**32)).astype(np.float32))

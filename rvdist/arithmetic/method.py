@@ -27,11 +27,13 @@ Difference = tuple[float, torch.Tensor, torch.Tensor | None]  # α, plus, minus;
 
 @dataclass(frozen=True)
 class Place:
-    """Where a chunk stands: its tensor, that tensor's number of elements, and its first element."""
+    """Where a chunk stands: its tensor, that tensor's number of elements, and its first element. `densities`: the share
+    that is kept of each vector, where it is not the method's own."""
 
     tensor: str
     numel: int
     start: int = 0
+    densities: tuple[float, ...] = ()
 
 
 class Method(Protocol):

@@ -66,11 +66,11 @@ def magnitudes(difference: torch.Tensor) -> torch.Tensor:
     return difference.view(integer) & mask
 
 
-def kth_largest(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int) -> list[int]:
-    """The `kth` largest magnitude of each vector, exactly, in the memory of one histogram a vector: each pass over
-    the differences counts the next bits of those that share the bits known so far."""
+def kth_largest(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int | Sequence[int]) -> list[int]:
+    """The `kth` largest magnitude of each vector, or of each its own, exactly, in the memory of one histogram a vector:
+    each pass over the differences counts the next bits of those that share the bits known so far."""
     first = next(chunks())
-    known, rank = [0] * len(first), [kth] * len(first)
+    known, rank = [0] * len(first), [kth] * len(first) if isinstance(kth, int) else list(kth)
     *_, starts = _BITS[first[0].dtype]
     for above, start in pairwise(starts):
         size = 1 << (above - start)

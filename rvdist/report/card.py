@@ -74,7 +74,10 @@ def model_card(
         ),
     ]
     if point.method.name != "linear":
-        sections.insert(-1, _method(point.method))
+        said = _method(point.method)
+        if any(term.density for term in point.terms):
+            said = said.replace(f"density {point.method.density:g}", "a density of each term's own (see the JSON)")
+        sections.insert(-1, said)
     if results:
         sections += ["## Results", *_results(results)]
     masks = [(i, term.mask) for i, term in enumerate(point.active_terms, 1) if term.mask != Mask()]

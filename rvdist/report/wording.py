@@ -225,4 +225,6 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
     if method.name in ("linear", "slerp"):
         return text if method.name == "linear" else f"SLERP({text})"
     seed = f", seed {method.seed}" if method.name.startswith("dare") else ""
-    return f"{method.name.upper().replace('_', '-')}({text}; density {method.density:g}{seed})"
+    own = list(dict.fromkeys(number for term in point.active_terms for number in term.density))
+    density = " … ".join(f"{number:g}" for number in ([min(own), max(own)] if own else [method.density]))
+    return f"{method.name.upper().replace('_', '-')}({text}; density {density}{seed})"
