@@ -18,7 +18,7 @@ from rich.text import Text
 from rvdist import config
 from rvdist.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput, Failed
-from rvdist.point import Arm, WeightPoint
+from rvdist.point import Arm, WeightPoint, name_of
 from rvdist.run import Run
 
 FILE = "batch.json"
@@ -85,7 +85,7 @@ class Batch:
                 made.setdefault(part.target, []).append(part)
         run = self._run
         alone = replace(run.settings, batch=[], vector=VectorConfig(), vectors=[], output=None, stages=self._scored)
-        for name, (target, own) in zip(_apart(Path(target).name for target in made), made.items(), strict=True):
+        for name, (target, own) in zip(_apart(name_of(target) for target in made), made.items(), strict=True):
             settings = replace(alone, target=target)
             scorer = Run(settings, run.directory / name, run.command, run.timing, run.log, asked=run.settings)
             self._arms |= (arms := _arms(own))
@@ -199,7 +199,7 @@ class Batch:
                 output,
                 alpha,
                 row["vector"],
-                Path(row["target"]).name,
+                name_of(row["target"]),
                 *([score] if scored else []),
                 row["status"],
             )

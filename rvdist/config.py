@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.errors import BadInput
-from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
+from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint, name_of
 
 STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
 DEVICES = ("cpu", "cuda")
@@ -349,7 +349,7 @@ def _merges(config: Config, recipe: WeightPoint | None) -> Iterator[tuple[Path, 
 
 
 def _filled(config: Config, text: str, merged: WeightPoint, alpha: float) -> str:
-    named = {"{alpha}": spell(alpha), "{target}": Path(merged.base).name, "{vector}": called(merged)}
+    named = {"{alpha}": spell(alpha), "{target}": name_of(merged.base), "{vector}": called(merged)}
     for placeholder, name in (named | {"{recipe}": Path(config.recipe or "").stem}).items():
         text = text.replace(placeholder, name)
     return text
@@ -381,7 +381,7 @@ def published(config: Config, recipe: WeightPoint | None = None) -> dict[Path, s
 
 def called(merged: WeightPoint) -> str:
     """What `{vector}` stands for: the name of what each vector leads to."""
-    return "+".join(dict.fromkeys(Path(term.vector.plus).name for term in merged.terms))
+    return "+".join(dict.fromkeys(name_of(term.vector.plus) for term in merged.terms))
 
 
 def require_recipe_alone(config: Config) -> None:

@@ -25,7 +25,7 @@ from rvdist.fleet.request import Answer, Answered, Request
 from rvdist.fleet.schedule import Slice, cut
 from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.fleet.view import FleetView
-from rvdist.point import Arm, WeightPoint
+from rvdist.point import Arm, WeightPoint, name_of
 from rvdist.record import Record, TaskInfo, write_records
 from rvdist.report.summary import GroupInfo, Outline, write_summary
 from rvdist.run import Run, Scores
@@ -184,7 +184,7 @@ class Examination:
         for owner, one in arms:
             point = _located(owner, one)
             digests[point] = owner.digests[one.point]
-            names[point] = f"{Path(owner.settings.target).name} {one.name}" if several else one.name
+            names[point] = f"{name_of(owner.settings.target)} {one.name}" if several else one.name
         slices = [piece for point in digests for piece in cut(point, requests, run.settings.engine.slice_size)]
         cache = None
         if not run.settings.engine.replay:

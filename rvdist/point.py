@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,11 @@ def layer_of(name: str) -> int | None:
     """The layer a tensor belongs to: the first all-digit component of its dotted name."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None
+
+
+def name_of(source: str) -> str:
+    """What a source is called: the last component of its path, whatever that is written as (`.`, `a/b/`, `a/..`)."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(source)))
 
 
 def layer_count(names: Iterable[str]) -> int:

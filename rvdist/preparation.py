@@ -17,7 +17,7 @@ from rvdist.checkpoint.staging import discards, require_free
 from rvdist.errors import BadInput
 from rvdist.merge.plan import Plan
 from rvdist.merging import plan_of, vector_is_complete
-from rvdist.point import Arm, Rename, Vector, WeightPoint
+from rvdist.point import Arm, Rename, Term, Vector, WeightPoint
 from rvdist.recipe import read_recipe
 from rvdist.run import Run
 
@@ -132,11 +132,21 @@ def _index(run: Run, points: Sequence[WeightPoint], known: Known) -> None:
             if source not in run.sources:
                 run.sources[source] = known.open(source, rename)
         report = known.check(run, point)
-        run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions)
+        run.notes[compat.settle(point, run.sources)] = (*report.refusals, *report.exceptions, *_zeros(run, point))
     for note in dict.fromkeys(note for notes in run.notes.values() for note in notes):
         if (run.directory, note) not in known.told:
             run.note(note)
             known.told.add((run.directory, note))
+
+
+def _zeros(run: Run, point: WeightPoint) -> list[str]:
+    """A sentence for each vector whose donors are the same to the byte."""
+    pairs = dict.fromkeys((term.vector.plus, term.vector.minus) for term in point.active_terms)
+    return [
+        f"{plus} and {minus} hold the same weights: their vector is zero, and adding it changes nothing"
+        for plus, minus in pairs
+        if minus and run.sources[plus].holds_the_same_as(run.sources[minus])
+    ]
 
 
 def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> Vector:
@@ -144,7 +154,8 @@ def _index_vector(run: Run, saved: config.Saved, outputs: Collection[Path]) -> V
     if saved.directory in outputs:
         raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
     run.sources |= {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
-    for note in compat.check_vector(saved.vector, run.sources):
+    alone = WeightPoint(saved.vector.plus, (Term(1.0, saved.vector),))
+    for note in (*compat.check_vector(saved.vector, run.sources), *_zeros(run, alone)):
         run.note(note)
     return compat.settle_vector(saved.vector, run.sources)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from rich.table import Table
 
 from rvdist import cluster, config
 from rvdist.merge.placement import place, rates, remembered_rate
 from rvdist.merge.plan import Plan
+from rvdist.point import name_of
 from rvdist.run import Run
 
 
@@ -17,9 +17,9 @@ def print_plan(run: Run, plan: Plan) -> None:
     for output, layout in zip(plan.outputs, plan.layouts, strict=True):
         for point, directory in zip(output.points, output.directories, strict=True):
             terms = " ".join(
-                f"{t.alpha:+g}·({' − '.join(Path(source).name for source in t.vector.sources())})" for t in point.terms
+                f"{t.alpha:+g}·({' − '.join(name_of(source) for source in t.vector.sources())})" for t in point.terms
             )
-            run.say(f"{directory}: {Path(point.base).name} {terms}")
+            run.say(f"{directory}: {name_of(point.base)} {terms}")
         run.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
     run.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
     if plan.outputs:

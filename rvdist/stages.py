@@ -19,7 +19,7 @@ from rvdist.config import Config
 from rvdist.errors import BadInput, Failed
 from rvdist.log import Log, LoggedTiming
 from rvdist.merging import alike, card, merge_together, outputs, plan_of, save_vector, sources_of
-from rvdist.point import Vector
+from rvdist.point import Vector, name_of
 from rvdist.preparation import Known, prepare, require_no_source
 from rvdist.preview import print_plan
 from rvdist.report.metadata import licence_of
@@ -204,7 +204,7 @@ def _report(run: Run) -> None:
     )
     named = ", ".join(dict.fromkeys(row.task for row in findings.benchmarks))
     making = Making(
-        title=f"{Path(run.settings.target).name}: {named or 'its vectors'}",
+        title=f"{name_of(run.settings.target)}: {named or 'its vectors'}",
         command=run.command,
         digests={arm.name: run.digests[arm.point] for arm in scores.arms},
         versions=versions() | {f"engine {key}": value for key, value in run.engine.items()} | {"run": run.log.run},

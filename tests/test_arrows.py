@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "run": {"checkpoint", "config", "errors", "log", "point", "record", "report", "timing"},
     "warm": {"cluster", "config", "errors", "fleet", "timing"},
     "batch": {"config", "errors", "evaluation", "point", "run"},
-    "preview": {"cluster", "config", "merge", "run"},
+    "preview": {"cluster", "config", "merge", "point", "run"},
     "evaluation": {"cluster", "config", "errors", "fleet", "point", "record", "report", "run", "warm", "checkpoint"},
     "racing": {"config", "errors", "evaluation", "fleet", "point", "record", "report", "run", "warm"},
     "connectivity": {"config", "evaluation", "point", "report", "run"},

@@ -281,3 +281,12 @@ def test_shares_of_a_gpu_that_cannot_be():
             config.require_resources(settings(engine=EngineConfig(gpus=share)))
     with pytest.raises(BadInput, match="engine.gpus=0.5: an engine of engine.tensor_parallel_size=2 takes whole GPUs"):
         config.require_resources(settings(engine=EngineConfig(gpus=0.5, tensor_parallel_size=2)))
+
+
+@pytest.mark.parametrize("written", [".", "", "../{}", "../{}/", "./", "../{}/../{}"])
+def test_a_target_is_called_by_its_directory_however_it_is_written(written, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    target = written.format("model", "model") or str(tmp_path / "model")
+    settings = Config(target=target, vector=VectorConfig(target, "minus/"), output="out/{target}-{vector}")
+    assert [path.name for path in config.outputs(settings)] == ["model-model"]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from checkpoints import launch
+from checkpoints import launch, load_checkpoint, write_checkpoint
 
 from rvdist.config import (
     AnalyzeConfig,
@@ -112,3 +112,16 @@ def test_what_was_written_before_the_refusal_is_said(place, ray_local):
     with pytest.raises(Failed, match=r"infinite.*; written before, and kept: .*/v$"):
         run_stages(replace(settings, output=str(place / "out")), place / "run", [])
     assert (place / "v" / "vector.json").exists() and not (place / "out").exists()
+
+
+def test_donors_that_are_the_same_are_said(place, capsys):
+    """Also where one is a copy of the other, in other files; a donor that differs in one bit is another."""
+    (place / "run").mkdir()
+    copy = write_checkpoint(place / "copy", load_checkpoint(place / "family" / "sft"), shards=2)
+    for name in ("config.json", "tokenizer.json"):
+        (copy / name).write_bytes((place / "family" / "sft" / name).read_bytes())
+    sft = str(place / "family" / "sft")
+    for plus, said in ((sft, True), (str(copy), True), (str(place / "family" / "grpo"), False)):
+        settings = replace(asked(place, None), vector=VectorConfig(plus, sft), stages=["plan"])
+        run_stages(settings, place / "run", [])
+        assert ("hold the same weights: their vector is zero" in " ".join(capsys.readouterr().out.split())) == said

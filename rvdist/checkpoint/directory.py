@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from rvdist.errors import BadInput
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
+_BLOCK = 4 << 20
 _SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
 _FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them
     (r".+\.gguf", "GGUF weights, llama.cpp's and mostly quantised", _SAVE.format("'{path}', gguf_file='{file}'")),
@@ -82,6 +84,24 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
 
+    def holds_the_same_as(self, other: Checkpoint) -> bool:
+        """Whether all tensors are the same to the byte, in whatever files; reads up to the first that differs, a little
+        of each tensor first. Of files that are still at the Hub it is known where these are the same."""
+        if self.path == other.path or list(self.stamps.values()) == list(other.stamps.values()):
+            return True
+        if type(self) is not Checkpoint or type(other) is not Checkpoint:  # what is computed or scaled is not looked at
+            return False
+        if self.hub or other.hub or self.tensors.keys() != other.tensors.keys():
+            return False
+        pairs = [(spec, other.tensors[name]) for name, spec in self.tensors.items()]
+        if any((one.dtype, one.shape) != (two.dtype, two.shape) for one, two in pairs):
+            return False
+        for most in (4096, None):
+            for one, two in pairs:
+                if not _equal(self.path / one.file, one, other.path / two.file, two, most):
+                    return False
+        return True
+
     def require_unchanged(self) -> None:
         """Raises BadInput when a weight file is no longer the one whose header was read."""
         if self.hub:
@@ -93,6 +113,22 @@ class Checkpoint:
                 now = None
             if now != stamp:
                 raise BadInput(f"{self.path / name}: changed while it was being read; run again when it is at rest")
+
+
+def _equal(path: Path, spec: TensorSpec, other: Path, twin: TensorSpec, most: int | None) -> bool:
+    """Whether the middle `most` bytes of two tensors are the same, or all."""
+    begin = 0 if most is None else max(0, (spec.nbytes - most) // 2)
+    left = spec.nbytes - begin if most is None else min(most, spec.nbytes)
+    with suppress(OSError), open(path, "rb") as one, open(other, "rb") as two:
+        one.seek(spec.offset + begin)
+        two.seek(twin.offset + begin)
+        while left:
+            block = one.read(min(left, _BLOCK))
+            if not block or block != two.read(len(block)):
+                return False
+            left -= len(block)
+        return True
+    return False
 
 
 def reshard(

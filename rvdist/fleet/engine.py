@@ -617,7 +617,8 @@ class Engine:
         if room < 1 or not self.settings.truncate:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens and {to_generate} to generate exceed the context of "
-                f"{self._max_len} tokens; raise max_model_len, ask for less, or allow truncation"
+                f"{self._max_len} tokens; raise engine.max_model_len or ask for less"
+                + (", or set benchmarks.allow_truncation=true" if room >= 1 and not self.settings.truncate else "")
             )
         self.truncated += 1
         return tokens[-room:]

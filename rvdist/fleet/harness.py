@@ -34,6 +34,10 @@ _HEADING = re.compile(r"\[\d+ of \d+, (\d{1,9}) characters\]\n")  # before one o
 _ELSE = "it shows answers to something else"
 
 
+class TemplateRefuses(Exception):
+    """A chat template cannot make a prompt of the messages of a task."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A document as it is asked: lm-eval's number and hash of it, and of each of its requests the repeats."""
@@ -137,14 +141,20 @@ class Suite:
         self._reseed()
         model = _lm(tokenizer, {})
         for name, task in self.tasks.items():
-            task.build_all_requests(
-                limit=self.limit,
-                samples=self.chosen and self.chosen[name],
-                apply_chat_template=self.chat,
-                fewshot_as_multiturn=self.chat,
-                chat_template=model.apply_chat_template if self.chat else None,
-                tokenizer_name=model.tokenizer_name if self.chat else "",
-            )
+            try:
+                task.build_all_requests(
+                    limit=self.limit,
+                    samples=self.chosen and self.chosen[name],
+                    apply_chat_template=self.chat,
+                    fewshot_as_multiturn=self.chat,
+                    chat_template=model.apply_chat_template if self.chat else None,
+                    tokenizer_name=model.tokenizer_name if self.chat else "",
+                )
+            except TemplateRefuses as error:
+                raise BadInput(
+                    f"task {name}: the chat template of {tokenizer.name_or_path} refuses its prompts ({error}); set "
+                    "benchmarks.apply_chat_template=false, or take a template that knows such messages"
+                ) from None
             yield name, task.instances
 
     def score(
@@ -272,12 +282,17 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
             return [answer.logprob for answer in self._take(requests) if isinstance(answer, Loglikelihood)]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            text: str = tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            except Exception as error:  # a template is a program: it raises what it likes
+                roles = ", ".join(dict.fromkeys(message["role"] for message in chat_history))
+                reason = " ".join(str(error).split())[:200]
+                raise TemplateRefuses(f"{reason}; the messages are of {roles}") from None
             return text
 
         @property

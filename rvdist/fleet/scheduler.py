@@ -102,7 +102,7 @@ class EngineActor(Engine):
             yield Refused(str(error)), (swapped - begin) * moved
             return
         except ValueError as error:
-            raise BadInput(f"engine.max_model_len, benchmarks.allow_truncation: {error}") from None
+            raise BadInput(str(error)) from None
         cut, seconds = self.truncated - truncated, time.perf_counter() - swapped
         yield Answered(tuple(answers), cut, seconds, tuple(self.spoiled)), (swapped - begin) * moved
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rvdist.point import WeightPoint
+from rvdist.point import WeightPoint, name_of
 from rvdist.report.summary import LEVEL, Row, baseline_of
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
     then one for each difference found, the surest first."""
     baseline = baseline_of(rows)
     compared = [row for row in rows if row.primary and row.p_value is not None]
-    if baseline is None or not compared:
+    if baseline is None:
         return ["Nothing was compared: the run has no baseline arm."]
+    if not compared:
+        return [f"Nothing was compared: the run has no other arm than “{baseline}” with a score."]
     total = f"{len(compared)} comparisons" if len(compared) > 1 else "one comparison"
     found = sorted(filter(significant, compared), key=lambda row: (row.p_adjusted or 0.0, row.p_value or 0.0))
     if not found:
@@ -205,7 +207,7 @@ def is_hub_id(source: str) -> bool:
 
 def source_name(source: str) -> str:
     """What to call a checkpoint in public: its Hub id, or the last component of its path."""
-    return source if is_hub_id(source) else Path(source).name or Path(source).resolve().name
+    return source if is_hub_id(source) else name_of(source)
 
 
 def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
