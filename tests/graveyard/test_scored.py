@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +26,22 @@ from rvdist.warm import Warm
 pytestmark = pytest.mark.slow
 
 
-def score(settings: Config, directory: Path) -> tuple[list[Record], Exception | None]:
-    """What a run of its own has scored, and what it ended with."""
-    log = Log(console=Console(quiet=True, force_terminal=False))
-    settings = replace(settings, cache=CacheConfig(str(directory / "cache"), samples=False))
-    run = Run(settings, directory, "graveyard", LoggedTiming(log), log)
+Scores = tuple[list[Record], Exception | None]
+
+
+def score(settings: Sequence[Config], directory: Path) -> list[Scores]:
+    """What each job of one command has scored, and what it ended with."""
+    runs = []
+    for number, one in enumerate(settings):
+        log = Log(console=Console(quiet=True, force_terminal=False))
+        one = replace(one, cache=CacheConfig(str(directory / "cache"), samples=False))
+        runs.append(Run(one, directory / f"run-{number}", "graveyard", LoggedTiming(log), log))
     with closing(Warm()) as warm:
-        (end,) = run_jobs([run], warm, last=True)
-    return list(run.scores.records) if run.scores else [], end if isinstance(end, Exception) else None
+        ends = run_jobs(runs, warm, last=True)
+    return [
+        (list(run.scores.records) if run.scores else [], end if isinstance(end, Exception) else None)
+        for run, end in zip(runs, ends, strict=True)
+    ]
 
 
 @pytest.fixture
@@ -52,11 +60,12 @@ def marked(situation: Situation) -> object:
 def test_nothing_is_silent_when_it_is_scored(situation: Situation, place: Path) -> None:
     asked = situation.build(place)
     before, verdict = contents(place), asked.verdict
-    records, error = score(asked.settings, place / "run")
+    control = [verdict.control] if isinstance(verdict, Scored) else []
+    (records, error), *controls = score([asked.settings, *control], place / "runs")
     if isinstance(verdict, Refused):
         assert situation.refused and isinstance(error, BadInput), f"silent, or not a refusal: {error!r}"
         assert "\n" not in str(error) and all(re.search(words, str(error)) for words in verdict.words), str(error)
-        left = {path for path in contents(place) - before if path.parts[:2] != ("run", "cache")}
+        left = {path for path in contents(place) - before if "cache" not in path.parts} - {Path("runs")}
         assert verdict.underway or not left, left
         return
     assert situation.right and isinstance(verdict, Scored)
@@ -64,6 +73,6 @@ def test_nothing_is_silent_when_it_is_scored(situation: Situation, place: Path) 
         assert error and all(re.search(words, str(error)) for words in verdict.failed), f"silent: {error!r}"
     elif error:
         raise error
-    control, stopped = score(verdict.control, place / "control-run")
+    ((answers, stopped),) = controls
     assert stopped is None, stopped
-    assert verdict.wrong(records, control) == []
+    assert verdict.wrong(records, answers) == []
