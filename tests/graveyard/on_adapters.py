@@ -305,6 +305,24 @@ def kohya_names(place: Path) -> Asked:
 
 
 @situation(
+    "adapters", "a state_dict saved as it is: names with the adapter's own (lora_A.default.weight)",
+    "none found", refused="names a tensor that is no factor as peft saves it",
+)  # fmt: skip
+def default_adapter_name(place: Path) -> Asked:
+    tensors = {name.replace(".weight", ".default.weight"): tensor for name, tensor in factors().items()}
+    return refused(place, tensors, r"lora_[AB]\.default\.weight")
+
+
+@situation(
+    "adapters", "anchored patterns: ^q_proj matches no module, ^ and a whole name does", "huggingface/peft#2419",
+    right=FORMULA,
+)  # fmt: skip
+def anchored_pattern(place: Path) -> Asked:
+    patterns = {"^q_proj": 100, f"^{ADAPTED[2]}": 6}
+    return applied(place, factors(), {ADAPTED[2]: 6 / RANK}, alpha_pattern=patterns)
+
+
+@situation(
     "adapters",
     "an adapter without adapter_config.json",
     "none found",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoints import near
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from situations import (
     HIDDEN,
     INDEX,
@@ -17,6 +17,7 @@ from situations import (
     Asked,
     Refused,
     Right,
+    Said,
     ask,
     edit,
     llama,
@@ -110,6 +111,13 @@ def page_for_a_shard(place: Path) -> Asked:
     plain(place)
     put(place / "plus/model.safetensors", "<!DOCTYPE html><html><head><title>401</title></head></html>\n")
     return ask(place, Refused(["plus/model.safetensors", "not a whole safetensors file"]))
+
+
+@situation("headers", "a weight file of no bytes", "none found", refused="names the file and its size")
+def empty_file(place: Path) -> Asked:
+    plain(place)
+    (place / "minus/model.safetensors").write_bytes(b"")
+    return ask(place, Refused([r"minus/model.safetensors: not a whole safetensors file \(0 bytes\)"]))
 
 
 # --- indexes and shards
@@ -236,6 +244,25 @@ def a_thousand_shards(place: Path) -> Asked:
     for role in ROLES:
         write(place / role, weights[role], 1000 if role == "target" else 1, tokens=40)
     return ask(place, Right(merged(weights)), made_up=True)
+
+
+@situation(
+    "indexes", "a tensor that stands in two listed shards", "none found", refused="names the tensor and both files"
+)
+def tensor_in_two_shards(place: Path) -> Asked:
+    plain(place, 2)
+    first, second = (place / f"plus/model-0000{k}-of-00002.safetensors" for k in (1, 2))
+    save_file(load_file(first) | dict(list(load_file(second).items())[:1]), first, {"format": "pt"})
+    words = ["plus: tensor model", "stands in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors"]
+    return ask(place, Refused(words))
+
+
+@situation("indexes", "pytorch_model.bin beside model.safetensors", "none found", right="safetensors are read")
+def pickles_beside_safetensors(place: Path) -> Asked:
+    right = plain(place)
+    for role in ROLES:
+        (place / role / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    return ask(place, right)
 
 
 @situation(
@@ -530,3 +557,37 @@ def another_size(place: Path) -> Asked:
     wide = {name: tensor.repeat(*[2] * tensor.dim()) for name, tensor in llama().items()}
     write(place / "target", wide, config={"hidden_size": 2 * HIDDEN})
     return ask(place, Refused([r"has shape \[|hidden_size"]))
+
+
+@situation(
+    "mistakes", "donors saved from a compiled model: every name begins with _orig_mod.", "karpathy/nanoGPT#325",
+    refused="says that nothing is in common",
+)  # fmt: skip
+def compiled_donors(place: Path) -> Asked:
+    weights = siblings(llama())
+    for role in ROLES:
+        prefix = "" if role == "target" else "_orig_mod."
+        write(place / role, {prefix + name: tensor for name, tensor in weights[role].items()}, tokens=40)
+    return ask(place, Refused(["no tensor in common|vector.rename"]))
+
+
+@situation(
+    "mistakes", "target=. typed in the target's directory, {target} in the output", "none found",
+    right="the directory's name", todo="ends",
+)  # fmt: skip
+def target_is_here(place: Path) -> Asked:
+    plain(place)
+    typed = ["target=.", "vector.plus=../plus", "vector.minus=../minus", "output=../{target}-x", "stages=[plan]"]
+    return Asked(Config(), Said(["target-x"], "target"), typed=typed)
+
+
+@situation(
+    "mistakes", "a TMPDIR whose name is too long for the sockets of Ray", "verl-project/verl#1120",
+    refused="says to set a shorter RAY_TMPDIR", todo="ends",
+)  # fmt: skip
+def long_temporary_directory(place: Path) -> Asked:
+    plain(place)
+    long = place / ("a_very_long_scratch_directory_of_a_cluster/" * 3)
+    long.mkdir(parents=True)
+    typed = ["target=target", "vector.plus=plus", "vector.minus=minus", "output=out"]
+    return Asked(Config(), Refused(["RAY_TMPDIR"]), typed=typed, environment={"TMPDIR": str(long)})

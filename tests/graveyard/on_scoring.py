@@ -89,7 +89,7 @@ def scored(what: str, report: str, right: str, todo: str = "") -> Callable[[Call
 SAME = "the answers are those of the checkpoint without it"
 
 
-@scored("a stray weight file beside model.safetensors, scored", "Blaizzy/mlx-vlm#1464", SAME, "fleet")
+@scored("a stray weight file beside model.safetensors, scored", "Blaizzy/mlx-vlm#1464", SAME)
 def stray_weights_scored(place: Path) -> Asked:
     def change(target: Path) -> None:
         shutil.copyfile(POCKET / "grpo" / "model.safetensors", target / "old-checkpoint.safetensors")
@@ -141,6 +141,19 @@ def nan_among_arms(place: Path) -> Asked:
     asked = asking(place, POCKET / "target", name, vector=donors, arms=[BASE, bad, half])
     control = asking(place, POCKET / "target", name, vector=donors, arms=[BASE, half])
     return Asked(asked, Scored(control, equal("half", "half"), failed=["bad"]))
+
+
+@scored(
+    "an α whose weights are finite and whose answers are not, among the arms", "none found",
+    "that arm fails by name, and the arms after it score as if it had not been", "fleet",
+)  # fmt: skip
+def overflow_among_arms(place: Path) -> Asked:
+    name = task(place)
+    donors = VectorConfig(str(POCKET / "grpo"), str(POCKET / "sft"))
+    arms = [BASE, ArmConfig("wild", alpha=1e20), ArmConfig("half", alpha=0.5)]
+    asked = asking(place, POCKET / "target", name, vector=donors, arms=arms)
+    control = replace(asked, arms=[arms[0], arms[2]])
+    return Asked(asked, Scored(control, equal("half", "half"), failed=["wild"]))
 
 
 # --- what is sent
@@ -211,6 +224,16 @@ def system_role_rejected(place: Path) -> Asked:
     )
     name = task(place, description="Add these numbers.\n\n")
     return Asked(asking(place, target, name), Refused(["asked", "target", "benchmarks.apply_chat_template=false"]))
+
+
+@situation(
+    "scoring", "no chat template at all", "hiyouga/LlamaFactory#8399",
+    refused="names the target and benchmarks.apply_chat_template=false", slow=True,
+)  # fmt: skip
+def no_template(place: Path) -> Asked:
+    target, name = pocket(place), task(place)
+    (target / "chat_template.jinja").unlink()
+    return Asked(asking(place, target, name), Refused(["target", "benchmarks.apply_chat_template=false"]))
 
 
 @situation(

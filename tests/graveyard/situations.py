@@ -56,6 +56,14 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Said:
+    """The command ends well, run in this directory below the situation's, and prints what has these patterns."""
+
+    words: Sequence[str]
+    where: str = "."
+
+
+@dataclass(frozen=True)
 class Scored:
     """A run that asks of checkpoints without what is the matter, and what is wrong with the records of both: sentences.
     With `failed`, patterns, the run itself fails in a sentence that has them; what it did score counts all the same."""
@@ -67,13 +75,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Asked:
-    """A run, and what is right. `typed`: the arguments of the command, where it is about these; `point`: what is
-    written, where it is asked for from Python. `made_up`: no architecture has these tensors, so that tools which go by
-    architectures cannot be asked."""
+    """A run, and what is right. `typed`: the arguments of the command, where it is about these, and what is set in its
+    `environment`; `point`: what is written, where it is asked for from Python. `made_up`: no architecture has these
+    tensors, so that tools which go by architectures cannot be asked."""
 
     settings: Config
-    verdict: Right | Refused | Scored
+    verdict: Right | Refused | Said | Scored
     typed: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     point: WeightPoint | None = None
     made_up: bool = False
 

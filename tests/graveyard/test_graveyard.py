@@ -14,7 +14,7 @@ from catalogue import SITUATIONS
 from checkpoints import launch
 from judge import companions, differing, index_errors, weights_of
 from runner import Outcome, contents, run
-from situations import Refused, Right, Situation
+from situations import Refused, Right, Said, Situation
 
 from rvdist.errors import BadInput
 
@@ -27,9 +27,8 @@ def wanted(request: pytest.FixtureRequest) -> list[Situation]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_local: None
-) -> Iterator[dict[str, Outcome]]:
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
+    request.getfixturevalue("ray_local")
     root = tmp_path_factory.mktemp("graveyard")
     yield run(wanted(request), root)
     shutil.rmtree(root, ignore_errors=True)
@@ -47,15 +46,20 @@ def test_nothing_is_silent(situation: Situation, outcomes: dict[str, Outcome]) -
     if isinstance(verdict, Refused):
         assert situation.refused, "the table would say otherwise"
         require_refused(verdict, outcome)
-    else:
+    elif isinstance(verdict, Said):
         assert situation.right, "the table would say otherwise"
+        ended = launch(*outcome.asked.typed, "hydra.run.dir=run", cwd=outcome.place / verdict.where)
+        assert ended.returncode == 0, ended.stderr
+        assert all(re.search(words, ended.stdout) for words in verdict.words), ended.stdout
+    else:
+        assert situation.right and isinstance(verdict, Right), "the table would say otherwise"
         require_right(verdict, outcome)
 
 
 def require_refused(verdict: Refused, outcome: Outcome) -> None:
     """One sentence that names what is wrong, and nothing written."""
     if outcome.asked.typed:
-        ended = launch(*outcome.asked.typed, "hydra.run.dir=run", cwd=outcome.place)
+        ended = launch(*outcome.asked.typed, "hydra.run.dir=run", cwd=outcome.place, **outcome.asked.environment)
         assert ended.returncode == 2, ended.stderr
         (line,) = ended.stderr.strip().splitlines()
         sentence = line.removeprefix("rvdist: ")
