@@ -27,8 +27,9 @@ def wanted(request: pytest.FixtureRequest) -> list[Situation]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
-    request.getfixturevalue("ray_local")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> Iterator[dict[str, Outcome]]:
     root = tmp_path_factory.mktemp("graveyard")
     yield run(wanted(request), root)
     shutil.rmtree(root, ignore_errors=True)
