@@ -89,7 +89,7 @@ def check(
             exceptions.append(_unsampled(minus))
         elif term.vector not in distances:
             distance = distances[term.vector] = sampled_distance(base, minus)
-            if distance > REFUSED_DISTANCE:
+            if REFUSED_DISTANCE < distance < math.inf:  # what is not finite is for whoever computes to name
                 refusals.append(
                     f"{minus.path} is not from the same pre-training as {base.path}: their sampled relative distance "
                     f"is {distance:.2f} (siblings are well below {REFUSED_DISTANCE}, unrelated models near 1.41)"

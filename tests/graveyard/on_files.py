@@ -47,7 +47,7 @@ def change_index(path: Path, **changes: object) -> None:
 # --- headers
 
 
-@situation("headers", '"__metadata__": null in every header', "safetensors/safetensors#823", right="opens", todo="ends")
+@situation("headers", '"__metadata__": null in every header', "safetensors/safetensors#823", right="opens")
 def metadata_null(place: Path) -> Asked:
     right = plain(place)
     for role in ROLES:
@@ -169,13 +169,23 @@ def only_shard_without_an_index(place: Path) -> Asked:
 
 @situation(
     "indexes", "a whole model.safetensors beside the index of an older, sharded save", "huggingface/diffusers#14719",
-    refused="names the stale index", todo="ends",
+    right="the file is read, as transformers reads it",
 )  # fmt: skip
 def stale_index(place: Path) -> Asked:
-    plain(place)
+    right = plain(place)
     listed = dict.fromkeys(llama(), "model-00001-of-00002.safetensors")
     put(place / "plus" / INDEX, {"metadata": {"total_size": 1}, "weight_map": listed})
-    return ask(place, Refused([INDEX, "model.safetensors"]))
+    return ask(place, right)
+
+
+@situation(
+    "indexes", "a whole model.safetensors of one save beside the shards and the index of another",
+    "huggingface/diffusers#14769", refused="names both, one of which is stale",
+)  # fmt: skip
+def two_whole_saves(place: Path) -> Asked:
+    plain(place, 2)
+    save_file(llama(50), place / "plus/model.safetensors", {"format": "pt"})
+    return ask(place, Refused([INDEX, "model.safetensors", "stale"]))
 
 
 @situation(
@@ -275,9 +285,7 @@ def pickled_weights(place: Path) -> Asked:
     return ask(place, Refused(["plus: ", "pickled", "save_pretrained"]))
 
 
-@situation(
-    "indexes", "a GGUF file alone", "arcee-ai/mergekit#494", refused="says what it is, and what to do", todo="ends"
-)
+@situation("indexes", "a GGUF file alone", "arcee-ai/mergekit#494", refused="says what it is, and what to do")
 def gguf(place: Path) -> Asked:
     plain(place)
     (place / "plus/model.safetensors").unlink()
@@ -287,7 +295,7 @@ def gguf(place: Path) -> Asked:
 
 @situation(
     "indexes", "a distributed checkpoint (.distcp) alone", "verl-project/verl#533",
-    refused="says what it is, and what to do", todo="ends",
+    refused="says what it is, and what to do",
 )  # fmt: skip
 def distcp(place: Path) -> Asked:
     plain(place)
@@ -385,7 +393,6 @@ def odd_directories(place: Path) -> Asked:
     "target=… of such a directory typed without quotes",
     "hydra-ecosystem/hydra#1577",
     refused="says how to quote it",
-    todo="ends",
 )
 def odd_directory_typed(place: Path) -> Asked:
     plain(place)

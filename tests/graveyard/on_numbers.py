@@ -270,21 +270,19 @@ UP = "model.layers.1.mlp.up_proj.weight"
 SOURCE = "names the tensor and the source that holds it"
 
 
-@situation("not finite", "a NaN in plus", "turboderp-org/exllamav2#623", refused=SOURCE, todo="ends")
+@situation("not finite", "a NaN in plus", "turboderp-org/exllamav2#623", refused=SOURCE)
 def nan_in_plus(place: Path) -> Asked:
     spoiled(place, ("plus",), UP, float("nan"))
     return ask(place, Refused([UP, "plus"], underway=True), merge=alone(1))
 
 
-@situation(
-    "not finite", "an infinity at one place of both donors", "turboderp-org/exllamav2#623", refused=SOURCE, todo="ends"
-)
+@situation("not finite", "an infinity at one place of both donors", "turboderp-org/exllamav2#623", refused=SOURCE)
 def infinity_in_both(place: Path) -> Asked:
     spoiled(place, ("plus", "minus"), UP, float("inf"))
     return ask(place, Refused([UP, "plus|minus"], underway=True), merge=alone(2))
 
 
-@situation("not finite", "a NaN in the target", "huggingface/peft#1001", refused=SOURCE, todo="ends")
+@situation("not finite", "a NaN in the target", "huggingface/peft#1001", refused=SOURCE)
 def nan_in_target(place: Path) -> Asked:
     spoiled(place, ("target",), UP, float("nan"))
     return ask(place, Refused([UP, "target"], underway=True), merge=alone(3))

@@ -6,7 +6,6 @@ be follows from the control's by plain Python, or the answers are the control's 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -33,14 +32,15 @@ def pocket(place: Path, role: str = "target", name: str | None = None) -> Path:
 
 
 def task(place: Path, name: str = "asked", **settings: Any) -> str:
-    """A task of 12 sums, whose answers are up to 48 tokens; `settings` are other keys of its YAML. Its name."""
-    rows = [{"q": f"{101 + 37 * k} + {245 + 11 * k} = ?", "a": str(346 + 48 * k)} for k in range(12)]
-    put(place / "tasks" / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    """A task of 12 of the pocket family's sums; `settings` are other keys of its YAML. Its name."""
+    (place / "tasks").mkdir(exist_ok=True)
+    rows = (POCKET / "data" / "sums.jsonl").read_text().splitlines(keepends=True)[:12]
+    put(place / "tasks" / "rows.jsonl", "".join(rows))
     described = {
         "task": name, "dataset_path": "json", "test_split": "test", "output_type": "generate_until",
         "dataset_kwargs": {"data_files": {"test": str(place / "tasks" / "rows.jsonl")}},
-        "doc_to_text": "{{q}}", "doc_to_target": "{{a}}",
-        "generation_kwargs": {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": 48},
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": 64},
         "metric_list": [{"metric": "exact_match"}],
     } | settings  # fmt: skip
     put(place / "tasks" / f"{name}.yaml", described)
@@ -131,7 +131,7 @@ def spoiled_donor(place: Path) -> Path:
 
 @scored(
     "a donor with a NaN among the arms", "turboderp-org/exllamav2#623",
-    "that arm fails by name, and the arms after it score as if it had not been", "fleet",
+    "that arm fails by name, and the arms after it score as if it had not been",
 )  # fmt: skip
 def nan_among_arms(place: Path) -> Asked:
     name = task(place)
@@ -145,7 +145,7 @@ def nan_among_arms(place: Path) -> Asked:
 
 @scored(
     "an α whose weights are finite and whose answers are not, among the arms", "none found",
-    "that arm fails by name, and the arms after it score as if it had not been", "fleet",
+    "that arm fails by name, and the arms after it score as if it had not been",
 )  # fmt: skip
 def overflow_among_arms(place: Path) -> Asked:
     name = task(place)
@@ -192,23 +192,26 @@ def doubled_beginning(place: Path) -> Asked:
     return Asked(asking(place, target, name), Scored(asking(place, place / "control", name), equal()))
 
 
-def moved_template(place: Path, move: Callable[[Path, str], None]) -> Asked:
+@scored("the chat template in tokenizer_config.json, scored", "hiyouga/LlamaFactory#8399", "the same prompts")
+def template_in_the_config_scored(place: Path) -> Asked:
     def change(target: Path) -> None:
         text = (target / "chat_template.jinja").read_text()
         (target / "chat_template.jinja").unlink()
-        move(target, text)
+        edit(target / "tokenizer_config.json", chat_template=text)
 
     return beside(place, change)
 
 
-@scored("the chat template in tokenizer_config.json, scored", "hiyouga/LlamaFactory#8399", "the same prompts")
-def template_in_the_config_scored(place: Path) -> Asked:
-    return moved_template(place, lambda target, text: edit(target / "tokenizer_config.json", chat_template=text))
-
-
-@scored("the chat template in chat_template.json, scored", "hiyouga/LlamaFactory#8399", "the same prompts")
+@situation(
+    "scoring", "the chat template in chat_template.json alone, which transformers reads for processors, not for text",
+    "none found", refused="says that there is no template, and benchmarks.apply_chat_template=false", slow=True,
+)  # fmt: skip
 def template_in_json_scored(place: Path) -> Asked:
-    return moved_template(place, lambda target, text: put(target / "chat_template.json", {"chat_template": text}))
+    target, name = pocket(place), task(place)
+    template = (target / "chat_template.jinja").read_text()
+    (target / "chat_template.jinja").unlink()
+    put(target / "chat_template.json", {"chat_template": template})
+    return Asked(asking(place, target, name), Refused(["target", "benchmarks.apply_chat_template=false"]))
 
 
 @situation(
@@ -254,7 +257,7 @@ def stopping(place: Path, until: Sequence[str], least: int) -> Asked:
     """The answers are the control's, which has no stops, cut at the first; in at least so many there is something to
     cut."""
     target, free = pocket(place), task(place)
-    name = task(place, "stopped", generation_kwargs={"until": list(until), "do_sample": False, "max_gen_toks": 48})
+    name = task(place, "stopped", generation_kwargs={"until": list(until), "do_sample": False, "max_gen_toks": 64})
 
     def wrong(records: Sequence[Record], control: Sequence[Record]) -> list[str]:
         whole = responses(control)
@@ -282,12 +285,12 @@ def stop_of_several_tokens(place: Path) -> Asked:
 
 @scored("until: a stop that is in the prompt", "none found", CUT)
 def stop_in_the_prompt(place: Path) -> Asked:
-    return stopping(place, [" + ", "Assistant: "], 0)
+    return stopping(place, [" and ", "Assistant: "], 0)
 
 
 @scored("until: two stops, of which the second is in the answer first", "EleutherAI/lm-evaluation-harness#1086", CUT)
 def two_stops(place: Path) -> Asked:
-    return stopping(place, ["####", "\n"], 1)
+    return stopping(place, ["####", ";"], 1)
 
 
 # --- what is made of answers
