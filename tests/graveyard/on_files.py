@@ -4,6 +4,7 @@ the weights."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -388,17 +389,28 @@ def odd_directories(place: Path) -> Asked:
     return ask(place, right, target=target, vector=VectorConfig(plus, minus))
 
 
-@situation(
-    "names",
-    "target=… of such a directory typed without quotes",
-    "hydra-ecosystem/hydra#1577",
-    refused="says how to quote it",
-)
-def odd_directory_typed(place: Path) -> Asked:
+def typed_without_quotes(place: Path, name: str, verdict: Refused | Said) -> Asked:
     plain(place)
-    (place / "target").rename(place / "epoch=3 step")
-    typed = ["target=epoch=3 step", "vector.plus=plus", "vector.minus=minus", "output=out"]
-    return Asked(Config(), Refused(["epoch=3", "quote"]), typed=typed)
+    (place / "target").rename(place / name)
+    typed = [f"target={name}", "vector.plus=plus", "vector.minus=minus", "output=out", "stages=[plan]"]
+    return Asked(Config(), verdict, typed=typed)
+
+
+@situation(
+    "names", "target=… of a directory with =, a space, braces, brackets, # and % in its name, typed without more quotes",
+    "hydra-ecosystem/hydra#1577", right="it is that directory",
+)  # fmt: skip
+def odd_directory_typed(place: Path) -> Asked:
+    name = "epoch=3 a{b}c[1]#50%"
+    return typed_without_quotes(place, name, Said([f"out: {re.escape(name)} "]))
+
+
+@situation(
+    "names", "the same with a comma in it, which Hydra takes for a list", "hydra-ecosystem/hydra#2705",
+    refused="says how to quote it",
+)  # fmt: skip
+def comma_typed(place: Path) -> Asked:
+    return typed_without_quotes(place, "a,b", Refused(["target: a,b", "quotes"]))
 
 
 # --- what stands beside the weights
@@ -580,7 +592,7 @@ def compiled_donors(place: Path) -> Asked:
 
 @situation(
     "mistakes", "target=. typed in the target's directory, {target} in the output", "none found",
-    right="the directory's name", todo="ends",
+    right="the directory's name",
 )  # fmt: skip
 def target_is_here(place: Path) -> Asked:
     plain(place)
@@ -589,12 +601,12 @@ def target_is_here(place: Path) -> Asked:
 
 
 @situation(
-    "mistakes", "a TMPDIR whose name is too long for the sockets of Ray", "verl-project/verl#1120",
-    refused="says to set a shorter RAY_TMPDIR", todo="ends",
+    "mistakes", "a RAY_TMPDIR whose name is too long for the sockets of Ray", "verl-project/verl#1120",
+    refused="says to set a shorter one", todo="ends",
 )  # fmt: skip
 def long_temporary_directory(place: Path) -> Asked:
     plain(place)
     long = place / ("a_very_long_scratch_directory_of_a_cluster/" * 3)
     long.mkdir(parents=True)
     typed = ["target=target", "vector.plus=plus", "vector.minus=minus", "output=out"]
-    return Asked(Config(), Refused(["RAY_TMPDIR"]), typed=typed, environment={"TMPDIR": str(long)})
+    return Asked(Config(), Refused(["RAY_TMPDIR"]), typed=typed, environment={"RAY_TMPDIR": str(long)})
