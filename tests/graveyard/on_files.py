@@ -397,7 +397,7 @@ def typed_without_quotes(place: Path, name: str, verdict: Refused | Said) -> Ask
 
 
 @situation(
-    "names", "target=… of a directory with =, a space, braces, brackets, # and % in its name, typed without more quotes",
+    "names", "target=… of a directory with =, a space, braces, brackets, # and % in its name, typed as it is",
     "hydra-ecosystem/hydra#1577", right="it is that directory",
 )  # fmt: skip
 def odd_directory_typed(place: Path) -> Asked:
