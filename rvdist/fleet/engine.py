@@ -14,6 +14,7 @@ import logging
 import math
 import operator
 import os
+import re
 import sys
 import time
 import warnings
@@ -290,6 +291,11 @@ class Engine:
                 self._llm = LLM(**arguments)
             except (TypeError, ValueError) as error:
                 reason = " ".join(str(error).replace(str(directory), base).split())[:300]
+                if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", reason):
+                    raise BadInput(
+                        f"engine.max_model_len={settings.max_model_len}: {base} takes at most {most[1]} tokens; lower "
+                        "it, or leave it out"
+                    ) from None
                 raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({reason})") from None
         if self._llm.llm_engine.model_config.quantization:
             raise BadInput(f"{base}: {_QUANTIZED}")

@@ -51,6 +51,26 @@ def oracle(suite, requests, wrong=()):
     return answers
 
 
+def test_a_template_that_refuses_a_role_is_named_with_task_and_key(tmp_path):
+    """As Gemma's does: a task with a description has a system message."""
+    (tmp_path / "asked.json").write_text(json.dumps([{"question": "1+1?", "answer": "2"}]))
+    (tmp_path / "described.yaml").write_text(
+        "task: described\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'asked.json'}}}}}\n"
+        "description: 'Answer in digits. '\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {until: ['x'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
+    suite = Suite.load(["described"], tmp_path)
+    assert suite.requests(tokenizer)["described"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(BadInput, match="task described: .*target refuses .*no system role.*apply_chat_template=false"):
+        suite.requests(tokenizer)
+
+
 def test_requests_are_in_the_chat_template_and_repeatable(suite, tokenizer):
     requests = suite.requests(tokenizer)
     kinds = {task: [type(r) for r in asked] for task, asked in requests.items()}

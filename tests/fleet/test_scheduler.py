@@ -175,7 +175,7 @@ def test_an_engine_need_not_tell(ray_local):
 def test_a_prompt_that_does_not_fit_is_bad_input(ray_local):
     fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
     requests = {"t": [Generate("x" * 300, 8)]}
-    with pytest.raises(BadInput, match="max_model_len.*a prompt of 300 tokens and 8 to generate exceed"):
+    with pytest.raises(BadInput, match="a prompt of 300 tokens and 8 to generate exceed .*engine.max_model_len"):
         fleet.answer(cut(TARGET, requests, 4), requests)
     fleet.stop()
 
