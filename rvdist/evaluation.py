@@ -21,7 +21,7 @@ from rvdist.fleet.cache import FILE, SampleCache, serving_digest, slice_keys
 from rvdist.fleet.engine import EngineSettings, further_arguments, identity
 from rvdist.fleet.harness import Document, Suite
 from rvdist.fleet.replay import Recording, ReplayActor
-from rvdist.fleet.request import Answer, Answered, Request
+from rvdist.fleet.request import Answer, Answered, Generate, Request
 from rvdist.fleet.schedule import Slice, cut
 from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.fleet.view import FleetView
@@ -40,13 +40,15 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 class Asking:
     """What arms of one prompt style are asked, through one tokenizer and template, of engines that serve alike.
 
-    `serving` is a digest of what engines read of a checkpoint besides its weights; `tensors` are those it has."""
+    `serving` is a digest of what engines read of a checkpoint besides its weights; `tensors` are those it has; `whole`
+    is what is asked of all documents, where these are some of them."""
 
     serving: str
     tensors: str
     suite: Suite
     tokenizer: Any
     requests: Requests
+    whole: Asking | None = None
 
     @cached_property
     def documents(self) -> dict[str, list[Document]]:
@@ -56,7 +58,16 @@ class Asking:
     def restricted(self, documents: Mapping[str, Sequence[int]]) -> Asking:
         """The same, of these documents alone."""
         suite = self.suite.restricted(documents)
-        return replace(self, suite=suite, requests=suite.requests(self.tokenizer))
+        return replace(self, suite=suite, requests=suite.requests(self.tokenizer), whole=self)
+
+    @cached_property
+    def places(self) -> dict[str, dict[tuple[Request, int], int]]:
+        """Where each request of a task is, the first of equal ones; repeats of one are told apart."""
+        found: dict[str, dict[tuple[Request, int], int]] = {task: {} for task in self.requests}
+        for task, requests in self.requests.items():
+            for place, request in enumerate(requests):
+                found[task].setdefault(_repeat(request), place)
+        return found
 
 
 Answers = dict[Slice, Answered]
@@ -199,6 +210,10 @@ class Examination:
                 keys = slice_keys(slices, requests, digests, asking.suite.versions, served_by)
                 known = cache.read(list(keys.values()))
                 answered = {piece: known[key] for piece, key in keys.items() if key in known}
+                if asking.whole:
+                    lacking = [piece for piece in slices if piece not in answered]
+                    size = run.settings.engine.slice_size
+                    answered |= _from_whole(asking.whole, lacking, requests, size, digests, served_by, cache)
 
         todo = [piece for piece in slices if piece not in answered]
         left = Counter(piece.point for piece in todo)
@@ -289,6 +304,41 @@ class Examination:
                 if all(cache.knows(run.digests[arm.point]) for arm in run.arms):
                     return
         self._warm.expect(partial(self._wanted, run, str(source.path.absolute()), serving, tensors))
+
+
+def _repeat(request: Request) -> tuple[Request, int]:
+    return request, request.repeat if isinstance(request, Generate) else 0
+
+
+def _from_whole(
+    whole: Asking,
+    lacking: Sequence[Slice],
+    requests: Requests,
+    slice_size: int,
+    digests: Mapping[WeightPoint, str],
+    served_by: Mapping[str, Any],
+    cache: SampleCache,
+) -> Answers:
+    """Those of the `lacking` slices, of some documents, whose every request was answered in a slice of all documents,
+    as an evaluation of the same point left it in the cache. A slice is taken from there whole or not at all."""
+    found: Answers = {}
+    for point in dict.fromkeys(piece.point for piece in lacking):
+        pieces = cut(point, whole.requests, slice_size)
+        keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, served_by)
+        known = cache.read(list(keys.values()))
+        answers = {
+            (piece.task, piece.begin + place): answer
+            for piece, key in keys.items()
+            if key in known and not known[key].truncated  # of which one does not know whose they are
+            for place, answer in enumerate(known[key].answers)
+        }
+        for piece in lacking if answers else ():
+            if piece.point == point:
+                asked = requests[piece.task][piece.begin : piece.end]
+                own = [answers.get((piece.task, whole.places[piece.task].get(_repeat(one), -1))) for one in asked]
+                if all(own):
+                    found[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
+    return found
 
 
 def _scored(run: Run, arm: Arm, asking: Asking, answered: Answers) -> Scored:

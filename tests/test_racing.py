@@ -52,6 +52,34 @@ def test_the_best_alpha_is_found_and_confirmed_on_documents_it_was_not_chosen_by
 
 
 @pytest.mark.slow
+def test_a_race_takes_what_a_grid_has_answered(place):
+    """After the grid of the same α's a race asks nothing; after that of some of them, only the others."""
+    arguments = ("benchmarks.limit=60", "search.round=40", "engine.slice_size=20", "cache.dir=grid-cache")
+    grid = launch(
+        *(one for one in SCORING if one not in ("search=racing", "cache.dir=cache")),
+        *(one for one in arguments if not one.startswith("search")),
+        *("sweep.alphas=[-1,0,1]", "hydra.run.dir=grid"),
+        cwd=place,
+    )
+    assert grid.returncode == 0, grid.stderr
+    own = tuple(one for one in SCORING if one != "cache.dir=cache")
+    done = launch(*own, *arguments, "sweep.alphas=[-1,0,1]", "hydra.run.dir=after", cwd=place)
+    assert done.returncode == 0, done.stderr
+    fleet = json.loads((place / "after/timing.json").read_text())["fleet"]
+    assert fleet["requests"] == 0 and fleet["cached"] > 0
+    lines = {run: (place / run / "samples/baseline.jsonl").read_text().splitlines() for run in ("grid", "after")}
+    found = {
+        run: {(one["task"], one["doc_id"]): one["response"] for one in map(json.loads, own)}
+        for run, own in lines.items()
+    }
+    assert found["after"] and found["after"].items() <= found["grid"].items(), "its answers are the grid's"
+    more = launch(*own, *arguments, "sweep.alphas=[-1,0,0.5,1]", "hydra.run.dir=more", cwd=place)
+    assert more.returncode == 0, more.stderr
+    fleet = json.loads((place / "more/timing.json").read_text())["fleet"]
+    assert 0 < fleet["requests"] < fleet["cached"]
+
+
+@pytest.mark.slow
 def test_alphas_of_groups_of_tensors(place):
     groups = r"search.groups=[{layers:[[0,0]]},{layers:[[1,9]]},{exclude:['.*layers.*']}]"
     arguments = ("benchmarks.limit=60", "search.round=60", "search.alphas=[0,1]", groups)
