@@ -90,10 +90,11 @@ def race_figure(account: RaceAccount) -> Figure | None:
         y = [100 * mean for _, mean in runner.rounds]
         ends = [runner.interval(place) for place in range(len(x))]
         named = runner.name in shown
-        axes.fill_between(
-            x, [100 * low for low, _ in ends], [100 * high for _, high in ends],
-            color=color, alpha=0.14 if named else 0.05, linewidth=0, zorder=1,
-        )  # fmt: skip
+        low, high = ([100 * end[side] for end in ends] for side in (0, 1))
+        if len(x) > 1:
+            axes.fill_between(x, low, high, color=color, alpha=0.14 if named else 0.05, linewidth=0, zorder=1)
+        else:
+            axes.errorbar(x, y, [[y[0] - low[0]], [high[0] - y[0]]], color=color, capsize=2, linewidth=0.8, zorder=1)
         (line,) = axes.plot(
             x, y, color=color, marker=marker, markersize=4 if named else 2.5, linewidth=1.3 if named else 0.8, zorder=3
         )
