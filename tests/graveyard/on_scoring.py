@@ -217,7 +217,7 @@ def template_in_json_scored(place: Path) -> Asked:
 @situation(
     "scoring", "a chat template that rejects a system role, and a task with a description",
     "EleutherAI/lm-evaluation-harness#2109",
-    refused="names the task, the target and benchmarks.apply_chat_template=false", todo="ends", slow=True,
+    refused="names the task, the target and benchmarks.apply_chat_template=false", slow=True,
 )  # fmt: skip
 def system_role_rejected(place: Path) -> Asked:
     target = pocket(place)
