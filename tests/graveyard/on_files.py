@@ -529,7 +529,6 @@ def training_states(place: Path) -> Asked:
     "plus and minus are the same checkpoint",
     "none found",
     right="the output is the target, and that is said",
-    todo="compat",
 )
 def plus_is_minus(place: Path) -> Asked:
     weights = siblings(llama())
@@ -602,7 +601,7 @@ def target_is_here(place: Path) -> Asked:
 
 @situation(
     "mistakes", "a RAY_TMPDIR whose name is too long for the sockets of Ray", "verl-project/verl#1120",
-    refused="says to set a shorter one", todo="ends",
+    refused="says to set a shorter one",
 )  # fmt: skip
 def long_temporary_directory(place: Path) -> Asked:
     plain(place)
