@@ -160,8 +160,9 @@ def evaluate(
     there are cores or GPUs. `max_model_len`: tokens. `directory` gets the files of a run directory (summary.json,
     samples/, report.html, …), and the points as points.json. `address`, `console`, `settings` are as in `merge`.
 
-    Raises BadInput for points, tasks and settings that cannot be used, Failed where engines die again and again; then
-    the same call goes on with what was answered.
+    Raises BadInput for points, tasks and settings that cannot be used. Raises Failed where engines die again and again;
+    then the same call goes on with what was answered; and where a point has no score, since its weights or answers are
+    not numbers: `directory` has the others' by then.
     """
     given = settings or Config()
     if isinstance(tasks, str):
