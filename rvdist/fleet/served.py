@@ -29,7 +29,10 @@ def companions(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.iterdir()
-        if path.suffix in _COMPANIONS and not path.name.endswith(".index.json") and path.name not in _OTHERS
+        if path.suffix in _COMPANIONS
+        and not path.name.endswith(".index.json")
+        and path.name not in _OTHERS
+        and path.is_file()
     )
 
 
