@@ -309,7 +309,7 @@ class Engine:
         self._prefix: int = self._tokenizer.eos_token_id if bos is None else bos
         self._prefix_text: str = self._tokenizer.decode(self._prefix)
         self._at: tuple[str, tuple[Term, ...]] | None = (base, ())
-        self.spoiled: list[str] = []  # tensors of the present point in which there are infinities or NaNs
+        self.spoiled: dict[str, str] = {}  # tensors of the present point with infinities or NaNs, and why
         self._own: list[float] = []  # the probe's log-probabilities at the base
         self._probe: str | None = None
         self._tokens: dict[tuple[str, bool | None], array[int]] = {}
@@ -369,7 +369,7 @@ class Engine:
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
         self._at = None  # undefined, should the next line fail
         spoiled = self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
-        self.spoiled = list(dict.fromkeys(name for rank in spoiled for name in rank))
+        self.spoiled = {name: why for rank in spoiled for name, why in rank.items()}
         self._llm.reset_prefix_cache()
 
     def _check_start(self) -> None:
@@ -608,11 +608,8 @@ class Engine:
     def _require_finite(self) -> None:
         self._require_weights()
         if self.spoiled and not self.settings.allow_nonfinite:
-            some = ", ".join(self.spoiled[:3]) + (", …" if len(self.spoiled) > 3 else "")
-            raise Unscorable(
-                f"weights in {len(self.spoiled)} of its tensors ({some}) are infinite or not a number; choose a "
-                "smaller alpha, another dtype, or set allow_nonfinite=true"
-            )
+            more = f" (as are {len(self.spoiled) - 1} more of its tensors)" if len(self.spoiled) > 1 else ""
+            raise Unscorable(next(filter(None, self.spoiled.values())) + more)
 
     def _fit(self, tokens: list[int], room: int, to_generate: int) -> list[int]:
         """`tokens`, at most `room` of them."""

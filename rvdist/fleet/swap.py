@@ -80,9 +80,10 @@ class SwapExtension:
         self._rvdist_rows = rows
         model.compute_logits = watching
 
-    def rvdist_swap(self, point: str, exchanged: list[int]) -> list[str]:
+    def rvdist_swap(self, point: str, exchanged: list[int]) -> dict[str, str]:
         """Loads the weights of `point` (the JSON of a WeightPoint), or the mirror image of them (see `mirror`)
-        when there are tokens to be exchanged. Returns the tensors in which this rank read infinities or NaNs.
+        when there are tokens to be exchanged. Returns the tensors in which this rank read infinities or NaNs, and where
+        those of the first come from.
 
         Raises RuntimeError naming the tensors when one that the engine was started with does not come, or
         does not arrive in vLLM. After any error the weights of this rank are undefined.
@@ -93,7 +94,7 @@ class SwapExtension:
             if exchanged:
                 tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
             loaded = self._rvdist_reload(_noting(came, tensors))
-            spoiled = list(reader.spoiled)
+            spoiled = {name: "" if number else reader.blame(name) for number, name in enumerate(reader.spoiled)}
             self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:
             raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
