@@ -1,6 +1,6 @@
 """Ten points, five of them bad, in random orders on one engine: what is asked of it, and of engines that see one point.
 
-Run as a script (mode, directory, seeds), it asks engines of that mode: a process has engines of one mode alone.
+Run as a script (mode, kind of model, directory, seeds), it asks engines in a process of their own, which has one mode.
 """
 
 from __future__ import annotations
@@ -67,24 +67,26 @@ def asked(engine: Engine, point: WeightPoint) -> Any:
 def traces(family: Family, out: Path, seeds: Sequence[int], settings: EngineSettings = _SETTINGS) -> list[str]:
     """What is wrong on an engine that is taken through the points in the order of each seed."""
     good, bad = points(family, out)
-    alone = {point: asked(start(WeightPoint(str(family.target)), settings), point) for point in good}
+    home = WeightPoint(str(family.target))
+    alone = {point: asked(start(home, settings), point) for point in [*good, *bad]}
     wrong = [f"{point} has no score" for point in good if alone[point] is None]
-    engine = start(WeightPoint(str(family.target)), settings)
+    wrong += [f"{point} has a score" for point in bad[-len(_SPOILED) :] if alone[point] is not None]
+    engine = start(home, settings)
     for seed in seeds:
         order = [*good, *bad]
         random.Random(seed).shuffle(order)
         wrong += [
             f"seed {seed}: {point} after {order[: order.index(point)]}"
             for point in order
-            if asked(engine, point) != alone.get(point)
+            if asked(engine, point) != alone[point]
         ]
     return wrong
 
 
 if __name__ == "__main__":
-    _, mode, place, *seeds = sys.argv
+    _, mode, kind, place, *seeds = sys.argv
     found = traces(
-        make_family("tied", Path(place)),
+        make_family(kind, Path(place)),
         Path(place) / "bad",
         list(map(int, seeds)),
         dataclasses.replace(_SETTINGS, enforce_eager=mode == "eager"),

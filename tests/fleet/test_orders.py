@@ -26,15 +26,12 @@ def test_without_clearing_the_caches_points_do_leave_traces(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moe", "untied", "llama"])
-def test_every_order_of_other_models(kind: str, families: dict[str, Family], tmp_path: Path) -> None:
-    assert traces(families[kind], tmp_path, range(5)) == []
-
-
-@pytest.mark.slow
-def test_every_order_of_compiled_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("eager", "moe"), ("eager", "untied"), ("eager", "llama"), ("compiled", "tied")]
+)
+def test_every_order_of_other_models_and_in_compiled_mode(mode: str, kind: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("orders.py")
     done = subprocess.run(
-        [sys.executable, str(script), "compiled", str(tmp_path), "0", "1", "2"], capture_output=True, text=True
+        [sys.executable, str(script), mode, kind, str(tmp_path), "0", "1", "2"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
