@@ -37,7 +37,7 @@ class Bar:
 
     def advance(self, amount: int) -> None:
         if not amount and not self._done:
-            self._started = time.monotonic()
+            self._started = self._last = time.monotonic()
         self._done += amount
         self._progress.advance(self._task, amount)
         if time.monotonic() - self._last > _LINE_EVERY:
