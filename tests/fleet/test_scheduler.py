@@ -151,20 +151,19 @@ def test_what_is_done_within_a_slice_is_shown(ray_local):
     assert seen[-1].in_flight == 0 and within[-1].engines[0].rate > 0
 
 
-class Silent:
-    """Answers whole slices, as an engine that cannot tell how far it is."""
-
-    def __init__(self, base, settings):
-        pass
-
-    def info(self):
-        return versions()
-
-    def answer(self, piece, requests):
-        return Answered(tuple(Completion("x", "stop", 3, 2) for _ in requests), 0, 0.1), 0.0
-
-
 def test_an_engine_need_not_tell(ray_local):
+    class Silent:
+        """Answers whole slices, as an engine that cannot tell how far it is."""
+
+        def __init__(self, base, settings):
+            pass
+
+        def info(self):
+            return versions()
+
+        def answer(self, piece, requests):
+            return Answered(tuple(Completion("x", "stop", 3, 2) for _ in requests), 0, 0.1), 0.0
+
     fleet = Fleet("base", None, count=2, cpus=0.1, actor=Silent)
     requests, seen = {"t": [Generate("abc", 8)] * 40}, []
     assert len(fleet.answer(cut(WeightPoint("base"), requests, 4), requests, watch=seen.append)) == 10
