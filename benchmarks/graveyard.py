@@ -272,7 +272,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tools = {"mergekit": (arguments.mergekit, MERGEKIT, mergekit), "peft": (arguments.peft, PEFT, peft)}
     versions = [version(tool[0], name) for name, tool in tools.items() if tool[0]]
-    wanted = [s for s in SITUATIONS if not arguments.only or s.name in arguments.only]
+    wanted = [s for s in SITUATIONS if not s.slow and (not arguments.only or s.name in arguments.only)]
     work = Path(tempfile.mkdtemp(prefix="graveyard-"))
     (work / "ours").mkdir()
     cluster.connect("local", namespace="graveyard")

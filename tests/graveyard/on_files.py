@@ -534,7 +534,7 @@ def plus_is_minus(place: Path) -> Asked:
     weights = siblings(llama())
     write_all(place, weights)
     same = VectorConfig(str(place / "plus"), str(place / "plus"))
-    return ask(place, Right(weights["target"], notes=["(?i)zero|same|equal|0"]), vector=same)
+    return ask(place, Right(weights["target"], notes=["hold the same weights: their vector is zero"]), vector=same)
 
 
 @situation(
