@@ -95,8 +95,14 @@ class Findings:
 
     @cached_property
     def footnotes(self) -> list[str]:
-        effects = detectable_effects(self.records, self.tasks, self.baseline, self.groups) if self.baseline else {}
-        return footnotes(self.benchmarks, effects)
+        return footnotes(self.benchmarks, self.detectable)
+
+    @cached_property
+    def detectable(self) -> dict[tuple[str, str], float]:
+        """The minimal detectable effect of each primary comparison, by task and arm."""
+        if self.baseline is None:
+            return {}
+        return detectable_effects(self.arms, self.records, self.tasks, self.baseline, self.groups)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ by document. Knows samples and records; nothing of tables or plots.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
-from rvdist.report.sample import Answers, Sample, Score, averaged, common, sample, scores, sort_records
+from rvdist.report.sample import Answers, Sample, Score, averaged, common, rounded, sample, scores, sort_records
 from rvdist.report.statistics import Comparison, compare, compare_differences, holm, known
 from rvdist.report.summary import LEVEL, Outline
 
@@ -62,7 +63,6 @@ def robustness(
     records: Iterable[Record],
     tasks: Sequence[TaskInfo],
     baseline: str | None,
-    seed: int = 0,
 ) -> list[Edited]:
     """A row for each (task, edit, arm), in that order, of tasks that were asked both as they are and edited.
 
@@ -82,7 +82,7 @@ def robustness(
         for edit, pairs in _pairs(answers, [arm.name for arm in arms], score, edits).items():
             reference = pairs.get(baseline or "")
             for arm, pair in pairs.items():
-                rows.append(_row(score, edit, arm, pair, reference if arm != baseline else None, seed))
+                rows.append(_row(score, edit, arm, pair, reference if arm != baseline else None))
     return _adjusted(rows)
 
 
@@ -116,7 +116,7 @@ def _pairs(
     return {edit: found for edit, found in pairs.items() if all(len(own.values) for own, _ in found.values())}
 
 
-def _row(score: Score, edit: str, arm: str, pair: Pair, reference: Pair | None, seed: int) -> Edited:
+def _row(score: Score, edit: str, arm: str, pair: Pair, reference: Pair | None) -> Edited:
     original, edited = pair
     better = score.higher_is_better
     row = Edited(
@@ -129,14 +129,15 @@ def _row(score: Score, edit: str, arm: str, pair: Pair, reference: Pair | None, 
         n=len(original.values),
         original=original.score,
         value=edited.score,
-        change=_change(compare(edited, original, seed), better),
+        change=_change(compare(edited, original), better),
     )
     if reference is None:
         return row
-    before, after = (compare(ours, theirs, seed) for ours, theirs in zip(pair, reference, strict=True))
-    differences = (edited.values - reference[1].values) - (original.values - reference[0].values)
-    bounded = all(one.bound is not None for one in (*pair, *reference))
-    kept = compare_differences(differences, original.strata, 2.0 if bounded else None, 2.0, seed)
+    before, after = (compare(ours, theirs) for ours, theirs in zip(pair, reference, strict=True))
+    four = [one.values for one in (*pair, *reference)]
+    differences = rounded((four[1] - four[3]) - (four[0] - four[2]), *four)
+    most = 2.0 if all(one.shares for one in (*pair, *reference)) else math.inf
+    kept = compare_differences(differences, original.weights, original.strata, most)
     return replace(
         row,
         gain_original=_change(before, better),

@@ -1,6 +1,6 @@
 """From records to samples: one number a document, whose mean is the score.
 
-Repeats and seeds of a document are summed here, tasks are joined to groups here, and nothing is inferred here.
+Repeats and seeds of a document are averaged here, tasks are joined to groups here, and nothing is inferred here.
 Knows nothing of intervals, files or tables.
 """
 
@@ -38,40 +38,30 @@ class Score:
 class Sample:
     """One arm's answers under one score.
 
-    `values` has a number a document; their mean is the score. `means` are the documents' own scores. `strata` counts
-    the documents of one stratum after the other: a task is one, a group has one for each member. `exact` is 0/1, one
-    record a document, one stratum: the case with exact methods. `bound` is what one document can change at most where
-    every record scores 0 or 1, else None.
+    `values` are the documents' own scores, `weights` (1 in the mean) what each counts in the score. `strata` counts the
+    documents of one stratum after the other: a task is one, a group has one for each member. `shares` is whether every
+    record scores 0 or 1; `exact` is that with one record a document and one stratum: the case with exact methods.
     """
 
     documents: tuple[str, ...]
     values: Floats
-    means: Floats
+    weights: Floats
     strata: tuple[int, ...]
     exact: bool
-    bound: float | None
+    shares: bool
     point: str
     seeds: frozenset[int]
 
     @property
     def score(self) -> float:
-        """The mean over all records; of a group the weighted mean of its members'."""
-        return float(self.values.mean())
-
-    @property
-    def alike(self) -> bool:
-        """Whether the documents of each stratum all score the same, so that they say nothing of how scores vary."""
-        return is_constant(self.means, self.strata) or is_constant(self.values, self.strata)
+        """The mean over documents; of a group the weighted mean of its members'."""
+        return float((self.values * self.weights).mean())
 
 
-def is_constant(values: Floats, strata: Sequence[int]) -> bool:
-    """Whether no value differs from another of its stratum."""
-    return all((part == part[0]).all() for part in split(values, strata))
-
-
-def split(values: Floats, strata: Sequence[int]) -> list[Floats]:
-    """The values of each stratum."""
-    return np.split(values, np.cumsum(strata)[:-1])
+def rounded(differences: Floats, *of: Floats) -> Floats:
+    """Differences of numbers like those of `of`, to twelve digits of the largest: 0.3 less 0.1 + 0.2 is zero."""
+    scale = max(float(np.abs(values).max()) for values in of)
+    return np.round(differences, 12 - math.ceil(math.log10(scale))) + 0.0 if scale else differences
 
 
 def sort_records(records: Iterable[Record]) -> Answers:
@@ -118,43 +108,33 @@ def _task_sample(answers: Answers, arm: str, task: str, metric: str, filter_: st
     if len(points) > 1:
         raise ValueError(f"the records of arm {arm!r} come from {len(points)} weight points, not one")
     documents = tuple(sorted(found))
-    sums = np.array([math.fsum(found[doc]) for doc in documents])
-    counts = np.array([float(len(found[doc])) for doc in documents])
-    binary = all(value in (0.0, 1.0) for doc in documents for value in found[doc])
+    binary = all(value in (0.0, 1.0) for own in found.values() for value in own)
     return Sample(
         documents=documents,
-        values=sums / float(counts.mean()),
-        means=sums / counts,
+        values=np.array([math.fsum(found[doc]) / len(found[doc]) for doc in documents]),
+        weights=np.ones(len(documents)),
         strata=(len(documents),),
-        exact=binary and bool((counts == 1).all()),
-        bound=1.0 if binary else None,
+        exact=binary and all(len(own) == 1 for own in found.values()),
+        shares=binary,
         point=points.pop(),
         seeds=frozenset(record.seed for record in records),
     )
 
 
 def _joined(parts: Sequence[Sample], score: Score) -> Sample:
-    """A group's sample. Members of a single document say nothing of how documents of theirs vary: together they are
-    one stratum, and a sole one goes with the smallest other."""
     total = sum(len(part.documents) for part in parts)
     pieces: list[tuple[int, str, Sample, float]] = []
     for name, part in zip(score.members, parts, strict=True):
         weight = 1.0 if score.by_size else total / (len(parts) * len(part.documents))
         pieces.append((len(part.documents), name, part, weight))
     pieces.sort(key=lambda piece: piece[:2])
-    sizes = [size for size, *_ in pieces]
-    single = sizes.count(1)
-    strata = [single, *sizes[single:]] if single else sizes
-    if strata[0] == 1 and len(strata) > 1:
-        strata = [1 + strata[1], *strata[2:]]
-    bounded = all(part.bound is not None for part in parts)
     return Sample(
         documents=tuple(f"{name}/{doc}" for _, name, part, _ in pieces for doc in part.documents),
-        values=np.concatenate([part.values * weight for _, _, part, weight in pieces]),
-        means=np.concatenate([part.means for _, _, part, _ in pieces]),
-        strata=tuple(strata),
+        values=np.concatenate([part.values for _, _, part, _ in pieces]),
+        weights=np.concatenate([np.full(size, weight) for size, _, _, weight in pieces]),
+        strata=tuple(size for size, *_ in pieces),
         exact=False,
-        bound=max(weight for *_, weight in pieces) if bounded else None,
+        shares=all(part.shares for part in parts),
         point=parts[0].point,
         seeds=frozenset(seed for part in parts for seed in part.seeds),
     )
@@ -172,7 +152,7 @@ def _reduced(part: Sample, documents: Collection[str]) -> Sample:
         part,
         documents=tuple(doc for doc in part.documents if doc in documents),
         values=part.values[kept],
-        means=part.means[kept],
+        weights=part.weights[kept],
         strata=(int(kept.sum()),),
     )
 
@@ -183,7 +163,6 @@ def averaged(parts: Sequence[Sample]) -> Sample:
     return replace(
         first,
         values=np.mean([part.values for part in parts], axis=0),
-        means=np.mean([part.means for part in parts], axis=0),
         exact=first.exact and len(parts) == 1,
         seeds=frozenset(seed for part in parts for seed in part.seeds),
     )

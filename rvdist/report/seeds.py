@@ -17,7 +17,7 @@ from scipy.stats import chi2
 
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
-from rvdist.report.sample import Answers, Score, sample, scores, sort_records
+from rvdist.report.sample import Answers, Score, rounded, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline
 
 
@@ -25,7 +25,8 @@ from rvdist.report.summary import LEVEL, GroupInfo, Outline
 class Spread:
     """One arm's benchmark score under each seed, in the order of `seeds`; `deltas` are against the baseline under the
     same seed, None for the baseline and without one. `sd` is the standard deviation between seeds (n − 1) with its 95 %
-    interval, which assumes that scores of seeds are normally distributed; `delta_sd` that of the deltas."""
+    interval, which assumes that scores of seeds are normally distributed and has no upper end where all are equal;
+    `delta_sd` that of the deltas."""
 
     arm: str
     task: str
@@ -35,7 +36,7 @@ class Spread:
     values: tuple[float, ...]
     sd: float
     sd_low: float
-    sd_high: float
+    sd_high: float | None
     deltas: tuple[float, ...] | None = None
     delta_sd: float | None = None
 
@@ -68,14 +69,14 @@ def _spread(by_seed: Mapping[int, Answers], arm: str, baseline: str | None, scor
     if len(answers) < 2:
         return None
     values = [sample(own, arm, score).score for own in answers.values()]
-    sd = float(np.std(values, ddof=1))
+    sd = _sd(values)
     low, high = _interval(sd, len(values))
     spread = Spread(arm, score.task, score.metric, score.filter, tuple(answers), tuple(values), sd, low, high)
     if baseline is None or arm == baseline:
         return spread
     theirs = [sample(own, baseline, score).score for own in answers.values()]
     deltas = tuple(a - b for a, b in zip(values, theirs, strict=True))
-    return replace(spread, deltas=deltas, delta_sd=float(np.std(deltas, ddof=1)))
+    return replace(spread, deltas=deltas, delta_sd=_sd(deltas))
 
 
 def write_seeds(path: Path, rows: Sequence[Spread]) -> None:
@@ -91,7 +92,15 @@ def write_seeds(path: Path, rows: Sequence[Spread]) -> None:
                 writer.writerow(whole | {"seed": seed, "value": value, "delta": delta})
 
 
-def _interval(sd: float, n: int) -> tuple[float, float]:
-    """Of a standard deviation of n normal numbers: n − 1 times its square is χ² distributed."""
+def _sd(values: Sequence[float]) -> float:
+    array = np.array(values)
+    return float(np.std(rounded(array - array[0], array), ddof=1))
+
+
+def _interval(sd: float, n: int) -> tuple[float, float | None]:
+    """Of a standard deviation of n normal numbers: n − 1 times its square is χ² distributed. Scores that are equal, as
+    rounded to a document as they are, say nothing of how large it may be."""
+    if not sd:
+        return 0.0, None
     low, high = (math.sqrt((n - 1) / chi2.ppf(p, n - 1)) for p in (1 - LEVEL / 2, LEVEL / 2))
     return sd * low, sd * high

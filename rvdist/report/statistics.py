@@ -18,7 +18,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
-from rvdist.report.sample import Floats, Sample, Score, is_constant, sample, scores, sort_records, split
+from rvdist.report.flips import FEW, Floats, lattice, shifted_low, subset_ends, tails
+from rvdist.report.intervals import PRIOR, mean_interval, share_interval, split, wilson
+from rvdist.report.sample import Sample, Score, rounded, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline, Row, baseline_of, write_summary
 
 __all__ = [
@@ -35,12 +37,6 @@ __all__ = [
     "summarise",
     "write_summary",
 ]
-
-RESAMPLES = 9999
-_FEW = 16  # documents a distinct score, from where on counting is faster than drawing: as measured
-# The order statistic at which the bootstrap interval ends: with the add-one p value 2(1+k)/(RESAMPLES+1),
-# p < LEVEL exactly when fewer than TAIL resamples lie on the far side of zero.
-TAIL = int(LEVEL / 2 * (RESAMPLES + 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -64,13 +60,11 @@ def summarise(
     tasks: Sequence[TaskInfo],
     baseline: str | None,
     groups: Sequence[GroupInfo] = (),
-    seed: int = 0,
 ) -> list[Row]:
     """One row for each (task or group, metric, filter, arm), in that order, a group before its members; records of
     other arms or tasks are left out.
 
-    `seed` is the bootstrap's. Raises ValueError when an arm was not scored on the documents of the
-    baseline, or a score is not a finite number.
+    Raises ValueError when an arm was not scored on the documents of the baseline, or a score is not a finite number.
     """
     if baseline is not None and baseline not in {arm.name for arm in arms}:
         raise ValueError(f"the baseline {baseline!r} is none of the arms {[arm.name for arm in arms]}")
@@ -79,10 +73,10 @@ def summarise(
     for score in scores(tasks, groups):
         samples = {arm.name: sample(answers, arm.name, score) for arm in arms}
         for arm in arms:
-            row = _row(arm, score, samples[arm.name], seed)
+            row = _row(arm, score, samples[arm.name])
             if baseline is not None and arm.name != baseline:
                 _check_same_documents(score.task, arm.name, samples[arm.name], baseline, samples[baseline])
-                found = compare(samples[arm.name], samples[baseline], seed)
+                found = compare(samples[arm.name], samples[baseline])
                 row = replace(
                     row,
                     delta=found.delta,
@@ -113,41 +107,40 @@ def compare_discordant(better: int, worse: int, n: int) -> Comparison:
     )
 
 
-def minimal_detectable_effect(n: int, discordance: float, power: float = 0.8) -> float:
-    """The smallest true difference that n pairs show at the 5 % level with this power (Connor 1987),
-    when the share `discordance` of the pairs is discordant, or more of them if the difference needs it."""
+def minimal_detectable_effect(n: int, square: float, size: float = 1.0, power: float = 0.8) -> float:
+    """The smallest true difference that n pairs show at the 5 % level with this power, after Connor (1987): `square` is
+    the mean squared difference of a pair (of 0/1 scores the share that is discordant), `size` what a changed pair
+    differs by; more pairs change if the difference needs it."""
     z, z_power = norm.ppf(1 - LEVEL / 2), norm.ppf(power)
     if n <= z**2:
-        return 1.0
+        return size
     root = (z * math.sqrt(n) + z_power * math.sqrt(n + z_power**2 - z**2)) / (n + z_power**2)
-    return float(min(1.0, max(math.sqrt(discordance) * root, root**2)))
+    return float(min(size, max(math.sqrt(square) * root, size * root**2)))
 
 
 def detectable_effects(
-    records: Iterable[Record], tasks: Sequence[TaskInfo], baseline: str, groups: Sequence[GroupInfo] = ()
-) -> dict[str, float]:
-    """For each task with a 0/1 primary score, and each group of such that is weighted by size: the minimal detectable
-    effect at the mean discordance between the baseline and the other arms (documents are compared by their first
-    record)."""
-    primary = {task.name: task.primary for task in tasks}
-    first: defaultdict[str, defaultdict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for record in records:
-        metric, filter_ = primary.get(record.task, ("", ""))
-        if record.filter == filter_ and metric in record.metrics:
-            first[record.task][record.arm].setdefault(record.doc, float(record.metrics[metric]))
-    sizes, changed = {}, {}
-    for task, by_arm in first.items():
-        reference = by_arm.pop(baseline, {})
-        pairs = [(reference[doc], score) for docs in by_arm.values() for doc, score in docs.items() if doc in reference]
-        if pairs and all(score in (0.0, 1.0) for pair in pairs for score in pair):
-            sizes[task] = len(reference)
-            changed[task] = [a != b for a, b in pairs]
-    for group in groups:
-        members = [name for name in group.tasks if name in primary]
-        if group.by_size and members and all(name in sizes for name in members):
-            sizes[group.name] = sum(sizes[name] for name in members)
-            changed[group.name] = [pair for name in members for pair in changed[name]]
-    return {name: minimal_detectable_effect(n, float(np.mean(changed[name]))) for name, n in sizes.items()}
+    arms: Sequence[Arm],
+    records: Iterable[Record],
+    tasks: Sequence[TaskInfo],
+    baseline: str,
+    groups: Sequence[GroupInfo] = (),
+) -> dict[tuple[str, str], float]:
+    """The minimal detectable effect of each comparison of primary scores with the baseline, by task or group and arm;
+    without those whose documents of an unbounded score did not change."""
+    answers = sort_records(records)
+    found = {}
+    for score in scores(tasks, groups):
+        if score.primary:
+            reference = sample(answers, baseline, score)
+            for arm in arms:
+                if arm.name != baseline:
+                    differences = _differences(ours := sample(answers, arm.name, score), reference)
+                    squares, sizes = differences**2, np.abs(differences)
+                    if sizes.any() or (ours.shares and reference.shares):
+                        size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
+                        effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size)
+                        found[score.task, arm.name] = effect
+    return found
 
 
 def _check_same_documents(task: str, arm: str, sample: Sample, baseline: str, reference: Sample) -> None:
@@ -159,9 +152,8 @@ def _check_same_documents(task: str, arm: str, sample: Sample, baseline: str, re
         )
 
 
-def _row(arm: Arm, score: Score, sample: Sample, seed: int) -> Row:
-    x = sample.values
-    low, high = _score_interval(sample, seed)
+def _row(arm: Arm, score: Score, sample: Sample) -> Row:
+    low, high = _score_interval(sample)
     return Row(
         arm=arm.name,
         point=sample.point,
@@ -177,7 +169,7 @@ def _row(arm: Arm, score: Score, sample: Sample, seed: int) -> Row:
         stderr=_stderr(sample),
         ci_low=known(low),
         ci_high=known(high),
-        n=len(x),
+        n=len(sample.values),
     )
 
 
@@ -185,84 +177,89 @@ def _stderr(sample: Sample) -> float | None:
     n = len(sample.values)
     if n == 1:
         return None
-    return math.sqrt(sum(part.var(ddof=1) * len(part) for part in split(sample.values, sample.strata))) / n
+    variance = 0.0
+    for part, weights in zip(split(sample.values, sample.strata), split(sample.weights, sample.strata), strict=True):
+        own = part if len(part) > 1 else sample.values  # a member of one document: as all documents vary
+        variance += float(own.var(ddof=1)) * float((weights**2).sum())
+    return math.sqrt(variance) / n
 
 
-def _score_interval(sample: Sample, seed: int) -> tuple[float, float]:
-    n, alike = len(sample.values), sample.alike
-    if sample.exact or (sample.bound is not None and alike):
-        # Documents that all score alike do not vary in a bootstrap either: each counts as one observation.
-        low, high = proportion_confint(sample.score * n, n, LEVEL, method="wilson")
-        return min(float(low), sample.score), max(float(high), sample.score)  # of 12 in 12 it ends a rounding below 1
-    if alike:
-        return math.nan, math.nan
-    resampled = _bootstrap_means(sample.values, sample.strata, n, seed)
-    low, high = float(resampled[TAIL - 1]), float(resampled[-TAIL])
-    return (max(low, 0.0), min(high, 1.0)) if sample.bound is not None else (low, high)
+def _score_interval(sample: Sample) -> tuple[float, float]:
+    if sample.exact:
+        return wilson(sample.score, len(sample.values))
+    interval = share_interval if sample.shares else mean_interval
+    return interval(sample.values, sample.weights, sample.strata)
 
 
-def compare(sample: Sample, reference: Sample, seed: int = 0) -> Comparison:
+def _differences(sample: Sample, reference: Sample) -> Floats:
+    return rounded(sample.values - reference.values, sample.values, reference.values) * sample.weights
+
+
+def compare(sample: Sample, reference: Sample) -> Comparison:
     """Two samples of the same documents."""
-    differences = sample.values - reference.values
+    differences = _differences(sample, reference)
     if sample.exact and reference.exact:
         return compare_discordant(int((differences > 0).sum()), int((differences < 0).sum()), len(differences))
-    bound = None if sample.bound is None or reference.bound is None else max(sample.bound, reference.bound)
-    return compare_differences(differences, sample.strata, bound, 1.0, seed)
+    most = 1.0 if sample.shares and reference.shares else math.inf
+    return compare_differences(differences, sample.weights, sample.strata, most)
 
 
 def compare_differences(
-    differences: Floats, strata: Sequence[int], bound: float | None, most: float = math.inf, seed: int = 0
+    differences: Floats, weights: Floats, strata: Sequence[int], most: float = math.inf
 ) -> Comparison:
-    """Whether differences of documents, in `strata`, are zero in the mean: by bootstrap. `bound` is what one document
-    can change at most, `most` what the mean can; both count only where `bound` is known."""
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    if better + worse < 2 or is_constant(differences, strata):
-        # Nothing for a bootstrap to resample: only the signs are evidence, each change as large as it could be.
-        size = bound or float(np.abs(differences).max()) or math.nan
-        signs = compare_discordant(better, worse, len(differences))
-        low, high, p_value = signs.low * size, signs.high * size, signs.p_value
+    """Whether differences of documents, times their `weights`, are zero in the mean. `most` is what a document's
+    difference can be at most without its weight, and so the mean's.
+
+    The test flips signs, and the interval excludes zero exactly where it rejects. Few changed documents: the share that
+    changed times what flipping says of their mean, each end with the share farther out. Many: what flipping says of
+    all, those that did not change among them.
+    """
+    changed, half = differences[differences != 0], LEVEL / 2
+    k, n, step = len(changed), len(differences), lattice(differences)
+    sizes, farthest = np.abs(changed), most * float(weights.max())
+    p_value = min(1.0, 2 * min(tails(differences, step)))
+    own = rounded(differences / weights, differences / weights)
+    size = float(np.abs(own).max())
+    if bool((own == own[0]).all()) or (bool((sizes == size).all()) and (k <= FEW or len(strata) == 1)):
+        signs = compare_discordant(int((changed > 0).sum()), int((changed < 0).sum()), n)
+        if farthest < math.inf:  # other sizes may be as frequent as would not have been seen
+            far = size + (farthest - size) * _clopper_pearson(0, k)[1]
+        else:
+            far = size if 2 * 0.5**k < LEVEL else math.nan
+        low = signs.low * (size if signs.low > 0 else far)
+        high = signs.high * (size if signs.high < 0 else far)
+    elif k <= FEW:
+        share = _clopper_pearson(k, n)
+        low, high = subset_ends(changed, half)
+        low, high = max(low, -farthest), min(high, farthest)
+        low, high = low * share[0 if low > 0 else 1], high * share[1 if high > 0 else 0]
     else:
-        # Documents that did not change say nothing about the direction, so they earn no degrees of freedom.
-        resampled = _bootstrap_means(differences, strata, better + worse, seed)
-        beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
-        low, high = float(resampled[TAIL - 1]), float(resampled[-TAIL])
-        p_value = min(1.0, 2 * (1 + int(beyond)) / (RESAMPLES + 1))
-    if bound is not None:
-        low, high = max(low, -most), min(high, most)
-    return Comparison(float(differences.mean()), low, high, p_value)
+        low = shifted_low(differences, weights, half, step)
+        high = -shifted_low(-differences, weights, half, step)
+    delta = float(min(max(differences.mean(), -most), most))
+    wider = _unseen(differences, weights, strata)
+    low = max(delta - wider * (delta - low), low / wider if low > 0 else -math.inf)
+    high = min(delta + wider * (high - delta), high / wider if high < 0 else math.inf)
+    return Comparison(delta, min(max(low, -most), delta), max(min(high, most), delta), p_value)
 
 
-def _bootstrap_means(values: Floats, strata: Sequence[int], informative: int, seed: int) -> Floats:
-    """The sorted bootstrap distribution of the mean, each stratum drawn by itself, stretched about the mean as
-    Student's t is wider than the normal (Hesterberg 2015, the expanded percentile interval), or few documents would
-    look too sure. A stratum of n documents is stretched by √(n/(n − 1)) more, relative to all (Rao and Wu 1988)."""
-    n = len(values)
-    rng = np.random.default_rng(seed)
-    deviations = np.zeros(RESAMPLES)
-    variances, freedoms = [], []
-    for part in split(values, strata):
-        size = len(part)
-        small = math.sqrt((n - 1) / n * size / (size - 1)) if size > 1 else 1.0
-        deviations += small * size / n * (_resampled_means(part, rng) - part.mean())
-        variances.append(part.var() * size)
-        freedoms.append(max(1, size - 1))
-    freedom = sum(variances) ** 2 / sum(v * v / f for v, f in zip(variances, freedoms, strict=True))  # Satterthwaite
-    stretch = t.ppf(1 - LEVEL / 2, min(informative - 1, freedom)) / norm.ppf(1 - LEVEL / 2)
-    stretch *= math.sqrt(informative / (informative - 1))
-    return np.sort(values.mean() + stretch * deviations)
-
-
-def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
-    """The means of RESAMPLES draws with replacement, not sorted."""
-    distinct, counts = np.unique(values, return_counts=True)
-    n = len(values)
-    # Scores that take few values are drawn by how often each comes up, which is the same and much faster.
-    few = n > _FEW * len(distinct)
-    batch = max(1, 2_000_000 // (len(distinct) if few else n))
-    sizes = [min(batch, RESAMPLES - start) for start in range(0, RESAMPLES, batch)]
-    if few:
-        return np.concatenate([rng.multinomial(n, counts / n, size=size) @ distinct / n for size in sizes])
-    return np.concatenate([values[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes])
+def _unseen(differences: Floats, weights: Floats, strata: Sequence[int]) -> float:
+    """By how much an interval is too narrow because small members of a group that weigh much show too little of how
+    their documents vary: 1 where all documents weigh the same."""
+    if (weights == weights[0]).all():
+        return 1.0
+    own = differences / weights
+    seen = likely = freedom = 0.0
+    for part, weight in zip(split(own, strata), split(weights, strata), strict=True):
+        square, varied = float((weight**2).sum()), float((part**2).mean())
+        near = (len(part) * varied + PRIOR * float((own**2).mean())) / (len(part) + PRIOR)
+        seen += square * varied
+        likely += square * near
+        freedom += (square * near) ** 2 / len(part)
+    if not likely:
+        return 1.0
+    few = float(t.ppf(1 - LEVEL / 2, likely**2 / freedom) / norm.ppf(1 - LEVEL / 2))
+    return few * math.sqrt(max(1.0, likely / seen))
 
 
 def _clopper_pearson(count: int, n: int) -> tuple[float, float]:

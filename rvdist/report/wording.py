@@ -140,17 +140,22 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
     return sentences
 
 
-def footnotes(rows: Sequence[Row], detectable: Mapping[str, float]) -> list[str]:
+def footnotes(rows: Sequence[Row], detectable: Mapping[tuple[str, str], float]) -> list[str]:
     """What the reader of the table must know: the mark, and what was too small to be seen."""
     notes = []
     if any(row.primary and significant(row) and not survives(row) for row in rows):
         notes.append(MARK_NOTE)
     for task, group in by_task(rows):
-        note = f"{task}: {group[0].n} documents"
-        if task in detectable:
-            note += (
-                f"; differences under about {Scale(group).amount(detectable[task])} will often go unseen (power 80 %)"
-            )
+        note, scale = f"{task}: {group[0].n} documents", Scale(group)
+        effects = sorted((detectable[task, row.arm], row.arm) for row in group if (task, row.arm) in detectable)
+        if effects:
+            (least, low), (most, high) = effects[0], effects[-1]
+            ends = [scale.amount(least), scale.amount(most)]
+            if ends[0] == ends[1]:
+                about = f"differences under about {ends[0]}"
+            else:
+                about = f"differences under about {ends[0]} with “{low}”, up to {ends[1]} with “{high}”,"
+            note += f"; {about} will often go unseen (power 80 %)"
         notes.append(note + ".")
     return notes
 

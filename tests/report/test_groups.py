@@ -8,6 +8,7 @@ from made_up import make_arm, make_records, make_task
 from scipy.stats import bootstrap
 from statsmodels.stats.proportion import proportion_confint
 
+from rvdist.report.intervals import share_interval
 from rvdist.report.statistics import (
     compare_differences,
     detectable_effects,
@@ -78,7 +79,7 @@ def test_members_that_do_not_vary_keep_an_honest_interval():
 
 
 def test_a_member_that_changed_as_one_is_judged_by_its_signs():
-    """No member varies within, so a bootstrap would be certain of it: McNemar's signs are not."""
+    """No member varies within, and McNemar's signs are not certain of it."""
     for n, verdict in [(5, "no detectable difference"), (6, "better")]:
         _, row = group_row([[1.0] * n, [0.0] * 30], [[0.0] * n, [0.0] * 30])
         assert row.verdict == verdict, n
@@ -125,8 +126,9 @@ def test_what_a_group_can_detect():
         records += make_records("baseline", [1.0] * 50, task.name)
         records += make_records("α=1", [0.0] * 10 + [1.0] * 40, task.name)
     for by_size in (True, False):
-        found = detectable_effects(records, tasks, "baseline", [GroupInfo("g", ("a", "b"), (PAIR,), by_size)])
-        assert found.get("g") == (minimal_detectable_effect(100, 0.2) if by_size else None)
+        groups = [GroupInfo("g", ("a", "b"), (PAIR,), by_size)]
+        found = detectable_effects([BASE, ARM], records, tasks, "baseline", groups)
+        assert found["g", "α=1"] == pytest.approx(minimal_detectable_effect(100, 0.2))
 
 
 def simulate(sizes, changed, tilt, by_size, rounds, seed=0):
@@ -141,7 +143,7 @@ def simulate(sizes, changed, tilt, by_size, rounds, seed=0):
             f * (rng.random(size) < c) * np.where(rng.random(size) < (1 + t) / 2, 1.0, -1.0)
             for f, size, c, t in zip(factors, sizes, changed, tilt, strict=True)
         ]
-        found = compare_differences(np.concatenate(parts), sizes, max(factors), 1.0)
+        found = compare_differences(np.concatenate(parts), np.repeat(factors, sizes), sizes, 1.0)
         assert (found.low > 0 or found.high < 0) == (found.p_value < 0.05)
         called += found.p_value < 0.05
         held += found.low - 1e-12 <= truth <= found.high + 1e-12
@@ -173,3 +175,16 @@ def test_the_stratified_interval_covers_everywhere(sizes, changed, tilt, by_size
     assert held >= 0.93
     if not any(tilt):
         assert called <= 0.07
+
+
+@pytest.mark.parametrize("sizes", [[2, 200], [3, 100, 100], [5, 100, 100], [1] * 10, [2] * 27])
+@pytest.mark.parametrize("chance", [0.5, 0.9, 0.98])
+def test_a_members_few_documents_do_not_make_a_score_sure(sizes, chance):
+    rng = np.random.default_rng(len(sizes))
+    n = sum(sizes)
+    weights = np.repeat([n / (len(sizes) * size) for size in sizes], sizes)
+    held = 0
+    for _ in range(400):
+        low, high = share_interval((rng.random(n) < chance).astype(float), weights, sizes)
+        held += low <= chance <= high
+    assert held >= 0.93 * 400

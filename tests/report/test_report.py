@@ -52,7 +52,7 @@ def test_what_was_reported_stands_beside_our_interval(tmp_path):
     assert arm.inside and arm.comparison == "reported +12.3, inside"
     [line] = cells([1.0] * 60 + [0.0] * 40, [1.0] * 40 + [0.0] * 60, -4.9)
     assert line.cells["+Vector"].comparison == "reported −4.9, outside"
-    [line] = cells([3.5, 4.0, 9.0], [3.0, 3.0, 7.0], -25, "ppl")  # no share, so points are its own
+    [line] = cells([3.5, 4.0, 9.0] * 2, [3.0, 3.0, 7.0] * 2, -25, "ppl")  # no share, so points are its own
     assert line.cells["+Vector"].comparison == "reported −25, outside"
     write_paper_table(tmp_path / "paper.csv", [line])
     [row] = csv.DictReader((tmp_path / "paper.csv").open(newline="", encoding="utf-8"))

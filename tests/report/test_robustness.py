@@ -161,7 +161,7 @@ def simulate(n, rounds, chances, repeats, seed=0):
     for _ in range(rounds):
         ease = rng.uniform(-0.25, 0.25, (n, 1))
         base, arm, edited_base, edited_arm = ((rng.random((n, repeats)) < p + ease).mean(axis=1) for p in chances)
-        change = compare_differences((edited_arm - edited_base) - (arm - base), (n,), 2.0, 2.0)
+        change = compare_differences((edited_arm - edited_base) - (arm - base), np.ones(n), (n,), 2.0)
         held += change.low <= truth <= change.high
         called += change.p_value < 0.05
     return held / rounds, called / rounds

@@ -60,3 +60,9 @@ def test_the_interval_of_the_spread_covers():
     truth = np.sqrt(0.6 * 0.4 / 300)
     low, high = np.array([_interval(sd, 5) for sd in scores.std(axis=1, ddof=1)]).T
     assert 0.94 < np.mean((low <= truth) & (truth <= high)) < 0.96
+
+
+def test_equal_scores_say_nothing_of_how_far_seeds_may_differ():
+    for values in ([[1.0, 0.0], [0.0, 1.0]], [[0.3, 0.1 + 0.2], [0.6, 0.6]]):  # 0.1 + 0.2 is not 0.3
+        [spread] = seed_spread([BASE], make_records("baseline", values), [make_task()], None)
+        assert (spread.sd, spread.sd_low, spread.sd_high) == (0.0, 0.0, None)
