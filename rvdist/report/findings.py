@@ -73,7 +73,7 @@ class Findings:
 
     @cached_property
     def edited(self) -> list[Edited]:
-        return robustness(self.arms, self.records, self.tasks, self.baseline)
+        return robustness(self.arms, self.records, self.tasks, self.baseline, self.rows)
 
     @cached_property
     def spreads(self) -> list[Spread]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
 from rvdist.report.robustness import Change, Edited
-from rvdist.report.wording import MARK, MARK_NOTE, Scale, mark, persistence_text, printable, survives, verdict_text
+from rvdist.report.wording import MARK, MARK_NOTE, Scale, mark, p_text, printable, survives, verdict_text
 
 _STYLES = {"better": "green", "worse": "red"}
 _GAP = "  "
@@ -61,12 +61,13 @@ def print_robustness(
                     _change(row.change, scale, True),
                 ]
                 if row.gain:
-                    style = "" if row.gain_change and survives(row.gain_change) else "dim"
-                    cells += [_change(row.gain, scale, False), Text(persistence_text(row), style=style)]
+                    style = "dim" if row.persistence_p is None else ""
+                    p = f" (p {p_text(row.persistence_p)})" if row.persistence_p is not None else ""
+                    cells += [_change(row.gain, scale, True), Text(row.persistence or "", style=style).append(p)]
                 table.append(cells + [Text("")] * (len(head) - len(cells)))
         _print([list(column) for column in zip(*table, strict=True)], console)
-    note = "Where no word follows a difference, none was detected."
-    if any(MARK in text for row in rows for text in (mark(row.change), persistence_text(row))):
+    note = "Where no word follows a difference, none was detected. What is said of it holds after correction."
+    if any(mark(change) for row in rows for change in (row.change, row.gain) if change):
         note += f" {MARK} significant alone, but not after Holm's correction over this table."
     _say(note, console)
 

@@ -24,7 +24,6 @@ from rvdist.report.samples import choose_samples
 from rvdist.report.seeds import Spread
 from rvdist.report.summary import Row
 from rvdist.report.wording import (
-    MARK,
     Scale,
     Tested,
     by_task,
@@ -32,7 +31,6 @@ from rvdist.report.wording import (
     mark,
     metric_name,
     p_text,
-    persistence_text,
     printable,
     survives,
     verdict_text,
@@ -132,14 +130,16 @@ def _edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
             "change": change(row.change if own else None),
             "gain": change(gain),
             "kept": change(row.gain_change if own else None),
-            "persistence": persistence_text(row) if own else "",
+            "persistence": (row.persistence or "") if own else "",
+            "persistence_p": p_text(row.persistence_p) if own else "",
         }
 
     edits = [
         {"name": edit, "n": group[0].n, "rows": [line(row, row.value, row.gain, True) for row in group]}
         for edit, group in ((edit, list(group)) for edit, group in groupby(rows, lambda row: row.edit))
     ]
-    first, marked = rows[0], any(MARK in text for row in rows for text in (mark(row.change), persistence_text(row)))
+    first = rows[0]
+    marked = any(mark(found) for row in rows for found in (row.change, row.gain, row.gain_original) if found)
     asked = [line(row, row.original, row.gain_original, False) for row in rows if row.edit == first.edit]
     return {
         "task": first.task,

@@ -16,7 +16,7 @@ from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
 from rvdist.report.sample import Answers, Sample, Score, averaged, common, rounded, sample, scores, sort_records
 from rvdist.report.statistics import Comparison, compare, compare_differences, holm, known
-from rvdist.report.summary import LEVEL, Outline
+from rvdist.report.summary import LEVEL, Outline, Row
 
 Pair = Sequence[Sample]  # of the same documents: as they are, and edited
 
@@ -39,7 +39,8 @@ class Edited:
 
     `edit` is the perturbation as the task names it, or "all N edits" for the mean of N of them. `change` is edited
     minus original, within the arm. The gain is arm minus baseline: on the original, on the edited questions, and how
-    the second differs from the first; None for the baseline and without one. `persistence` says it in words.
+    the second differs from the first; None for the baseline and without one. `persistence` says it in words, and
+    `persistence_p` is the adjusted p value of what the words claim, None where they claim nothing.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Edited:
     gain: Change | None = None
     gain_change: Change | None = None
     persistence: str | None = None
+    persistence_p: float | None = None
 
 
 def robustness(
@@ -63,11 +65,12 @@ def robustness(
     records: Iterable[Record],
     tasks: Sequence[TaskInfo],
     baseline: str | None,
+    summary: Sequence[Row],
 ) -> list[Edited]:
     """A row for each (task, edit, arm), in that order, of tasks that were asked both as they are and edited.
 
-    The records are such as `summarise` accepts. `p_adjusted` is Holm's over all changes and all changes of gains; the
-    gains themselves belong to the summary.
+    `summary` is what `summarise` makes of the same. Of the gain on the original `p_adjusted` is the summary's, so that
+    nothing persists that does not survive there; all other tests of the table are one family for Holm.
     """
     answers = sort_records(records)
     primary = {score.task: score for score in scores(tasks) if score.primary}
@@ -83,7 +86,8 @@ def robustness(
             reference = pairs.get(baseline or "")
             for arm, pair in pairs.items():
                 rows.append(_row(score, edit, arm, pair, reference if arm != baseline else None))
-    return _adjusted(rows)
+    surviving = {(row.task, row.metric, row.filter, row.arm): row.p_adjusted for row in summary}
+    return [_said(row) for row in _adjusted(rows, surviving)]
 
 
 def write_robustness(path: Path, rows: Sequence[Edited]) -> None:
@@ -143,7 +147,6 @@ def _row(score: Score, edit: str, arm: str, pair: Pair, reference: Pair | None) 
         gain_original=_change(before, better),
         gain=_change(after, better),
         gain_change=_change(kept, better),
-        persistence=_persistence(before, after, kept),
     )
 
 
@@ -152,30 +155,48 @@ def _change(found: Comparison, higher_is_better: bool) -> Change:
     return Change(found.delta, low, high, found.p_value, found.verdict(higher_is_better))
 
 
-def _persistence(before: Comparison, after: Comparison, kept: Comparison) -> str:
-    """What became of a difference to the baseline when the questions were edited; that it appeared, shrank
-    or grew is said only where `kept` is significant."""
-    if before.p_value >= LEVEL:
-        if after.p_value >= LEVEL:
-            return "no difference"
-        return "only when edited" if kept.p_value < LEVEL else "cannot be told"
+def _said(row: Edited) -> Edited:
+    """What became of a difference to the baseline when the questions were edited: a claim needs every difference that
+    it rests on to survive the correction, so its p value is the largest of theirs."""
+    before, after, kept = row.gain_original, row.gain, row.gain_change
+    if before is None or after is None or kept is None:
+        return row
+    was, is_, changed = (_survives(change) for change in (before, after, kept))
     less = (kept.delta > 0) != (before.delta > 0)
-    if after.p_value >= LEVEL:
-        return "shrinks" if kept.p_value < LEVEL and less else "cannot be told"
-    if (after.delta > 0) != (before.delta > 0):
-        return "reverses"
-    if kept.p_value >= LEVEL:
-        return "persists"
-    return "persists, but smaller" if less else "persists, and larger"
+    words, rests = "cannot be told", []
+    if was and is_:
+        rests = [before, after]
+        if (after.delta > 0) != (before.delta > 0):
+            words = "reverses"
+        elif changed:
+            words, rests = "persists, but smaller" if less else "persists, and larger", [before, after, kept]
+        else:
+            words = "persists"
+    elif was and changed and less:
+        words, rests = "shrinks", [before, kept]
+    elif is_ and changed and before.p_value >= LEVEL:
+        words, rests = "only when edited", [after, kept]
+    elif before.p_value >= LEVEL and after.p_value >= LEVEL:
+        words = "no detectable difference"
+    p_value = max((change.p_adjusted or 0.0 for change in rests), default=None)
+    return replace(row, persistence=words, persistence_p=p_value)
 
 
-def _adjusted(rows: Sequence[Edited]) -> list[Edited]:
-    changes = [change for row in rows for change in (row.change, row.gain_change) if change]
-    adjusted = iter(holm([change.p_value for change in changes]))
-    found = []
-    for row in rows:
-        row = replace(row, change=replace(row.change, p_adjusted=next(adjusted)))
-        if row.gain_change:
-            row = replace(row, gain_change=replace(row.gain_change, p_adjusted=next(adjusted)))
-        found.append(row)
+def _survives(change: Change) -> bool:
+    return change.p_adjusted is not None and change.p_adjusted < LEVEL
+
+
+def _adjusted(rows: Sequence[Edited], surviving: Mapping[tuple[str, str, str, str], float | None]) -> list[Edited]:
+    names = ("change", "gain", "gain_change")
+    tests = [(i, name) for i, row in enumerate(rows) for name in names if getattr(row, name)]
+    adjusted = holm([getattr(rows[i], name).p_value for i, name in tests])
+    found = list(rows)
+    for (i, name), p_value in zip(tests, adjusted, strict=True):
+        found[i] = replace(found[i], **{name: replace(getattr(rows[i], name), p_adjusted=p_value)})
+    for i, row in enumerate(found):
+        if row.gain_original:
+            # Over the documents that were asked both ways, which may be fewer than the summary's.
+            p_value = surviving[row.task, row.metric, row.filter, row.arm] or 0.0
+            original = replace(row.gain_original, p_adjusted=max(p_value, row.gain_original.p_value))
+            found[i] = replace(row, gain_original=original)
     return found

@@ -168,21 +168,16 @@ def empty_sentences(found: Sequence[tuple[str, str, int, int]]) -> list[str]:
     ]
 
 
-def persistence_text(row: Edited) -> str:
-    text = row.persistence or ""
-    return text + mark(row.gain_change) if row.gain_change and text != "no difference" else text
-
-
 def persistence_claims(rows: Sequence[Edited], scales: Mapping[str, Scale], baseline: str | None) -> list[str]:
-    """What editing a task's questions made of the differences to the baseline, a sentence for each task; of several
-    edits for their mean."""
+    """What editing a task's questions made of the differences to the baseline, a sentence for each task of which
+    something can be told; of several edits for their mean."""
     sentences = []
     for task, group in groupby(rows, lambda row: row.task):
         edited = list(group)
         last = [row for row in edited if row.edit == edited[-1].edit]
         by_outcome: dict[str, list[str]] = {}
         for row in last:
-            if row.persistence and row.gain_original and row.gain and row.persistence != "no difference":
+            if row.persistence and row.persistence_p is not None and row.gain_original and row.gain:
                 before, after = (scales[task].number(x.delta, sign=True) for x in (row.gain_original, row.gain))
                 by_outcome.setdefault(row.persistence, []).append(f"“{row.arm}” ({before} as asked, {after} edited)")
         if by_outcome:
