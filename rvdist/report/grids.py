@@ -53,21 +53,21 @@ def print_robustness(
             head += [f"against {printable(baseline or '')}", "the difference"]
         table = [[Text(cell, style="bold") for cell in head]]
         for edit, of_edit in groupby(edited, lambda row: row.edit):
-            table.append([Text(f"  {printable(edit)}"), *[Text("")] * (len(head) - 1)])
+            table.append([Text(f" {printable(edit)}"), *[Text("")] * (len(head) - 1)])
             for row in of_edit:
                 cells = [
-                    Text(f"    {printable(row.arm)}"),
+                    Text(f"  {printable(row.arm)}"),
                     Text(scale.number(row.value)),
                     _change(row.change, scale, True),
                 ]
                 if row.gain:
                     style = "dim" if row.persistence_p is None else ""
-                    p = f" (p {p_text(row.persistence_p)})" if row.persistence_p is not None else ""
-                    cells += [_change(row.gain, scale, True), Text(row.persistence or "", style=style).append(p)]
+                    p = f", p {p_text(row.persistence_p)}" if row.persistence_p is not None else ""
+                    cells += [_change(row.gain, scale, False), Text(row.persistence or "", style=style).append(p)]
                 table.append(cells + [Text("")] * (len(head) - len(cells)))
         _print([list(column) for column in zip(*table, strict=True)], console)
     note = "Where no word follows a difference, none was detected. What is said of it holds after correction."
-    if any(mark(change) for row in rows for change in (row.change, row.gain) if change):
+    if any(mark(row.change) for row in rows):
         note += f" {MARK} significant alone, but not after Holm's correction over this table."
     _say(note, console)
 
