@@ -109,7 +109,7 @@ def test_a_different_tokenizer(place):
         (merge("output=family/target"), "family/target: already exists"),
         (merge("output=family/target", "overwrite=true"), "holds the source family/target, which would be lost"),
         (merge("output=family", "overwrite=true"), "holds the source family/target, which would be lost"),
-        (merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster"),
+        pytest.param(merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster", marks=pytest.mark.heavy),
     ],
 )
 def test_bad_values(place, arguments, reason):

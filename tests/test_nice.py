@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import ray
 
 ASKING = """
 import os, ray
@@ -18,6 +17,8 @@ print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
 
 
 def test_workers_are_no_nicer_than_this_process(ray_local: None) -> None:
+    import ray
+
     assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()) == os.nice(0)
 
 

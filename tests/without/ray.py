@@ -1,1 +1,1 @@
-raise ImportError("a test of `make test-fast` imports ray: mark it heavy")
+raise ImportError("`make test-fast` needs no ray: import it in the test, and mark the test heavy")
