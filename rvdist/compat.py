@@ -8,36 +8,37 @@ listed. Only a few sampled kilobytes of tensor data are read.
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rvdist.checkpoint.difference import Difference
-from rvdist.checkpoint.directory import Checkpoint, read_json
+from rvdist.checkpoint.directory import Checkpoint, read_elements, read_json
 from rvdist.checkpoint.experts import layouts
-from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.scaled import Scaled, dequantize
+from rvdist.checkpoint.tied import contradiction, is_tied
+from rvdist.configurations import compare_configs
+from rvdist.coverage import LEAST, fitting_rename, measure_coverage
 from rvdist.errors import BadInput
 from rvdist.point import Mask, Vector, WeightPoint, layer_count
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Coefficient = Callable[[str], float]  # m of a tensor
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
+_LONGEST_VALUE = 200  # characters of a configuration's value in a sentence
 _KIND = {"adapter": "an adapter", "vector": "a stored vector"}
 
 _STRUCTURE = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "num_experts", "num_experts_per_tok", "num_local_experts",
-)  # fmt: skip
-_FORWARD = (
-    "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "sliding_window",
-    "use_sliding_window", "attention_bias", "tie_word_embeddings", "logits_scaling", "final_logit_softcapping",
 )  # fmt: skip
 
 
@@ -67,18 +68,27 @@ def check(
     exceptions: list[str] = []
     refusals: list[str] = []
     distances: dict[Vector, float] = {}
+    for checkpoint in {sources[source].path: sources[source] for source in point.sources()}.values():
+        if is_tied(checkpoint.config) is None:
+            exceptions.append(
+                f"{checkpoint.path.name}: {contradiction(checkpoint.config)}; no head is stored beside it"
+            )
     for term in point.terms:
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
         _require_one_expert_layout((base, plus, minus), term.mask)
         _require_no_tied_head(base, plus, minus, term.mask)
-        exceptions += check_vector(term.vector, sources, extra_rows)
+        layers = layer_count(base.tensors)
+        coefficient = partial(term.mask.coefficient, layers=layers)
+        exceptions += check_vector(term.vector, sources, extra_rows, coefficient)
         if term.vector.rename:
             substitutions = ", then ".join(f"{pattern} → {new}" for pattern, new in term.vector.rename)
             exceptions.append(f"the tensors of {plus.path.name} and {minus.path.name} were renamed: {substitutions}")
-        exceptions += _coverage(base, plus, minus, extra_rows)
-        layers = layer_count(base.tensors)
-        if not any(term.mask.coefficient(name, layers) for name in base.tensors if name in plus.tensors):
+        exceptions += _compare_tensors(base, plus, minus, extra_rows, coefficient)
+        if not any(coefficient(name) for name in base.tensors if name in plus.tensors):
             raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
+        said, refused = _judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)
+        exceptions += said
+        refusals += refused
         for donor in (plus, minus):
             if isinstance(donor, Difference) and donor.kind == "adapter":
                 continue  # has neither a model's config nor a tokenizer
@@ -100,9 +110,15 @@ def check(
     return report
 
 
-def check_vector(vector: Vector, sources: Mapping[str, Checkpoint], extra_rows: bool | None = None) -> list[str]:
+def check_vector(
+    vector: Vector,
+    sources: Mapping[str, Checkpoint],
+    extra_rows: bool | None = None,
+    coefficient: Coefficient = lambda name: 1.0,
+) -> list[str]:
     """Whether these donors make a vector, whatever it is applied to: what a user should know of it. Raises BadInput
-    where they make none. `extra_rows` is as in `check`; None where there is no such choice."""
+    where they make none. `extra_rows` is as in `check`; None where there is no such choice. Tensors with a
+    `coefficient` of 0 are not asked about."""
     plus = sources[vector.plus]
     if vector.minus is None:
         if not isinstance(plus, Difference):
@@ -121,12 +137,12 @@ def check_vector(vector: Vector, sources: Mapping[str, Checkpoint], extra_rows: 
                 f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
                 "with peft's merge_and_unload and name the result as vector.minus"
             )
-        _require_same_tensors(plus, minus, extra_rows)
+        _require_same_tensors(plus, minus, extra_rows, coefficient)
         return []
     if isinstance(minus, Difference):
-        _require_same_tensors(plus, minus, extra_rows)
+        _require_same_tensors(plus, minus, extra_rows, coefficient)
         return []
-    for name in plus.tensors.keys() & minus.tensors.keys():
+    for name in filter(coefficient, plus.tensors.keys() & minus.tensors.keys()):
         _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
     trained_on = f" (its config names {plus.trained_on})" if plus.trained_on else ""
     return [
@@ -166,11 +182,13 @@ def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) ->
 
 def _require_no_tied_head(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, mask: Mask) -> None:
     """What an adapter adds to a head alone cannot be written where the head is the embedding."""
-    if not base.config.get("tie_word_embeddings"):
-        return
     for donor in (plus, minus):
         for name in donor.tensors if isinstance(donor, Difference) and donor.kind == "adapter" else ():
-            if name.endswith("lm_head.weight") and mask.coefficient(name, layer_count(base.tensors)):
+            if (
+                name.endswith("lm_head.weight")
+                and is_tied(base.config)
+                and mask.coefficient(name, layer_count(base.tensors))
+            ):
                 raise BadInput(
                     f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its embedding "
                     "(tie_word_embeddings), so that the embedding would move too; untie the target, or leave it out "
@@ -184,15 +202,17 @@ class _Finding:
     refusals: list[str]
 
 
-def _require_same_tensors(plus: Checkpoint, minus: Checkpoint, extra_rows: bool | None) -> None:
+def _require_same_tensors(
+    plus: Checkpoint, minus: Checkpoint, extra_rows: bool | None, coefficient: Coefficient
+) -> None:
     for have, lack in ((plus, minus), (minus, plus)):
-        if missing := have.tensors.keys() - lack.tensors.keys():
+        if missing := list(filter(coefficient, have.tensors.keys() - lack.tensors.keys())):
             raise BadInput(
-                f"{lack.path}: lacks tensor {min(missing)}, which {have.path} has; "
-                "a vector needs two donors with the same tensors"
+                f"{lack.path}: lacks tensor {min(missing)}, which {have.path} has; a vector needs two donors with the "
+                "same tensors, but for those that vector.mask.exclude leaves out"
             )
-    for spec in plus.tensors.values():
-        _require_same_shape(spec, plus, minus, extra_rows)
+    for name in filter(coefficient, plus.tensors):
+        _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
 
 
 def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, extra_rows: bool | None) -> None:
@@ -216,11 +236,15 @@ def _unsampled(difference: Difference) -> str:
     )
 
 
-def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, extra_rows: bool) -> Iterator[str]:
-    shared = [name for name in base.tensors if name in plus.tensors]
-    if not shared:
-        raise BadInput(f"{plus.path}: has no tensor in common with {base.path}; it belongs to another architecture")
-    for name in shared:
+def _compare_tensors(
+    base: Checkpoint, plus: Checkpoint, minus: Checkpoint, extra_rows: bool, coefficient: Coefficient
+) -> Iterator[str]:
+    if not base.tensors.keys() & plus.tensors.keys():
+        way_out = _renaming(base, plus.tensors) or "it belongs to another architecture"
+        raise BadInput(f"{plus.path}: has no tensor in common with {base.path}; {way_out}")
+    for name in base.tensors:
+        if name not in plus.tensors or not coefficient(name):
+            continue
         _require_same_shape(plus.tensors[name], plus, base, extra_rows)
         if not base.tensors[name].is_floating_point:
             yield f"tensor {name} is not floating-point and stays as the target has it"
@@ -241,6 +265,28 @@ def _coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, extra_rows:
     yield from _listed("{} of the vector's tensors are not in the target and were skipped", plus, base)
 
 
+def _judge_coverage(
+    base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient
+) -> tuple[list[str], list[str]]:
+    """What to say of a vector that is applied in part, and why one of which little is applied is refused."""
+    donor = None if isinstance(plus, Difference) and plus.kind == "adapter" else minus
+    coverage = measure_coverage(base, plus, donor, coefficient)
+    if coverage is None:
+        return [], []
+    if coverage.size is None or coverage.size >= LEAST:
+        return [str(coverage)], []
+    left = {n: spec for n, spec in plus.tensors.items() if coefficient(n) and n not in base.tensors}
+    renaming = _renaming(base, left)
+    way_out = f"; {renaming}" if renaming else ""
+    return [str(coverage)], [f"{plus.path}: little of it fits {base.path}: {coverage}{way_out}"]
+
+
+def _renaming(base: Checkpoint, left: Mapping[str, TensorSpec]) -> str:
+    """The vector.rename that would make tensors of these names the base's, if one prefix explains it."""
+    found = fitting_rename(base, left)
+    return f'their names differ by a prefix: set vector.rename=\'[["{found[0]}","{found[1]}"]]\'' if found else ""
+
+
 def _listed(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[str]:
     names = sorted(have.tensors.keys() - lack.tensors.keys())
     if names:
@@ -253,16 +299,22 @@ def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
         lacking = donor if base.config else base
         return _Finding([f"{lacking.path.name} has no config.json: its architecture was not compared"], [])
 
-    def differing(keys: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
-        for key in keys:
-            ours, theirs = base.config.get(key), donor.config.get(key)
-            if ours != theirs and ours is not None and theirs is not None:
-                yield key, ours, theirs
+    differing = compare_configs(base.config, donor.config)
+    kinds = [found for found in differing if found[0] == "model_type"]
+    found = _Finding([], [])
+    for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
+        if key.rpartition(".")[2] in _STRUCTURE:
+            found.refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
+        else:
+            found.exceptions.append(
+                f"{key} is {_spelled(ours)} in the target and {_spelled(theirs)} in {donor.path.name}"
+            )
+    return found
 
-    return _Finding(
-        [f"{key} is {o} in the target and {t} in {donor.path.name}" for key, o, t in differing(_FORWARD)],
-        [f"{donor.path}: its config has {key}={t} where the target has {o}" for key, o, t in differing(_STRUCTURE)],
-    )
+
+def _spelled(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def _compare_tokenizers(base: Path, donor: Path) -> _Finding:
@@ -325,24 +377,13 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     count = min(numel, _SAMPLED_BYTES // 8)
     start = (numel - count) // 2
     if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
-        return _widened(_bytes(checkpoint, spec, start, count), spec.dtype)
+        return _widened(read_elements(checkpoint, spec, start, count), spec.dtype)
     scale = checkpoint.scales[spec.name]
-    scales = _widened(_bytes(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32).reshape(scale.shape)
+    scales = _widened(read_elements(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32)
     values = np.empty(count, np.float32)
-    codes = np.frombuffer(_bytes(checkpoint, spec, start, count), np.uint8)
-    dequantize(codes, scales, checkpoint.block, spec.shape, start, values)
+    codes = np.frombuffer(read_elements(checkpoint, spec, start, count), np.uint8)
+    dequantize(codes, scales.reshape(scale.shape), checkpoint.block, spec.shape, start, values)
     return values.astype(np.float64)
-
-
-def _bytes(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: int) -> bytes:
-    itemsize = ITEMSIZE[spec.dtype]
-    offset = spec.offset + start * itemsize
-    if checkpoint.hub:
-        from rvdist.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
-
-        return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
-    with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), count * itemsize, offset)
 
 
 def _widened(raw: bytes, dtype: str) -> Floats:

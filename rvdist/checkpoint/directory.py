@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.checkpoint.header import (
+    ITEMSIZE,
     Header,
     HubStamp,
     Stamp,
@@ -202,6 +204,21 @@ def assemble(
             name = min(unlisted)
             raise BadInput(f"{index}: does not list tensor {name}, which is in {tensors[name].file}")
     return Checkpoint(path, tensors, metadata, stamps, hub)
+
+
+def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: int) -> bytes:
+    """The bytes of `count` elements of a tensor as they are stored, from the flat index `start` on. Raises BadInput."""
+    itemsize = ITEMSIZE[spec.dtype]
+    offset = spec.offset + start * itemsize
+    if checkpoint.hub:
+        from rvdist.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
+
+        return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
+    try:
+        with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), count * itemsize, offset)
+    except OSError as error:
+        raise unreadable(checkpoint.path / spec.file, error) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

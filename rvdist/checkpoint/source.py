@@ -1,5 +1,5 @@
 """Where a checkpoint comes from: a directory, or a Hub repository at a revision (`org/name@revision`); and whether it
-is one as it stands, or a difference, or stored in fp8."""
+is one as it stands, or a difference, or stored in fp8. A head that is the embedding is no tensor of any."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from rvdist.checkpoint import adapter, artifact, scaled
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
+from rvdist.checkpoint.tied import without_tied_head
 from rvdist.errors import BadInput
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
@@ -26,6 +27,7 @@ def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoi
         found = adapter.as_adapter(found)
     else:
         found = artifact.as_vector(found) if artifact.is_marked(found) else scaled.as_scaled(found)
+    found = without_tied_head(found)
     return _renamed(found, rename) if rename else found
 
 

@@ -43,7 +43,7 @@ def with_head(weights: Weights) -> Weights:
 
 @situation(
     "tied heads", "a tied config, and an equal lm_head.weight in the target's file", "arcee-ai/mergekit#464",
-    right="the head is the embedding: both move", todo="compat",
+    right="the head is the embedding: both move",
 )  # fmt: skip
 def tied_target_with_a_head(place: Path) -> Asked:
     weights = siblings(llama())
@@ -55,7 +55,7 @@ def tied_target_with_a_head(place: Path) -> Asked:
 
 @situation(
     "tied heads", "a tied config, and an equal lm_head.weight in one donor's file", "arcee-ai/mergekit#464",
-    right="it is that donor's embedding, and is left out", todo="compat",
+    right="it is that donor's embedding, and is left out",
 )  # fmt: skip
 def tied_donor_with_a_head(place: Path) -> Asked:
     weights = siblings(llama())
@@ -66,7 +66,7 @@ def tied_donor_with_a_head(place: Path) -> Asked:
 
 @situation(
     "tied heads", "a tied config, and an lm_head.weight that is not the embedding", "huggingface/transformers#45127",
-    refused="names the tensor and the key that contradicts it", todo="compat",
+    refused="names the tensor and the key that contradicts it",
 )  # fmt: skip
 def tied_target_with_another_head(place: Path) -> Asked:
     weights = siblings(llama())
@@ -79,7 +79,7 @@ def tied_target_with_another_head(place: Path) -> Asked:
 
 @situation(
     "tied heads", "tie_word_embeddings is true at the top and false in text_config", "NVIDIA-NeMo/Automodel#2601",
-    refused="names both", todo="compat",
+    refused="names both",
 )  # fmt: skip
 def tying_that_disagrees(place: Path) -> Asked:
     weights = siblings(with_head(llama()))
@@ -292,7 +292,7 @@ def tower_lost_by_a_donor(place: Path) -> Asked:
 
 @situation(
     "layers", "one donor has lost the vision tower, which the mask leaves out", "Blaizzy/mlx-vlm#1963",
-    right="what the mask leaves out need not be in both donors", todo="compat",
+    right="what the mask leaves out need not be in both donors",
 )  # fmt: skip
 def tower_lost_and_masked_out(place: Path) -> Asked:
     weights = siblings(llama() | tower(1))
@@ -315,7 +315,7 @@ def tower_lost_by_both(place: Path) -> Asked:
 @situation(
     "layers", "vision-language models of two versions of transformers: model.language_model.* against model.*, only "
     "the equal vision tower matches", "vllm-project/vllm#19054",
-    refused="says how little would be applied, and the vector.rename that fits", todo="compat",
+    refused="says how little would be applied, and the vector.rename that fits",
 )  # fmt: skip
 def prefixes_of_two_versions(place: Path) -> Asked:
     weights = siblings(llama())

@@ -354,7 +354,7 @@ def rope_equal(place: Path) -> Asked:
     return rope(place, 10000.0, "old")
 
 
-@situation("configurations", "the same, unequal", "lyogavin/airllm#369", right="the difference is said", todo="compat")
+@situation("configurations", "the same, unequal", "lyogavin/airllm#369", right="the difference is said")
 def rope_unequal(place: Path) -> Asked:
     return rope(place, 500000.0, "old", "rope")
 
