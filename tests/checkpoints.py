@@ -49,7 +49,8 @@ def write_checkpoint(
             weight_map |= dict.fromkeys(mine, file)
         index = {"metadata": {}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    default = {"model_type": "tiny", "hidden_size": 48, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    tied = "lm_head.weight" not in weights
+    default = {"model_type": "tiny", "hidden_size": 48, "tie_word_embeddings": tied, "dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(config or default))
     (path / "generation_config.json").write_text("{}")
     (path / "tokenizer.json").write_text(
