@@ -25,6 +25,7 @@ from rvdist.checkpoint.header import (
 from rvdist.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
+_DEEPEST = 64  # levels of a config.json
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
 _BLOCK = 4 << 20
@@ -84,7 +85,11 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
+        path = self.path / "config.json"
+        found = read_json(path) if path.exists() else {}
+        if _depth(found) > _DEEPEST:
+            raise BadInput(f"{path}: nests more than {_DEEPEST} levels, as no configuration does; download it again")
+        return found
 
     def holds_the_same_as(self, other: Checkpoint) -> bool:
         """Whether all tensors are the same to the byte, in whatever files; reads up to the first that differs, a little
@@ -131,6 +136,16 @@ def _equal(path: Path, spec: TensorSpec, other: Path, twin: TensorSpec, most: in
             left -= len(block)
         return True
     return False
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists are in each other, counted without recursion; no further than matters."""
+    depth, level = 0, [value]
+    while level and depth <= _DEEPEST:
+        depth += 1
+        inner = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [part for part in inner if isinstance(part, dict | list)]
+    return depth
 
 
 def reshard(

@@ -120,7 +120,8 @@ def read_bytes(checkpoint: Checkpoint, file: str, start: int, stop: int) -> byte
     if path := _cached(hub, file):
         with open(path, "rb", buffering=0) as opened:
             return os.pread(opened.fileno(), stop - start, start)
-    return bytes(_remembered_range(hub, file, checkpoint.stamps[file].size, start, stop))
+    fetch = _remembered_range if stop - start <= _REMEMBERED_BYTES else fetch_range
+    return bytes(fetch(hub, file, checkpoint.stamps[file].size, start, stop))
 
 
 class RangeReader:
@@ -180,6 +181,7 @@ def fetch_range(hub: Hub, file: str, size: int, start: int, stop: int) -> bytear
     return _persistently(f"{hub}: {file} is", go_on) if start < stop else found
 
 
+_REMEMBERED_BYTES = 1 << 20  # at most, of one range: samples are small
 _remembered_range = lru_cache(maxsize=256)(fetch_range)
 
 

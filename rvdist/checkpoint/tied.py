@@ -20,8 +20,8 @@ from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.errors import BadInput
 
 KEY = "tie_word_embeddings"
-_HEAD = re.compile(r"(.+\.)?(lm_head|embed_out|output)\.weight")
-_EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)\.weight")
+_HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
+_EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
 _AT_ONCE = 8 << 20  # bytes
 _REMEMBERED = 256  # comparisons
 
@@ -74,30 +74,31 @@ def without_tied_head(found: Checkpoint) -> Checkpoint:
     if tied is None:
         raise BadInput(
             f"{found.path}: {contradiction(found.config)}, and {pairs[0][0].name} is stored beside "
-            f"{pairs[0][1].name}; make them agree, so that it is known whether the head is the embedding"
+            f"{pairs[0][1][0].name}; make them agree, so that it is known whether the head is the embedding"
         )
     if not tied:
         return found
-    heads = {head.name: embedding.name for head, embedding in pairs}
-    for head, embedding in pairs:
-        if not _equal(found, head, embedding):
+    for head, embeddings in pairs:
+        if not any(_equal(found, head, embedding) for embedding in embeddings):
             raise BadInput(
-                f"{found.path}: its config.json has {KEY}=true, and {head.name} differs from {embedding.name}; set "
+                f"{found.path}: its config.json has {KEY}=true, and {head.name} differs from {embeddings[0].name}; set "
                 f"{KEY} to false there if the model has a head of its own, or store it without {head.name}"
             )
+    heads = {head.name for head, _ in pairs}
     tensors = {name: spec for name, spec in found.tensors.items() if name not in heads}
     if isinstance(found, Difference):
         return replace(found, tensors=tensors, forms={name: found.forms[name] for name in tensors})
     return replace(found, tensors=tensors)
 
 
-def _pairs(found: Checkpoint) -> Iterator[tuple[TensorSpec, TensorSpec]]:
-    """Every head and the embedding that it may be: of the names that begin alike the longest."""
+def _pairs(found: Checkpoint) -> Iterator[tuple[TensorSpec, list[TensorSpec]]]:
+    """Every head and the embeddings that it may be, the likeliest first: of its shape, and with a name like its own."""
     embeddings = [spec for name, spec in found.tensors.items() if _EMBEDDING.fullmatch(name)]
-    for name, spec in found.tensors.items():
-        like = [other for other in embeddings if other.shape == spec.shape]
-        if _HEAD.fullmatch(name) and like:
-            yield spec, max(like, key=lambda other: _common(name, other.name))
+    for name, head in found.tensors.items():
+        if _HEAD.fullmatch(name) and embeddings:
+            likeness = [(spec.shape == head.shape, _common(name, spec.name)) for spec in embeddings]
+            order = sorted(range(len(embeddings)), key=likeness.__getitem__, reverse=True)
+            yield head, [embeddings[k] for k in order]
 
 
 def _common(one: str, other: str) -> int:
@@ -113,7 +114,7 @@ def _equal(found: Checkpoint, head: TensorSpec, embedding: TensorSpec) -> bool:
         if len(stored) < 2:  # nobody stores such a head of a tied model in another form
             return False
         head, embedding = stored
-    if head.dtype != embedding.dtype:
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
     key = (str(found.path), tuple(found.stamps.items()), head, embedding)
     if key not in _compared:

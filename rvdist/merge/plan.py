@@ -222,6 +222,7 @@ def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> 
     by_file: dict[str, list[TensorSpec]] = {file: [] for file in base.files}
     for spec in base.tensors.values():
         by_file[spec.file].append(spec)
+    by_file = {file: specs for file, specs in by_file.items() if specs}  # one may hold nothing but a tied head
     if max_shard_size is not None:
         specs = list(base.tensors.values())
         shards = reshard(specs, lambda spec: spec.numel * ITEMSIZE[stored(spec)], max_shard_size)

@@ -377,6 +377,7 @@ def test_a_vector_of_a_part_of_thousands_of_tensors(tmp_path):
         "the vector lacks 1500 of the target's tensors, which stay as they are: visual.blocks.0.w, "
     )
     assert skipped == "1 of the vector's tensors are not in the target and were skipped: value_head"
+    assert applied.startswith("of the vector ") and "of its size ‖v‖ by a sample" in applied
     found = dict(read_point(point))
     assert all(torch.equal(found[name], tensor) for name, tensor in vision.items())
     target, plus, minus = (load_checkpoint(path) for path in paths.values())
