@@ -17,7 +17,10 @@ KINDS = ["moe", "tied", "untied", "llama"]  # vLLM makes its expert group only i
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
-    return {kind: make_family(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+    """Whatever test comes first, the first engine of the process has experts."""
+    made = {kind: make_family(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+    start(WeightPoint(str(made["moe"].target)))
+    return made
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -59,7 +59,6 @@ class _Request:
 
 @pytest.fixture(scope="module")
 def tied(families: dict[str, Family]) -> Engine:
-    start(WeightPoint(str(families["moe"].target)))  # the first model of the process must have experts: see KINDS
     return start(WeightPoint(str(families["tied"].target)))
 
 
