@@ -38,10 +38,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 ifeq ($(EXTRA),gpu)
 	$(PY) -m pip install --quiet --editable ".[gpu,dev]"
 else
-	$(PY) -m pip install --quiet --no-deps --no-compile --requirement constraints.txt || \
+	$(PY) -m pip install --quiet --no-deps --requirement constraints.txt || \
 	  { echo "If pip found no torch+cpu: point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at PyTorch's CPU wheels"; exit 1; }
 	$(PY) -m pip install --quiet --no-deps --editable .
-	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # pip does so on one core; templates that are no Python fail
 endif
 	@touch $@
 
