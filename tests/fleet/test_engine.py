@@ -302,7 +302,7 @@ def test_a_quantized_base_is_refused(families: dict[str, Family], tmp_path: Path
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(BadInput, match="quantized"):
-        Engine(str(copy), SETTINGS)
+        start(WeightPoint(str(copy)))
 
 
 def test_a_base_that_vllm_finds_quantized_is_refused(families: dict[str, Family], tied: Engine, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_base_that_vllm_finds_quantized_is_refused(families: dict[str, Family]
         '{"quantization": {"quant_algo": "FP8"}, "producer": {"name": "modelopt"}}'
     )
     with pytest.raises(BadInput, match="quantiz"):
-        Engine(str(copy), SETTINGS)
+        start(WeightPoint(str(copy)))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_further_arguments_reach_vllm_and_name_the_answers(families: dict[str, F
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size and distributed_executor_backend=ray want GPUs"),
     ):
         with pytest.raises(BadInput, match=reason) as error:
-            Engine(base, dataclasses.replace(SETTINGS, args=further_arguments(arguments)))
+            start(WeightPoint(base), dataclasses.replace(SETTINGS, args=further_arguments(arguments)))
         assert "\n" not in str(error.value)
 
 
