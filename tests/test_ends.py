@@ -63,6 +63,7 @@ def test_a_sweep_ends_with_our_sentence_and_goes_on(place, victim, status, sente
     assert (place / "run/summary.json").exists()
 
 
+@pytest.mark.heavy
 def test_a_start_that_times_out_is_tried_again(monkeypatch):
     import ray
 

@@ -95,6 +95,7 @@ def test_nothing_is_written(case, place, ray_local):
     assert contents(place) == before
 
 
+@pytest.mark.heavy
 def test_nothing_is_written_without_a_cluster(place):
     before = contents(place)
     done = launch(

@@ -96,7 +96,7 @@ def words(text: str) -> str:
 
 
 def test_a_vector_is_shown_then_published_and_comes_back(hub, vector, tmp_path, capsys):
-    with pytest.raises(BadInput, match="nothing was uploaded to org/v, there is no terminal .*hub.confirmed=true"):
+    with pytest.raises(Failed, match="nothing was uploaded to org/v, there is no terminal .*hub.confirmed=true"):
         vector(confirmed=False, publish="org/v")
     shown = words(capsys.readouterr().out)
     assert "to the public repository org/v, where everybody sees" in shown
@@ -149,7 +149,7 @@ def test_what_another_sharding_left_is_removed_and_what_is_not_ours_stays(hub, v
 def test_a_repository_of_something_else_is_not_written_to(hub, vector, tmp_path):
     hub.publish("org/other", write_checkpoint(tmp_path / "other", {"w": torch.ones(3)}))
     before = hub.commit("org/other", "main")
-    with pytest.raises(BadInput, match="org/other holds model.safetensors, which rvdist did not publish"):
+    with pytest.raises(Failed, match="org/other holds model.safetensors, which rvdist did not publish"):
         vector(publish="org/other")
     assert hub.commit("org/other", "main") == before and not [path for path in writes(hub) if "commit" in path]
 
