@@ -16,8 +16,9 @@ from typing import Any
 # What changes no number that a forward pass computes, or is compared elsewhere (shapes, token ids, tying).
 _IRRELEVANT = re.compile(
     r"_name_or_path|name_or_path|transformers_version|architectures|auto_map|torch_dtype|dtype|use_cache|vocab_size"
-    r"|.*_token_ids?|.*dropout.*|.*_drop|drop_path_rate|layerdrop|initializer_.*|init_.*|output_.*|return_dict"
-    r"|use_return_dict|id2label|label2id|num_labels|problem_type|task_specific_params|gradient_checkpointing"
+    r"|.*_token_ids?|.*dropout.*|.*_drop|drop_path_rate|layerdrop|initializer_.*|init_std|return_dict"
+    r"|output_(?:attentions|hidden_states|router_logits|scores)|use_return_dict|id2label|label2id|num_labels"
+    r"|problem_type|task_specific_params|gradient_checkpointing"
     r"|pruned_heads|chunk_size_feed_forward|is_decoder|is_encoder_decoder|cross_attention_hidden_size"
     r"|add_cross_attention|pretraining_tp|router_aux_loss_coef|aux_loss_.*|z_loss_.*|torchscript|use_bfloat16"
     r"|tokenizer_class|finetuning_task|bad_words_ids|quantization_config|_attn_implementation.*|attn_implementation"

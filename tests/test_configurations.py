@@ -53,3 +53,9 @@ def test_a_config_that_nests_without_end_is_refused(tmp_path):
     (tmp_path / "deep" / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200)
     with pytest.raises(BadInput, match=r"config.json: nests more than 64 levels"):
         open_source(str(tmp_path / "deep"))
+
+
+def test_what_scales_an_output_is_not_what_asks_for_one():
+    said = {"model_type": "nobody_knows", "output_multiplier": 1.0, "output_attentions": False}
+    other = {"model_type": "nobody_knows", "output_multiplier": 2.0, "output_attentions": True}
+    assert list(differences(said, other)) == [("output_multiplier", 1.0, 2.0)]

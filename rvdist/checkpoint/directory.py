@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,11 +102,7 @@ class Checkpoint:
         pairs = [(spec, other.tensors[name]) for name, spec in self.tensors.items()]
         if any((one.dtype, one.shape) != (two.dtype, two.shape) for one, two in pairs):
             return False
-        for most in (4096, None):
-            for one, two in pairs:
-                if not _equal(self.path / one.file, one, other.path / two.file, two, most):
-                    return False
-        return True
+        return all(equal_bytes(self, one, other, two, most) for most in (1024, None) for one, two in pairs)
 
     def require_unchanged(self) -> None:
         """Raises BadInput when a weight file is no longer the one whose header was read."""
@@ -122,20 +117,18 @@ class Checkpoint:
                 raise BadInput(f"{self.path / name}: changed while it was being read; run again when it is at rest")
 
 
-def _equal(path: Path, spec: TensorSpec, other: Path, twin: TensorSpec, most: int | None) -> bool:
-    """Whether the middle `most` bytes of two tensors are the same, or all."""
-    begin = 0 if most is None else max(0, (spec.nbytes - most) // 2)
-    left = spec.nbytes - begin if most is None else min(most, spec.nbytes)
-    with suppress(OSError), open(path, "rb") as one, open(other, "rb") as two:
-        one.seek(spec.offset + begin)
-        two.seek(twin.offset + begin)
-        while left:
-            block = one.read(min(left, _BLOCK))
-            if not block or block != two.read(len(block)):
-                return False
-            left -= len(block)
-        return True
-    return False
+def equal_bytes(
+    one: Checkpoint, spec: TensorSpec, other: Checkpoint, twin: TensorSpec, most: int | None = None
+) -> bool:
+    """Whether the middle `most` elements of two tensors of one dtype and shape are the same bytes, or all; reads up to
+    the first block that differs. Raises BadInput."""
+    count = spec.numel if most is None else min(most, spec.numel)
+    begin, block = (spec.numel - count) // 2, _BLOCK // ITEMSIZE[spec.dtype]
+    return all(
+        read_elements(one, spec, k, size) == read_elements(other, twin, k, size)
+        for k in range(begin, begin + count, block)
+        for size in [min(block, begin + count - k)]
+    )
 
 
 def _depth(value: Any) -> int:
@@ -231,9 +224,12 @@ def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: i
         return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
     try:
         with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), count * itemsize, offset)
+            found = os.pread(file.fileno(), count * itemsize, offset)
     except OSError as error:
         raise unreadable(checkpoint.path / spec.file, error) from None
+    if len(found) < count * itemsize:
+        raise BadInput(f"{checkpoint.path / spec.file}: was truncated while it was read; run again when it is at rest")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

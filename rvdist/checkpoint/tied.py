@@ -15,14 +15,13 @@ from functools import lru_cache
 from typing import Any
 
 from rvdist.checkpoint.difference import Dense, Difference
-from rvdist.checkpoint.directory import Checkpoint, read_elements
-from rvdist.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.checkpoint.directory import Checkpoint, equal_bytes
+from rvdist.checkpoint.header import TensorSpec
 from rvdist.errors import BadInput
 
 KEY = "tie_word_embeddings"
 _HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
-_AT_ONCE = 8 << 20  # bytes
 _REMEMBERED = 256  # comparisons
 
 
@@ -41,9 +40,8 @@ def contradiction(config: Mapping[str, Any]) -> str | None:
     said = dict(_said(config))
     if len(set(said.values())) < 2:
         return None
-    return (
-        f"its config.json has {KEY} {' and '.join(f'{str(value).lower()} in {place}' for place, value in said.items())}"
-    )
+    spelled = " and ".join(f"{str(value).lower()} in {place}" for place, value in said.items())
+    return f"its config.json has {KEY} {spelled}"
 
 
 def _said(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -120,12 +118,7 @@ def _equal(found: Checkpoint, head: TensorSpec, embedding: TensorSpec) -> bool:
     if key not in _compared:
         if len(_compared) >= _REMEMBERED:
             _compared.clear()
-        count = max(1, _AT_ONCE // ITEMSIZE[head.dtype])
-        _compared[key] = all(
-            read_elements(found, head, k, min(count, head.numel - k))
-            == read_elements(found, embedding, k, min(count, head.numel - k))
-            for k in range(0, head.numel, count)
-        )
+        _compared[key] = equal_bytes(found, head, found, embedding)
     return _compared[key]
 
 
