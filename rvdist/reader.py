@@ -249,9 +249,11 @@ class PointReader:
         rows = self.base.tensors[name].numel
         found = [tell_nonfinite(self._files[source], name, " and ".join(own), rows) for source, own in parts.items()]
         if any(found):
+            stays = any("the target" in own and odd for own, odd in zip(parts.values(), found, strict=True))
+            mask = "" if stays else " keep the vector from this tensor (vector.mask.exclude),"
             return (
                 f"tensor {name} would be infinite or not a number: {' and '.join(filter(None, found))}; get a sound "
-                "copy, keep the vector from this tensor (vector.mask.exclude), or set allow_nonfinite=true"
+                f"copy,{mask} or set allow_nonfinite=true"
             )
         dtype = str(self.output_dtype(self.base.tensors[name])).removeprefix("torch.")
         return (

@@ -108,8 +108,11 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
     then one for each difference found, the surest first."""
     baseline = baseline_of(rows)
     compared = [row for row in rows if row.primary and row.p_value is not None]
+    arms = list(dict.fromkeys(row.arm for row in rows))
     if baseline is None:
-        return ["Nothing was compared: the run has no baseline arm."]
+        if len(arms) == 1:
+            return [f"Nothing was compared: “{arms[0]}” alone has a score, with no baseline or other arm beside it."]
+        return ["Nothing was compared: the run has no baseline with a score."]
     if not compared:
         return [f"Nothing was compared: the run has no other arm than “{baseline}” with a score."]
     total = f"{len(compared)} comparisons" if len(compared) > 1 else "one comparison"

@@ -11,6 +11,7 @@ from rvdist.record import TaskInfo
 from rvdist.report.findings import Findings
 from rvdist.report.report import print_findings
 from rvdist.report.statistics import summarise
+from rvdist.report.wording import claims
 
 
 def show(arms, records, tasks, terminal: bool, width: int = 100) -> str:
@@ -107,3 +108,18 @@ def test_names_are_text_not_markup_nor_escapes(terminal):
     text = show(arms, records, [make_task("[red]t")], terminal, width=200)
     assert "[bold]x[/bold] �[31mred�[0m �gnp �" in text and "[red]t" in text
     assert not {"\x1b[31m", "\u202e", "\x00"} & {c for c in ("\x1b[31m", "\u202e", "\x00") if c in text}
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        (["baseline"], "Nothing was compared: “baseline” alone has a score, with no baseline or other arm beside it."),
+        (["α=1", "α=2"], "Nothing was compared: the run has no baseline with a score."),
+    ],
+)
+def test_why_nothing_was_compared(arms, said):
+    """Where the other arms, or the baseline, failed."""
+    made = [make_arm(name, float(k)) for k, name in enumerate(arms)]
+    records = [record for name in arms for record in make_records(name, [1.0, 0.0, 1.0])]
+    rows = summarise(made, records, [make_task()], "baseline" if arms == ["baseline"] else None)
+    assert claims(rows) == [said]
