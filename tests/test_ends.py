@@ -57,7 +57,7 @@ def test_a_sweep_ends_with_our_sentence_and_goes_on(place, victim, status, sente
     assert time.monotonic() - began < 10
     assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}; {KEPT}\n", errors), errors
     told = [json.loads(line) for line in (place / "run/log.jsonl").read_text().splitlines()]
-    assert told[-1]["event"] == "failed" and told[-1]["status"] == status
+    assert [line["status"] for line in told if line["event"] == "failed"] == [status]  # phases may end after it
     again = launch(*arguments, cwd=place)
     assert again.returncode == 0, again.stderr
     assert (place / "run/summary.json").exists()
