@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import forked
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -66,11 +66,4 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 def launch(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as a user types it."""
-    return subprocess.run(
-        [sys.executable, "-m", "rvdist.launch", *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return forked.run("rvdist.launch", arguments, cwd, {**os.environ, **environment}, timeout=600)

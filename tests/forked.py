@@ -1,0 +1,104 @@
+"""Commands without their imports: one process has them and forks one for every command, as `python -m` would make it.
+
+A command's own start, its arguments, streams, status and end are those of a process of its own; only what modules do
+when they are imported is done once. Who wants that too, or other settings for it, starts a process instead.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+# What commands import, the dear ones; of what cannot be imported (tests/without) none is.
+MODULES = [
+    *("hydra", "torch", "ray", "transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot"),
+    *("rvdist.stages", "rvdist.pipeline", "rvdist.merge.engine", "rvdist.fleet.harness", "rvdist.fleet.scheduler"),
+    *("rvdist.report.statistics", "rvdist.report.page"),
+]
+_READ_BY_MODULES = ("HF_", "PYTHON", "TRANSFORMERS_", "TORCH")
+
+
+def _settings(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key.startswith(_READ_BY_MODULES)}
+
+
+@cache
+def _server() -> tuple[socket.socket, dict[str, str]]:
+    """Our end of the line to the process that forks; the settings that its modules have read."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        command = [sys.executable, __file__, str(its.fileno())]
+        subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL)
+    return ours, _settings(os.environ)
+
+
+def run(
+    module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments…` in `cwd`, and what it printed."""
+    line, settings = _server()
+    if settings != _settings(environment):
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    asked = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        line.settimeout(timeout)
+        socket.send_fds(line, [json.dumps(asked).encode()], [out.fileno(), errors.fileno()])
+        pid = int(line.recv(99))
+        try:
+            status = int(line.recv(99))
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            line.recv(99)
+            raise subprocess.TimeoutExpired([module, *arguments], timeout) from None
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess([module, *arguments], status, out.read(), errors.read())
+
+
+def _serve(line: socket.socket) -> None:
+    """Ends with whoever asks. A forked process comes back from here as well, and goes on to be the command."""
+    while True:
+        message, descriptors, *_ = socket.recv_fds(line, 1 << 20, 2)
+        if not message:
+            sys.exit()
+        pid = os.fork()
+        if not pid:
+            break
+        for descriptor in descriptors:
+            os.close(descriptor)
+        line.send(str(pid).encode())
+        line.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    line.close()
+    asked = json.loads(message)
+    for stream, descriptor in enumerate(descriptors, 1):
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    sys.path[0] = asked["cwd"]
+    sys.argv[:] = [asked["module"], *asked["arguments"]]
+
+
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # as the command has it before it imports
+    sys.path[0] = os.getcwd()  # not the tests'
+    for name in MODULES:
+        with suppress(ImportError):
+            import_module(name)
+    gc.freeze()
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
