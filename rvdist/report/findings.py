@@ -18,7 +18,8 @@ from rvdist.report.samples import empty_answers
 from rvdist.report.seeds import Spread, seed_spread
 from rvdist.report.statistics import detectable_effects
 from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting
-from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, persistence_claims
+from rvdist.report.sweep import limits, sweeps
+from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, limit_sentences, persistence_claims
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,16 @@ class Findings:
         if not self.rows:
             return []
         missing = empty_sentences(empty_answers(self.records, self.tasks))
-        return claims(self.benchmarks) + persistence_claims(self.edited, self.scales, self.baseline) + missing
+        if self.baseline is None:
+            return claims(self.benchmarks) + missing
+        along = sweeps(self.arms, self.records, self.tasks, self.groups)
+        unseen = limits(self.records, self.tasks, self.baseline, self.groups)
+        return [
+            *claims(self.benchmarks, along),
+            *limit_sentences(unseen, self.scales, self.benchmarks, self.baseline),
+            *persistence_claims(self.edited, self.scales, self.baseline),
+            *missing,
+        ]
 
     @cached_property
     def footnotes(self) -> list[str]:

@@ -51,6 +51,7 @@ def write_page(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"printable": printable, "name": _name, "base64": lambda png: base64.b64encode(png).decode()}
+    seen = findings.detectable
     samples = choose_samples(findings.records, findings.tasks, [arm.name for arm in findings.arms], findings.baseline)
     html = environment.get_template("page.html.jinja").render(
         title=making.title,
@@ -58,8 +59,8 @@ def write_page(
         sentence=sentence,
         claims=[text for text in details if text],
         paper=_paper_table(findings.lines) if len(findings.arms) > 1 or findings.lacking else None,
-        primary=[_task_table(group, findings.dissent) for _, group in by_task(findings.benchmarks)],
-        members=[_task_table(group, findings.dissent) for _, group in by_task(findings.members)],
+        primary=[_task_table(group, findings.dissent, seen) for _, group in by_task(findings.benchmarks)],
+        members=[_task_table(group, findings.dissent, seen) for _, group in by_task(findings.members)],
         others=[_task_table(list(group)) for _, group in groupby(findings.others, _score_of)],
         footnotes=findings.footnotes,
         edited=[
@@ -166,9 +167,15 @@ def _spread_line(spread: Spread, scale: Scale) -> dict[str, Any]:
     }
 
 
-def _task_table(rows: Sequence[Row], dissent: Mapping[tuple[str, str], Sequence[Row]] | None = None) -> dict[str, Any]:
-    """The rows of one score, each followed by those of other filters that `dissent`."""
+def _task_table(
+    rows: Sequence[Row],
+    dissent: Mapping[tuple[str, str], Sequence[Row]] | None = None,
+    detectable: Mapping[tuple[str, str], float] | None = None,
+) -> dict[str, Any]:
+    """The rows of one score, each followed by those of other filters that `dissent`. `detectable` are the minimal
+    detectable effects, by task and arm."""
     first, scale = rows[0], Scale(rows)
+    effects = {} if detectable is None else {row.arm: detectable.get((row.task, row.arm)) for row in rows}
     rows = [one for row in rows for one in (row, *(dissent or {}).get((row.task, row.arm), ()))]
     reach = max((abs(end) for row in rows for end in (row.delta_ci_low, row.delta_ci_high) if end), default=1.0)
 
@@ -185,6 +192,7 @@ def _task_table(rows: Sequence[Row], dissent: Mapping[tuple[str, str], Sequence[
                 "score": scale.score(row),
                 "delta": scale.delta(row),
                 "interval": ends,
+                "detectable": _effect(effects.get(row.arm), scale) if row.filter == first.filter else "",
                 "p": p_text(row.p_value),
                 "p_adjusted": p_text(row.p_adjusted),
                 "verdict": verdict_text(row),
@@ -193,6 +201,10 @@ def _task_table(rows: Sequence[Row], dissent: Mapping[tuple[str, str], Sequence[
         )
     metric = metric_name(first.metric, first.filter)
     return {"task": first.task, "metric": metric, "unit": scale.unit, "n": first.n, "rows": lines, "width": _WIDTH}
+
+
+def _effect(effect: float | None, scale: Scale) -> str:
+    return "" if effect is None else scale.number(effect)
 
 
 def _json_for_html(data: object) -> Markup:

@@ -17,6 +17,7 @@ from rvdist.report.summary import LEVEL, Row, baseline_of
 if TYPE_CHECKING:
     from rvdist.report.robustness import Edited
     from rvdist.report.seeds import Spread
+    from rvdist.report.sweep import Limit, Sweep
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 MARK = "†"
@@ -103,9 +104,9 @@ def verdict_text(tested: Tested) -> str:
     return (tested.verdict or "baseline" * (tested.delta is None)) + mark(tested)
 
 
-def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
-    """What changed in the primary scores and whether it survives the correction: a sentence for the whole,
-    then one for each difference found, the surest first."""
+def claims(rows: Sequence[Row], sweeps: Sequence[Sweep] = (), most: int = 8) -> list[str]:
+    """What changed in the primary scores and whether it survives the correction: a sentence for the whole, one for each
+    sweep, then one for each difference found outside of them, the surest first."""
     baseline = baseline_of(rows)
     compared = [row for row in rows if row.primary and row.p_value is not None]
     arms = list(dict.fromkeys(row.arm for row in rows))
@@ -117,8 +118,11 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
         return [f"Nothing was compared: the run has no other arm than “{baseline}” with a score."]
     total = f"{len(compared)} comparisons" if len(compared) > 1 else "one comparison"
     found = sorted(filter(significant, compared), key=lambda row: (row.p_adjusted or 0.0, row.p_value or 0.0))
+    scales = {task: Scale(group) for task, group in by_task(rows)}
+    own = {(row.task, row.arm): row for row in rows if row.primary}
+    along = [_sweep_sentences(sweep, own, scales[sweep.task], baseline) for sweep in sweeps]
     if not found:
-        return [f"In {total} with “{baseline}”, no difference can be told from chance."]
+        return [f"In {total} with “{baseline}”, no difference can be told from chance.", *along]
     firm = sum(map(survives, found))
     how_many = f"{len(found)} {'shows a difference' if len(found) == 1 else 'show a difference'}"
     of_those = {0: "none survives", len(found): "all survive" if firm > 1 else "it survives"}.get(
@@ -128,18 +132,84 @@ def claims(rows: Sequence[Row], most: int = 8) -> list[str]:
         sentences = [f"In the one comparison with “{baseline}”, there is a difference."]
     else:
         sentences = [f"Of {total} with “{baseline}”, {how_many}; {of_those} correction for their number (Holm)."]
-    scales = {task: Scale(group) for task, group in by_task(rows)}
-    for row in found[:most]:
+    sentences += along
+    swept = {(sweep.task, arm) for sweep in sweeps for arm in sweep.arms}
+    alone = [row for row in found if (row.task, row.arm) not in swept]
+    for row in alone[:most]:
         scale = scales[row.task]
-        low, high = scale.number(row.delta_ci_low, sign=True), scale.number(row.delta_ci_high, sign=True)
-        sentences.append(
-            f"{row.task} {'rose' if (row.delta or 0) > 0 else 'fell'} by {scale.amount(row.delta or 0)} with "
-            f"“{row.arm}” (95 % interval {low} to {high}; adjusted p {p_text(row.p_adjusted)}): {row.verdict}"
-            f"{'.' if survives(row) else ', but this does not survive the correction.'}"
-        )
-    if len(found) > most:
-        left = len(found) - most
+        sentences.append(f"{row.task} {_direction(row, scale)} with “{row.arm}” {_evidence(row, scale)}")
+    if len(alone) > most:
+        left = len(alone) - most
         sentences.append(f"{left} more {'is' if left == 1 else 'are'} in the table.")
+    return sentences
+
+
+def _direction(row: Row, scale: Scale) -> str:
+    return f"{'rose' if (row.delta or 0) > 0 else 'fell'} by {scale.amount(row.delta or 0)}"
+
+
+def _evidence(row: Row, scale: Scale) -> str:
+    low, high = scale.number(row.delta_ci_low, sign=True), scale.number(row.delta_ci_high, sign=True)
+    said = f"(95 % interval {low} to {high}; adjusted p {p_text(row.p_adjusted)}): {row.verdict}"
+    return f"{said}." if survives(row) else f"{said}, but this does not survive the correction."
+
+
+def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: Scale, baseline: str) -> str:
+    """Which α is best, how it compares with the baseline and with its neighbours, and how far the worst one fell."""
+    own = {arm: rows[sweep.task, arm] for arm in sweep.arms}
+    best, worst = own[sweep.best], own[sweep.worst]
+    first, last = (_alpha(own[arm].alpha) for arm in (sweep.arms[0], sweep.arms[-1]))
+    prompt = f", {sweep.prompt} prompt" if sweep.prompt else ""
+    text = f"{sweep.task} along α ({len(own)} points from {first} to {last}{prompt}): "
+    value = f"{scale.number(best.value)} {scale.unit}".strip()
+    if len(sweep.level) == len(own) - 1:
+        return f"{text}every α scores {value}."
+    text += f"α = {_alpha(best.alpha)} is best with {value}"
+    if sweep.level:
+        text += f", as is α = {_listed([_alpha(own[arm].alpha) for arm in sweep.level])}"
+    if sweep.best == baseline:
+        text += ": no α improved on the target."
+    elif significant(best):
+        text += f". Against “{baseline}” it {_direction(best, scale)} {_evidence(best, scale)}"
+    else:
+        text += f". No difference to “{baseline}” can be told from chance."
+    said = own[baseline].alpha if baseline in own and sweep.best != baseline else None
+    neighbours = [one for one in sweep.neighbours if one.alpha != said]
+    worse = [one for one in neighbours if one.p_adjusted < LEVEL]
+    equal = [_alpha(one.alpha) for one in neighbours if one.p_adjusted >= LEVEL]
+    if worse:
+        numbers = [f"by {scale.amount(one.gain)}, adjusted p {p_text(one.p_adjusted)}" for one in worse]
+        than = [f"α = {_alpha(one.alpha)} ({number})" for one, number in zip(worse, numbers, strict=True)]
+        text += f" It is better than {_listed(than)}."
+    if equal:
+        text += f" It cannot be told from α = {_listed(equal, 'or')}."
+    if not sweep.level and sweep.best in (sweep.arms[0], sweep.arms[-1]):
+        text += f" No {'smaller' if sweep.best == sweep.arms[0] else 'larger'} α was tried."
+    if worst is not best and significant(worst) and worst.verdict == "worse":
+        text += f" With α = {_alpha(worst.alpha)}, the worst, it {_direction(worst, scale)} {_evidence(worst, scale)}"
+    return text
+
+
+def _alpha(alpha: float | None) -> str:
+    return f"{alpha or 0.0:g}".replace("-", "−")
+
+
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def limit_sentences(
+    limits: Iterable[Limit], scales: Mapping[str, Scale], rows: Sequence[Row], baseline: str
+) -> list[str]:
+    """What could not be seen whatever the arms did, a sentence for each."""
+    values = {row.task: row.value for row in rows if row.arm == baseline and row.primary}
+    sentences = []
+    for limit in limits:
+        scale, change = scales[limit.task], "fall" if limit.fall else "rise"
+        at = f"“{baseline}” is at {scale.number(values[limit.task])} {scale.unit}".strip()
+        few = "no document" if not limit.room else f"only {limit.room} of {limit.n:,} documents"
+        effect = " (subtraction cannot be seen)" if limit.fall else ""
+        sentences.append(f"{limit.task}: no {change} can be told from chance{effect}: {at}, and {few} could {change}.")
     return sentences
 
 
