@@ -203,13 +203,14 @@ def test_an_arm_that_was_asked_less_has_gaps():
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 class TestInBrowser:
-    def dom(self, path: Path, tmp_path: Path) -> str:
+    def dom(self, path: Path, tmp_path: Path, width: int = 800) -> str:
         flags = "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
         flags += " no-first-run virtual-time-budget=5000 dump-dom"
         command = [
             CHROMIUM,
             *(f"--{flag}" for flag in flags.split()),
             f"--user-data-dir={tmp_path / 'browser'}",
+            f"--window-size={width},900",
             path.as_uri(),
         ]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -247,6 +248,24 @@ class TestInBrowser:
         said = re.search(r'<p id="count"[^>]*>gsm8k: (.*?)</p>', html)[1]
         shown, *left_out = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", said)]
         assert shown > 2000 and shown + sum(left_out) == n, said
+
+    def test_the_page_fits_a_laptop_and_lines_go_through_on_a_phone(self, tmp_path):
+        path = tmp_path / "report.html"
+        html = write(path, *make_paper(40, members=2, seeds=2)[:3], "Baseline")
+        html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+        driver = """
+          const all = (what) => [...document.querySelectorAll(what)];
+          document.getElementById("where").textContent = JSON.stringify([
+            all("section > .scroll").map((box) => box.scrollWidth - box.clientWidth),
+            document.documentElement.scrollWidth - innerWidth,
+            all(".scores tbody td:first-child").map((cell) => getComputedStyle(cell).borderTopWidth),
+            all(".controls select, .controls input").map((field) => field.offsetHeight)]);"""
+        path.write_text(html.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
+        for width in (1280, 400):
+            found = re.search(r'<span id="where">(.*?)</span>', self.dom(path, tmp_path, width))[1]
+            wider, beyond, lines, heights = json.loads(found)
+            assert (max(wider) <= 0 or width == 400) and beyond <= 0, wider
+            assert set(lines) == {"1px"} and len(set(heights)) == 1
 
     def test_searching_is_quick_and_any_two_arms_are_compared(self, tmp_path):
         """The page's script in a copy without its policy, driven by one of ours."""
