@@ -18,7 +18,7 @@ from rvdist.config import (
 from rvdist.errors import BadInput, Failed
 from rvdist.stages import run_stages
 
-TYPO = BenchmarksConfig(["pocket_summs"])
+CODE = BenchmarksConfig(["humaneval"])
 SUMS = BenchmarksConfig(["pocket_sums"], limit=2)
 
 
@@ -53,10 +53,13 @@ def without(place, *names):
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 REFUSED = {
-    "a mistyped task": ({"benchmarks": TYPO}, "pocket_summs"),
+    "a mistyped task": (
+        {"benchmarks": BenchmarksConfig(["pocket_summs"])},
+        r"there is no task 'pocket_summs'; did you mean pocket_sums\?",
+    ),
     "no tokenizer": ({}, "has no tokenizer"),
     "no chat template": ({}, "has no chat template"),
-    "code that may not run": ({"benchmarks": BenchmarksConfig(["humaneval"])}, "allow_code_execution"),
+    "code that may not run": ({"benchmarks": CODE}, "allow_code_execution"),
     "no data": ({"benchmarks": BenchmarksConfig(["gsm8k"], data_dir="/nowhere")}, "/nowhere"),
     "engine arguments": ({"engine": EngineConfig(args={"enable_prefix_caching": True})}, "engine.args"),
     "a recording": ({"engine": EngineConfig(replay="/nowhere")}, "nowhere"),
@@ -70,7 +73,7 @@ REFUSED = {
     "a vector in the way": ({"vector": "family/sft"}, "already exists"),
     "where outputs go": ({"output": "family/target/config.json/{alpha}"}, "cannot be created"),
     "an output in the way": ({"output": "family/sft", "alpha": 1.0}, "already exists"),
-    "a batch": ({"vector": None, "batch": [BatchConfig()], "benchmarks": TYPO}, "pocket_summs"),
+    "a batch": ({"vector": None, "batch": [BatchConfig()], "benchmarks": CODE}, "allow_code_execution"),
     "a batch that saves": ({"batch": [BatchConfig()]}, "batch is set"),
 }
 

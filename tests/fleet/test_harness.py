@@ -126,12 +126,6 @@ def test_records_survive_a_file(suite, tokenizer, tmp_path):
     assert list(read_records(tmp_path / "r.jsonl")) == records
 
 
-@pytest.mark.heavy
-def test_an_unknown_task_is_named(tmp_path):
-    with pytest.raises(BadInput, match="there is no task 'pocket_sms'; did you mean pocket_sums?"):
-        Suite.load(["pocket_sms"])
-
-
 def test_tasks_of_ones_own(tmp_path, tokenizer):
     (tmp_path / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"

@@ -220,7 +220,7 @@ def check_replays(tolerance, count):
 @pytest.mark.heavy
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 def test_replays_of_recorded_grids(tolerance):
-    check_replays(tolerance, 200)
+    check_replays(tolerance, 50)
 
 
 @pytest.mark.slow
