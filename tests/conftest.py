@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -47,6 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted := config.getoption("part"):
         config.hook.pytest_deselected(items=[item for item in items if part(item) != wanted])
         items[:] = [item for item in items if part(item) == wanted]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: statsmodels has all garbage looked for at every correction of p-values."""
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

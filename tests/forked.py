@@ -21,11 +21,11 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-# What commands import, the dear ones; of what cannot be imported (tests/without) none is.
+# What commands import, the dear ones; without Ray (tests/without), only what those that need none do.
 MODULES = [
-    *("hydra", "torch", "ray", "transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot"),
-    *("rvdist.stages", "rvdist.pipeline", "rvdist.merge.engine", "rvdist.fleet.harness", "rvdist.fleet.scheduler"),
-    *("rvdist.report.statistics", "rvdist.report.page"),
+    *("hydra", "torch", "rvdist.stages", "rvdist.pipeline", "ray", "rvdist.merge.engine"),
+    *("transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot", "rvdist.fleet.harness"),
+    *("rvdist.fleet.scheduler", "rvdist.report.statistics", "rvdist.report.page"),
 ]
 _READ_BY_MODULES = ("HF_", "PYTHON", "TRANSFORMERS_", "TORCH")
 
@@ -96,8 +96,8 @@ def _serve(line: socket.socket) -> None:
 if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # as the command has it before it imports
     sys.path[0] = os.getcwd()  # not the tests'
-    for name in MODULES:
-        with suppress(ImportError):
+    with suppress(ImportError):
+        for name in MODULES:
             import_module(name)
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))
