@@ -26,6 +26,7 @@ from rvdist.checkpoint.difference import Dense, Difference, Form, LowRank
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.header import TensorSpec, read_header
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read_journal
+from rvdist.checkpoint.regular import open_regular
 from rvdist.checkpoint.scaled import Scaled
 from rvdist.checkpoint.source import open_source
 from rvdist.config import Config
@@ -43,6 +44,7 @@ _SCORE_KEYS = ("value", "ci_low", "ci_high", "p_adjusted", "verdict")
 _DEPTH = 20  # of a configuration
 _UNWRAPPED = 10_000  # columns, where no terminal says how many there are
 _FORMULA = re.compile(r"^    θ = (.+)$", re.MULTILINE)  # on the card that report.card writes
+_LINE = 1 << 16  # bytes of the first line of a journal, at most
 _ON_ONE_LINE, _BRANCHES = 6, 40  # entries at most: of a mapping that stands on one line; under one branch of the tree
 
 
@@ -287,13 +289,12 @@ def _claims(path: Path) -> tuple[str | None, list[Written]]:
         manifest = Manifest.read(path)
         return manifest.plan, list(manifest.ranges)
     try:
-        with open(path / JOURNAL, "rb") as file:
-            _, (_, plan) = json.loads(file.readline())
-        claims = list(read_journal(path, plan))
-        for claim in claims:
-            if not (isinstance(claim.file, str) and type(claim.start) is type(claim.nbytes) is int):
-                raise ValueError(f"{claim} is no range")
-    except (ValueError, TypeError) as error:
+        with open(open_regular(path / JOURNAL), "rb") as file:
+            _, (_, plan) = json.loads(file.readline(_LINE))
+        if not isinstance(plan, str):
+            raise TypeError("it names no plan")
+        claims = list(read_journal(path, plan, key=None))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path / JOURNAL}: is not the journal of an output ({error}); delete {path}") from None
     return plan, claims
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rvdist import config
 from rvdist.checkpoint.directory import Checkpoint
+from rvdist.checkpoint.key import owner_key
 from rvdist.checkpoint.staging import discards
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
@@ -83,6 +84,7 @@ def merge_together(runs: Sequence[Run], warm: Warm) -> None:
             ),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,
+            key=owner_key(first.cache),
             progress=bar.advance,
             say=first.say,
         )
@@ -161,6 +163,7 @@ def save_vector(run: Run) -> None:
             saved.directory,
             _storage(run, saved),
             overwrite=run.settings.overwrite,
+            key=owner_key(run.cache),
             digests=run.cache / "digests",
             progress=bar.advance,
             say=run.say,

@@ -13,7 +13,7 @@ from rvdist import cluster, compat, config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import discards, require_free
+from rvdist.checkpoint.staging import companions, discards, require_free
 from rvdist.errors import BadInput
 from rvdist.merge.plan import Plan
 from rvdist.merging import plan_of, vector_is_complete
@@ -89,6 +89,7 @@ def prepare(run: Run, known: Known) -> None:
         for output in {output for output in written if not discards(output)}:
             require_free(output, settings.overwrite)
             _require_place(output)
+            companions(run.sources[written[output].base])
     if saved and vector:
         require_no_source(run, [saved.directory], run.sources)
         if not vector_is_complete(run, saved, vector):

@@ -27,7 +27,7 @@ from rvdist.checkpoint.digest import checkpoint_digest
 from rvdist.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
 from rvdist.checkpoint.journal import MANIFEST, Manifest, Written
-from rvdist.checkpoint.staging import Staging, carry_over, write_index
+from rvdist.checkpoint.staging import Staging, carry_over, companions, write_index
 from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
 from rvdist.errors import BadInput, Failed
 from rvdist.operand import Operand, open_operand, tell_nonfinite
@@ -68,12 +68,13 @@ def save(
     storage: Storage,
     *,
     overwrite: bool = False,
+    key: bytes = b"",
     digests: Path | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes v to the directory `output`, which appears whole or not at all. `digests` is where the digests of the
-    donors are remembered; `progress` is told how many bytes of v's first donor are done since it was last told, `say`
+    donors are remembered, `key` what seals the journal; `progress` is told how many bytes of v's first donor are done since it was last told, `say`
     what a user should know.
 
     Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
@@ -85,7 +86,7 @@ def save(
     if not overwrite and _holds(output, laid.plan):
         say(f"{output}: already complete")
         return
-    staging = Staging(output, laid.plan, overwrite)
+    staging = Staging(output, laid.plan, overwrite, key)
     try:
         if staging.restarted:
             say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
@@ -108,7 +109,7 @@ def save(
             writer.sync()
         for donor in donors:
             donor.require_unchanged()
-        if not (isinstance(donors[0], Difference) and donors[0].kind == "adapter"):
+        if _has_companions(donors[0]):
             carry_over(donors[0], staging, None)
         parts = {part.name: part for tensor in stored for part in tensor.parts}
         write_index(staging, parts, list(files))
@@ -154,10 +155,17 @@ def _lay_out(donors: Sequence[Checkpoint], storage: Storage, digests: Path | Non
     specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
     if not specs:
         raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
+    if _has_companions(donors[0]):
+        companions(donors[0])
     provenance = _provenance(donors, digests)
     metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in provenance.items()}
     files, stored = _layout(specs, donors, storage, metadata)
     return _LaidOut(donors, skipped, provenance, files, stored, _digest(donors, storage, files))
+
+
+def _has_companions(donor: Checkpoint) -> bool:
+    """What stands beside an adapter is the adapter's own."""
+    return not (isinstance(donor, Difference) and donor.kind == "adapter")
 
 
 def _is_stored(name: str, donors: Sequence[Checkpoint]) -> bool:
@@ -288,7 +296,7 @@ class _Writer:
     def has(self, parts: Sequence[TensorSpec]) -> bool:
         """Whether these parts are there from an earlier run."""
         claims = [self._staging.claims.get((part.file, part.offset, part.nbytes)) for part in parts if part.nbytes]
-        return all(claim is not None and claim.holds(self._staging.partial) for claim in claims)
+        return all(claim is not None and claim.holds(self._staging.partial, self._staging.handle.opener) for claim in claims)
 
     def require_finite(self, name: str, values: torch.Tensor) -> None:
         if count_nonfinite(values):
@@ -332,7 +340,7 @@ class _Writer:
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
-            self._open[file] = os.open(self._staging.partial / file, os.O_WRONLY)
+            self._open[file] = self._staging.open(file, os.O_WRONLY)
         return self._open[file]
 
     def close(self) -> None:

@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from rvdist.checkpoint.regular import Handle
+
 _LIBC = ctypes.CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -26,16 +28,18 @@ _MEMORY = 128 << 20  # bytes of all buffers of a process, at most
 
 
 class File:
-    """An existing file open for writing. Raises OSError, with its name."""
+    """An existing file open for writing, found below `handle` if it is given. Raises OSError, with its name."""
 
-    def __init__(self, path: Path, direct: bool = True) -> None:
+    def __init__(self, path: Path, direct: bool = True, handle: Handle | None = None) -> None:
         self._path = path
-        self.cached = os.open(path, os.O_WRONLY)
+        opener = handle.opener if handle else os.open
+        with self._naming():
+            self.cached = opener(str(path), os.O_WRONLY)
         self._direct: int | None = None
         self.is_direct = direct
         if direct:
             try:
-                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+                self._direct = opener(str(path), os.O_WRONLY | os.O_DIRECT)
             except OSError as error:
                 self._no_direct(error)
 

@@ -79,7 +79,7 @@ class WorkerActor:
 
         self._worker = MergeWorker(*self._made_of)
         node = ray.get_runtime_context().get_node_id()
-        unseen = tuple(probe.path for probe in probes if not probe.is_seen())
+        unseen = tuple(probe.path for probe in probes if not self._worker.sees(probe))
         return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)
 
     def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:

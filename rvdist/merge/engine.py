@@ -23,13 +23,14 @@ def merge(
     *,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    key: bytes = b"",
     progress: Callable[[int], None] = lambda nbytes: None,
     say: Callable[[str], None] = print,
 ) -> MergeStats:
     """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected. Outputs under
     /dev/null are computed and digested, and not kept.
 
-    `card` gives the README of a point; `progress` is told the bytes written since it was last told, and 0 when the
+    `card` gives the README of a point; `key` seals the journals, and only what it has sealed is gone on from; `progress` is told the bytes written since it was last told, and 0 when the
     first worker begins, `say` what a user should know.
     Raises BadInput where a source or an output cannot be used; then only what an earlier call had journalled is left
     of the outputs. Raises Failed where the merge could not be finished; then the same call goes on from what is
@@ -37,7 +38,7 @@ def merge(
     """
     started = time.time()
     stats = MergeStats()
-    stagings = _stage(plan, overwrite, say)
+    stagings = _stage(plan, overwrite, key, say)
     try:
         Crew(plan, stagings, sources, settings, allow_nonfinite, stats, progress, say).run()
         for source in sources.values():
@@ -61,7 +62,7 @@ def merge(
             staging.release()
 
 
-def _stage(plan: Plan, overwrite: bool, say: Callable[[str], None]) -> list[list[Staging | None]]:
+def _stage(plan: Plan, overwrite: bool, key: bytes, say: Callable[[str], None]) -> list[list[Staging | None]]:
     """The staging of every output (None where it is discarded) with all of its room; nothing new where one fails."""
     stagings: list[list[Staging | None]] = []
     try:
@@ -69,7 +70,7 @@ def _stage(plan: Plan, overwrite: bool, say: Callable[[str], None]) -> list[list
             staged: list[Staging | None] = []
             stagings.append(staged)
             for directory, digest in zip(output.directories, digests, strict=True):
-                staged.append(None if discards(directory) else Staging(directory, digest, overwrite))
+                staged.append(None if discards(directory) else Staging(directory, digest, overwrite, key))
                 if (staging := staged[-1]) is None:
                     continue
                 for name, (header, size) in layout.files.items():

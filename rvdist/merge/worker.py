@@ -15,7 +15,8 @@ from rvdist.arithmetic.method import warm_up
 from rvdist.checkpoint.direct import File, RangeWriter
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
-from rvdist.checkpoint.staging import DISCARD, discards
+from rvdist.checkpoint.regular import Handle
+from rvdist.checkpoint.staging import DISCARD, Probe, discards
 from rvdist.checkpoint.stream import TORCH_DTYPE
 from rvdist.errors import Failed
 from rvdist.merge.plan import Output, Unit, UnitDone
@@ -47,10 +48,18 @@ class MergeWorker:
         self._readers = [PointReader(output.points, sources, torch_dtype, lanes=lanes) for output in outputs]
         self._direct_io = direct_io
         self._open: dict[Path, File] = {}
+        self._handles: dict[Path, Handle] = {}
         pool = ThreadPoolExecutor(_WRITES)
         most = max(len(output.points) for output in outputs)
         self._writers = [RangeWriter(pool, most) for _ in range(most)]
         self._peak = 0
+
+    def sees(self, probe: Probe) -> bool:
+        """Whether an output that is under construction is here what it is for the driver; then it is held open."""
+        handle = probe.open()
+        if handle:
+            self._handles[probe.path.parent] = handle
+        return handle is not None
 
     def can_read(self, source: str, file: str) -> bool:
         """Whether this node has a weight file of a source, of the size it had when it was indexed,
@@ -74,7 +83,7 @@ class MergeWorker:
         read, nonfinite, written, blame = reader.bytes_read, list(reader.nonfinite), 0, ""
         digests = [claim.digest for claim in claims if claim]
         try:
-            if not all(claim and claim.holds(path) for claim, path in zip(claims, directories, strict=True)):
+            if not all(claim and self._holds(claim, path) for claim, path in zip(claims, directories, strict=True)):
                 digests, blame = self._compute(unit, reader, [self._file(path / unit.file) for path in directories])
                 written = unit.nbytes * len(directories)
         except OSError as error:
@@ -131,5 +140,9 @@ class MergeWorker:
     def _file(self, path: Path) -> File:
         path = DISCARD if discards(path) else path
         if path not in self._open:
-            self._open[path] = File(path, self._direct_io and path != DISCARD)
+            self._open[path] = File(path, self._direct_io and path != DISCARD, self._handles.get(path.parent))
         return self._open[path]
+
+    def _holds(self, claim: Written, directory: Path) -> bool:
+        handle = self._handles.get(directory)
+        return claim.holds(directory, handle.opener if handle else None)

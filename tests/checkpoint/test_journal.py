@@ -2,13 +2,14 @@ import pytest
 import xxhash
 
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.checkpoint.regular import Handle
 from rvdist.errors import BadInput
 
 ONE, TWO = Written("a.safetensors", 8, 100, "0" * 32), Written("b.safetensors", 8, 7, "1" * 32)
 
 
 def journal(path, *written):
-    opened = Journal(path, "plan", [])
+    opened = Journal(Handle(path), "plan", [])
     for entry in written:
         opened.add([entry])
     opened.close()

@@ -1,0 +1,103 @@
+"""Opens what strangers made: regular files alone, never a device, a pipe, or what a link leads out to.
+
+Nothing is looked at by name and opened later: what was opened is asked what it is and where it lies.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_KINDS = (
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+
+
+class LeadsOut(OSError):
+    """A link out of where a file may lie; `strerror` says where to."""
+
+
+def open_regular(path: Path, within: Sequence[Path] | None = None) -> int:
+    """A descriptor to read a regular file by. `within`: the directories (without links in their own paths) in which it
+    must lie, once links are followed. Raises OSError, `LeadsOut` where it lies elsewhere."""
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)  # touches nothing: not even a device is opened
+    try:
+        mode = os.fstat(found).st_mode
+        if within is not None:
+            lies = Path(os.readlink(f"/proc/self/fd/{found}"))
+            if not any(lies.is_relative_to(directory) for directory in within):
+                raise LeadsOut(errno.ELOOP, f"is a link to {lies}", str(path))
+        if not stat.S_ISREG(mode):
+            kind = next((kind for test, kind in _KINDS if test(mode)), "no regular file")
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All of a regular file of at most `most` bytes. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        content = file.read(most + 1) if (size := os.fstat(file.fileno()).st_size) <= most else None
+    if content is None or len(content) > most:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most:,} are read", str(path))
+    return content
+
+
+def own_places(directory: Path) -> list[Path]:
+    """Where the files of a checkpoint may lie: its own directory; and where that is a snapshot in a Hub cache, the blobs
+    of its repository."""
+    real = directory.resolve()
+    repository = real.parent.parent
+    if real.parent.name == "snapshots" and "--" in repository.name:
+        return [real, repository / "blobs"]
+    return [real]
+
+
+class Handle:
+    """A directory that is held open: what is opened through it lies in it, whatever becomes of its name, and is never a
+    link. Raises OSError where `path` is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, _DIRECTORY)
+
+    def open(self, name: str | Path, flags: int) -> int:
+        """A descriptor of a regular file below it; new ones get the mode that the umask leaves. Raises OSError."""
+        *above, last = Path(name).parts
+        if os.path.isabs(name) or ".." in (*above, last):
+            raise OSError(errno.EINVAL, "it is not below the directory", str(name))
+        directory = self.descriptor
+        try:
+            for part in above:
+                before, directory = directory, os.open(part, _DIRECTORY, dir_fd=directory)
+                if before != self.descriptor:
+                    os.close(before)
+            flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            descriptor = os.open(last, flags, 0o666, dir_fd=directory)
+        finally:
+            if directory != self.descriptor:
+                os.close(directory)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file", str(self.path / name))
+        return descriptor
+
+    def opener(self, path: str, flags: int) -> int:
+        """For `open` of what has this directory's path: the file is found in it whatever has that path now."""
+        return self.open(Path(path).relative_to(self.path), flags)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` still names this directory."""
+        try:
+            return os.path.samestat(os.lstat(path), os.fstat(self.descriptor))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        os.close(self.descriptor)
