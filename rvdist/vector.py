@@ -74,8 +74,8 @@ def save(
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes v to the directory `output`, which appears whole or not at all. `digests` is where the digests of the
-    donors are remembered, `key` what seals the journal; `progress` is told how many bytes of v's first donor are done since it was last told, `say`
-    what a user should know.
+    donors are remembered, `key` what seals the journal; `progress` is told how many bytes of v's first donor are done
+    since it was last told, `say` what a user should know.
 
     Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
     from what is journalled.
@@ -296,7 +296,9 @@ class _Writer:
     def has(self, parts: Sequence[TensorSpec]) -> bool:
         """Whether these parts are there from an earlier run."""
         claims = [self._staging.claims.get((part.file, part.offset, part.nbytes)) for part in parts if part.nbytes]
-        return all(claim is not None and claim.holds(self._staging.partial, self._staging.handle.opener) for claim in claims)
+        return all(
+            claim is not None and claim.holds(self._staging.partial, self._staging.handle.opener) for claim in claims
+        )
 
     def require_finite(self, name: str, values: torch.Tensor) -> None:
         if count_nonfinite(values):

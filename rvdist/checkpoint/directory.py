@@ -21,8 +21,10 @@ from rvdist.checkpoint.header import (
     require_no_pointer,
     unreadable,
 )
+from rvdist.checkpoint.regular import read_regular
 from rvdist.errors import BadInput
 
+_MOST_JSON = 256 << 20  # bytes
 INDEX = "model.safetensors.index.json"
 _DEEPEST = 64  # levels of a config.json
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
@@ -235,7 +237,7 @@ def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: i
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint. Raises BadInput."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _MOST_JSON)
     except OSError as error:
         raise unreadable(path, error) from None
     require_no_pointer(path, content)

@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the typeshed leaves it out
 from pathlib import Path
 from typing import Any
 
+from rvdist.checkpoint.regular import open_regular
 from rvdist.errors import BadInput
 
-MAX_HEADER_BYTES = 100_000_000  # the specification's own limit
+MAX_HEADER_BYTES = 100_000_000  # the specification's own limit; the others are ours
+MAX_TENSORS, MAX_RANK, MAX_NAME, MAX_METADATA = 1_000_000, 32, 4096, 100_000  # names in bytes
+_MOST = 2**64 - 1
 _POINTER = b"version "  # as Git LFS pointers begin; as a length it would be far beyond the limit
 
 ITEMSIZE = {
@@ -25,6 +30,21 @@ ITEMSIZE = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+
+_SPACES = " \t\n\r"
+_S = "[ \\t\\n\\r]*+"
+_OPENED, _COMMA = re.compile(rf"\{{{_S}"), re.compile(rf"{_S},{_S}")
+_CLOSED, _COLON = re.compile(rf"{_S}\}}"), re.compile(rf"{_S}:{_S}")
+_QUOTE, _NULL = re.compile(rf'{_S}"'), re.compile("null")
+_NUMBER = re.compile(rf"{_S}(?:0|[1-9][0-9]{{0,19}}){_S}")
+_FIELDS = {
+    "dtype": re.compile(r'"([A-Z0-9_]{1,32})"'),
+    "shape": re.compile(r"\[([0-9, \t\n\r]*+)\]"),
+    "data_offsets": re.compile(rf"\[{_S}([0-9]{{1,20}}){_S},{_S}([0-9]{{1,20}}){_S}\]"),
+}
+_ENTRY = re.compile(
+    rf"\{{{_S}" + rf"{_S},{_S}".join(f'"{key}"{_S}:{_S}{value.pattern}' for key, value in _FIELDS.items()) + rf"{_S}\}}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +103,7 @@ def read_header(path: Path) -> tuple[list[TensorSpec], dict[str, str], Stamp]:
     Raises BadInput, naming the file, for anything the specification forbids.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             stamp = Stamp.of(file.fileno())
             prefix = file.read(8)
             prefix += file.read(header_end(str(path), prefix, stamp.size) - 8)
@@ -119,16 +139,12 @@ def parse_header(where: str, file: str, prefix: bytes, size: int) -> tuple[list[
     errors call it. Raises BadInput."""
     data_start = header_end(where, prefix, size)
     try:
-        header = json.loads(prefix[8:data_start], object_pairs_hook=_without_duplicates)
-        metadata = header.pop("__metadata__", None)
-        metadata = {} if metadata is None else metadata  # null is none, as the library has it
-        tensors = [_spec(name, entry, file, data_start) for name, entry in header.items()]
-        if not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError("its metadata is not a map of strings")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        tensors, metadata = _Parser(str(memoryview(prefix)[8:data_start], "utf-8"), file, data_start).parse()
+    except ValueError as error:  # UnicodeError is one
         raise BadInput(f"{where}: its safetensors header is damaged ({error}); download or copy it again") from None
 
-    tensors.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    tensors.sort(key=lambda spec: spec.nbytes)
+    tensors.sort(key=lambda spec: spec.offset)
     end = data_start
     for spec in tensors:
         if spec.offset != end:
@@ -141,23 +157,126 @@ def parse_header(where: str, file: str, prefix: bytes, size: int) -> tuple[list[
     return tensors, metadata
 
 
-def _spec(name: str, entry: Mapping[str, Any], file: str, data_start: int) -> TensorSpec:
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"tensor {name} has a negative or fractional shape or offset")
-    spec = TensorSpec(name, dtype, tuple(shape), file, data_start + begin)
-    if end - begin != spec.nbytes:
-        raise ValueError(f"tensor {name} has {end - begin} bytes where its shape and dtype need {spec.nbytes}")
-    return spec
+class _Parser:
+    """The header's JSON, read in one pass over its text, without building more than is kept. Raises ValueError."""
+
+    def __init__(self, text: str, file: str, data_start: int) -> None:
+        self._text, self._at = text, 1
+        self._file, self._data_start = file, data_start
+        if not text.startswith("{"):
+            raise ValueError("it does not begin with {")
+
+    def parse(self) -> tuple[list[TensorSpec], dict[str, str]]:
+        tensors: dict[str, TensorSpec] = {}
+        metadata: dict[str, str] | None = None
+        for name in self._names():
+            if name != "__metadata__":
+                if len(tensors) == MAX_TENSORS:
+                    raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")
+                if len(name) > MAX_NAME or len(name.encode()) > MAX_NAME:  # raises for half a surrogate
+                    raise ValueError(f"the name of a tensor, {name[:40]!r}…, has more than {MAX_NAME} bytes")
+                if name in tensors:
+                    raise ValueError("a name stands twice in it")
+                tensors[name] = self._tensor(name)
+            elif metadata is not None:
+                raise ValueError("a name stands twice in it")
+            else:
+                metadata = self._metadata()
+        if self._text[self._at :].strip(" \t\n\r"):
+            raise ValueError("something follows its last brace")
+        return list(tensors.values()), metadata or {}
+
+    def _names(self) -> Iterator[str]:
+        """The names of an object whose brace is behind us; whoever takes one goes on to behind its value."""
+        if self._found(_CLOSED):
+            return
+        while True:
+            name = self._string()
+            self._need(_COLON, "a colon")
+            yield name
+            if self._found(_CLOSED):
+                return
+            self._need(_COMMA, "a comma")
+
+    def _metadata(self) -> dict[str, str]:
+        if self._found(_NULL):  # is none, as the library has it
+            return {}
+        if not self._found(_OPENED):
+            raise ValueError("its metadata is not a map of strings")
+        found: dict[str, str] = {}
+        for count, key in enumerate(self._names(), 1):
+            if count > MAX_METADATA:
+                raise ValueError(f"its metadata has more than {MAX_METADATA:,} entries")
+            if self._text[self._at : self._at + 1] != '"':
+                raise ValueError("its metadata is not a map of strings")
+            found[key] = self._string()
+            (key + found[key]).encode()  # raises for half a surrogate
+            if len(found) != count:
+                raise ValueError("a name stands twice in it")
+        return found
+
+    def _tensor(self, name: str) -> TensorSpec:
+        if match := _ENTRY.match(self._text, self._at):  # as the library writes it
+            self._at = match.end()
+            dtype, shape, begin, end = match.groups()
+        else:
+            dtype, shape, begin, end = self._entry(name)
+        if dtype not in ITEMSIZE:
+            raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
+        if shape.count(",") >= MAX_RANK:
+            raise ValueError(f"tensor {name} has more than {MAX_RANK} dimensions")
+        sizes = tuple(map(_whole, shape.split(","))) if shape.strip(_SPACES) else ()
+        nbytes, first, last = ITEMSIZE[dtype], _whole(begin), _whole(end)
+        for size in sizes:
+            nbytes *= size
+            if nbytes > _MOST * ITEMSIZE[dtype]:
+                raise ValueError(f"tensor {name} has a shape beyond any file")
+        if last - first != nbytes:
+            raise ValueError(f"tensor {name} has {last - first} bytes where its shape and dtype need {nbytes}")
+        return TensorSpec(name, dtype, sizes, self._file, self._data_start + first)
+
+    def _entry(self, name: str) -> tuple[str, str, str, str]:
+        """dtype, shape, first and last offset as they are written, in any order."""
+        if not self._found(_OPENED):
+            raise ValueError(f"tensor {name} is not a map")
+        found: dict[str, Any] = {}
+        for key in self._names():
+            value = _FIELDS[key].match(self._text, self._at) if key in _FIELDS else None
+            if value is None or key in found:
+                what = (
+                    "a second"
+                    if key in found
+                    else "a negative or fractional, or else damaged,"
+                    if key in _FIELDS
+                    else "an unknown"
+                )
+                raise ValueError(f"tensor {name[:80]} has {what} {key[:80]!r}")
+            found[key], self._at = value.groups(), value.end()
+        if found.keys() != _FIELDS.keys():
+            raise ValueError(f"tensor {name} lacks {min(_FIELDS.keys() - found.keys())}")
+        return (*found["dtype"], *found["shape"], *found["data_offsets"])
+
+    def _found(self, pattern: re.Pattern[str]) -> bool:
+        match = pattern.match(self._text, self._at)
+        self._at = match.end() if match else self._at
+        return match is not None
+
+    def _need(self, pattern: re.Pattern[str], what: str) -> None:
+        if not self._found(pattern):
+            raise ValueError(f"{what} is missing at character {self._at}")
+
+    def _string(self) -> str:
+        if not self._found(_QUOTE):
+            raise ValueError(f"a name is missing at character {self._at}")
+        string, self._at = scanstring(self._text, self._at)
+        return str(string)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in it")
-    return found
+def _whole(digits: str) -> int:
+    """A number that a file may have of bytes or elements."""
+    if not _NUMBER.fullmatch(digits) or (number := int(digits)) > _MOST:
+        raise ValueError(f"{digits[:40]!r} is a negative, fractional or impossible shape or offset")
+    return number
 
 
 def build_header(

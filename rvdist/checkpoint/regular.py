@@ -50,8 +50,8 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def own_places(directory: Path) -> list[Path]:
-    """Where the files of a checkpoint may lie: its own directory; and where that is a snapshot in a Hub cache, the blobs
-    of its repository."""
+    """Where the files of a checkpoint may lie: its own directory; and where that is a snapshot in a Hub cache, its
+    repository's blobs."""
     real = directory.resolve()
     repository = real.parent.parent
     if real.parent.name == "snapshots" and "--" in repository.name:

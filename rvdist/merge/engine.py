@@ -30,8 +30,9 @@ def merge(
     """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected. Outputs under
     /dev/null are computed and digested, and not kept.
 
-    `card` gives the README of a point; `key` seals the journals, and only what it has sealed is gone on from; `progress` is told the bytes written since it was last told, and 0 when the
-    first worker begins, `say` what a user should know.
+    `card` gives the README of a point; `key` seals the journals, and only what it has sealed is gone on from;
+    `progress` is told the bytes written since it was last told, and 0 when the first worker begins, `say` what a user
+    should know.
     Raises BadInput where a source or an output cannot be used; then only what an earlier call had journalled is left
     of the outputs. Raises Failed where the merge could not be finished; then the same call goes on from what is
     journalled.
