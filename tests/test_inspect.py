@@ -148,8 +148,8 @@ def _checksummed(entry):
         (_checksummed([1, "p"]) + _checksummed([]), "is not the journal of an output"),
         (_checksummed([1, "p"]) + _checksummed([["x"], {}, None, 1]), "is not the journal of an output"),
         (_checksummed([1, "p"]) + _checksummed(["model.safetensors", 0, 1 << 60, ""]), "does not have"),
-        (_checksummed([1, "p"]) + _checksummed(["model.safetensors", 9, -5, ""]), "does not have"),
-        (_checksummed([1, "p"]) + _checksummed(["../other", 0, 1, ""]), "does not have"),
+        (_checksummed([1, "p"]) + _checksummed(["model.safetensors", 9, -5, ""]), "is not of a file beside"),
+        (_checksummed([1, "p"]) + _checksummed(["../other", 0, 1, ""]), "is not of a file beside"),
     ],
 )
 def test_a_hostile_journal(tmp_path, entries, reason):

@@ -31,20 +31,21 @@ ITEMSIZE = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 
-_SPACES = " \t\n\r"
-_S = "[ \\t\\n\\r]*+"
+_S = r"[ \t\n\r]*+"
 _OPENED, _COMMA = re.compile(rf"\{{{_S}"), re.compile(rf"{_S},{_S}")
 _CLOSED, _COLON = re.compile(rf"{_S}\}}"), re.compile(rf"{_S}:{_S}")
 _QUOTE, _NULL = re.compile(rf'{_S}"'), re.compile("null")
-_NUMBER = re.compile(rf"{_S}(?:0|[1-9][0-9]{{0,19}}){_S}")
+_NUMBER = "(?:0|[1-9][0-9]{0,19})"
 _FIELDS = {
-    "dtype": re.compile(r'"([A-Z0-9_]{1,32})"'),
-    "shape": re.compile(r"\[([0-9, \t\n\r]*+)\]"),
-    "data_offsets": re.compile(rf"\[{_S}([0-9]{{1,20}}){_S},{_S}([0-9]{{1,20}}){_S}\]"),
+    "dtype": r'"([A-Z0-9_]{1,32})"',
+    "shape": rf"\[{_S}((?:{_NUMBER}(?:{_S},{_S}{_NUMBER}){{0,{MAX_RANK - 1}}}+)?+){_S}\]",
+    "data_offsets": rf"\[{_S}({_NUMBER}){_S},{_S}({_NUMBER}){_S}\]",
 }
-_ENTRY = re.compile(
-    rf"\{{{_S}" + rf"{_S},{_S}".join(f'"{key}"{_S}:{_S}{value.pattern}' for key, value in _FIELDS.items()) + rf"{_S}\}}"
-)
+_FIELD = "|".join(f'"{key}"{_S}:{_S}{value}' for key, value in _FIELDS.items())
+_MAP = rf'\{{{_S}(?:(?:{_FIELD}){_S}(?:,{_S}(?=")|(?=\}}))){{3}}\}}'  # in any order
+_ENTRY = re.compile(_MAP)
+_TENSOR = re.compile(rf'"((?!__metadata__")[^"\\\x00-\x1f]*+)"{_S}:{_S}{_MAP}{_S},{_S}(?=")')  # as most are written
+_SHAPE = re.compile(r"\[[0-9, \t\n\r]*+\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +140,26 @@ def parse_header(where: str, file: str, prefix: bytes, size: int) -> tuple[list[
     errors call it. Raises BadInput."""
     data_start = header_end(where, prefix, size)
     try:
-        tensors, metadata = _Parser(str(memoryview(prefix)[8:data_start], "utf-8"), file, data_start).parse()
+        rows, sizes, metadata = _Parser(str(memoryview(prefix)[8:data_start], "utf-8"), file, data_start).parse()
     except ValueError as error:  # UnicodeError is one
         raise BadInput(f"{where}: its safetensors header is damaged ({error}); download or copy it again") from None
 
-    tensors.sort(key=lambda spec: spec.nbytes)
-    tensors.sort(key=lambda spec: spec.offset)
+    order = sorted(range(len(rows)), key=sizes.__getitem__)
+    order.sort(key=lambda k: rows[k][4])
     end = data_start
-    for spec in tensors:
-        if spec.offset != end:
-            what = "overlaps the tensor before it" if spec.offset < end else "leaves a hole before it"
-            raise BadInput(f"{where}: tensor {spec.name} {what}; the file is damaged, download or copy it again")
-        end += spec.nbytes
+    for k in order:
+        name, _, _, _, offset = rows[k]
+        if offset != end:
+            what = "overlaps the tensor before it" if offset < end else "leaves a hole before it"
+            raise BadInput(f"{where}: tensor {name} {what}; the file is damaged, download or copy it again")
+        end += sizes[k]
     if end != size:
         what = "truncated" if end > size else "followed by unknown bytes"
         raise BadInput(f"{where}: {what} (its header promises {end} bytes, it has {size}); download or copy it again")
-    return tensors, metadata
+    return [TensorSpec(*rows[k]) for k in order], metadata
+
+
+_Row = tuple[str, str, tuple[int, ...], str, int]  # what a TensorSpec is made of; dear, so not before all is well
 
 
 class _Parser:
@@ -163,40 +168,42 @@ class _Parser:
     def __init__(self, text: str, file: str, data_start: int) -> None:
         self._text, self._at = text, 1
         self._file, self._data_start = file, data_start
+        self._names: set[str] = set()
+        self._rows: list[_Row] = []
+        self._sizes: list[int] = []
         if not text.startswith("{"):
             raise ValueError("it does not begin with {")
+        if text.count("{") > MAX_TENSORS + 1 + ('"__metadata__"' in text):
+            raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")
 
-    def parse(self) -> tuple[list[TensorSpec], dict[str, str]]:
-        tensors: dict[str, TensorSpec] = {}
+    def parse(self) -> tuple[list[_Row], list[int], dict[str, str]]:
+        """The tensors as they are listed, the bytes of each, and the metadata."""
         metadata: dict[str, str] | None = None
-        for name in self._names():
+        for name in self._keys():
             if name != "__metadata__":
-                if len(tensors) == MAX_TENSORS:
-                    raise ValueError(f"it has more than {MAX_TENSORS:,} tensors")
-                if len(name) > MAX_NAME or len(name.encode()) > MAX_NAME:  # raises for half a surrogate
-                    raise ValueError(f"the name of a tensor, {name[:40]!r}…, has more than {MAX_NAME} bytes")
-                if name in tensors:
-                    raise ValueError("a name stands twice in it")
-                tensors[name] = self._tensor(name)
+                self._entry(name)
             elif metadata is not None:
                 raise ValueError("a name stands twice in it")
             else:
                 metadata = self._metadata()
         if self._text[self._at :].strip(" \t\n\r"):
             raise ValueError("something follows its last brace")
-        return list(tensors.values()), metadata or {}
+        return self._rows, self._sizes, metadata or {}
 
-    def _names(self) -> Iterator[str]:
-        """The names of an object whose brace is behind us; whoever takes one goes on to behind its value."""
+    def _keys(self, plain: bool = True) -> Iterator[str]:
+        """The keys of an object whose brace is behind us; whoever takes one goes on to behind its value."""
         if self._found(_CLOSED):
             return
         while True:
-            name = self._string()
+            key = self._string()
             self._need(_COLON, "a colon")
-            yield name
+            yield key
             if self._found(_CLOSED):
                 return
             self._need(_COMMA, "a comma")
+            while plain and (match := _TENSOR.match(self._text, self._at)):
+                self._add(*match.groups())
+                self._at = match.end()
 
     def _metadata(self) -> dict[str, str]:
         if self._found(_NULL):  # is none, as the library has it
@@ -204,7 +211,7 @@ class _Parser:
         if not self._found(_OPENED):
             raise ValueError("its metadata is not a map of strings")
         found: dict[str, str] = {}
-        for count, key in enumerate(self._names(), 1):
+        for count, key in enumerate(self._keys(plain=False), 1):
             if count > MAX_METADATA:
                 raise ValueError(f"its metadata has more than {MAX_METADATA:,} entries")
             if self._text[self._at : self._at + 1] != '"':
@@ -215,46 +222,57 @@ class _Parser:
                 raise ValueError("a name stands twice in it")
         return found
 
-    def _tensor(self, name: str) -> TensorSpec:
-        if match := _ENTRY.match(self._text, self._at):  # as the library writes it
-            self._at = match.end()
-            dtype, shape, begin, end = match.groups()
-        else:
-            dtype, shape, begin, end = self._entry(name)
-        if dtype not in ITEMSIZE:
-            raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
-        if shape.count(",") >= MAX_RANK:
-            raise ValueError(f"tensor {name} has more than {MAX_RANK} dimensions")
-        sizes = tuple(map(_whole, shape.split(","))) if shape.strip(_SPACES) else ()
-        nbytes, first, last = ITEMSIZE[dtype], _whole(begin), _whole(end)
+    def _entry(self, name: str) -> None:
+        match = _ENTRY.match(self._text, self._at)
+        if not match:
+            raise ValueError(self._fault(name))
+        self._add(name, *match.groups())
+        self._at = match.end()
+
+    def _add(self, name: str, dtype: str | None, shape: str | None, begin: str | None, end: str | None) -> None:
+        """Takes a tensor as it is written from where we are."""
+        if dtype is None or shape is None or begin is None or end is None:
+            raise ValueError(self._fault(name))
+        if (itemsize := ITEMSIZE.get(dtype)) is None:
+            raise ValueError(f"tensor {name[:80]} has the unknown dtype {dtype}")
+        if len(name) > MAX_NAME or (
+            not name.isascii() and len(name.encode()) > MAX_NAME
+        ):  # raises for half a surrogate
+            raise ValueError(f"the name of a tensor, {name[:40]!r}…, has more than {MAX_NAME} bytes")
+        if name in self._names:
+            raise ValueError("a name stands twice in it")
+        self._names.add(name)
+        sizes = tuple(map(int, shape.split(","))) if shape else ()
+        nbytes, first, last = itemsize, int(begin), int(end)
         for size in sizes:
             nbytes *= size
-            if nbytes > _MOST * ITEMSIZE[dtype]:
-                raise ValueError(f"tensor {name} has a shape beyond any file")
+            if size > _MOST or nbytes > _MOST * itemsize:
+                raise ValueError(f"tensor {name[:80]} has a shape beyond any file")
         if last - first != nbytes:
-            raise ValueError(f"tensor {name} has {last - first} bytes where its shape and dtype need {nbytes}")
-        return TensorSpec(name, dtype, sizes, self._file, self._data_start + first)
+            raise ValueError(f"tensor {name[:80]} has {last - first} bytes where its shape and dtype need {nbytes}")
+        self._rows.append((name, dtype, sizes, self._file, self._data_start + first))
+        self._sizes.append(nbytes)
 
-    def _entry(self, name: str) -> tuple[str, str, str, str]:
-        """dtype, shape, first and last offset as they are written, in any order."""
+    def _fault(self, name: str) -> str:
+        """What is wrong with the entry of tensor `name` that stands here. Raises ValueError where it is no JSON."""
+        name = name[:80]
         if not self._found(_OPENED):
-            raise ValueError(f"tensor {name} is not a map")
-        found: dict[str, Any] = {}
-        for key in self._names():
-            value = _FIELDS[key].match(self._text, self._at) if key in _FIELDS else None
-            if value is None or key in found:
-                what = (
-                    "a second"
-                    if key in found
-                    else "a negative or fractional, or else damaged,"
-                    if key in _FIELDS
-                    else "an unknown"
-                )
-                raise ValueError(f"tensor {name[:80]} has {what} {key[:80]!r}")
-            found[key], self._at = value.groups(), value.end()
-        if found.keys() != _FIELDS.keys():
-            raise ValueError(f"tensor {name} lacks {min(_FIELDS.keys() - found.keys())}")
-        return (*found["dtype"], *found["shape"], *found["data_offsets"])
+            return f"tensor {name} is not a map"
+        found: set[str] = set()
+        for key in self._keys(plain=False):
+            if key not in _FIELDS or key in found:
+                return f"tensor {name} has {'a second' if key in found else 'an unknown'} {key[:80]!r}"
+            match = re.compile(_FIELDS[key]).match(self._text, self._at)
+            if not match:
+                written = _SHAPE.match(self._text, self._at) if key == "shape" else None
+                if written and written.group().count(",") >= MAX_RANK:
+                    return f"tensor {name} has more than {MAX_RANK} dimensions"
+                return f"tensor {name} has a negative or fractional, or else damaged, {key!r}"
+            self._at = match.end()
+            found.add(key)
+        if lacking := _FIELDS.keys() - found:
+            return f"tensor {name} lacks {min(lacking)}"
+        return f"tensor {name} writes its keys with escapes"
 
     def _found(self, pattern: re.Pattern[str]) -> bool:
         match = pattern.match(self._text, self._at)
@@ -270,13 +288,6 @@ class _Parser:
             raise ValueError(f"a name is missing at character {self._at}")
         string, self._at = scanstring(self._text, self._at)
         return str(string)
-
-
-def _whole(digits: str) -> int:
-    """A number that a file may have of bytes or elements."""
-    if not _NUMBER.fullmatch(digits) or (number := int(digits)) > _MOST:
-        raise ValueError(f"{digits[:40]!r} is a negative, fractional or impossible shape or offset")
-    return number
 
 
 def build_header(

@@ -88,7 +88,7 @@ class Journal:
 def read_journal(directory: Path, plan: str, key: bytes | None = b"") -> Iterator[Written]:
     """What the journal in `directory` claims for this plan: nothing where it is another plan's, or, unless `key` is
     None, was not written with this key. Where a run ended just before its rename there is no journal any more, but the
-    manifest."""
+    manifest. Without a key it raises ValueError, TypeError for what no journal of ours claims."""
     try:
         lines = read_regular(directory / JOURNAL, _MOST).splitlines(keepends=True)
     except FileNotFoundError:
@@ -105,6 +105,8 @@ def read_journal(directory: Path, plan: str, key: bytes | None = b"") -> Iterato
         try:
             yield Written.of(entry)
         except (TypeError, ValueError):
+            if key is None and entry is not None:  # not torn: none of ours
+                raise
             return
 
 

@@ -109,9 +109,7 @@ class Staging:
                 self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
                 self.restarted = not self.claims and (self.partial / JOURNAL).exists()
                 if not self.claims:
-                    for entry in self.partial.iterdir():
-                        if entry.name != _LOCK:
-                            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                    self._clear()
                 self.probe = Probe(self.partial / _LOCK, uuid.uuid4().hex)
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, self.probe.content.encode(), 0)
@@ -138,6 +136,14 @@ class Staging:
             raise BadInput(f"{self.partial}: {_IN_THE_WAY}")
         with suppress(OSError):
             os.fchmod(self.handle.descriptor, 0o700)
+
+    def _clear(self) -> None:
+        with os.scandir(self.handle.descriptor) as entries:
+            for entry in [entry for entry in entries if entry.name != _LOCK]:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.name, dir_fd=self.handle.descriptor)
+                else:
+                    os.unlink(entry.name, dir_fd=self.handle.descriptor)
 
     def _take_lock(self) -> int:
         try:
@@ -196,14 +202,17 @@ class Staging:
         self.write_text(MANIFEST, (manifest.sealed(self._key) if self._key else manifest).to_json())
         with _writing(self.partial):
             self._require_in_place(self.partial)
-            for entry in self.partial.rglob("*"):
-                _sync(entry)
-            (self.partial / JOURNAL).unlink()
-            (self.partial / _LOCK).unlink()
+            for above, _, files, directory in os.fwalk(dir_fd=self.handle.descriptor):
+                for name in files:
+                    _sync(name, directory)
+                if above != ".":
+                    os.fsync(directory)
+            for name in (JOURNAL, _LOCK):
+                os.unlink(name, dir_fd=self.handle.descriptor)
             with suppress(OSError):  # as if it had been made with the umask's mode
                 mode = os.fstat(self.handle.descriptor).st_mode & stat.S_ISGID
                 os.fchmod(self.handle.descriptor, mode | 0o777 & ~_umask())
-            _sync(self.partial)
+            os.fsync(self.handle.descriptor)
             require_free(self.output, self._overwrite)
             if self.output.exists():
                 _exchange(self.partial, self.output)
@@ -221,7 +230,7 @@ class Staging:
     def abandon(self) -> None:
         """Removes what was staged, if it was not committed; but not what an earlier run had journalled."""
         if self._lock is not None:
-            if not self.claims:
+            if not self.claims and self.handle.is_at(self.partial):
                 shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
 
@@ -324,8 +333,8 @@ def _umask() -> int:
         return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync(path: Path | str, directory: int | None = None) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory)
     try:
         os.fsync(descriptor)
     finally:
