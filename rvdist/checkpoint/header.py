@@ -217,7 +217,7 @@ class _Parser:
             if self._text[self._at : self._at + 1] != '"':
                 raise ValueError("its metadata is not a map of strings")
             found[key] = self._string()
-            (key + found[key]).encode()  # raises for half a surrogate
+            (key + found[key]).encode()  # half a surrogate raises
             if len(found) != count:
                 raise ValueError("a name stands twice in it")
         return found
@@ -235,9 +235,7 @@ class _Parser:
             raise ValueError(self._fault(name))
         if (itemsize := ITEMSIZE.get(dtype)) is None:
             raise ValueError(f"tensor {name[:80]} has the unknown dtype {dtype}")
-        if len(name) > MAX_NAME or (
-            not name.isascii() and len(name.encode()) > MAX_NAME
-        ):  # raises for half a surrogate
+        if len(name) > MAX_NAME or (not name.isascii() and len(name.encode()) > MAX_NAME):  # half a surrogate raises
             raise ValueError(f"the name of a tensor, {name[:40]!r}…, has more than {MAX_NAME} bytes")
         if name in self._names:
             raise ValueError("a name stands twice in it")
