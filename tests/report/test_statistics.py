@@ -11,6 +11,7 @@ import pytest
 from made_up import make_arm, make_experiment, make_records, make_task
 from scipy.stats import binom, binomtest, bootstrap, multinomial
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.record import TaskInfo
@@ -211,6 +212,14 @@ def test_verdict_respects_direction():
     assert compare(down, up, lower).verdict == "better"
     smooth = np.random.default_rng(0).random(50)
     assert compare(list(smooth + 1), list(smooth[::-1]), lower).verdict == "worse"
+
+
+def test_holm_is_statsmodels():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 40):
+        p_values = np.round(rng.random(n) ** 3, 2).tolist()  # some are equal
+        assert holm(p_values) == multipletests(p_values, method="holm")[1].tolist()
+    assert holm([]) == []
 
 
 def test_holm_keeps_two_families():
