@@ -152,7 +152,7 @@ def _check_same_documents(task: str, arm: str, sample: Sample, baseline: str, re
 
 
 def _row(arm: Arm, score: Score, sample: Sample) -> Row:
-    low, high = _score_interval(sample)
+    low, high = score_interval(sample)
     return Row(
         arm=arm.name,
         point=sample.point,
@@ -183,7 +183,7 @@ def _stderr(sample: Sample) -> float | None:
     return math.sqrt(variance) / n
 
 
-def _score_interval(sample: Sample) -> tuple[float, float]:
+def score_interval(sample: Sample) -> tuple[float, float]:
     if sample.exact:
         return wilson(sample.score, len(sample.values))
     interval = share_interval if sample.shares else mean_interval
