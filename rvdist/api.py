@@ -20,11 +20,11 @@ from rich.console import Console
 from rvdist import config
 from rvdist.config import BenchmarksConfig, CacheConfig, ClusterConfig, CompatConfig, Config, EngineConfig, MergeConfig
 from rvdist.errors import BadInput, Failed
+from rvdist.job import Ended, Job
 from rvdist.log import Log, LoggedTiming
 from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 from rvdist.record import Record, read_records
 from rvdist.report.summary import Row
-from rvdist.run import Run
 from rvdist.timing import Timing
 
 __all__ = [
@@ -118,7 +118,7 @@ def merge(
     if not found:
         raise BadInput("points is empty; give at least one directory and its weight point")
     with TemporaryDirectory(prefix="rvdist-") as place_of_run:
-        run = _run(
+        job = _job(
             replace(
                 _kept(given),
                 stages=["merge"],
@@ -133,9 +133,8 @@ def merge(
             Path(place_of_run),
             console,
         )
-        run.written = found
-        _do(run)
-    return Merged(tuple(found), _notes(run), run.timing)
+        ended = _do(replace(job, outputs=found))
+    return Merged(tuple(found), ended.notes, job.timing)
 
 
 def evaluate(
@@ -176,7 +175,7 @@ def evaluate(
     if kept is not None and kept.exists() and not kept.is_dir():
         raise BadInput(f"directory: {kept} is a file; choose another")
     with TemporaryDirectory(prefix="rvdist-") as scratch:
-        run = _run(
+        job = _job(
             replace(
                 _kept(given),
                 stages=["evaluate", "report"] if kept else ["evaluate"],
@@ -190,13 +189,12 @@ def evaluate(
             kept or Path(scratch),
             console,
         )
-        run.arms = arms
-        _do(run)
-    assert run.scores is not None
+        ended = _do(replace(job, arms=arms))
+    assert ended.scores is not None
     if kept:
         text = json.dumps({name: point.to_json() for name, point in points.items()}, indent=1)
         (kept / POINTS).write_text(text + "\n", encoding="utf-8")
-    return Evaluation(run.scores.rows, run.scores.records, _notes(run), run.timing, kept)
+    return Evaluation(ended.scores.rows, ended.scores.records, ended.notes, job.timing, kept)
 
 
 def load_records(path: str | Path) -> list[Record]:
@@ -242,23 +240,24 @@ def _with(part: _Part, **given: Any) -> _Part:
     return replace(part, **{key: value for key, value in given.items() if value is not None})
 
 
-def _run(settings: Config, directory: Path, console: Console | None) -> Run:
+def _job(settings: Config, directory: Path, console: Console | None) -> Job:
     log = Log(console=console or Console(quiet=True, force_terminal=False))
-    return Run(settings, directory, "rvdist.api", LoggedTiming(log), log)
+    return Job(settings, directory, "rvdist.api", LoggedTiming(log), log)
 
 
-def _do(run: Run) -> None:
+def _do(job: Job) -> Ended:
     """The stages of the command. Raises what they raise."""
     from rvdist.stages import run_jobs
     from rvdist.warm import Warm
 
     try:
         with _one_at_a_time, closing(Warm()) as warm:
-            (found,) = run_jobs([run], warm, last=True)
+            (ended,) = run_jobs([job], warm, last=True)
     finally:
-        run.log.release()
-    if isinstance(found, Exception):
-        raise found
+        job.log.release()
+    if ended.error:
+        raise ended.error
+    return ended
 
 
 def _checked(point: WeightPoint, name: str | Path) -> WeightPoint:
@@ -295,7 +294,3 @@ def _arms(points: Mapping[str, WeightPoint]) -> list[Arm]:
 def _line(point: WeightPoint) -> WeightPoint | None:
     """Where α is 1 on the line of a point that has one vector."""
     return replace(point, terms=(replace(point.terms[0], alpha=1.0),)) if len(point.terms) == 1 else None
-
-
-def _notes(run: Run) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(note for notes in run.notes.values() for note in notes))

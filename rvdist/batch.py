@@ -1,4 +1,4 @@
-"""A batch: the merges that its entries stand for, each a run that may fail alone, their scores, and what became of
+"""A batch: the merges that its entries stand for, each a job that may fail alone, their scores, and what became of
 all of them."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.text import Text
 from rvdist import config
 from rvdist.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput, Failed
+from rvdist.job import Job, Prepared, Scores
 from rvdist.point import Arm, WeightPoint, name_of
-from rvdist.run import Run
 
 FILE = "batch.json"
 _MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")
@@ -27,7 +27,7 @@ _MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")
 
 @dataclass(frozen=True)
 class Part:
-    """One merge of a batch: where it goes and what it is made of, as far as that is known, and the run that does it or
+    """One merge of a batch: where it goes and what it is made of, as far as that is known, and the job that does it or
     why there is none."""
 
     output: Path | None
@@ -35,7 +35,7 @@ class Part:
     vector: str
     target: str
     point: WeightPoint | None
-    run: Run | BadInput
+    job: Job | BadInput
 
 
 def is_batch(settings: Config) -> bool:
@@ -44,10 +44,10 @@ def is_batch(settings: Config) -> bool:
 
 
 class Batch:
-    """What `run` stands for. Raises BadInput for what concerns all of it."""
+    """What a job stands for. Raises BadInput for what concerns all of it."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, settings = run, run.settings
+    def __init__(self, job: Job) -> None:
+        self._job, settings = job, job.settings
         if settings.recipe:
             config.require_recipe_alone(settings)
         config.saved(settings)
@@ -59,7 +59,7 @@ class Batch:
             raise BadInput("batch: what it makes of each target is scored; leave out arms, sweep.alphas and search")
         self._scored = [stage for stage in chosen if stage in _SCORING]
         self._merged = [stage for stage in chosen if stage in _MERGING]
-        self._scorers: dict[str, Run] = {}
+        self._scorers: dict[str, Job] = {}
         self._arms: dict[WeightPoint, Arm] = {}
         found: list[Part] = []
         for number, entry in enumerate(settings.batch or [BatchConfig()]):
@@ -72,36 +72,39 @@ class Batch:
         self.parts = _distinct(found)
 
     @property
-    def merges(self) -> list[Run]:
-        """A run for every merge that there can be, in order, each output once."""
-        return [part.run for part in self.parts if isinstance(part.run, Run)]
+    def merges(self) -> list[Job]:
+        """A job for every merge that there can be, in order, each output once."""
+        return [part.job for part in self.parts if isinstance(part.job, Job)]
 
-    def scorers(self, failed: Mapping[Run, Exception]) -> list[Run]:
-        """A run for every target, below the directory of the batch: it scores the target as the baseline, and what the
+    def scorers(self, failed: Mapping[Job, Exception]) -> list[Job]:
+        """A job for every target, below the directory of the batch: it scores the target as the baseline, and what the
         merges that have not `failed` make of it."""
         made: dict[str, list[Part]] = {}
         for part in self.parts if self._scored else []:
-            if isinstance(part.run, Run) and part.run not in failed:
+            if isinstance(part.job, Job) and part.job not in failed:
                 made.setdefault(part.target, []).append(part)
-        run = self._run
-        alone = replace(run.settings, batch=[], vector=VectorConfig(), vectors=[], output=None, stages=self._scored)
+        asked = self._job.settings
+        alone = replace(asked, batch=[], vector=VectorConfig(), vectors=[], output=None, stages=self._scored)
         for name, (target, own) in zip(_apart(name_of(target) for target in made), made.items(), strict=True):
-            settings = replace(alone, target=target)
-            scorer = Run(settings, run.directory / name, run.command, run.timing, run.log, asked=run.settings)
             self._arms |= (arms := _arms(own))
-            scorer.arms = [Arm(config.BASELINE, WeightPoint(target), alpha=0.0), *arms.values()]
-            self._scorers[target] = scorer
+            self._scorers[target] = replace(
+                self._job,
+                settings=replace(alone, target=target),
+                directory=self._job.directory / name,
+                asked=asked,
+                arms=[Arm(config.BASELINE, WeightPoint(target), alpha=0.0), *arms.values()],
+            )
         return list(self._scorers.values())
 
-    def refuse(self, failed: dict[Run, Exception]) -> None:
+    def refuse(self, failed: dict[Job, Exception]) -> None:
         """Where no target can be scored as it is asked for, nothing is merged either."""
         errors = [failed.get(scorer) for scorer in self._scorers.values()]
         if errors and all(isinstance(error, BadInput) for error in errors):
-            failed |= {run: error for run in self.merges if run not in failed and (error := errors[0])}
+            failed |= {job: error for job in self.merges if job not in failed and (error := errors[0])}
 
     def _entry(self, entry: BatchConfig, key: str) -> Iterator[Part]:
         """The targets, each with every vector, each with every α."""
-        run, settings = self._run, self._run.settings
+        settings = self._job.settings
         targets = _targets(settings.target if entry.target is None else entry.target)
         alphas = config.alphas(settings.alpha if entry.alpha is None else entry.alpha)
         output = entry.output or settings.output
@@ -121,20 +124,21 @@ class Batch:
                         output=output.replace("{vector}", own.name) if own.name else output,
                     )
                     ((directory, point),) = config.outputs(named).items()
-                    job = Run(named, run.directory, run.command, run.timing, run.log, asked=settings)
-                    job.written = {directory: point}
+                    job = replace(self._job, settings=named, asked=settings, outputs={directory: point})
                     yield Part(directory, alpha, own.name or config.called(point), target, point, job)
             except BadInput as error:
                 yield Part(None, None, own.name or "", listed, None, BadInput(f"{key}{error}"))
 
-    def conclude(self, failed: Mapping[Run, Exception]) -> None:
+    def conclude(
+        self, failed: Mapping[Job, Exception], prepared: Mapping[Job, Prepared], scores: Mapping[Job, Scores]
+    ) -> None:
         """Prints what became of every merge and writes it to FILE. Raises Failed where some failed, BadInput where all
         did, of what they were given: then nothing is written."""
-        run, rows, sentences = self._run, [], []
+        rows, sentences = [], []
         errors: list[Exception] = []
         for part in self.parts:
-            error = failed.get(part.run) if isinstance(part.run, Run) else part.run
-            rows.append(self._row(part, error))
+            error = failed.get(part.job) if isinstance(part.job, Job) else part.job
+            rows.append(self._row(part, error, prepared, scores))
             if error:
                 errors.append(error)
                 sentences.append(f"failed: {_short(part.output) or part.target}: {_sentence(error)}")
@@ -146,9 +150,9 @@ class Batch:
         refused = refused and all(scorer in failed for scorer in self._scorers.values())
         self._print(rows)
         for sentence in sentences:
-            run.say(sentence)
+            self._job.say(sentence)
         if not refused and {"merge", "evaluate"} & {*self._merged, *self._scored}:
-            (run.directory / FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            (self._job.directory / FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         if refused:
             more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
             raise BadInput(f"{errors[0]}{more}") from errors[0]
@@ -159,12 +163,19 @@ class Batch:
                 f"{_sentence(errors[0])}"
             ) from errors[0]
 
-    def _row(self, part: Part, error: Exception | None) -> dict[str, Any]:
+    def _row(
+        self,
+        part: Part,
+        error: Exception | None,
+        prepared: Mapping[Job, Prepared],
+        scores: Mapping[Job, Scores],
+    ) -> dict[str, Any]:
         scorer = self._scorers.get(part.target)
         if error:
             status = "failed"
         elif "merge" in self._merged:
-            status = "written" if isinstance(part.run, Run) and part.output in part.run.written else "already complete"
+            one = prepared.get(part.job) if isinstance(part.job, Job) else None
+            status = "written" if one and part.output in one.written else "already complete"
         else:
             status = "planned" if self._merged else "not written"
         row = {
@@ -176,17 +187,15 @@ class Batch:
             "reason": _sentence(error) if error else None,
         }
         if self._scored:
-            row |= {"score": self._score(scorer, part) if scorer else None}
+            row |= {"score": self._score(scores.get(scorer), part) if scorer else None}
         return row
 
-    def _score(self, scorer: Run, part: Part) -> float | None:
+    def _score(self, scores: Scores | None, part: Part) -> float | None:
         """The mean over benchmarks."""
-        from rvdist.evaluation import objective
-
-        if scorer.scores is None or part.point not in self._arms:
+        if scores is None or part.point not in self._arms:
             return None
         name = self._arms[part.point].name
-        return objective(replace(scorer.scores, rows=[row for row in scorer.scores.rows if row.arm == name]))
+        return replace(scores, rows=[row for row in scores.rows if row.arm == name]).objective
 
     def _print(self, rows: Sequence[Mapping[str, Any]]) -> None:
         scored = ["mean score"] if self._scored else []
@@ -204,7 +213,7 @@ class Batch:
                 row["status"],
             )
             table.add_row(*map(Text, cells))
-        self._run.console.print(table)
+        self._job.console.print(table)
 
 
 def _arms(made: Sequence[Part]) -> dict[WeightPoint, Arm]:
@@ -295,7 +304,7 @@ def _distinct(found: Sequence[Part]) -> list[Part]:
         alike = points[part.output] if part.output else {}
         if len(alike) > 1:
             sentence = f"output: several points would be written to {part.output}; put {config.PLACEHOLDERS} into it"
-            kept.append(replace(part, run=BadInput(sentence)))
+            kept.append(replace(part, job=BadInput(sentence)))
         elif not alike or part in alike.values():
             kept.append(part)
     return kept

@@ -426,9 +426,12 @@ def lines(config: Config) -> dict[str, list[Arm]]:
     starts = {"target": (config.target, term)}
     if term.vector.minus is not None:
         starts = {"donors": (term.vector.minus, Term(1.0, term.vector))} | starts
+    digits = max(3, len(str(count - 2)))  # each arm has another name
     return {
         name: [
-            Arm(f"{name} {step / (count - 1):.3f}", replace(whole, base=base, terms=_at(one, step / (count - 1))))
+            Arm(
+                f"{name} {step / (count - 1):.{digits}f}", replace(whole, base=base, terms=_at(one, step / (count - 1)))
+            )
             for step in range(count)
         ]
         for name, (base, one) in starts.items()
@@ -466,6 +469,11 @@ def arms(config: Config, recipe: WeightPoint | None = None) -> list[Arm]:
         if PLAIN not in config.prompts or arm.prompt not in config.prompts:
             raise BadInput(f"prompts: there is no style {arm.prompt!r}; there are {', '.join(config.prompts)}")
     return listed
+
+
+def cache_directory(config: Config) -> Path:
+    """`cache.dir`."""
+    return Path(config.cache.dir).expanduser()
 
 
 def require_name(name: str, key: str) -> None:

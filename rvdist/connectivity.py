@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rvdist import config
-from rvdist.config import BenchmarksConfig
-from rvdist.evaluation import Examination
+from rvdist.config import BenchmarksConfig, SearchConfig
+from rvdist.evaluation import Evaluator
+from rvdist.job import Prepared
 from rvdist.point import Arm
 from rvdist.report.connectivity import connectivity_plot
-from rvdist.run import Run
+from rvdist.report.findings import Anatomy, Exhibit
+from rvdist.scoring import Scoring
 
 FILE = "connectivity.json"
 
@@ -47,43 +48,40 @@ class Line:
         )
 
 
-def reader(run: Run, lines: dict[str, list[Arm]]) -> Run:
-    """A run of its own, below the directory of the first, whose arms read the text at every point of the lines. It
+def reader(one: Prepared) -> Prepared:
+    """A job of its own, below the directory of the first, whose arms read the text at every point of the lines. It
     shares what the first has found out of its sources."""
-    text = Path(run.settings.analyze.text or "").expanduser().absolute()
+    text = Path(one.settings.analyze.text or "").expanduser().absolute()
     asked = BenchmarksConfig(tasks=[f"text:{text}"], apply_chat_template=False)
-    settings = replace(run.settings, benchmarks=asked, arms=[], search=config.SearchConfig())
-    arms = [arm for line in lines.values() for arm in line]
-    own = run.directory / "connectivity"
-    return replace(run, settings=settings, directory=own, arms=arms, examined={}, written={}, engine={}, unscored={})
+    settings = replace(one.settings, benchmarks=asked, arms=[], search=SearchConfig())
+    arms = [arm for line in one.lines.values() for arm in line]
+    job = replace(one.job, settings=settings, directory=one.directory / "connectivity")
+    return replace(one, job=job, settings=settings, arms=arms, examined={}, written={}, saved=None, lines={})
 
 
-def measure(examination: Examination, run: Run) -> None:
-    """Reads the text at every point, and adds what is found to the anatomy of the run. Writes FILE."""
-    assert run.reader is not None
-    lines: dict[str, list[Arm]] = {}
-    for arm in run.reader.arms:
-        lines.setdefault(arm.name.partition(" ")[0], []).append(arm)
-    run.reader.directory.mkdir(exist_ok=True)
-    with run.timing.phase("connectivity"):
-        examination.evaluate([run.reader])
-    run.reader.require_scores()
-    found = [Line(name, _shares(arms), _bits(run.reader, arms)) for name, arms in lines.items()]
+def measure(evaluator: Evaluator, one: Prepared, reading: Scoring) -> Anatomy:
+    """Reads the text at every point of the job's lines. Writes FILE."""
+    reading.prepared.directory.mkdir(exist_ok=True)
+    with one.timing.phase("connectivity"):
+        evaluator.evaluate([reading])
+    reading.require_scores()
+    found = [Line(name, _shares(arms), _bits(reading.prepared, arms)) for name, arms in one.lines.items()]
     account = [asdict(line) | {"barrier": line.barrier, "rise": line.rise} for line in found]
-    (run.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
-    run.figures["connectivity"] = connectivity_plot([(line.name, line.shares, line.bits) for line in found])
-    (run.directory / "anatomy-connectivity.png").write_bytes(run.figures["connectivity"])
-    for line in found:
-        run.say(line.sentence())
-    run.anatomy = [*run.anatomy, *(line.sentence() for line in found)]
+    (one.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
+    picture = connectivity_plot([(line.name, line.shares, line.bits) for line in found])
+    (one.directory / "anatomy-connectivity.png").write_bytes(picture)
+    sentences = [line.sentence() for line in found]
+    for sentence in sentences:
+        one.say(sentence)
+    return Anatomy(sentences, [Exhibit("connectivity", picture)])
 
 
 def _shares(arms: Sequence[Arm]) -> tuple[float, ...]:
     return tuple(step / (len(arms) - 1) for step in range(len(arms)))
 
 
-def _bits(run: Run, arms: Sequence[Arm]) -> tuple[float, ...]:
+def _bits(one: Prepared, arms: Sequence[Arm]) -> tuple[float, ...]:
     """lm-eval's own number, of all bytes together."""
-    (task,) = run.settings.benchmarks.tasks
-    files = [run.directory / "results" / f"{arm.name}.json" for arm in arms]
+    (task,) = one.settings.benchmarks.tasks
+    files = [one.directory / "results" / f"{arm.name}.json" for arm in arms]
     return tuple(json.loads(file.read_text())["results"][task]["bits_per_byte,none"] for file in files)

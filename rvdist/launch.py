@@ -28,8 +28,8 @@ from rvdist import multirun
 from rvdist.config import Config
 from rvdist.ends import Watch
 from rvdist.errors import BadInput, Failed
+from rvdist.job import remove_empty
 from rvdist.log import Log
-from rvdist.run import remove_empty
 
 _HERE = Path(__file__).resolve().parent
 _BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)

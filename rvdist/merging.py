@@ -1,4 +1,4 @@
-"""The merge stage: what runs have promised to write, as one plan for all that are stored alike, and the vector that one
+"""The merge stage: what jobs have promised to write, as one plan for all that are stored alike, and the vector that one
 stores."""
 
 from __future__ import annotations
@@ -13,67 +13,66 @@ from rvdist import config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.key import owner_key
 from rvdist.checkpoint.staging import discards
+from rvdist.config import Config
+from rvdist.job import Job, Notes, Prepared, versions
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.point import Vector, WeightPoint
 from rvdist.progress import Bar
 from rvdist.report.metadata import Result, licence_of
-from rvdist.run import Run, versions
 from rvdist.warm import Warm
 
 if TYPE_CHECKING:
     from rvdist.vector import Storage
 
 
-def alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs by what must be equal for their merges to be one plan."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        settings = run.settings
+def alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
+    """The jobs by what must be equal for their merges to be one plan."""
+    groups: dict[str, list[Prepared]] = {}
+    for one in jobs:
+        settings = one.settings
         merge = asdict(settings.merge) | dict.fromkeys(("method", "density", "seed"))  # these are the points' own
         stored = (settings.dtype, settings.max_shard_size, settings.overwrite, settings.allow_nonfinite)
-        renamed = [pair for point in run.written.values() for pair in point.renames() if pair[1]]
-        found.setdefault(json.dumps([merge, settings.device, stored, renamed]), []).append(run)
-    return list(found.values())
+        renamed = [pair for point in one.written.values() for pair in point.renames() if pair[1]]
+        groups.setdefault(json.dumps([merge, settings.device, stored, renamed]), []).append(one)
+    return list(groups.values())
 
 
-def plan_of(runs: Sequence[Run], written: Mapping[Path, WeightPoint]) -> Plan:
-    """One plan for runs that agree in how outputs are stored."""
-    settings = runs[0].settings
+def plan_of(settings: Config, sources: Mapping[str, Checkpoint], written: Mapping[Path, WeightPoint]) -> Plan:
+    """One plan for what is stored as `settings` say."""
     max_shard_size = config.size(settings.max_shard_size, "max_shard_size")
-    return build_plan(written, sources_of(runs), config.output_dtype(settings), max_shard_size)
+    return build_plan(written, sources, config.output_dtype(settings), max_shard_size)
 
 
-def outputs(runs: Sequence[Run]) -> dict[Path, WeightPoint]:
-    """What all of them write, each to a place of its own, also where nothing is kept."""
-    found: dict[Path, WeightPoint] = {}
-    for output, point in (pair for run in runs for pair in run.written.items()):
-        found[output / str(len(found)) if output in found and discards(output) else output] = point
-    return found
+def common_plan(jobs: Sequence[Prepared]) -> Plan:
+    """One plan for jobs that are alike. Each output has a place of its own, also where nothing is kept."""
+    outputs: dict[Path, WeightPoint] = {}
+    for output, point in (pair for one in jobs for pair in one.written.items()):
+        outputs[output / str(len(outputs)) if output in outputs and discards(output) else output] = point
+    return plan_of(jobs[0].settings, sources_of(jobs), outputs)
 
 
-def sources_of(runs: Sequence[Run]) -> dict[str, Checkpoint]:
+def sources_of(jobs: Sequence[Prepared]) -> dict[str, Checkpoint]:
     """Every checkpoint that one of them reads, by name."""
-    return {name: source for run in runs for name, source in run.sources.items()}
+    return {name: source for one in jobs for name, source in one.sources.items()}
 
 
-def merge_together(runs: Sequence[Run], warm: Warm) -> None:
-    """Writes what these runs have promised in one pass over their sources."""
+def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], warm: Warm) -> None:
+    """Writes what these jobs have promised in one pass over their sources, with the `cards` of the points."""
     from rvdist.merge.crew import WorkerSettings
     from rvdist.merge.engine import merge
 
     warm.cool()  # the workers need what engines of an earlier job hold
-    first, settings, resources = runs[0], runs[0].settings, warm.resources()
-    owners = {point: run for run in runs for point in run.written.values()}
-    plan = plan_of(runs, outputs(runs))
-    sources = sources_of(runs) if any(run.arms for run in runs) else _by_ranges(sources_of(runs), plan)
+    first, settings, resources = jobs[0], jobs[0].settings, warm.resources()
+    plan = common_plan(jobs)
+    sources = sources_of(jobs) if any(one.arms for one in jobs) else _by_ranges(sources_of(jobs), plan)
     device = config.device(settings, resources.gpus)
     workers = sum(config.workers(settings, resources.counts))
-    with Bar("merge", plan.nbytes, first.log) as bar:
+    with Bar("merge", plan.nbytes, first.job.log) as bar:
         stats = merge(
             plan,
             sources,
-            lambda point: card(owners[point], point),
+            cards,
             WorkerSettings(
                 workers=workers,
                 threads=settings.merge.threads,
@@ -97,8 +96,6 @@ def merge_together(runs: Sequence[Run], warm: Warm) -> None:
     timing.bytes_written += stats.bytes_written
     timing.cpu_seconds += stats.cpu_seconds
     timing.peak_anonymous_bytes["worker"] = stats.peak_anonymous_bytes
-    for run in runs:
-        run.kept += [directory for directory in run.written if not discards(directory)]
     for output in plan.outputs:
         for directory in output.directories:
             first.say(f"{'discarded' if discards(directory) else 'wrote'} {directory}")
@@ -115,57 +112,61 @@ def _by_ranges(sources: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Check
     return found
 
 
-def card(run: Run, point: WeightPoint, name: str | None = None, results: Sequence[Result] = ()) -> str:
+def card(
+    one: Prepared, point: WeightPoint, notes: Notes, name: str | None = None, results: Sequence[Result] = ()
+) -> str:
     """The model card of a point: on disk without, on the Hub with the `name` of its repository and what was scored."""
     from rvdist.report.card import model_card
 
     return model_card(
         point,
-        digest=run.digests.get(point),
-        sources={source: str(run.sources[source].hub or run.sources[source].path) for source in point.sources()},
-        dtype=run.settings.dtype or "the target's own dtypes",
-        notes=run.notes[point],
+        digest=one.digests.get(point),
+        sources={source: str(one.sources[source].hub or one.sources[source].path) for source in point.sources()},
+        dtype=one.settings.dtype or "the target's own dtypes",
+        notes=notes[point],
         versions=versions(),
-        licences={source: licence_of(run.sources[source].path) for source in point.sources()},
+        licences={source: licence_of(one.sources[source].path) for source in point.sources()},
         name=name,
         results=results,
     )
 
 
-def vector_is_complete(run: Run, saved: config.Saved, vector: Vector) -> bool:
+def vector_is_complete(
+    job: Job, settings: Config, sources: Mapping[str, Checkpoint], saved: config.Saved, vector: Vector
+) -> bool:
     """Whether an earlier run has stored this vector. Raises BadInput for donors of which there is nothing to store."""
     from rvdist.vector import is_complete
 
-    with run.timing.phase("digest"):
-        complete = is_complete(vector, run.sources, saved.directory, _storage(run, saved), run.cache / "digests")
-    if complete := complete and not run.settings.overwrite:
-        run.say(f"{saved.directory}: already complete")
+    with job.timing.phase("digest"):
+        digests = config.cache_directory(settings) / "digests"
+        complete = is_complete(vector, sources, saved.directory, _storage(settings, saved), digests)
+    if complete := complete and not settings.overwrite:
+        job.say(f"{saved.directory}: already complete")
     return complete
 
 
-def _storage(run: Run, saved: config.Saved) -> Storage:
-    from rvdist.vector import Storage
-
-    return Storage(saved.dtype, saved.rank, saved.density, config.size(run.settings.max_shard_size, "max_shard_size"))
-
-
-def save_vector(run: Run) -> None:
+def save_vector(one: Prepared) -> None:
     """Stores what `vector.save` asks for, in this process: it needs neither a target nor a cluster."""
     from rvdist.vector import save
 
-    assert run.saved is not None
-    saved, vector = run.saved
-    nbytes = sum(spec.nbytes for spec in run.sources[vector.plus].tensors.values())
-    with run.timing.phase("vector"), Bar("vector", nbytes, run.log) as bar:
+    assert one.saved is not None
+    saved, vector = one.saved
+    nbytes = sum(spec.nbytes for spec in one.sources[vector.plus].tensors.values())
+    with one.timing.phase("vector"), Bar("vector", nbytes, one.job.log) as bar:
         save(
             vector,
-            run.sources,
+            one.sources,
             saved.directory,
-            _storage(run, saved),
-            overwrite=run.settings.overwrite,
-            key=owner_key(run.cache),
-            digests=run.cache / "digests",
+            _storage(one.settings, saved),
+            overwrite=one.settings.overwrite,
+            key=owner_key(one.cache),
+            digests=one.cache / "digests",
             progress=bar.advance,
-            say=run.say,
+            say=one.say,
         )
-    run.kept.append(saved.directory)
+
+
+def _storage(settings: Config, saved: config.Saved) -> Storage:
+    from rvdist.vector import Storage
+
+    return Storage(saved.dtype, saved.rank, saved.density, config.size(settings.max_shard_size, "max_shard_size"))

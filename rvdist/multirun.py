@@ -25,8 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rvdist.config import Config, logs_json
+from rvdist.job import Job, remove_empty
 from rvdist.log import Log, LoggedTiming
-from rvdist.run import Run, remove_empty
 from rvdist.timing import Timing, seconds_since_process_start
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class RayLauncher(Launcher):
         composed = [
             self._compose(number, overrides, timing) for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
-        runs = [job for _, job in composed if isinstance(job, Run)]
-        directories = [str(job.directory) if isinstance(job, Run) else "" for _, job in composed]
+        runs = [job for _, job in composed if isinstance(job, Job)]
+        directories = [str(job.directory) if isinstance(job, Job) else "" for _, job in composed]
         try:
             ended = dict(zip(runs, run_jobs(runs, RayLauncher._warm), strict=True))
         finally:
@@ -88,7 +88,7 @@ class RayLauncher(Launcher):
         for number, (overrides, (returned, job), directory) in enumerate(jobs, initial_job_idx):
             returned.status = JobStatus.COMPLETED
             own = " ".join(override for override in overrides if override not in everywhere)
-            match job if isinstance(job, Exception) else ended[job]:
+            match job if isinstance(job, Exception) else ended[job].error or ended[job].objective:
                 case Exception() as failure:
                     RayLauncher.failures.append((f"job {number} ({own}): ", failure))
                     table.add_row(str(number), Text(own), "failed")
@@ -100,9 +100,9 @@ class RayLauncher(Launcher):
         RayLauncher.log.console.print(table)
         return [returned for returned, _ in composed]
 
-    def _compose(self, number: int, overrides: Sequence[str], timing: Timing) -> tuple[JobReturn, Run | Exception]:
+    def _compose(self, number: int, overrides: Sequence[str], timing: Timing) -> tuple[JobReturn, Job | Exception]:
         """A job as Hydra makes it ready, and what there is to run or why there is nothing."""
-        jobs: list[Run] = []
+        jobs: list[Job] = []
 
         def collect(composed: DictConfig) -> None:
             settings = OmegaConf.to_object(composed)
@@ -110,7 +110,7 @@ class RayLauncher(Launcher):
             RayLauncher.log.as_json = logs_json(settings)
             command = " ".join(["python -m rvdist.launch", *overrides])
             directory = Path(HydraConfig.get().runtime.output_dir)
-            jobs.append(Run(settings, directory, command, timing, RayLauncher.log))
+            jobs.append(Job(settings, directory, command, timing, RayLauncher.log))
 
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):

@@ -21,11 +21,10 @@ from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest
 from rvdist.checkpoint.staging import discards
 from rvdist.config import PLACEHOLDERS
 from rvdist.errors import BadInput, Failed
-from rvdist.point import WeightPoint
+from rvdist.job import Job, Scores
 from rvdist.report.metadata import Result
 from rvdist.report.summary import Outline, dissenting
 from rvdist.report.wording import printable
-from rvdist.run import Run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -50,7 +49,7 @@ _REASONS = {
 }
 
 
-def require(run: Run, published: Mapping[Path, str], others: Mapping[Path, str]) -> None:
+def require(job: Job, published: Mapping[Path, str], others: Mapping[Path, str]) -> None:
     """Raises BadInput where the directories could not be uploaded, whatever will be in them; `others` are what other
     jobs upload. Asks nobody and sends nothing."""
     from huggingface_hub import constants, get_token
@@ -64,13 +63,13 @@ def require(run: Run, published: Mapping[Path, str], others: Mapping[Path, str])
         raise BadInput("publish: HF_HUB_OFFLINE=1 is set, and nothing can be uploaded with it; unset it")
     if not get_token():
         raise BadInput("publish: no token of the Hub was found; log in with `hf auth login`, or set HF_TOKEN")
-    if not run.settings.hub.confirmed and not _on_a_terminal(run):
-        run.note(f"what goes to {', '.join(published.values())} will be shown only, as hub.confirmed is not set")
+    if not job.settings.hub.confirmed and not _on_a_terminal(job):
+        job.note(f"what goes to {', '.join(published.values())} will be shown only, as hub.confirmed is not set")
 
 
-def results(run: Run, point: WeightPoint) -> list[Result]:
-    """What this run found of a point, with the baseline's score beside it: the rows of the main table."""
-    scores, digest = run.scores, run.digests.get(point)
+def results(directory: Path, scores: Scores | None, digest: str | None) -> list[Result]:
+    """What the run in a directory found of the point with this digest, with the baseline's score beside it: the rows
+    of the main table."""
     if scores is None or digest is None:
         return []
     rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
@@ -78,7 +77,7 @@ def results(run: Run, point: WeightPoint) -> list[Result]:
     dissent = dissenting(scores.rows)
     reference = {row.task: row for row in rows if row.arm == baseline}
     members = {group.name: group.tasks for group in scores.groups}
-    said = read_json(run.directory / "results" / f"{baseline}.json")
+    said = read_json(directory / "results" / f"{baseline}.json")
     found = []
     for row in rows:
         if row.point == digest:
@@ -100,17 +99,17 @@ def _asked(said: Mapping[str, Any], task: str) -> dict[str, Any]:
     return {"dataset": dataset, "config": given.get("dataset_name"), "split": split, "shots": shots}
 
 
-def publish(run: Run, directory: Path, repository: str, card: str) -> None:
+def publish(job: Job, directory: Path, repository: str, card: str) -> None:
     """Shows what is in `directory`, its README.md being `card`, asks, uploads it to `org/name` or `org/name@branch`,
     and compares. Raises BadInput, Failed; the same call goes on from there."""
-    with run.timing.phase("publish"):
+    with job.timing.phase("publish"):
         contents, notes = _contents(directory)
     contents = dict(sorted({**contents, CARD: card.encode()}.items()))
-    _show(run, directory, repository, contents, notes)
-    _require_consent(run, repository)
-    with run.timing.phase("publish"):
-        commit = _sent(repository, run.settings.hub.private, contents, run.console.is_terminal)
-    run.say(f"published {repository.partition('@')[0]}@{commit}")
+    _show(job, directory, repository, contents, notes)
+    _require_consent(job, repository)
+    with job.timing.phase("publish"):
+        commit = _sent(repository, job.settings.hub.private, contents, job.console.is_terminal)
+    job.say(f"published {repository.partition('@')[0]}@{commit}")
 
 
 def _contents(directory: Path) -> tuple[Contents, list[str]]:
@@ -161,10 +160,10 @@ def _cut(said: Any) -> Iterator[str]:
             yield str(key)
 
 
-def _show(run: Run, directory: Path, repository: str, contents: Contents, notes: Sequence[str]) -> None:
+def _show(job: Job, directory: Path, repository: str, contents: Contents, notes: Sequence[str]) -> None:
     name, _, branch = repository.partition("@")
-    private = run.settings.hub.private
-    run.say(
+    private = job.settings.hub.private
+    job.say(
         f"publish: {directory} to the {'private' if private else 'public'} repository {name}"
         + (f", branch {branch}" if branch else "")
         + (", where only its members see" if private else ", where everybody sees")
@@ -172,30 +171,30 @@ def _show(run: Run, directory: Path, repository: str, contents: Contents, notes:
     sizes = {file: _size(content) for file, content in contents.items()}
     width = len(f"{max(sizes.values()):,}")
     for file, size in sizes.items():
-        run.say(f"  {size:>{width},} bytes  {printable(file)}")
-    run.say(f"  in all {len(sizes)} files, {sum(sizes.values()):,} bytes; the metadata of {CARD}:")
+        job.say(f"  {size:>{width},} bytes  {printable(file)}")
+    job.say(f"  in all {len(sizes)} files, {sum(sizes.values()):,} bytes; the metadata of {CARD}:")
     card = contents[CARD]
     assert isinstance(card, bytes)
     for line in card.decode().split("\n---", 1)[0].splitlines()[1:]:
-        run.say(f"    {printable(line)}")
+        job.say(f"    {printable(line)}")
     for note in notes:
-        run.say(f"  note: {printable(note)}")
+        job.say(f"  note: {printable(note)}")
 
 
-def _on_a_terminal(run: Run) -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and run.console.is_terminal
+def _on_a_terminal(job: Job) -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and job.console.is_terminal
 
 
-def _require_consent(run: Run, repository: str) -> None:
-    if run.settings.hub.confirmed:
+def _require_consent(job: Job, repository: str) -> None:
+    if job.settings.hub.confirmed:
         return
-    if not _on_a_terminal(run):
+    if not _on_a_terminal(job):
         raise BadInput(
             f"publish: nothing was uploaded to {repository}, there is no terminal to ask at; if all that is listed may "
             "be there, run the same command with hub.confirmed=true"
         )
     try:
-        answer = run.console.input(f"upload this to {repository}? [y/N] ", markup=False)
+        answer = job.console.input(f"upload this to {repository}? [y/N] ", markup=False)
     except EOFError:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):

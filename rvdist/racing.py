@@ -6,15 +6,17 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rvdist import config
 from rvdist.errors import BadInput
-from rvdist.evaluation import Asking, Examination, answers_of, score
+from rvdist.evaluation import Evaluator
+from rvdist.fleet.asking import Asking
 from rvdist.fleet.search import Outcome, Race, split
 from rvdist.point import Arm
 from rvdist.record import Record, TaskInfo
-from rvdist.run import Run
+from rvdist.scoring import Scoring, score, score_arm
 
 if TYPE_CHECKING:
     from rvdist.report.race import RaceAccount
@@ -22,16 +24,18 @@ if TYPE_CHECKING:
 FILE = "search.json"
 
 
-def race(examination: Examination, run: Run) -> None:
-    """Races the candidates of a run, then scores baseline and best on what was held out.
+def race(evaluator: Evaluator, scoring: Scoring) -> None:
+    """Races the candidates of a job, then scores baseline and best on what was held out.
 
-    The run's directory gets FILE, an account of the race. Raises BadInput for a task whose primary score is not a
+    The run directory gets FILE, an account of the race. Raises BadInput for a task whose primary score is not a
     number from 0 to 1 for each document.
     """
-    search = run.settings.search
-    names = [arm.name for arm in config.candidates(run.settings)]
-    arms = {arm.name: arm for arm in run.arms}
-    asking = examination.asking(run, run.arms[0])
+    one = scoring.prepared
+    search = one.settings.search
+    names = [arm.name for arm in config.candidates(one.settings)]
+    arms = {arm.name: arm for arm in scoring.arms}
+    baseline = scoring.arms[0]
+    asking = scoring.askings[baseline.name]
     try:
         seen, held = split(asking.suite.documents, search.holdout, search.seed)
     except ValueError as error:
@@ -44,45 +48,42 @@ def race(examination: Examination, run: Run) -> None:
         tolerance=search.tolerance,
         seed=search.seed,
     )
-    with run.timing.phase("search"):
+    with one.timing.phase("search"):
         while turn := running.next():
             documents, racing = turn
-            scores = _round(examination, asking, run, [arms[name] for name in racing], documents)
+            scores = _round(evaluator, asking, scoring, [arms[name] for name in racing], documents)
             if not scores:
-                run.require_scores()
+                scoring.require_scores()
             for name in set(racing) - scores.keys():
                 running.withdraw(name)
             if running.next():
                 running.tell(scores)
-            run.say(_sentence(running.outcome))
+            one.say(_sentence(running.outcome))
     outcome = running.outcome
-    _write(run, outcome, seen, held)
-    run.race = _account(outcome, {arm.name: arm for arm in run.arms}, sum(map(len, seen.values())))
+    _write(one.directory, outcome, seen, held)
+    scoring.race = _account(outcome, arms, sum(map(len, seen.values())))
     claim = _claim(outcome, sum(map(len, held.values())))
-    run.notes[run.arms[0].point] += (claim,)
-    run.say(claim)
+    scoring.add_note(baseline, claim)
+    one.say(claim)
     confirmed = asking.restricted(held)
-    chosen = list(dict.fromkeys([run.arms[0], arms[outcome.best]]))
-    answered = examination.answer(confirmed, [(run, arm) for arm in chosen])
-    if scored := [(arm, confirmed, answered) for arm in chosen if arm.name not in run.unscored]:
-        score(run, scored, {})
+    chosen = list(dict.fromkeys([baseline, arms[outcome.best]]))
+    answered = evaluator.answer(confirmed, [(scoring, arm) for arm in chosen])
+    if scored := [(arm, confirmed, answered) for arm in chosen if arm.name not in scoring.unscored]:
+        score(scoring, scored, {})
 
 
 def _round(
-    examination: Examination, asking: Asking, run: Run, arms: Sequence[Arm], documents: Sequence[tuple[str, int]]
+    evaluator: Evaluator, asking: Asking, scoring: Scoring, arms: Sequence[Arm], documents: Sequence[tuple[str, int]]
 ) -> dict[str, list[float]]:
     """What each arm that has a score scored on each of the documents, in their order."""
     wanted: dict[str, list[int]] = defaultdict(list)
     for task, document in documents:
         wanted[task].append(document)
     part = asking.restricted(wanted)
-    answered = examination.answer(part, [(run, arm) for arm in arms])
+    answered = evaluator.answer(part, [(scoring, arm) for arm in arms])
     found = {}
-    for arm in [arm for arm in arms if arm.name not in run.unscored]:
-        answers, _ = answers_of(run, arm, part.requests, answered)
-        digest, seed = run.digests[arm.point], run.settings.engine.seed
-        with run.timing.phase("score"):
-            _, records = part.suite.score(arm, digest, part.tokenizer, part.requests, answers, seed)
+    for arm in [arm for arm in arms if arm.name not in scoring.unscored]:
+        _, records = score_arm(scoring, arm, part, answered)
         scores = _by_document(records, part.suite.infos(records))
         found[arm.name] = [scores[document] for document in documents]
     return found
@@ -143,7 +144,7 @@ def _account(outcome: Outcome[str], arms: Mapping[str, Arm], documents: int) -> 
 
 
 def _write(
-    run: Run, outcome: Outcome[str], seen: Mapping[str, Sequence[int]], held: Mapping[str, Sequence[int]]
+    directory: Path, outcome: Outcome[str], seen: Mapping[str, Sequence[int]], held: Mapping[str, Sequence[int]]
 ) -> None:
     account = asdict(outcome) | {"documents": {"race": seen, "held_out": held}}
-    (run.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
+    (directory / FILE).write_text(json.dumps(account, indent=2) + "\n")

@@ -15,8 +15,8 @@ from rvdist import config, multirun
 from rvdist.batch import Batch
 from rvdist.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
 from rvdist.errors import BadInput, Failed
+from rvdist.job import Job
 from rvdist.launch import CONF
-from rvdist.run import Run
 from rvdist.stages import run_jobs
 from rvdist.timing import Timing
 from rvdist.warm import Warm
@@ -29,12 +29,12 @@ def settings(**changes):
 def asked(**changes):
     """The merges of a batch: (output below o/, base, [(plus, α)]), or why there is none."""
     found = []
-    for part in Batch(Run(settings(**changes), None, "", Timing())).parts:
-        if isinstance(part.run, BadInput):
-            found.append(str(part.run))
+    for part in Batch(Job(settings(**changes), None, "", Timing())).parts:
+        if isinstance(part.job, BadInput):
+            found.append(str(part.job))
             continue
-        ((directory, point),) = part.run.written.items()
-        assert directory == part.output and not part.run.settings.batch
+        ((directory, point),) = part.job.outputs.items()
+        assert directory == part.output and not part.job.settings.batch
         terms = [(term.vector.plus, term.alpha) for term in point.terms]
         found.append((str(directory).rpartition("/o/")[2], point.base, terms))
     return found
@@ -84,7 +84,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         mine = OmegaConf.to_object(compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]))
     assert isinstance(mine, Config)
-    made = [part.output for part in Batch(Run(mine, tmp_path, "", Timing())).parts if isinstance(part.run, Run)]
+    made = [part.output for part in Batch(Job(mine, tmp_path, "", Timing())).parts if isinstance(part.job, Job)]
     named = [
         f"{vector}-{alpha}" for vector in ("math", "checkpoint-1", "checkpoint-2", "style") for alpha in ("0.5", "1")
     ]
@@ -232,9 +232,9 @@ def test_no_merge_overwrites_what_another_one_reads(place, tmp_path, monkeypatch
     monkeypatch.chdir(place)
     batch = [BatchConfig("models/one", output="models/two"), BatchConfig("models/two", output="late/three")]
     asked = settings(batch=batch, vector=VectorConfig("plus", "minus"), overwrite=True, stages=["plan"])
-    run = Run(asked, tmp_path, "", Timing())
     with closing(Warm()) as warm:
-        (error,) = run_jobs([run], warm)
+        (ended,) = run_jobs([Job(asked, tmp_path, "", Timing())], warm)
+    error = ended.error
     assert isinstance(error, Failed) and "of 2 merges 1 failed" in str(error)
     assert f"output: {place}/models/two is or holds the source models/two, which would be lost" in str(error)
 

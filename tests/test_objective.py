@@ -2,10 +2,9 @@
 
 import pytest
 
-from rvdist.evaluation import objective
+from rvdist.job import Scores
 from rvdist.record import TaskInfo
 from rvdist.report.summary import GroupInfo, Row
-from rvdist.run import Scores
 
 
 def scores(rows, groups=()):
@@ -22,14 +21,14 @@ def row(arm, value, delta=None, primary=True, more_is_better=True, task="task"):
 
 def test_the_mean_primary_score_of_what_is_not_the_baseline():
     rows = [row("baseline", 0.1), row("a", 0.4, 0.3), row("a", 0.9, 0.8, primary=False), row("b", 0.8, 0.7)]
-    assert objective(scores(rows)) == pytest.approx(0.6)
-    assert objective(scores(rows[:1])) == 0.1
-    assert objective(scores([])) is None
+    assert scores(rows).objective == pytest.approx(0.6)
+    assert scores(rows[:1]).objective == 0.1
+    assert scores([]).objective is None
 
 
 def test_less_is_more_where_less_is_better():
     """A sweep over a perplexity must not look for the worst."""
-    better, worse = (objective(scores([row("baseline", 5.0), row("a", v, v - 5, True, False)])) for v in (3.0, 4.0))
+    better, worse = (scores([row("baseline", 5.0), row("a", v, v - 5, True, False)]).objective for v in (3.0, 4.0))
     assert better > worse
 
 
@@ -37,4 +36,4 @@ def test_a_group_counts_once_and_edited_questions_not_at_all():
     named = {"group": 0.5, "one": 0.1, "two": 0.9, "task": 0.7, "task+typos": 0.0}
     rows = [row("a", value, 0.1, task=name) for name, value in named.items()]
     group = GroupInfo("group", ("one", "two"), (("metric", "none"),))
-    assert objective(scores(rows, [group])) == pytest.approx((0.5 + 0.7) / 2)
+    assert scores(rows, [group]).objective == pytest.approx((0.5 + 0.7) / 2)

@@ -24,11 +24,11 @@ from rvdist import config
 from rvdist.checkpoint.source import open_source
 from rvdist.config import BatchConfig, Config, HubConfig, VectorConfig
 from rvdist.errors import BadInput, Failed
+from rvdist.job import Job, Scores
 from rvdist.point import Arm, Term, Vector, WeightPoint
 from rvdist.publish import require, results
 from rvdist.record import TaskInfo
 from rvdist.report.summary import GroupInfo, Row
-from rvdist.run import Run, Scores
 from rvdist.stages import run_stages
 from rvdist.timing import Timing
 from rvdist.verify import verify
@@ -200,16 +200,15 @@ def test_results_are_those_of_the_point_and_name_data_sets_of_the_hub(tmp_path):
             0.5, 0.1, 0.3, 0.7, 10)
         for task in ("gsm8k", "bbh", *names[1:]) for arm in arms
     ]  # fmt: skip
-    run = Run(Config(), tmp_path, "", Timing(), digests={target: "d0", point: "d1"})
     groups = [GroupInfo("bbh", two["bbh"], (("acc", "none"),))]
-    run.scores = Scores(arms, rows, [], infos, groups)
+    scores = Scores(arms, rows, [], infos, groups)
     (tmp_path / "results").mkdir()
     gsm8k = {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}
     bbh = {"dataset_path": "some/bbh", "validation_split": "dev"}
     own = {"dataset_path": "json", "dataset_kwargs": {"data_files": "/secret"}}
     said = {"configs": {"gsm8k": gsm8k, "bbh_a": bbh, "bbh_b": bbh, "own": own}, "n-shot": {"gsm8k": 8, "own": 0}}
     (tmp_path / "results" / "baseline.json").write_text(json.dumps(said))
-    found = results(run, point)
+    found = results(tmp_path, scores, "d1")
     assert [(r.row.arm, r.row.task, r.dataset, r.config, r.split, r.shots) for r in found] == [
         (arm, *what)
         for what in (
@@ -219,8 +218,8 @@ def test_results_are_those_of_the_point_and_name_data_sets_of_the_hub(tmp_path):
         for arm in ("half", "think")
     ]  # fmt: skip
     assert {result.baseline.arm for result in found} == {"baseline"}
-    assert [result.baseline for result in results(run, target)] == [None] * 3
-    assert results(run, WeightPoint("org/other")) == []
+    assert [result.baseline for result in results(tmp_path, scores, "d0")] == [None] * 3
+    assert results(tmp_path, scores, None) == []
 
 
 # Refusals
@@ -273,7 +272,7 @@ def test_each_output_may_have_a_repository_of_its_own():
 
 
 def test_several_jobs_do_not_share_a_repository(hub, tmp_path):
-    job = Run(Config(publish="org/V"), tmp_path, "", Timing())
+    job = Job(Config(publish="org/V"), tmp_path, "", Timing())
     require(job, {tmp_path / "a": "org/V"}, {tmp_path / "a": "org/v", tmp_path / "b": "org/v@other"})
     with pytest.raises(BadInput, match="several jobs would upload to org/V; put {alpha}"):
         require(job, {tmp_path / "a": "org/V"}, {tmp_path / "b": "org/v"})

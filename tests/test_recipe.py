@@ -20,6 +20,7 @@ from rvdist import compat, multirun
 from rvdist.checkpoint.source import open_source
 from rvdist.config import Config
 from rvdist.errors import BadInput
+from rvdist.job import Job
 from rvdist.launch import CONF
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
@@ -30,7 +31,6 @@ from rvdist.reader import PointReader, read_point
 from rvdist.recipe import read_recipe
 from rvdist.report import card
 from rvdist.report.wording import formula
-from rvdist.run import Run
 from rvdist.stages import run_jobs
 from rvdist.timing import Timing
 from rvdist.warm import Warm
@@ -315,10 +315,10 @@ def test_the_command_scores_a_recipe_beside_its_base(tmp_path):
 def test_a_recipe_says_what_is_merged_and_nothing_else_does(argument, sentence, here):
     settings = composed("recipe=ties.yml", "output=out", argument)
     settings.recipe = settings.recipe if settings.recipe == "none.yml" else str(HERE / settings.recipe)
-    run = Run(settings, here / "run", "", Timing())
+    job = Job(settings, here / "run", "", Timing())
     with closing(Warm()) as warm:
-        (found,) = run_jobs([run], warm)
-    assert isinstance(found, BadInput) and sentence in str(found)
+        (ended,) = run_jobs([job], warm)
+    assert isinstance(ended.error, BadInput) and sentence in str(ended.error)
 
 
 def composed(*overrides):

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
-from rvdist.evaluation import Asking, _from_whole
+from rvdist.fleet.answers import from_whole
+from rvdist.fleet.asking import Asking
 from rvdist.fleet.cache import SampleCache, slice_keys
 from rvdist.fleet.request import Answered, Completion, Generate
 from rvdist.fleet.schedule import cut
@@ -27,7 +28,7 @@ def reused(tmp_path, wanted, *, cached=(0, 1, 2), truncated=0, point=POINT, serv
             texts = [Completion(f"a{k}", "stop", 1, 1) for k in range(piece.begin, piece.end)]
             cache.write(keys[piece], "p", "t", Answered(tuple(texts), truncated, 1.0))
     part = {"t": wanted}
-    found = _from_whole(whole, cut(point, part, SIZE), part, SIZE, DIGESTS, {"engine": served_by}, cache)
+    found = from_whole(whole, cut(point, part, SIZE), part, SIZE, DIGESTS, {"engine": served_by}, cache)
     cache.close()
     return [[answer.text for answer in one.answers] for one in found.values()]
 

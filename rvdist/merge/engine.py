@@ -18,7 +18,7 @@ CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 def merge(
     plan: Plan,
     sources: Mapping[str, Checkpoint],
-    card: Callable[[WeightPoint], str],
+    cards: Mapping[WeightPoint, str],
     settings: WorkerSettings,
     *,
     overwrite: bool = False,
@@ -30,7 +30,7 @@ def merge(
     """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected. Outputs under
     /dev/null are computed and digested, and not kept.
 
-    `card` gives the README of a point; `key` seals the journals, and only what it has sealed is gone on from;
+    `cards` are the READMEs of the points; `key` seals the journals, and only what it has sealed is gone on from;
     `progress` is told the bytes written since it was last told, and 0 when the first worker begins, `say` what a user
     should know.
     Raises BadInput where a source or an output cannot be used; then only what an earlier call had journalled is left
@@ -49,7 +49,7 @@ def merge(
                 if staging is not None:
                     carry_over(sources[point.base], staging, CONFIG_DTYPE[plan.dtype] if plan.dtype else None)
                     write_index(staging, layout.tensors, list(layout.files))
-                    staging.write_text("README.md", card(point))
+                    staging.write_text("README.md", cards[point])
                     staging.commit()
         began = min(stats.began, time.time())
         stats.phases = {"worker_start": began - started, "merge": time.time() - began}

