@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 from merge import mergekit, spread
 
-from rvdist.point import Arm, Term, Vector, WeightPoint
-from rvdist.record import read_records
-from rvdist.timing import seconds_since_process_start
+from rvdist.core.point import Arm, Term, Vector, WeightPoint
+from rvdist.core.record import read_records
+from rvdist.core.timing import seconds_since_process_start
 
 ROOT = Path(__file__).resolve().parent.parent
 README = Path(__file__).with_name("README.md")

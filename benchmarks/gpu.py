@@ -30,9 +30,9 @@ from rvdist.arithmetic.method import Scratch, combine
 from rvdist.checkpoint.header import build_header
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import write_exactly
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.operand import open_operand
 from rvdist.pipeline import CHUNK, card_chunk
-from rvdist.point import Mask, Term, Vector, WeightPoint
 from rvdist.reader import PointReader, buffers_of
 
 NAMES = ("target", "plus", "minus")

@@ -40,7 +40,7 @@ from runner import Outcome, run  # noqa: E402
 from situations import Asked, Refused, Right, Situation  # noqa: E402
 
 from rvdist import cluster  # noqa: E402
-from rvdist.errors import BadInput  # noqa: E402
+from rvdist.core.errors import BadInput  # noqa: E402
 
 SITUATION = {situation.name: situation for situation in SITUATIONS}
 README = Path(__file__).with_name("README.md")

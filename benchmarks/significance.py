@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ttest_1samp
 
-from rvdist import point, record
-from rvdist.point import Arm, WeightPoint
-from rvdist.record import Record, TaskInfo, write_records
+from rvdist.core import point, record
+from rvdist.core.point import Arm, WeightPoint
+from rvdist.core.record import Record, TaskInfo, write_records
 from rvdist.report import findings, report, statistics
 from rvdist.report.sample import Sample
 from rvdist.report.statistics import Comparison, compare, detectable_effects, holm, score_interval

@@ -6,8 +6,8 @@ import json
 
 from rvdist.anatomy.analyze import analyze
 from rvdist.checkpoint.hub import download_weights
+from rvdist.core.progress import Bar
 from rvdist.job import Prepared
-from rvdist.progress import Bar
 from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
 from rvdist.report.findings import Anatomy, Exhibit
 

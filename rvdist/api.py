@@ -17,15 +17,23 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from rvdist import config
-from rvdist.config import BenchmarksConfig, CacheConfig, ClusterConfig, CompatConfig, Config, EngineConfig, MergeConfig
-from rvdist.errors import BadInput, Failed
+from rvdist.core import config
+from rvdist.core.config import (
+    BenchmarksConfig,
+    CacheConfig,
+    ClusterConfig,
+    CompatConfig,
+    Config,
+    EngineConfig,
+    MergeConfig,
+)
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.log import Log, LoggedTiming
+from rvdist.core.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
+from rvdist.core.record import Record, read_records
+from rvdist.core.timing import Timing
 from rvdist.job import Ended, Job
-from rvdist.log import Log, LoggedTiming
-from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
-from rvdist.record import Record, read_records
 from rvdist.report.summary import Row
-from rvdist.timing import Timing
 
 __all__ = [
     "BadInput",

@@ -15,11 +15,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from rvdist import config
-from rvdist.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
-from rvdist.errors import BadInput, Failed
+from rvdist.core import config
+from rvdist.core.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.job import Job, Prepared, Scores
-from rvdist.point import Arm, WeightPoint, name_of
 
 FILE = "batch.json"
 _MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")

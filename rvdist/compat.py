@@ -25,9 +25,9 @@ from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.scaled import Scaled, dequantize
 from rvdist.checkpoint.tied import contradiction, is_tied
 from rvdist.configurations import compare_configs
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
 from rvdist.coverage import LEAST, fitting_rename, measure_coverage
-from rvdist.errors import BadInput
-from rvdist.point import Mask, Vector, WeightPoint, layer_count
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Coefficient = Callable[[str], float]  # m of a tensor

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rvdist.config import BenchmarksConfig, SearchConfig
+from rvdist.core.config import BenchmarksConfig, SearchConfig
+from rvdist.core.point import Arm
 from rvdist.evaluation import Evaluator
 from rvdist.job import Prepared
-from rvdist.point import Arm
 from rvdist.report.connectivity import connectivity_plot
 from rvdist.report.findings import Anatomy, Exhibit
 from rvdist.scoring import Scoring

@@ -11,10 +11,11 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from rvdist import config
 from rvdist.checkpoint.directory import Checkpoint
-from rvdist.cluster import Resources
-from rvdist.errors import BadInput
+from rvdist.core import config
+from rvdist.core.cluster import Resources
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.fleet.answers import Answering, Answers, Asked, Outcome, answer
 from rvdist.fleet.asking import Asking, load_tokenizer
 from rvdist.fleet.cache import FILE, SampleCache, serving_digest
@@ -24,7 +25,6 @@ from rvdist.fleet.replay import Recording, ReplayActor
 from rvdist.fleet.request import Answer
 from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.job import Prepared
-from rvdist.point import Arm, WeightPoint, name_of
 from rvdist.scoring import Known, Scoring, score, score_arm
 from rvdist.warm import Warm
 

@@ -29,12 +29,12 @@ from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read
 from rvdist.checkpoint.regular import open_regular
 from rvdist.checkpoint.scaled import Scaled
 from rvdist.checkpoint.source import open_source
-from rvdist.config import Config
-from rvdist.errors import BadInput, Failed
-from rvdist.point import layer_count
+from rvdist.core.config import Config
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import layer_count
+from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
-from rvdist.timing import Timing
 
 Facts = dict[str, Any]  # of what JSON has
 

@@ -25,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist import multirun
-from rvdist.config import Config
-from rvdist.ends import Watch
-from rvdist.errors import BadInput, Failed
+from rvdist.core.config import Config
+from rvdist.core.ends import Watch
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.log import Log
 from rvdist.job import remove_empty
-from rvdist.log import Log
 
 _HERE = Path(__file__).resolve().parent
 _BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)

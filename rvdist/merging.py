@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rvdist import config
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.key import owner_key
 from rvdist.checkpoint.staging import discards
-from rvdist.config import Config
+from rvdist.core import config
+from rvdist.core.config import Config
+from rvdist.core.point import Vector, WeightPoint
+from rvdist.core.progress import Bar
 from rvdist.job import Job, Notes, Prepared, versions
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
-from rvdist.point import Vector, WeightPoint
-from rvdist.progress import Bar
 from rvdist.report.metadata import Result, licence_of
 from rvdist.warm import Warm
 

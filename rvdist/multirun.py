@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.table import Table
 from rich.text import Text
 
-from rvdist.config import Config, logs_json
+from rvdist.core.config import Config, logs_json
+from rvdist.core.log import Log, LoggedTiming
+from rvdist.core.timing import Timing, seconds_since_process_start
 from rvdist.job import Job, remove_empty
-from rvdist.log import Log, LoggedTiming
-from rvdist.timing import Timing, seconds_since_process_start
 
 if TYPE_CHECKING:
     from rvdist.warm import Warm

@@ -19,7 +19,7 @@ from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.scaled import Scaled, dequantize
 from rvdist.checkpoint.stream import TORCH_DTYPE, TensorFiles
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 _CHUNK = 256 * 1024  # elements
 

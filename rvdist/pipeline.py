@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from rvdist.arithmetic.method import Count, Scratch
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 CHUNK = 256 * 1024  # elements on the CPU: little enough for a core's cache, enough that Python's share is small
 CARD_CHUNK = 4 << 20  # elements on a card, at most: some ten launches and a wait are little beside copying them

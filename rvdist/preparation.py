@@ -9,18 +9,19 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from rvdist import cluster, compat, config
+from rvdist import compat
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import companions, discards, require_free
-from rvdist.config import Config
-from rvdist.errors import BadInput
+from rvdist.core import cluster, config
+from rvdist.core.config import Config
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Rename, Term, Vector, WeightPoint
+from rvdist.core.recipe import read_recipe
 from rvdist.job import Job, Prepared
 from rvdist.merge.plan import Plan
 from rvdist.merging import plan_of, vector_is_complete
-from rvdist.point import Rename, Term, Vector, WeightPoint
-from rvdist.recipe import read_recipe
 
 
 @dataclass

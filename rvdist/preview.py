@@ -6,11 +6,11 @@ import os
 
 from rich.table import Table
 
-from rvdist import cluster, config
+from rvdist.core import cluster, config
+from rvdist.core.point import name_of
 from rvdist.job import Prepared
 from rvdist.merge.placement import place, rates, remembered_rate
 from rvdist.merge.plan import Plan
-from rvdist.point import name_of
 
 
 def print_plan(one: Prepared, plan: Plan) -> None:

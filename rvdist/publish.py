@@ -19,8 +19,8 @@ from rvdist import __version__
 from rvdist.checkpoint.directory import open_checkpoint, read_json
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest
 from rvdist.checkpoint.staging import discards
-from rvdist.config import PLACEHOLDERS
-from rvdist.errors import BadInput, Failed
+from rvdist.core.config import PLACEHOLDERS
+from rvdist.core.errors import BadInput, Failed
 from rvdist.job import Job, Scores
 from rvdist.report.metadata import Result
 from rvdist.report.summary import Outline, dissenting

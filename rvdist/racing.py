@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rvdist import config
-from rvdist.errors import BadInput
+from rvdist.core import config
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.evaluation import Evaluator
 from rvdist.fleet.asking import Asking
 from rvdist.fleet.search import Outcome, Race, split
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
 from rvdist.scoring import Scoring, score, score_arm
 
 if TYPE_CHECKING:

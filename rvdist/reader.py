@@ -30,9 +30,9 @@ from rvdist.checkpoint.header import TensorSpec
 from rvdist.checkpoint.scaled import Scaled
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TORCH_DTYPE
+from rvdist.core.point import Vector, WeightPoint, layer_count
 from rvdist.operand import open_operand, tell_nonfinite
 from rvdist.pipeline import CHUNK, Lane, open_lanes
-from rvdist.point import Vector, WeightPoint, layer_count
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
 

@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rvdist.errors import Failed
+from rvdist.core.errors import Failed
+from rvdist.core.point import Arm, WeightPoint
+from rvdist.core.record import Record, TaskInfo, write_records
 from rvdist.fleet.answers import Answers, answers_of
 from rvdist.fleet.asking import Asking
 from rvdist.fleet.harness import Suite
 from rvdist.job import Prepared, Scores
-from rvdist.point import Arm, WeightPoint
-from rvdist.record import Record, TaskInfo, write_records
 from rvdist.report.summary import GroupInfo, write_summary
 
 if TYPE_CHECKING:

@@ -12,21 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rvdist import __version__, cluster, config
+from rvdist import __version__
 from rvdist.batch import Batch, is_batch
 from rvdist.checkpoint.artifact import DESCRIPTION
 from rvdist.checkpoint.directory import read_json
 from rvdist.checkpoint.staging import discards
-from rvdist.config import Config
-from rvdist.errors import BadInput, Failed
+from rvdist.core import cluster, config
+from rvdist.core.config import Config
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.log import Log, LoggedTiming
+from rvdist.core.point import Vector, name_of
+from rvdist.core.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.job import Ended, Job, Notes, Prepared, Scores, versions
-from rvdist.log import Log, LoggedTiming
 from rvdist.merging import alike, card, common_plan, merge_together, save_vector, sources_of
-from rvdist.point import Vector, name_of
 from rvdist.preparation import Known, prepare, require_no_source
 from rvdist.preview import print_plan
 from rvdist.report.metadata import licence_of
-from rvdist.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.warm import Warm
 
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_he
 from rvdist.checkpoint.journal import MANIFEST, Manifest, Written
 from rvdist.checkpoint.staging import Staging, carry_over, companions, write_index
 from rvdist.checkpoint.stream import TORCH_DTYPE, write_exactly
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Vector
 from rvdist.operand import Operand, open_operand, tell_nonfinite
-from rvdist.point import Vector
 
 _CHUNK = 128 * 1024  # elements
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled

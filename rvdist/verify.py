@@ -19,7 +19,7 @@ from pathlib import Path
 from rvdist.checkpoint.artifact import DESCRIPTION
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.checkpoint.journal import MANIFEST, Manifest
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 _CHUNK = 1 << 20  # elements
 _EXPONENT = {  # the bits that are all set in infinities and NaNs, and in nothing else

@@ -8,10 +8,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from rvdist import cluster
-from rvdist.config import ClusterConfig
-from rvdist.errors import BadInput
-from rvdist.timing import Timing
+from rvdist.core import cluster
+from rvdist.core.config import ClusterConfig
+from rvdist.core.errors import BadInput
+from rvdist.core.timing import Timing
 
 if TYPE_CHECKING:
     from rvdist.fleet.scheduler import Fleet

@@ -97,7 +97,7 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def ray_local():
     """One Ray for all tests that need no more."""
-    from rvdist import cluster
+    from rvdist.core import cluster
 
     cluster.connect("local", namespace="rvdist-tests")
     yield

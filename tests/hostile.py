@@ -13,7 +13,7 @@ SECONDS, BYTES = 5.0, 512 << 20  # of processor time, of memory
 _RUN = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 import importlib
 module, name = sys.argv[2].rsplit(".", 1)
 read = getattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ from checkpoints import POCKET, launch, load_checkpoint
 
 from rvdist import api
 from rvdist.api import BadInput, Mask, MethodSpec, Term, Vector, WeightPoint
-from rvdist.record import Record, write_records
+from rvdist.core.record import Record, write_records
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/python.md"
 VECTOR = Vector(str(POCKET / "grpo"), str(POCKET / "sft"))

@@ -5,7 +5,7 @@ import json
 import pytest
 from checkpoints import POCKET, launch
 
-from rvdist.record import read_records
+from rvdist.core.record import read_records
 
 pytestmark = pytest.mark.heavy
 

@@ -11,14 +11,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from rvdist import config, multirun
+import rvdist
+from rvdist import multirun
 from rvdist.batch import Batch
-from rvdist.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
-from rvdist.errors import BadInput, Failed
+from rvdist.core import config
+from rvdist.core.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.timing import Timing
 from rvdist.job import Job
 from rvdist.launch import CONF
 from rvdist.stages import run_jobs
-from rvdist.timing import Timing
 from rvdist.warm import Warm
 
 
@@ -73,7 +75,7 @@ def test_an_entry_is_every_target_with_every_vector_and_alpha(tmp_path, monkeypa
 
 
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
-    text = (Path(config.__file__).parent.parent / "docs/batches.md").read_text()
+    text = (Path(rvdist.__file__).parent.parent / "docs/batches.md").read_text()
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
     monkeypatch.chdir(tmp_path)

@@ -6,8 +6,8 @@ from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist import compat
 from rvdist.checkpoint.directory import open_checkpoint
-from rvdist.errors import BadInput
-from rvdist.point import Mask, Term, Vector, WeightPoint
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 
 
 def check(paths, mask=None, **options):

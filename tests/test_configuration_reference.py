@@ -6,7 +6,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from rvdist import multirun
-from rvdist.config import Config
+from rvdist.core.config import Config
 from rvdist.launch import CONF
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "configuration.py"

@@ -7,7 +7,7 @@ from checkpoints import tensors, write_checkpoint
 
 from rvdist.checkpoint.source import open_source
 from rvdist.configurations import compare_configs as differences
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
           "rope_type": "llama3"}  # fmt: skip

@@ -39,7 +39,7 @@ def test_two_lines_and_their_barriers(tmp_path):
     [(None, "text.txt: cannot be read as a text in UTF-8"), (b"\xff\xfe", "UTF-8"), (b" \n\n ", "holds no text")],
 )
 def test_a_text_that_is_none(tmp_path, text, reason):
-    from rvdist.errors import BadInput
+    from rvdist.core.errors import BadInput
     from rvdist.fleet.harness import Suite
 
     if text is not None:

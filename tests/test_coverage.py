@@ -6,9 +6,9 @@ from checkpoints import near, tensors, write_checkpoint
 
 from rvdist import compat
 from rvdist.checkpoint.source import open_source
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.coverage import fitting_rename, measure_coverage
-from rvdist.errors import BadInput
-from rvdist.point import Mask, Term, Vector, WeightPoint
 
 
 def write(place, **weights):

@@ -25,7 +25,7 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
 from rvdist import multirun
-from rvdist.config import Config
+from rvdist.core.config import Config
 from rvdist.launch import CONF, _quoted
 from rvdist.tasks import perturb
 

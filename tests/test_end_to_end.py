@@ -11,9 +11,9 @@ import time
 import pytest
 from checkpoints import POCKET, launch
 
+from rvdist.core.record import read_records
 from rvdist.fleet.engine import Engine, EngineSettings
 from rvdist.fleet.request import Generate
-from rvdist.record import read_records
 
 pytestmark = pytest.mark.heavy
 

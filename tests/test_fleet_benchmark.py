@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import fleet
 
-from rvdist.record import Record, write_records
+from rvdist.core.record import Record, write_records
 
 
 @pytest.fixture

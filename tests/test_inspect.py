@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import Staging
-from rvdist.config import ArmConfig, Config
-from rvdist.errors import BadInput
+from rvdist.core.config import ArmConfig, Config
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Vector
+from rvdist.core.timing import Timing
 from rvdist.inspect import inspect, tree
-from rvdist.point import Vector
 from rvdist.report.summary import Row, write_summary
-from rvdist.timing import Timing
 from rvdist.vector import Storage, save
 
 

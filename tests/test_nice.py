@@ -10,7 +10,7 @@ import pytest
 
 ASKING = """
 import os, ray
-from rvdist import cluster
+from rvdist.core import cluster
 cluster.connect("local")
 print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
 """

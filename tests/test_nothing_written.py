@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from checkpoints import launch, load_checkpoint, write_checkpoint
 
-from rvdist.config import (
+from rvdist.core.config import (
     AnalyzeConfig,
     BatchConfig,
     BenchmarksConfig,
@@ -15,7 +15,7 @@ from rvdist.config import (
     MergeConfig,
     VectorConfig,
 )
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 from rvdist.stages import run_stages
 
 CODE = BenchmarksConfig(["humaneval"])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from rvdist.core.record import TaskInfo
 from rvdist.job import Scores
-from rvdist.record import TaskInfo
 from rvdist.report.summary import GroupInfo, Row
 
 

@@ -8,7 +8,7 @@ from adapters import RANK, close, differences, factors, write_adapter
 from safetensors.torch import save_file
 
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 from rvdist.operand import multiply, open_operand
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from checkpoints import POCKET, launch
 
-from rvdist.record import read_records
+from rvdist.core.record import read_records
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/benchmarks"
 ARMS = ["Baseline", "G+T", "+Vector", "+Vector+Think", "−Vector"]

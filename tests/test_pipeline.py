@@ -10,9 +10,9 @@ from rvdist import pipeline
 from rvdist.arithmetic import method
 from rvdist.arithmetic.method import Scratch, count_nonfinite, tally_nonfinite, unify_nans
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint
 from rvdist.pipeline import HostLane, card_chunk, open_lanes
-from rvdist.point import Mask, MethodSpec, Term, Vector, WeightPoint
 from rvdist.reader import PointReader, buffers_of
 
 FUSED = method.fused

@@ -20,17 +20,17 @@ from checkpoints import POCKET, launch, load_checkpoint, write_checkpoint
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
 
-from rvdist import config
 from rvdist.checkpoint.source import open_source
-from rvdist.config import BatchConfig, Config, HubConfig, VectorConfig
-from rvdist.errors import BadInput, Failed
+from rvdist.core import config
+from rvdist.core.config import BatchConfig, Config, HubConfig, VectorConfig
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Arm, Term, Vector, WeightPoint
+from rvdist.core.record import TaskInfo
+from rvdist.core.timing import Timing
 from rvdist.job import Job, Scores
-from rvdist.point import Arm, Term, Vector, WeightPoint
 from rvdist.publish import require, results
-from rvdist.record import TaskInfo
 from rvdist.report.summary import GroupInfo, Row
 from rvdist.stages import run_stages
-from rvdist.timing import Timing
 from rvdist.verify import verify
 
 TOKEN = "hf_secretOfNobody"

@@ -4,7 +4,7 @@ import torch
 from checkpoints import load_checkpoint
 
 from rvdist.checkpoint.source import open_source
-from rvdist.point import Mask, Term, Vector, WeightPoint
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.reader import CHUNK, PointReader, read_point
 
 

@@ -13,12 +13,12 @@ from fp8 import dequantized, quantized, write_fp8
 
 from rvdist import vector as storing
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
 from rvdist.operand import open_operand
-from rvdist.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.reader import read_point
 from rvdist.vector import Storage, save
 from rvdist.verify import verify

@@ -8,11 +8,12 @@ import torch
 from adapters import factors, write_adapter
 from checkpoints import launch, load_checkpoint, write_checkpoint
 
-from rvdist import compat, config
+from rvdist import compat
 from rvdist.checkpoint.source import open_source
-from rvdist.config import BatchConfig, Config, VectorConfig, WeightedVectorConfig
-from rvdist.errors import BadInput
-from rvdist.point import Term, Vector, WeightPoint
+from rvdist.core import config
+from rvdist.core.config import BatchConfig, Config, VectorConfig, WeightedVectorConfig
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.reader import read_point
 from rvdist.stages import run_stages
 
@@ -34,7 +35,7 @@ def check(base, vector):
 
 
 def test_a_vector_alone_needs_no_target_and_no_cluster(family, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rvdist.cluster.connect", None)
+    monkeypatch.setattr("rvdist.core.cluster.connect", None)
     paths = family()
     assert saved(tmp_path, plus=paths["plus"], minus=paths["minus"], save=tmp_path / "v") is None
     said = json.loads((tmp_path / "v" / "vector.json").read_text())
@@ -44,7 +45,7 @@ def test_a_vector_alone_needs_no_target_and_no_cluster(family, tmp_path, monkeyp
 
 
 def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rvdist.cluster.connect", None)
+    monkeypatch.setattr("rvdist.core.cluster.connect", None)
     paths = {name: str(path) for name, path in family().items()}
     (tmp_path / "run").mkdir()
     vectors = [WeightedVectorConfig(paths["plus"], paths["minus"]), WeightedVectorConfig(paths["minus"], paths["plus"])]

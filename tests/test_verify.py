@@ -9,10 +9,10 @@ from checkpoints import POCKET, load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from rvdist.checkpoint.source import open_source
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
-from rvdist.point import Term, Vector, WeightPoint
 from rvdist.verify import verify
 
 

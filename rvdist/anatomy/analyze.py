@@ -21,9 +21,9 @@ from rvdist.anatomy.sums import BLOCK, Dot, Floats
 from rvdist.arithmetic.method import Scratch, subtract, torch_threads
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Vector, layer_of
 from rvdist.operand import open_operand
-from rvdist.point import Vector, layer_of
 
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
 _CHUNK = 8 * BLOCK  # elements

@@ -1,6 +1,6 @@
 """What a tensor is of, from its name alone: `model.layers.7.self_attn.q_proj.bias` is of a q_proj.
 
-Knows names; the layer is `rvdist.point.layer_of`.
+Knows names; the layer is `rvdist.core.point.layer_of`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from rvdist.checkpoint.difference import Difference, Form, LowRank, stamp_beside
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"

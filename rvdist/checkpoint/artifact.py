@@ -9,7 +9,7 @@ from typing import Any
 from rvdist.checkpoint.difference import Dense, Difference, Form, LowRank, Sparse, stamp_beside
 from rvdist.checkpoint.directory import Checkpoint, read_json
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 DESCRIPTION = "vector.json"
 MARK = {"rvdist": "vector"}  # in the metadata of every weight file

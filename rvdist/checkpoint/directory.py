@@ -22,7 +22,7 @@ from rvdist.checkpoint.header import (
     unreadable,
 )
 from rvdist.checkpoint.regular import read_regular
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 _MOST_JSON = 256 << 20  # bytes
 INDEX = "model.safetensors.index.json"

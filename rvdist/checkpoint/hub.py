@@ -36,7 +36,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads it
 
 from rvdist.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, Hub, assemble
 from rvdist.checkpoint.header import Header, HubStamp, TensorSpec, header_end, parse_header, read_header
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 BLOCK = 8 << 20  # bytes fetched at a time by ranges
 _PREFIX = 128 << 10  # bytes in which most headers end

@@ -21,7 +21,7 @@ import xxhash
 
 from rvdist.checkpoint.directory import read_json
 from rvdist.checkpoint.regular import Handle, read_regular
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "rvdist.json"

@@ -16,7 +16,7 @@ import numpy as np
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 QUANTIZATION = "quantization_config"
 _SUFFIX = "_scale_inv"

@@ -12,7 +12,7 @@ from rvdist.checkpoint import adapter, artifact, scaled
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.checkpoint.tied import without_tied_head
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 

@@ -29,7 +29,7 @@ from rvdist.checkpoint.header import TensorSpec, unreadable
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
 from rvdist.checkpoint.regular import Handle, LeadsOut, open_regular, own_places
 from rvdist.checkpoint.scaled import unquantized
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 DISCARD = Path("/dev/null")
 _LOCK = "lock"

@@ -12,7 +12,7 @@ import torch
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 if TYPE_CHECKING:
     from rvdist.checkpoint.hub import RangeReader

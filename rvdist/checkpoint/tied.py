@@ -17,7 +17,7 @@ from typing import Any
 from rvdist.checkpoint.difference import Dense, Difference
 from rvdist.checkpoint.directory import Checkpoint, equal_bytes
 from rvdist.checkpoint.header import TensorSpec
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 KEY = "tie_word_embeddings"
 _HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")

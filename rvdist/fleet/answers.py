@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rvdist.core.log import Log
+from rvdist.core.point import WeightPoint
+from rvdist.core.timing import Timing
 from rvdist.fleet.asking import Asking, Requests, with_repeat
 from rvdist.fleet.cache import FILE, SampleCache, slice_keys
 from rvdist.fleet.request import Answered
 from rvdist.fleet.schedule import Slice, cut
 from rvdist.fleet.scheduler import Fleet
 from rvdist.fleet.view import FleetView
-from rvdist.log import Log
-from rvdist.point import WeightPoint
-from rvdist.timing import Timing
 
 Answers = dict[Slice, Answered]
 

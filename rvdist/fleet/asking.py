@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 from rvdist.fleet.harness import Document, Suite
 from rvdist.fleet.request import Generate, Request
 

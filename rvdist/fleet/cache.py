@@ -18,11 +18,11 @@ from typing import Any
 
 from rvdist.checkpoint.digest import file_digest
 from rvdist.checkpoint.journal import MANIFEST
-from rvdist.errors import Failed
+from rvdist.core.errors import Failed
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.request import Answer, Answered, Completion, Loglikelihood, Request
 from rvdist.fleet.schedule import Slice
 from rvdist.fleet.served import companions
-from rvdist.point import WeightPoint
 
 FILE = "samples.sqlite"
 _APPLICATION = 0x72766473  # marks the file as ours

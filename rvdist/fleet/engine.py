@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Term, WeightPoint
 from rvdist.fleet.request import (
     Answer,
     Choice,
@@ -40,7 +41,6 @@ from rvdist.fleet.request import (
     Unscorable,
 )
 from rvdist.fleet.served import linked, strays
-from rvdist.point import Term, WeightPoint
 
 # Set before vLLM is imported; whoever exports one of these keeps his value.
 _ENVIRONMENT = {

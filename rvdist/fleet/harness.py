@@ -18,10 +18,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.fleet.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
 from rvdist.tasks import catalogue, humaneval, sandbox
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm

@@ -19,7 +19,8 @@ from typing import Any, TypeAlias, TypeVar
 import xxhash
 
 from rvdist.checkpoint.digest import file_digest
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.engine import versions
 from rvdist.fleet.harness import Document, document_hash, likelihood, shown_answers
 from rvdist.fleet.request import (
@@ -34,7 +35,6 @@ from rvdist.fleet.request import (
     Rolling,
 )
 from rvdist.fleet.schedule import Slice
-from rvdist.point import WeightPoint
 
 T = TypeVar("T")
 Answers: TypeAlias = Mapping[tuple[WeightPoint, str], Sequence[Answer]]  # by point and task, as requests are ordered

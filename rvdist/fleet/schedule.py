@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.request import Generate, Request
-from rvdist.point import WeightPoint
 
 LETHAL = 2  # engines that may die on a slice before it is given up
 CHARACTERS_PER_TOKEN = 4

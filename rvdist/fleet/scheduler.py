@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rvdist.cluster import live_nodes
-from rvdist.errors import BadInput, Failed
+from rvdist.core.cluster import live_nodes
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.engine import Engine, EngineSettings, versions
 from rvdist.fleet.forecast import Forecast
 from rvdist.fleet.request import Answered, Completion, Progress, Refused, Request, Unscorable
 from rvdist.fleet.schedule import LETHAL, Schedule, Slice
-from rvdist.point import WeightPoint
 
 _STARTS = 2  # in a row that may fail before a seat stays empty
 _TICK = 1.0  # seconds after which idle engines are asked again, and progress is shown

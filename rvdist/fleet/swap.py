@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.deferred import deferred
-from rvdist.point import WeightPoint
 from rvdist.reader import open_point
 
 Tensors = Iterator[tuple[str, torch.Tensor]]

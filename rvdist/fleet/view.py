@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rvdist.core.log import Log
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.scheduler import Status
-from rvdist.log import Log
-from rvdist.point import WeightPoint
 
 _LINE_EVERY = 10.0  # seconds
 _ROWS = 16  # engines shown one by one

@@ -17,8 +17,8 @@ from typing import Any
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import DISCARD, Probe, Staging
-from rvdist.cluster import live_nodes
-from rvdist.errors import BadInput, Failed
+from rvdist.core.cluster import live_nodes
+from rvdist.core.errors import BadInput, Failed
 from rvdist.merge.plan import Output, OutputFile, Plan, Unit, UnitDone
 
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 from rvdist.checkpoint.directory import Checkpoint
 from rvdist.checkpoint.staging import Staging, carry_over, discards, write_index
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import WeightPoint
 from rvdist.merge.crew import Crew, MergeStats, WorkerSettings
 from rvdist.merge.plan import Plan
-from rvdist.point import WeightPoint
 
 CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 

@@ -13,8 +13,8 @@ from rvdist.checkpoint.direct import BLOCK
 from rvdist.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.checkpoint.scaled import Scaled
-from rvdist.errors import BadInput
-from rvdist.point import WeightPoint, layer_count
+from rvdist.core.errors import BadInput
+from rvdist.core.point import WeightPoint, layer_count
 
 UNIT_BYTES = 32 << 20
 _MOST_UNITS = 4096

@@ -18,11 +18,11 @@ from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.regular import Handle
 from rvdist.checkpoint.staging import DISCARD, Probe, discards
 from rvdist.checkpoint.stream import TORCH_DTYPE
-from rvdist.errors import Failed
+from rvdist.core.errors import Failed
+from rvdist.core.timing import anonymous_bytes
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.pipeline import open_lanes
 from rvdist.reader import PointReader, buffers_of
-from rvdist.timing import anonymous_bytes
 
 _WRITES = 2  # under way at a time, besides the computing
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.paper import Line, Reported, paper_lines
 from rvdist.report.race import RaceAccount
 from rvdist.report.robustness import Edited, robustness

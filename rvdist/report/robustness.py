@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.sample import Answers, Sample, Score, averaged, common, rounded, sample, scores, sort_records
 from rvdist.report.statistics import Comparison, compare, compare_differences, holm, known
 from rvdist.report.summary import LEVEL, Outline, Row

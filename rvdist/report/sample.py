@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvdist.record import Record, TaskInfo
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.summary import GroupInfo
 
 Floats = NDArray[np.float64]

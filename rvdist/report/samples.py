@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvdist.record import Record, TaskInfo
+from rvdist.core.record import Record, TaskInfo
 
 CHARACTERS = 12_000_000  # of all texts together
 _GOLDEN = 0.6180339887498949

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import chi2
 
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.sample import Answers, Score, rounded, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline
 

@@ -15,8 +15,8 @@ import numpy as np
 from scipy.stats import binomtest, norm, t
 from statsmodels.stats.proportion import proportion_confint
 
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.flips import FEW, Floats, lattice, shifted_low, subset_ends, tails
 from rvdist.report.intervals import PRIOR, mean_interval, share_interval, split, wilson
 from rvdist.report.sample import Sample, Score, rounded, sample, scores, sort_records

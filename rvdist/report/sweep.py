@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from rvdist.point import Arm
-from rvdist.record import Record, TaskInfo
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.sample import Answers, Sample, Score, sample, scores, sort_records
 from rvdist.report.statistics import Comparison, compare, holm
 from rvdist.report.summary import GroupInfo, Outline

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rvdist.point import WeightPoint, name_of
+from rvdist.core.point import WeightPoint, name_of
 from rvdist.report.summary import LEVEL, Row, baseline_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 from rvdist.tasks import local, perturb
 
 OURS = Path(__file__).resolve().parent

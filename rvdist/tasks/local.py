@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
 _HUB = "-00000-of-00001"  # how the Hub names the only file of a split

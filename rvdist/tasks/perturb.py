@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 VERSION = 1  # of what the edits do: raise it with any change to their output
 

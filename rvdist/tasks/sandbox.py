@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import rvdist
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 Mode = Literal["namespaces", "landlock"]
 Outcome = Literal["passed", "failed", "timed out", "killed"]

@@ -21,9 +21,9 @@ from rvdist.anatomy.analyze import THRESHOLDS, analyze
 from rvdist.anatomy.kind import kind_of
 from rvdist.anatomy.sums import BLOCK
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Vector, layer_of
 from rvdist.operand import open_operand
-from rvdist.point import Vector, layer_of
 from rvdist.vector import Storage, save
 
 
@@ -285,7 +285,7 @@ from pathlib import Path
 from rvdist.anatomy.analyze import analyze
 from rvdist.checkpoint.header import build_header
 from rvdist.checkpoint.source import open_source
-from rvdist.point import Vector
+from rvdist.core.point import Vector
 
 def write(path, rows, last):
     path.mkdir()

@@ -11,9 +11,9 @@ from test_hub import hub, server  # noqa: F401  # fixtures
 from rvdist.checkpoint.difference import Difference
 from rvdist.checkpoint.digest import checkpoint_digest
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Vector
 from rvdist.operand import open_operand
-from rvdist.point import Vector
 from rvdist.vector import Storage, save
 
 Q = "model.layers.0.self_attn.q_proj"

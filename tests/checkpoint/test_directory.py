@@ -7,7 +7,7 @@ from checkpoints import tensors, write_checkpoint
 from rvdist.checkpoint.digest import checkpoint_digest, file_digest
 from rvdist.checkpoint.directory import open_checkpoint
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,7 @@ from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Writ
 from rvdist.checkpoint.key import owner_key
 from rvdist.checkpoint.regular import Handle
 from rvdist.checkpoint.staging import Staging, carry_over
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 SECRET = "the victim's own"
 KEY = b"k" * 32

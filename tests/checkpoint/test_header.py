@@ -8,7 +8,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save_file
 
 from rvdist.checkpoint.header import build_header, parse_header, read_header
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:

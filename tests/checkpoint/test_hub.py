@@ -17,7 +17,7 @@ from rvdist.checkpoint.directory import INDEX, Hub, open_checkpoint
 from rvdist.checkpoint.hub import BLOCK, by_ranges, download, download_weights, fetch_range, obtainable
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.stream import TensorFiles
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 SHARD = "model-00001-of-00002.safetensors"
 

@@ -3,7 +3,7 @@ import xxhash
 
 from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
 from rvdist.checkpoint.regular import Handle
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 ONE, TWO = Written("a.safetensors", 8, 100, "0" * 32), Written("b.safetensors", 8, 7, "1" * 32)
 

@@ -10,7 +10,7 @@ from fp8 import E4M3, dequantized, quantize, quantized, spread, write_fp8
 from rvdist import compat
 from rvdist.checkpoint.scaled import _E4M3, Scaled, unquantized
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 from rvdist.operand import open_operand
 
 BLOCK = (32, 20)

@@ -6,7 +6,7 @@ from checkpoints import tensors, write_checkpoint
 
 from rvdist.checkpoint.journal import Written
 from rvdist.checkpoint.staging import Staging
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
 
 
 def stage(output, text, overwrite=False):

@@ -7,8 +7,8 @@ from checkpoints import near, tensors, write_checkpoint
 from rvdist import compat
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.tied import is_tied
-from rvdist.errors import BadInput
-from rvdist.point import Mask, Term, Vector, WeightPoint
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.reader import read_point
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -9,8 +9,8 @@ import pytest
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # the engine does so too, but a test may import torch first
 from families import Answers, Family, answers, make_family, start
 
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.engine import Engine
-from rvdist.point import WeightPoint
 
 KINDS = ["moe", "tied", "untied", "llama"]  # vLLM makes its expert group only if its first model has experts
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.fleet.engine import Engine, EngineSettings
 from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
-from rvdist.point import Term, Vector, WeightPoint
 
 SETTINGS = EngineSettings(max_model_len=256, kv_cache_gib=0.0625, max_num_seqs=16)
 # vLLM's process-wide state goes with the first engine that is collected, so none ever is

@@ -20,9 +20,9 @@ if __name__ == "__main__" and sys.argv[1] == "eager":
 from families import SETTINGS, Family, make_family, start
 from safetensors.torch import load_file, save_file
 
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.fleet.engine import Engine, EngineSettings
 from rvdist.fleet.request import Choice, Generate, Rolling, Unscorable
-from rvdist.point import Term, Vector, WeightPoint
 
 # so few blocks that all are used again and again; and NaN weights are let through, to spoil what they can
 _SETTINGS = dataclasses.replace(SETTINGS, kv_cache_gib=0.004, allow_nonfinite=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from checkpoints import POCKET
 
-from rvdist.errors import Failed
+from rvdist.core.errors import Failed
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.fleet import engine
 from rvdist.fleet.cache import FILE, SampleCache, serving_digest, slice_keys
 from rvdist.fleet.engine import EngineSettings, identity
 from rvdist.fleet.request import Answered, Choice, Completion, Generate, Loglikelihood, Rolling
 from rvdist.fleet.schedule import cut
-from rvdist.point import Term, Vector, WeightPoint
 
 POINT = WeightPoint("base")
 OTHER = WeightPoint("base", (Term(0.5, Vector("plus", "minus")),))

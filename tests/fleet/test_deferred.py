@@ -7,8 +7,8 @@ import pytest
 import torch
 from checkpoints import near, tensors, write_checkpoint
 
+from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.fleet.deferred import Deferred, deferred
-from rvdist.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.reader import open_point, read_point
 
 NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48

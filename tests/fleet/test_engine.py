@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from families import SETTINGS, Family, start
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, WeightPoint
 from rvdist.fleet.engine import _REFUSED, Engine, EngineSettings, further_arguments, identity, vllm_arguments
 from rvdist.fleet.harness import Suite, shown_answers
 from rvdist.fleet.request import Choice, Generate, Request, Rolling
-from rvdist.point import Arm, WeightPoint
 from rvdist.report.statistics import summarise
 
 PROMPTS = ["ab=12+34", "qu a a ", " ", "<|im_end|>what is", "9", "\nQ: 472+314=?\nA: ", "a" * 150, "=  ab"]

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.forecast import Forecast
 from rvdist.fleet.request import Answered, Choice, Completion, Generate, Loglikelihood, Progress
 from rvdist.fleet.schedule import cut
-from rvdist.point import WeightPoint
 
 POINT = WeightPoint("base")
 

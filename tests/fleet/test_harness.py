@@ -8,11 +8,11 @@ import pytest
 from checkpoints import POCKET
 from transformers import AutoTokenizer
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, WeightPoint
+from rvdist.core.record import read_records, write_records
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Choice, Completion, Generate, Loglikelihood
-from rvdist.point import Arm, WeightPoint
-from rvdist.record import read_records, write_records
 from rvdist.tasks import catalogue, sandbox
 
 TASKS = ["pocket_sums", "pocket_choice", "pocket_control"]

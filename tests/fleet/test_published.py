@@ -13,9 +13,9 @@ import pytest
 from checkpoints import POCKET
 from transformers import AutoTokenizer
 
+from rvdist.core.point import Arm, WeightPoint
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.replay import Recording
-from rvdist.point import Arm, WeightPoint
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 PUBLISHED = Path(os.environ.get("RVDIST_PUBLISHED", SHARED / "published"))

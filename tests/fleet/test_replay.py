@@ -12,13 +12,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval_logs import Scripted, log_samples
 from transformers import AutoTokenizer
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, WeightPoint
+from rvdist.core.record import write_records
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.replay import Recording, ReplayActor
 from rvdist.fleet.request import Completion, Generate, Loglikelihood
 from rvdist.fleet.schedule import cut
-from rvdist.point import Arm, WeightPoint
-from rvdist.record import write_records
 
 ARM = Arm("baseline", WeightPoint("t"), alpha=0.0)
 REAL = Path(__file__).resolve().parents[3] / "shared" / "benchmarks"

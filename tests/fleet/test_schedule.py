@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rvdist.core.point import WeightPoint
 from rvdist.fleet.request import Choice, Generate
 from rvdist.fleet.schedule import Schedule, Slice, cut
-from rvdist.point import WeightPoint
 
 _FILE = Path(__file__).resolve().parents[2] / "benchmarks/schedule.py"
 _SPEC = importlib.util.spec_from_file_location("schedule_benchmark", _FILE)

@@ -16,13 +16,13 @@ from checkpoints import POCKET
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from rvdist.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.fleet.engine import EngineSettings, versions
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Answered, Completion, Generate, Rolling
 from rvdist.fleet.schedule import cut
 from rvdist.fleet.scheduler import Fleet
-from rvdist.point import Term, Vector, WeightPoint
 
 SETTINGS = EngineSettings(max_model_len=256, kv_cache_gib=0.0625)
 VECTOR = Vector(str(POCKET / "grpo"), str(POCKET / "sft"))
@@ -237,7 +237,7 @@ def test_an_engine_joins_when_the_cluster_grows(requests):
     import ray
     from ray.cluster_utils import Cluster
 
-    from rvdist import cluster
+    from rvdist.core import cluster
 
     shared = ray.is_initialized()
     cluster.disconnect()

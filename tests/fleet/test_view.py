@@ -6,11 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
+from rvdist.core.log import Log
+from rvdist.core.point import WeightPoint
 from rvdist.fleet import view
 from rvdist.fleet.scheduler import EngineStatus, Status
 from rvdist.fleet.view import FleetView
-from rvdist.log import Log
-from rvdist.point import WeightPoint
 
 POINT = WeightPoint("base")
 STATUS = Status((EngineStatus(0, True, POINT, 12.34, 5), EngineStatus(1, False, None, 0.0, 0)), 40, 900, 7.4)

@@ -24,7 +24,7 @@ from situations import (
     write,
 )
 
-from rvdist.config import VectorConfig
+from rvdist.core.config import VectorConfig
 
 PREFIX = "base_model.model."
 ADAPTED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj")

@@ -31,7 +31,7 @@ from situations import (
     write_all,
 )
 
-from rvdist.config import Config, VectorConfig
+from rvdist.core.config import Config, VectorConfig
 
 
 def plain(place: Path, shards: int = 1) -> Right:

@@ -27,7 +27,7 @@ from situations import (
     write_all,
 )
 
-from rvdist.config import CompatConfig, MaskConfig
+from rvdist.core.config import CompatConfig, MaskConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = {"tie_word_embeddings": True}

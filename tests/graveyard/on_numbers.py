@@ -28,8 +28,8 @@ from situations import (
     write_all,
 )
 
-from rvdist.config import MergeConfig
-from rvdist.point import Term, Vector, WeightPoint
+from rvdist.core.config import MergeConfig
+from rvdist.core.point import Term, Vector, WeightPoint
 
 # --- dtypes and buffers
 

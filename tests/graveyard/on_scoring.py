@@ -17,8 +17,8 @@ from checkpoints import POCKET
 from safetensors.torch import load_file, save_file
 from situations import Asked, Refused, Scored, edit, put, situation
 
-from rvdist.config import ArmConfig, BenchmarksConfig, Config, DonorsConfig, EngineConfig, VectorConfig
-from rvdist.record import Record
+from rvdist.core.config import ArmConfig, BenchmarksConfig, Config, DonorsConfig, EngineConfig, VectorConfig
+from rvdist.core.record import Record
 
 ENGINE = EngineConfig(count=1, max_model_len=1024, kv_cache_gib=0.125)
 BASE = ArmConfig("base", alpha=0.0)

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from situations import Asked, Situation
 
-from rvdist.config import CacheConfig
+from rvdist.core.config import CacheConfig
+from rvdist.core.log import Log, LoggedTiming
 from rvdist.job import Job
-from rvdist.log import Log, LoggedTiming
 from rvdist.stages import run_jobs
 from rvdist.warm import Warm
 

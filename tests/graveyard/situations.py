@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from checkpoints import near, write_checkpoint
 
-from rvdist.config import Config, VectorConfig
-from rvdist.point import WeightPoint
-from rvdist.record import Record
+from rvdist.core.config import Config, VectorConfig
+from rvdist.core.point import WeightPoint
+from rvdist.core.record import Record
 
 Weights = dict[str, torch.Tensor]
 ALPHA = 0.7

@@ -16,7 +16,7 @@ from judge import companions, differing, index_errors, weights_of
 from runner import Outcome, contents, run
 from situations import Refused, Right, Said, Situation
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 
 
 def wanted(request: pytest.FixtureRequest) -> list[Situation]:

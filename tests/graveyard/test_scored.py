@@ -15,11 +15,11 @@ from rich.console import Console
 from runner import contents
 from situations import Refused, Scored, Situation
 
-from rvdist.config import CacheConfig, Config
-from rvdist.errors import BadInput
+from rvdist.core.config import CacheConfig, Config
+from rvdist.core.errors import BadInput
+from rvdist.core.log import Log, LoggedTiming
+from rvdist.core.record import Record
 from rvdist.job import Job
-from rvdist.log import Log, LoggedTiming
-from rvdist.record import Record
 from rvdist.stages import run_jobs
 from rvdist.warm import Warm
 

@@ -25,7 +25,7 @@ DECOYS = (
     "model.safetensors",
     "models/target/model.safetensors",
     "rvdist/pocket/mine/deep/model.safetensors",
-    "tests/test_config.py",
+    "tests/core/test_config.py",
 )
 
 

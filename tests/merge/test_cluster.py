@@ -65,9 +65,9 @@ def family(tmp_path_factory):
 @pytest.fixture(scope="module")
 def right(family, ray_local, tmp_path_factory):
     """The digests of a merge by one worker on one node that nothing disturbed."""
+    from rvdist.core.point import Term, Vector, WeightPoint
     from rvdist.merge.crew import WorkerSettings
     from rvdist.merge.plan import build_plan
-    from rvdist.point import Term, Vector, WeightPoint
 
     out = tmp_path_factory.mktemp("right")
     vector = Vector(family["plus"], family["minus"])

@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import Staging
-from rvdist.ends import KEPT
-from rvdist.errors import BadInput, Failed
+from rvdist.core.ends import KEPT
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import crew
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
-from rvdist.point import Term, Vector, WeightPoint
 
 MIB = 1 << 20
 AGENTS = (

@@ -15,13 +15,13 @@ from fp8 import dequantized, quantized, write_fp8
 
 from rvdist import compat
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
 from rvdist.pipeline import HostLane
-from rvdist.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.reader import PointReader, read_point
 
 BLOCK = (32, 20)

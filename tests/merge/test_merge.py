@@ -15,13 +15,13 @@ import torch
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.checkpoint.source import open_source
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.merge import engine
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
-from rvdist.point import Mask, Term, Vector, WeightPoint
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -239,11 +239,11 @@ def test_a_killed_run_is_resumed_and_redoes_only_what_the_journal_lacks(tmp_path
 RESUMABLE = """
 import sys
 from pathlib import Path
-from rvdist import cluster
+from rvdist.core import cluster
 from rvdist.checkpoint.source import open_source
 from rvdist.checkpoint.staging import Staging
 from rvdist.merge import crew, engine, plan as planning
-from rvdist.point import Term, Vector, WeightPoint
+from rvdist.core.point import Term, Vector, WeightPoint
 
 planning.UNIT_BYTES = 4 << 20
 crew._SYNC_BYTES = 8 << 20

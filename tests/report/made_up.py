@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from rvdist.point import Arm, Term, Vector, WeightPoint
-from rvdist.record import Record, TaskInfo
+from rvdist.core.point import Arm, Term, Vector, WeightPoint
+from rvdist.core.record import Record, TaskInfo
 from rvdist.report.summary import GroupInfo
 
 VECTOR = Vector(plus="org/grpo", minus="org/sft")

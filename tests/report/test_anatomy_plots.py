@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from rvdist.anatomy.analyze import analyze
 from rvdist.checkpoint.source import open_source
-from rvdist.point import Vector
+from rvdist.core.point import Vector
 from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
 
 BLUE = (0, 114, 178)  # the first line

@@ -9,7 +9,7 @@ from dataclasses import replace
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from rvdist.point import Mask, Term, Vector, WeightPoint
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.report.card import model_card, vector_card
 from rvdist.report.metadata import Licence, Result, licence_of
 from rvdist.report.summary import Row

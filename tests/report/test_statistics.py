@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from rvdist.record import TaskInfo
+from rvdist.core.record import TaskInfo
 from rvdist.report.flips import FEW, _subset_sums, _tail, lattice, tails
 from rvdist.report.sample import rounded
 from rvdist.report.statistics import (

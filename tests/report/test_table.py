@@ -7,7 +7,7 @@ import pytest
 from made_up import make_arm, make_experiment, make_records, make_task
 from rich.console import Console
 
-from rvdist.record import TaskInfo
+from rvdist.core.record import TaskInfo
 from rvdist.report.findings import Findings
 from rvdist.report.report import print_findings
 from rvdist.report.statistics import summarise

@@ -14,10 +14,10 @@ from checkpoints import POCKET
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, WeightPoint
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Choice, Completion, Loglikelihood
-from rvdist.point import Arm, WeightPoint
 from rvdist.tasks import sandbox
 from rvdist.tasks.local import LAYOUTS
 from rvdist.tasks.perturb import EDITS, Perturbation

@@ -8,11 +8,11 @@ import pytest
 from checkpoints import POCKET
 from transformers import AutoTokenizer
 
-from rvdist.config import BenchmarksConfig, Config, code_sandbox
-from rvdist.errors import BadInput
+from rvdist.core.config import BenchmarksConfig, Config, code_sandbox
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, WeightPoint
 from rvdist.fleet.harness import Suite
 from rvdist.fleet.request import Completion
-from rvdist.point import Arm, WeightPoint
 from rvdist.tasks import catalogue, sandbox
 
 FIVE = Path(__file__).with_name("humaneval_5.jsonl")

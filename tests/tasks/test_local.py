@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 from rvdist.tasks.local import LAYOUTS, SUFFIXES, MissingData, find, load, read
 
 ROWS = [{"question": "1 + 1?", "answer": "Two.\n#### 2", "more": 3}, {"question": "é\u2028?", "answer": "#### 1"}]

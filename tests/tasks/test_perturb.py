@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rvdist.errors import BadInput
+from rvdist.core.errors import BadInput
 from rvdist.tasks.perturb import (
     _DISTRACTORS,
     _INSTRUCTIONS,

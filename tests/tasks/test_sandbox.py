@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+import rvdist
 from rvdist.tasks import box, jail, sandbox
 from rvdist.tasks.sandbox import Limits, Program, run
 
-REPOSITORY = Path(sandbox.__file__).resolve().parents[2]
+REPOSITORY = Path(rvdist.__file__).resolve().parents[1]
 WHOLE = REPOSITORY.parent / "shared" / "benchmarks" / "humaneval.jsonl"
 FIVE = Path(__file__).with_name("humaneval_5.jsonl")
 # the wall limit's odd digits tell this run's processes from others'

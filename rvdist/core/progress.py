@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from rvdist.log import Log
+from rvdist.core.log import Log
 
 _LINE_EVERY = 10.0  # seconds
 

@@ -11,9 +11,9 @@ import pytest
 from checkpoints import launch
 from rich.console import Console
 
-from rvdist import progress
-from rvdist.log import FILE, Log, LoggedTiming
-from rvdist.progress import Bar
+from rvdist.core import progress
+from rvdist.core.log import FILE, Log, LoggedTiming
+from rvdist.core.progress import Bar
 
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
 RUN_ID = r"\d{8}T\d{6}Z-[0-9a-f]{6}"
@@ -175,7 +175,7 @@ def test_a_sweep_told_in_json(place):
 
 def test_the_rate_of_a_bar_leaves_out_what_was_waited_before_it_began(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr("rvdist.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rvdist.core.progress.time.monotonic", lambda: now[0])
     with Bar("merge", 2_000_000, Log()) as bar:
         now[0] += 30
         bar.advance(0)

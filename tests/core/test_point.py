@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rvdist.point import Mask, Term, Vector, WeightPoint, layer_of
+from rvdist.core.point import Mask, Term, Vector, WeightPoint, layer_of
 
 POINT = WeightPoint(
     "t", (Term(0.5, Vector("p", "m"), Mask(("a.*",), (r".*bias",), ((0, 3),))), Term(-1.0, Vector("q", "m")))

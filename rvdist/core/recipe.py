@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rvdist.errors import BadInput
-from rvdist.point import Mask, MethodSpec, Term, Vector, WeightPoint, layer_count, layer_of
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint, layer_count, layer_of
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
 DTYPES = ("bfloat16", "float16", "float32")

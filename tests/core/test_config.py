@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from rvdist import config
+import rvdist
 from rvdist.arithmetic import registry
-from rvdist.config import (
+from rvdist.core import config
+from rvdist.core.config import (
     ArmConfig,
     BenchmarksConfig,
     ClusterConfig,
@@ -19,8 +20,8 @@ from rvdist.config import (
     VectorConfig,
     WeightedVectorConfig,
 )
-from rvdist.errors import BadInput
-from rvdist.point import MethodSpec, Vector
+from rvdist.core.errors import BadInput
+from rvdist.core.point import MethodSpec, Vector
 
 MASK = MaskConfig(layers=[[0, 3]])
 
@@ -178,8 +179,8 @@ def test_the_method_is_known_by_the_same_facts_everywhere():
     assert config.METHODS == registry.METHODS
     for name in registry.METHODS:
         assert registry.build(name, 0.5, 0).whole_tensors == MethodSpec(name).whole_tensors
-        assert (Path(config.__file__).parent.parent / "conf/method" / f"{name}.yaml").exists()
-        assert f"`{name}`" in (Path(config.__file__).parent.parent / "docs/methods.md").read_text()
+        assert (Path(rvdist.__file__).parent.parent / "conf/method" / f"{name}.yaml").exists()
+        assert f"`{name}`" in (Path(rvdist.__file__).parent.parent / "docs/methods.md").read_text()
 
 
 def test_arms_are_the_baseline_and_every_other_alpha():
@@ -213,7 +214,7 @@ def test_the_configuration_files_and_the_schema_are_one_tree():
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    root = Path(config.__file__).parent.parent / "conf"
+    root = Path(rvdist.__file__).parent.parent / "conf"
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(root), version_base="1.3"):
         for group in ("experiment", "method", "benchmarks", "engine", "cluster"):

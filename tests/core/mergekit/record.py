@@ -1,6 +1,6 @@
 """Records what mergekit makes of the recipes beside this file, in expected.safetensors.
 
-    MERGEKIT-ENVIRONMENT/bin/python tests/mergekit/record.py [--out FILE]
+    MERGEKIT-ENVIRONMENT/bin/python tests/core/mergekit/record.py [--out FILE]
 
 Run it with the Python of an environment that has mergekit 0.1.5. The models are made here and recorded as well:
 `inputs/MODEL/TENSOR`; results are `RECIPE/TENSOR`. Needs nothing of rvdist.

@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from rvdist import cluster
+from rvdist.core import cluster
 
 KEPT = "what is done is kept, and the same command goes on from there"
 _SAID = {

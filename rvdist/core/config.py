@@ -14,8 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rvdist.errors import BadInput
-from rvdist.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint, name_of
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint, name_of
 
 STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
 DEVICES = ("cpu", "cuda")

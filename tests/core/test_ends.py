@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from checkpoints import SCORING, launch
 
-from rvdist import cluster
-from rvdist.ends import KEPT
-from rvdist.errors import BadInput, Failed
+from rvdist.core import cluster
+from rvdist.core.ends import KEPT
+from rvdist.core.errors import BadInput, Failed
 
 
 def descendants(pid):

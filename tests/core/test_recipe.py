@@ -1,4 +1,4 @@
-"""mergekit's recipes: our results against mergekit's own, which tests/mergekit/record.py recorded; and refusals."""
+"""mergekit's recipes: our results against what tests/core/mergekit/record.py recorded of its own; and refusals."""
 
 import json
 import os
@@ -18,21 +18,21 @@ from safetensors.torch import load_file
 
 from rvdist import compat, multirun
 from rvdist.checkpoint.source import open_source
-from rvdist.config import Config
-from rvdist.errors import BadInput
+from rvdist.core.config import Config
+from rvdist.core.errors import BadInput
+from rvdist.core.point import MethodSpec, WeightPoint
+from rvdist.core.recipe import read_recipe
+from rvdist.core.timing import Timing
 from rvdist.job import Job
 from rvdist.launch import CONF
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
 from rvdist.pipeline import HostLane
-from rvdist.point import MethodSpec, WeightPoint
 from rvdist.reader import PointReader, read_point
-from rvdist.recipe import read_recipe
 from rvdist.report import card
 from rvdist.report.wording import formula
 from rvdist.stages import run_jobs
-from rvdist.timing import Timing
 from rvdist.warm import Warm
 
 HERE = Path(__file__).parent / "mergekit"
