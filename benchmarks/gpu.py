@@ -25,15 +25,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rvdist.arithmetic.linear import Linear
-from rvdist.arithmetic.method import Scratch, combine
-from rvdist.checkpoint.header import build_header
-from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.stream import write_exactly
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
-from rvdist.operand import open_operand
-from rvdist.pipeline import CHUNK, card_chunk
-from rvdist.reader import PointReader, buffers_of
+from rvdist.weights.arithmetic.linear import Linear
+from rvdist.weights.arithmetic.method import Scratch, combine
+from rvdist.weights.checkpoint.header import build_header
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.stream import write_exactly
+from rvdist.weights.lanes import CHUNK, card_chunk
+from rvdist.weights.operand import open_operand
+from rvdist.weights.reader import PointReader, buffers_of
 
 NAMES = ("target", "plus", "minus")
 LARGE = 1 << 25  # elements of a layer's matrix, at most

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rvdist.checkpoint.directory import INDEX
-from rvdist.checkpoint.header import build_header
-from rvdist.checkpoint.stream import write_exactly
+from rvdist.weights.checkpoint.directory import INDEX
+from rvdist.weights.checkpoint.header import build_header
+from rvdist.weights.checkpoint.stream import write_exactly
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from rvdist.anatomy.analyze import analyze
-from rvdist.checkpoint.hub import download_weights
 from rvdist.core.progress import Bar
 from rvdist.job import Prepared
 from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
 from rvdist.report.findings import Anatomy, Exhibit
+from rvdist.weights.anatomy.analyze import analyze
+from rvdist.weights.checkpoint.hub import download_weights
 
 
 def analyse(one: Prepared) -> Anatomy:

@@ -270,7 +270,7 @@ def _do(job: Job) -> Ended:
 
 def _checked(point: WeightPoint, name: str | Path) -> WeightPoint:
     """Raises BadInput for what the type alone does not rule out."""
-    from rvdist.arithmetic.registry import build
+    from rvdist.weights.arithmetic.registry import build
 
     for source in point.sources():
         if not isinstance(source, str):

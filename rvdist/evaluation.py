@@ -11,7 +11,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from rvdist.checkpoint.directory import Checkpoint
 from rvdist.core import config
 from rvdist.core.cluster import Resources
 from rvdist.core.errors import BadInput
@@ -27,6 +26,7 @@ from rvdist.fleet.scheduler import Fleet, device_kind
 from rvdist.job import Prepared
 from rvdist.scoring import Known, Scoring, score, score_arm
 from rvdist.warm import Warm
+from rvdist.weights.checkpoint.directory import Checkpoint
 
 Arms = Sequence[tuple[Scoring, Arm]]
 
@@ -187,7 +187,7 @@ class Evaluator:
             )
         for source in {source.path: source for own, _ in arms for source in own.prepared.sources.values()}.values():
             if source.hub:
-                from rvdist.checkpoint.hub import download_weights
+                from rvdist.weights.checkpoint.hub import download_weights
 
                 download_weights(source)
         return self._warm.fleet(*self._wanted(one, base, asking.serving, asking.tensors, self._warm.resources()))

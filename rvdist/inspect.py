@@ -21,20 +21,20 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from rvdist.checkpoint.artifact import DESCRIPTION
-from rvdist.checkpoint.difference import Dense, Difference, Form, LowRank
-from rvdist.checkpoint.directory import Checkpoint, read_json
-from rvdist.checkpoint.header import TensorSpec, read_header
-from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read_journal
-from rvdist.checkpoint.regular import open_regular
-from rvdist.checkpoint.scaled import Scaled
-from rvdist.checkpoint.source import open_source
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import layer_count
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
+from rvdist.weights.checkpoint.difference import Dense, Difference, Form, LowRank
+from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.header import TensorSpec, read_header
+from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read_journal
+from rvdist.weights.checkpoint.regular import open_regular
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 Facts = dict[str, Any]  # of what JSON has
 

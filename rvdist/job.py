@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from rvdist import __version__
-from rvdist.checkpoint.directory import Checkpoint
 from rvdist.core.config import Config, Saved, cache_directory
 from rvdist.core.log import Log
 from rvdist.core.point import Arm, Vector, WeightPoint
 from rvdist.core.record import Record, TaskInfo
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Outline
+from rvdist.weights.checkpoint.directory import Checkpoint
 
 if TYPE_CHECKING:
     from rvdist.report.summary import GroupInfo, Row

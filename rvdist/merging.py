@@ -9,9 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.key import owner_key
-from rvdist.checkpoint.staging import discards
 from rvdist.core import config
 from rvdist.core.config import Config
 from rvdist.core.point import Vector, WeightPoint
@@ -21,9 +18,12 @@ from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.report.metadata import Result, licence_of
 from rvdist.warm import Warm
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.key import owner_key
+from rvdist.weights.checkpoint.staging import discards
 
 if TYPE_CHECKING:
-    from rvdist.vector import Storage
+    from rvdist.weights.store import Storage
 
 
 def alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
@@ -106,7 +106,7 @@ def _by_ranges(sources: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Check
     found = dict(sources)
     for name, source in sources.items():
         if source.hub:
-            from rvdist.checkpoint.hub import by_ranges
+            from rvdist.weights.checkpoint.hub import by_ranges
 
             found[name] = by_ranges(source, plan.needed(name))
     return found
@@ -135,7 +135,7 @@ def vector_is_complete(
     job: Job, settings: Config, sources: Mapping[str, Checkpoint], saved: config.Saved, vector: Vector
 ) -> bool:
     """Whether an earlier run has stored this vector. Raises BadInput for donors of which there is nothing to store."""
-    from rvdist.vector import is_complete
+    from rvdist.weights.store import is_complete
 
     with job.timing.phase("digest"):
         digests = config.cache_directory(settings) / "digests"
@@ -147,7 +147,7 @@ def vector_is_complete(
 
 def save_vector(one: Prepared) -> None:
     """Stores what `vector.save` asks for, in this process: it needs neither a target nor a cluster."""
-    from rvdist.vector import save
+    from rvdist.weights.store import save
 
     assert one.saved is not None
     saved, vector = one.saved
@@ -167,6 +167,6 @@ def save_vector(one: Prepared) -> None:
 
 
 def _storage(settings: Config, saved: config.Saved) -> Storage:
-    from rvdist.vector import Storage
+    from rvdist.weights.store import Storage
 
     return Storage(saved.dtype, saved.rank, saved.density, config.size(settings.max_shard_size, "max_shard_size"))

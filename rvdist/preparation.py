@@ -9,11 +9,6 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from rvdist import compat
-from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.journal import MANIFEST, Manifest
-from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import companions, discards, require_free
 from rvdist.core import cluster, config
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
@@ -22,6 +17,11 @@ from rvdist.core.recipe import read_recipe
 from rvdist.job import Job, Prepared
 from rvdist.merge.plan import Plan
 from rvdist.merging import plan_of, vector_is_complete
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import companions, discards, require_free
 
 
 @dataclass
@@ -179,7 +179,7 @@ def _digests(
     settings: Config, sources: Mapping[str, Checkpoint], points: Iterable[WeightPoint]
 ) -> dict[WeightPoint, str]:
     """Names every point by what it is made of; reads all sources once and remembers."""
-    from rvdist.checkpoint.digest import checkpoint_digest
+    from rvdist.weights.checkpoint.digest import checkpoint_digest
 
     cache = config.cache_directory(settings) / "digests"
     contents = {name: checkpoint_digest(source, cache) for name, source in sources.items()}

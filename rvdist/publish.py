@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvdist import __version__
-from rvdist.checkpoint.directory import open_checkpoint, read_json
-from rvdist.checkpoint.journal import JOURNAL, MANIFEST, Manifest
-from rvdist.checkpoint.staging import discards
 from rvdist.core.config import PLACEHOLDERS
 from rvdist.core.errors import BadInput, Failed
 from rvdist.job import Job, Scores
 from rvdist.report.metadata import Result
 from rvdist.report.summary import Outline, dissenting
 from rvdist.report.wording import printable
+from rvdist.weights.checkpoint.directory import open_checkpoint, read_json
+from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Manifest
+from rvdist.weights.checkpoint.staging import discards
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING
 
 from rvdist import __version__
 from rvdist.batch import Batch, is_batch
-from rvdist.checkpoint.artifact import DESCRIPTION
-from rvdist.checkpoint.directory import read_json
-from rvdist.checkpoint.staging import discards
 from rvdist.core import cluster, config
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput, Failed
@@ -29,6 +26,9 @@ from rvdist.preparation import Known, prepare, require_no_source
 from rvdist.preview import print_plan
 from rvdist.report.metadata import licence_of
 from rvdist.warm import Warm
+from rvdist.weights.checkpoint.directory import read_json
+from rvdist.weights.checkpoint.staging import discards
+from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 if TYPE_CHECKING:
     from rvdist.evaluation import Evaluator
@@ -308,8 +308,8 @@ class _Command:
         one.say(f"report: {one.directory / 'report.html'}")
 
     def _publish(self, one: Prepared) -> None:
-        from rvdist.checkpoint.hub import download_card
         from rvdist.publish import publish, results
+        from rvdist.weights.checkpoint.hub import download_card
 
         for source in one.sources.values():
             download_card(source)

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rvdist.checkpoint.artifact import DESCRIPTION
-from rvdist.checkpoint.directory import Checkpoint, open_checkpoint
-from rvdist.checkpoint.journal import MANIFEST, Manifest
 from rvdist.core.errors import BadInput, Failed
+from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
+from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
+from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 _CHUNK = 1 << 20  # elements
 _EXPONENT = {  # the bits that are all set in infinities and NaNs, and in nothing else

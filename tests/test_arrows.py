@@ -7,41 +7,32 @@ import rvdist
 
 PACKAGE = Path(rvdist.__file__).parent
 MAY_IMPORT = {
-    "arithmetic": set(),
-    "configurations": set(),
     "core": set(),
     "pocket": set(),
-    "checkpoint": {"core"},
-    "pipeline": {"arithmetic", "core"},
     "tasks": {"core"},
-    "operand": {"checkpoint", "core"},
-    "verify": {"checkpoint", "core"},
-    "anatomy": {"arithmetic", "checkpoint", "core", "operand"},
-    "coverage": {"checkpoint", "operand"},
-    "reader": {"arithmetic", "checkpoint", "core", "operand", "pipeline"},
-    "vector": {"arithmetic", "checkpoint", "core", "operand"},
-    "compat": {"checkpoint", "configurations", "core", "coverage"},
-    "fleet": {"checkpoint", "core", "reader", "tasks"},
-    "merge": {"arithmetic", "checkpoint", "core", "pipeline", "reader"},
-    "report": {"anatomy", "core"},
-    "inspect": {"checkpoint", "core", "report"},
-    "job": {"checkpoint", "core", "report"},
+    "weights": {"core"},
+    "fleet": {"core", "tasks", "weights"},
+    "merge": {"core", "weights"},
+    "report": {"core", "weights"},
+    "verify": {"core", "weights"},
+    "inspect": {"core", "report", "weights"},
+    "job": {"core", "report", "weights"},
     "warm": {"core", "fleet"},
-    "analysis": {"anatomy", "checkpoint", "core", "job", "report"},
+    "analysis": {"core", "job", "report", "weights"},
     "batch": {"core", "job"},
-    "merging": {"checkpoint", "core", "job", "merge", "report", "vector", "warm"},
+    "merging": {"core", "job", "merge", "report", "warm", "weights"},
     "preview": {"core", "job", "merge"},
-    "publish": {"checkpoint", "core", "job", "report"},
+    "publish": {"core", "job", "report", "weights"},
     "scoring": {"core", "fleet", "job", "report"},
-    "evaluation": {"checkpoint", "core", "fleet", "job", "scoring", "warm"},
-    "preparation": {"checkpoint", "compat", "core", "job", "merge", "merging", "publish"},
+    "evaluation": {"core", "fleet", "job", "scoring", "warm", "weights"},
+    "preparation": {"core", "job", "merge", "merging", "publish", "weights"},
     "connectivity": {"core", "evaluation", "job", "report", "scoring"},
     "racing": {"core", "evaluation", "fleet", "report", "scoring"},
     "stages": {
-        "analysis", "batch", "checkpoint", "connectivity", "core", "evaluation", "job", "merging", "preparation",
-        "preview", "publish", "racing", "report", "scoring", "warm",
+        "analysis", "batch", "connectivity", "core", "evaluation", "job", "merging", "preparation", "preview",
+        "publish", "racing", "report", "scoring", "warm", "weights",
     },
-    "api": {"arithmetic", "core", "job", "report", "stages", "warm"},
+    "api": {"core", "job", "report", "stages", "warm", "weights"},
     "multirun": {"core", "job", "stages", "warm"},
     "launch": {"core", "job", "multirun", "stages"},
 }  # fmt: skip
@@ -79,4 +70,4 @@ def test_the_map_itself_has_no_circle():
             floors[room] = 1 + max((floor(below, (*above, room)) for below in MAY_IMPORT[room]), default=0)
         return floors[room]
 
-    assert floor("launch") > floor("merge") > floor("reader") > floor("checkpoint") > floor("core")
+    assert floor("launch") > floor("merge") > floor("weights") > floor("core")

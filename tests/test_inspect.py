@@ -10,16 +10,16 @@ from checkpoints import POCKET, near, tensors, write_checkpoint
 from rich.console import Console
 from safetensors.torch import save_file
 
-from rvdist.checkpoint.journal import Written
-from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import Staging
 from rvdist.core.config import ArmConfig, Config
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
 from rvdist.core.timing import Timing
 from rvdist.inspect import inspect, tree
 from rvdist.report.summary import Row, write_summary
-from rvdist.vector import Storage, save
+from rvdist.weights.checkpoint.journal import Written
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import Staging
+from rvdist.weights.store import Storage, save
 
 
 def shown(facts):

@@ -20,7 +20,6 @@ from checkpoints import POCKET, launch, load_checkpoint, write_checkpoint
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants, snapshot_download
 
-from rvdist.checkpoint.source import open_source
 from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, HubConfig, VectorConfig
 from rvdist.core.errors import BadInput, Failed
@@ -32,6 +31,7 @@ from rvdist.publish import require, results
 from rvdist.report.summary import GroupInfo, Row
 from rvdist.stages import run_stages
 from rvdist.verify import verify
+from rvdist.weights.checkpoint.source import open_source
 
 TOKEN = "hf_secretOfNobody"
 MADE = VectorConfig("p", "m")  # on the way, and not stored

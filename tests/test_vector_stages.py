@@ -8,14 +8,14 @@ import torch
 from adapters import factors, write_adapter
 from checkpoints import launch, load_checkpoint, write_checkpoint
 
-from rvdist import compat
-from rvdist.checkpoint.source import open_source
 from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.reader import read_point
 from rvdist.stages import run_stages
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.reader import read_point
 
 
 def saved(tmp_path, **changes):

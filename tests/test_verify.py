@@ -8,12 +8,12 @@ import torch
 from checkpoints import POCKET, load_checkpoint
 from safetensors.torch import load_file, save_file
 
-from rvdist.checkpoint.source import open_source
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify
+from rvdist.weights.checkpoint.source import open_source
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The methods once more, straightforwardly: on whole tensors, as the docstrings of rvdist/arithmetic say them.
+"""The methods once more, straightforwardly: on whole tensors, as the docstrings of rvdist/weights/arithmetic say them.
 
 `terms` are (α, plus, minus), of which those that change the tensor; all tensors have one dtype.
 """

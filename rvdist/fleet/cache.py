@@ -16,13 +16,13 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from rvdist.checkpoint.digest import file_digest
-from rvdist.checkpoint.journal import MANIFEST
 from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
 from rvdist.fleet.request import Answer, Answered, Completion, Loglikelihood, Request
 from rvdist.fleet.schedule import Slice
 from rvdist.fleet.served import companions
+from rvdist.weights.checkpoint.digest import file_digest
+from rvdist.weights.checkpoint.journal import MANIFEST
 
 FILE = "samples.sqlite"
 _APPLICATION = 0x72766473  # marks the file as ours

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rvdist.reader import PointReader
+from rvdist.weights.reader import PointReader
 
 _aten = torch.ops.aten
 

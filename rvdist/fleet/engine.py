@@ -26,7 +26,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rvdist.checkpoint.source import open_source
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, WeightPoint
 from rvdist.fleet.request import (
@@ -41,6 +40,7 @@ from rvdist.fleet.request import (
     Unscorable,
 )
 from rvdist.fleet.served import linked, strays
+from rvdist.weights.checkpoint.source import open_source
 
 # Set before vLLM is imported; whoever exports one of these keeps his value.
 _ENVIRONMENT = {

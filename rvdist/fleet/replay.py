@@ -18,7 +18,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import xxhash
 
-from rvdist.checkpoint.digest import file_digest
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.fleet.engine import versions
@@ -35,6 +34,7 @@ from rvdist.fleet.request import (
     Rolling,
 )
 from rvdist.fleet.schedule import Slice
+from rvdist.weights.checkpoint.digest import file_digest
 
 T = TypeVar("T")
 Answers: TypeAlias = Mapping[tuple[WeightPoint, str], Sequence[Answer]]  # by point and task, as requests are ordered

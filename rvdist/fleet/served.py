@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rvdist.checkpoint.directory import INDEX, Checkpoint
+from rvdist.weights.checkpoint.directory import INDEX, Checkpoint
 
 _COMPANIONS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _OTHERS = {"params.json"}  # the configuration in Mistral's layout: of which weights, nobody knows

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from rvdist.core.point import WeightPoint
 from rvdist.fleet.deferred import deferred
-from rvdist.reader import open_point
+from rvdist.weights.reader import open_point
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 

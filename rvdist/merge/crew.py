@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.journal import Written
-from rvdist.checkpoint.staging import DISCARD, Probe, Staging
 from rvdist.core.cluster import live_nodes
 from rvdist.core.errors import BadInput, Failed
 from rvdist.merge.plan import Output, OutputFile, Plan, Unit, UnitDone
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.journal import Written
+from rvdist.weights.checkpoint.staging import DISCARD, Probe, Staging
 
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
 _ATTEMPTS = 3  # of a unit whose worker died, and of a worker that dies before it has finished a unit

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.staging import Staging, carry_over, discards, write_index
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
 from rvdist.merge.crew import Crew, MergeStats, WorkerSettings
 from rvdist.merge.plan import Plan
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.staging import Staging, carry_over, discards, write_index
 
 CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 

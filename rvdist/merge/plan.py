@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from rvdist.checkpoint.direct import BLOCK
-from rvdist.checkpoint.directory import Checkpoint, reshard, shard_names
-from rvdist.checkpoint.header import ITEMSIZE, TensorSpec, build_header
-from rvdist.checkpoint.scaled import Scaled
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint, layer_count
+from rvdist.weights.checkpoint.direct import BLOCK
+from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
+from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 
 UNIT_BYTES = 32 << 20
 _MOST_UNITS = 4096

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 import xxhash
 
-from rvdist.arithmetic.method import warm_up
-from rvdist.checkpoint.direct import File, RangeWriter
-from rvdist.checkpoint.directory import Checkpoint
-from rvdist.checkpoint.journal import Written
-from rvdist.checkpoint.regular import Handle
-from rvdist.checkpoint.staging import DISCARD, Probe, discards
-from rvdist.checkpoint.stream import TORCH_DTYPE
 from rvdist.core.errors import Failed
 from rvdist.core.timing import anonymous_bytes
 from rvdist.merge.plan import Output, Unit, UnitDone
-from rvdist.pipeline import open_lanes
-from rvdist.reader import PointReader, buffers_of
+from rvdist.weights.arithmetic.method import warm_up
+from rvdist.weights.checkpoint.direct import File, RangeWriter
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.journal import Written
+from rvdist.weights.checkpoint.regular import Handle
+from rvdist.weights.checkpoint.staging import DISCARD, Probe, discards
+from rvdist.weights.checkpoint.stream import TORCH_DTYPE
+from rvdist.weights.lanes import open_lanes
+from rvdist.weights.reader import PointReader, buffers_of
 
 _WRITES = 2  # under way at a time, besides the computing
 
@@ -66,7 +66,7 @@ class MergeWorker:
         or can get it from the Hub."""
         checkpoint = self._sources[source]
         if checkpoint.hub:
-            from rvdist.checkpoint.hub import obtainable
+            from rvdist.weights.checkpoint.hub import obtainable
 
             return obtainable(checkpoint.hub, file)
         try:

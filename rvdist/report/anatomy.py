@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rvdist.anatomy.findings import Anatomy, Measures, Part, Spectrum
 from rvdist.report.drawing import QUIET, STYLE, label
 from rvdist.report.wording import printable
+from rvdist.weights.anatomy.findings import Anatomy, Measures, Part, Spectrum
 
 # Okabe and Ito's palette, told apart without colour by shape and dashes too.
 _LINES = [

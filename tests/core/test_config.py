@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 import rvdist
-from rvdist.arithmetic import registry
 from rvdist.core import config
 from rvdist.core.config import (
     ArmConfig,
@@ -22,6 +21,7 @@ from rvdist.core.config import (
 )
 from rvdist.core.errors import BadInput
 from rvdist.core.point import MethodSpec, Vector
+from rvdist.weights.arithmetic import registry
 
 MASK = MaskConfig(layers=[[0, 3]])
 

@@ -16,8 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rvdist import compat, multirun
-from rvdist.checkpoint.source import open_source
+from rvdist import multirun
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
 from rvdist.core.point import MethodSpec, WeightPoint
@@ -28,12 +27,14 @@ from rvdist.launch import CONF
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
-from rvdist.pipeline import HostLane
-from rvdist.reader import PointReader, read_point
 from rvdist.report import card
 from rvdist.report.wording import formula
 from rvdist.stages import run_jobs
 from rvdist.warm import Warm
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.lanes import HostLane
+from rvdist.weights.reader import PointReader, read_point
 
 HERE = Path(__file__).parent / "mergekit"
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}

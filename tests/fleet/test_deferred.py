@@ -9,7 +9,7 @@ from checkpoints import near, tensors, write_checkpoint
 
 from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.fleet.deferred import Deferred, deferred
-from rvdist.reader import open_point, read_point
+from rvdist.weights.reader import open_point, read_point
 
 NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48
 METHODS = [MethodSpec(), MethodSpec("ties", 0.3)]

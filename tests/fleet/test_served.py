@@ -12,13 +12,13 @@ import torch
 from families import SETTINGS, Family, answers, shard, start
 from safetensors.torch import load_file, save_file
 
-from rvdist.checkpoint.directory import INDEX, open_checkpoint
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.fleet import engine as engine_module
 from rvdist.fleet.cache import serving_digest
 from rvdist.fleet.engine import further_arguments
 from rvdist.fleet.served import linked
+from rvdist.weights.checkpoint.directory import INDEX, open_checkpoint
 
 
 def litter(directory: Path, other: Path) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from families import SETTINGS, Answers, Family, answers, make_deep, shard, start
 
-from rvdist.checkpoint.source import open_source
 from rvdist.core.point import WeightPoint
 from rvdist.core.timing import anonymous_bytes
 from rvdist.fleet import swap
 from rvdist.fleet.deferred import Deferred
 from rvdist.fleet.engine import Engine
 from rvdist.fleet.request import Choice
-from rvdist.reader import read_point
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.reader import read_point
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, -1.0])

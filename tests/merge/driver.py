@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import Staging
 from rvdist.core import cluster
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import crew, engine
 from rvdist.merge import plan as planning
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import Staging
 
 OPTIONS = json.loads(sys.argv[1])
 _journal = Staging.journal

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from checkpoints import near, tensors, write_checkpoint
 
-from rvdist.checkpoint.source import open_source
 from rvdist.merge import engine
+from rvdist.weights.checkpoint.source import open_source
 
 DRIVER = Path(__file__).with_name("driver.py")
 UNIT = 256 << 10

@@ -21,8 +21,6 @@ from checkpoints import POCKET, launch, near, tensors, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import Staging
 from rvdist.core.ends import KEPT
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -31,6 +29,8 @@ from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import Staging
 
 MIB = 1 << 20
 AGENTS = (
@@ -134,7 +134,7 @@ def command(place, mark, *arguments, hold=0.0):
 
 COMMAND = """
 import os, signal, time
-from rvdist.checkpoint.staging import Staging
+from rvdist.weights.checkpoint.staging import Staging
 from rvdist.launch import main
 from rvdist.merge import crew, plan
 

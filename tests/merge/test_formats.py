@@ -13,16 +13,16 @@ import whole_tensors
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8
 
-from rvdist import compat
-from rvdist.checkpoint.source import open_source
 from rvdist.core.errors import BadInput
 from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
-from rvdist.pipeline import HostLane
-from rvdist.reader import PointReader, read_point
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.lanes import HostLane
+from rvdist.weights.reader import PointReader, read_point
 
 BLOCK = (32, 20)
 

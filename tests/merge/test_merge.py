@@ -14,7 +14,6 @@ import pytest
 import torch
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
-from rvdist.checkpoint.source import open_source
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.merge import engine
@@ -22,6 +21,7 @@ from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
+from rvdist.weights.checkpoint.source import open_source
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -240,8 +240,8 @@ RESUMABLE = """
 import sys
 from pathlib import Path
 from rvdist.core import cluster
-from rvdist.checkpoint.source import open_source
-from rvdist.checkpoint.staging import Staging
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import Staging
 from rvdist.merge import crew, engine, plan as planning
 from rvdist.core.point import Term, Vector, WeightPoint
 

@@ -7,14 +7,14 @@ import torch
 import whole_tensors
 from checkpoints import load_checkpoint, near, write_checkpoint
 
-from rvdist.checkpoint.source import open_source
 from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.engine import merge
 from rvdist.merge.plan import build_plan
-from rvdist.pipeline import HostLane
-from rvdist.reader import PointReader, read_point
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.lanes import HostLane
+from rvdist.weights.reader import PointReader, read_point
 
 METHODS = [MethodSpec("linear"), MethodSpec("ties", 0.3), MethodSpec("dare", 0.3, 5)]
 

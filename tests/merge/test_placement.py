@@ -4,11 +4,11 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from rvdist.checkpoint.directory import open_checkpoint
 from rvdist.core.point import WeightPoint
 from rvdist.merge import placement
 from rvdist.merge.placement import place, remember_rate, remembered_rate
 from rvdist.merge.plan import build_plan
+from rvdist.weights.checkpoint.directory import open_checkpoint
 
 
 @pytest.fixture

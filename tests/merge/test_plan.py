@@ -4,10 +4,10 @@ import pytest
 import torch
 from checkpoints import tensors, write_checkpoint
 
-from rvdist.checkpoint.directory import open_checkpoint
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.plan import build_plan
+from rvdist.weights.checkpoint.directory import open_checkpoint
 
 
 def planned(tmp_path, shards=1, **options):

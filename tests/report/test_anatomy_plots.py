@@ -10,10 +10,10 @@ from checkpoints import POCKET, near, write_checkpoint
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from rvdist.anatomy.analyze import analyze
-from rvdist.checkpoint.source import open_source
 from rvdist.core.point import Vector
 from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
+from rvdist.weights.anatomy.analyze import analyze
+from rvdist.weights.checkpoint.source import open_source
 
 BLUE = (0, 114, 178)  # the first line
 ALL = {"layers", "modules", "spectra", "cosines"}

@@ -1,0 +1,187 @@
+"""How task vectors change a tensor: the contract of a method, and what all methods share.
+
+Everything is widened exactly to a working precision, combined there without fused operations, and rounded once
+to the output dtype, to nearest even: so the bytes depend neither on how tensors are cut into chunks nor on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+try:
+    from rvdist.weights.arithmetic import fused
+except ModuleNotFoundError as error:  # where there is no compiler, torch's operations give the same bytes
+    if error.name != "numba":
+        raise
+    fused = None  # type: ignore[assignment]
+
+Count = int | torch.Tensor  # of elements; on a card a 0-d tensor there, since the CPU would have to wait for a number
+Difference = tuple[float, torch.Tensor, torch.Tensor | None]  # α, plus, minus; no minus: plus is the difference
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk stands: its tensor, that tensor's number of elements, and its first element. `densities`: the share
+    that is kept of each vector, where it is not the method's own."""
+
+    tensor: str
+    numel: int
+    start: int = 0
+    densities: tuple[float, ...] = ()
+
+
+class Method(Protocol):
+    """Turns differences into the change of a tensor. `whole_tensors`: must see all of a tensor before any of it
+    is changed, so that a unit may not hold a part of one. `elementwise_sum`: is base + Σ α·(plus − minus).
+    `surveys_base`: must see the base too."""
+
+    whole_tensors: bool
+    elementwise_sum: bool
+    surveys_base: bool
+
+    def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
+        """Looks at a whole tensor before `add` is called for its chunks. Each call of `chunks` streams all of it,
+        one 1-d difference a vector and chunk, valid until the next, with the base before them where `surveys_base`.
+        Only called where `whole_tensors`."""
+
+    def add(
+        self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
+    ) -> None:
+        """Adds the change to `total`, in place. All tensors are 1-d, of one length and of the working dtype, fp32
+        or fp64; the differences may be overwritten."""
+
+
+class Scratch:
+    """Buffers of `numel` elements of the widest dtype, used again for every chunk: fresh memory costs a page
+    fault for each 4 KiB, which is more than the arithmetic."""
+
+    def __init__(self, numel: int, device: str = "cpu") -> None:
+        self._numel, self._device = numel, device
+        self._buffers: list[torch.Tensor] = []
+
+    def __call__(self, place: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        while len(self._buffers) <= place:
+            self._buffers.append(torch.empty(self._numel * 8, dtype=torch.uint8, device=self._device))
+        return self._buffers[place][: numel * dtype.itemsize].view(dtype)
+
+
+def working_dtype(
+    ends: Sequence[torch.dtype], vectors: Sequence[tuple[torch.dtype, torch.dtype | None]]
+) -> torch.dtype:
+    """fp32 where every operand has at most 16 bits, else fp64. `ends` are the dtypes of the base and the output,
+    `vectors` those of plus and minus, as they are stored: fp8 with scales counts as fp8. A stored difference is
+    already in working precision: in fp32 it asks for no more than fp32."""
+    dtypes = list(ends)
+    for plus, minus in vectors:
+        dtypes += [plus, minus] if minus is not None else [plus] * (plus != torch.float32)
+    return torch.float32 if all(dtype.itemsize <= 2 for dtype in dtypes) else torch.float64
+
+
+def subtract(
+    difference: torch.Tensor, plus: torch.Tensor, minus: torch.Tensor | None, scratch: torch.Tensor
+) -> torch.Tensor:
+    """round(plus − minus) in the dtype of `difference`, which it fills; `scratch` is another of that dtype."""
+    difference.copy_(plus)
+    return difference if minus is None else difference.sub_(scratch.copy_(minus))
+
+
+def warm_up() -> None:
+    """Loads the compiled loop, which takes a third of a second, before there is anything to combine."""
+    if fused:
+        nothing = torch.zeros(1, dtype=torch.bfloat16)
+        fused.linear(nothing, [(1.0, nothing, nothing)], torch.empty_like(nothing))
+
+
+def combine(
+    method: Method,
+    base: torch.Tensor,
+    differences: Sequence[Difference],
+    out: torch.Tensor,
+    scratch: Scratch | None = None,
+    place: Place | None = None,
+    work: torch.dtype | None = None,
+) -> Count:
+    """out = base + the method's change, elementwise; returns how many results are not finite.
+
+    All tensors are 1-d of `out`'s length and on its device; dtypes may differ and `base` is left as it is. `work` is
+    the working precision, None for that of these tensors' dtypes.
+    """
+    scratch = scratch or Scratch(out.numel(), out.device.type)
+    if not differences:
+        out.copy_(base)
+        return _count(out, scratch)
+    pairs = [(alpha, plus, minus) for alpha, plus, minus in differences if minus is not None]
+    if method.elementwise_sum and len(pairs) == len(differences):
+        operands = [base, out, *(t for _, plus, minus in pairs for t in (plus, minus))]
+        if fused and fused.applies(operands):
+            return fused.linear(base, pairs, out)
+    vectors = [(plus.dtype, minus.dtype if minus is not None else None) for _, plus, minus in differences]
+    work, n = work or working_dtype([base.dtype, out.dtype], vectors), out.numel()
+    total, subtrahend = scratch(0, n, work), scratch(1, n, work)
+    taken = [subtract(scratch(2 + k, n, work), p, m, subtrahend) for k, (_, p, m) in enumerate(differences)]
+    total.copy_(base)
+    method.add(total, [alpha for alpha, _, _ in differences], taken, place or Place("", n))
+    out.copy_(total)
+    return _count(out, scratch)
+
+
+def _count(out: torch.Tensor, scratch: Scratch) -> Count:
+    return tally_nonfinite(out, scratch) if out.is_cuda else count_nonfinite(out, scratch)
+
+
+_EXPONENT = {  # the bits that are all set in infinities and NaNs, and in nothing else
+    torch.float8_e4m3fn: (torch.int8, 0x7F),
+    torch.float8_e5m2: (torch.int8, 0x7C),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+
+def count_nonfinite(tensor: torch.Tensor, scratch: Scratch | None = None) -> int:
+    """How many elements of a 1-d tensor are infinite or not a number; 0 for dtypes that cannot be."""
+    if tensor.numel() == 0 or tensor.dtype not in _EXPONENT:
+        return 0
+    bits, exponent = _exponents(tensor, scratch)
+    return int((bits == exponent).sum()) if int(bits.amax()) == exponent else 0
+
+
+def tally_nonfinite(tensor: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
+    """What `count_nonfinite` counts, as a 0-d tensor on the same device: nothing waits for it."""
+    if tensor.dtype not in _EXPONENT:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    bits, exponent = _exponents(tensor, scratch)
+    return (bits == exponent).sum()
+
+
+def _exponents(tensor: torch.Tensor, scratch: Scratch | None) -> tuple[torch.Tensor, int]:
+    """The bits of the exponents, and what these are where an element is not finite."""
+    integer, exponent = _EXPONENT[tensor.dtype]
+    scratch = scratch or Scratch(tensor.numel(), tensor.device.type)
+    return torch.bitwise_and(tensor.view(integer), exponent, out=scratch(0, tensor.numel(), integer)), exponent
+
+
+def unify_nans(tensor: torch.Tensor) -> None:
+    """Makes every NaN the same one: which of them an operation gives depends on device and instruction."""
+    integer, _ = _EXPONENT[tensor.dtype]  # torch fills no fp8 tensor by a mask, but one of integers
+    one = int(torch.tensor(math.nan, dtype=tensor.dtype).view(integer))
+    tensor.view(integer).masked_fill_(tensor.isnan(), one)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many for torch's operations: on chunks as small as ours, more than one only wait for each other, twenty times
+    as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

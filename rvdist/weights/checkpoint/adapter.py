@@ -1,0 +1,121 @@
+"""A LoRA adapter as peft writes it, opened as the difference it makes: Δ = scale · B · A for each module it adapts.
+
+Source: peft's tuners/lora/layer.py (`get_delta_weight`), tuners/lora/model.py (`_create_and_replace`: scale) and
+utils/save_and_load.py (names). Whatever makes an adapter more than these products is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.difference import Difference, Form, LowRank, stamp_beside
+from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.header import TensorSpec
+
+WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.(lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(?:\.weight)?")
+_FLOATS = ("F16", "BF16", "F32")
+_MORE_THAN_PRODUCTS = (
+    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
+    "monteclora_config", "megatron_config",
+)  # fmt: skip
+_INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # every other way changes the base's own weights
+_WAY_OUT = "merge it into its base with peft's merge_and_unload and use the result as vector.plus"
+
+
+def as_adapter(found: Checkpoint) -> Difference:
+    """The adapter whose weight file is open as `found`. Raises BadInput."""
+    if not (found.path / _CONFIG).exists():
+        raise BadInput(f"{found.path}: has {WEIGHTS} but no {_CONFIG}, which has its scale; copy it there")
+    config = read_json(found.path / _CONFIG)
+    _require_plain(found, config)
+    factors: dict[str, dict[str, TensorSpec]] = {}
+    others = []
+    for name, spec in found.tensors.items():
+        if not name.startswith(_PREFIX):
+            _refuse(found, f"tensor {name} does not begin with {_PREFIX} as peft's do", "save it with peft")
+        factor = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
+        if factor:
+            factors.setdefault(factor[1], {})[factor[2]] = spec
+        else:
+            others.append(name)
+    for name in others:  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
+        if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") not in factors:
+            _refuse(found, f"tensor {name} is not a factor of a product (a weight of its own, or a bias)")
+    tensors: dict[str, TensorSpec] = {}
+    forms: dict[str, Form] = {}
+    for module, pair in factors.items():
+        form = _product(found, config, module, pair)
+        rows, columns = form.left.shape[0], form.right.shape[1]
+        shape = (columns, rows) if form.transposed else (rows, columns)
+        name = f"{module}.weight"
+        tensors[name] = TensorSpec(name, "F32", shape, form.left.file, form.left.offset)
+        forms[name] = form
+    base = config.get("base_model_name_or_path")
+    stamps = found.stamps | {_CONFIG: stamp_beside(found, _CONFIG)}
+    trained_on = base if isinstance(base, str) else None
+    return Difference(found.path, tensors, found.metadata, stamps, found.hub, "adapter", forms, trained_on)
+
+
+def _require_plain(found: Checkpoint, config: Mapping[str, Any]) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        _refuse(found, f"{_CONFIG} has peft_type={kind!r}, and only LORA is known")
+    for key in _MORE_THAN_PRODUCTS:
+        if config.get(key):
+            _refuse(found, f"{_CONFIG} has {key}={config[key]!r}, which is more than the product of two factors")
+    if config.get("bias", "none") != "none":
+        _refuse(found, f"{_CONFIG} has bias={config['bias']!r}: it holds whole biases, which are no difference")
+    if (initial := config.get("init_lora_weights")) not in _INITIAL:
+        _refuse(
+            found,
+            f"{_CONFIG} has init_lora_weights={initial!r}: training began by changing the base's own weights",
+            "save it with peft's path_initial_model_for_weight_conversion",
+        )
+
+
+def _product(found: Checkpoint, config: Mapping[str, Any], module: str, pair: Mapping[str, TensorSpec]) -> LowRank:
+    embedding = any(name.startswith("lora_embedding") for name in pair)
+    expected = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    if pair.keys() != set(expected):
+        _refuse(found, f"module {module} has {' and '.join(sorted(pair))} where {' and '.join(expected)} belong")
+    right, left = (pair[name] for name in expected)
+    for spec in (right, left):
+        if len(spec.shape) != 2:
+            _refuse(found, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
+        if spec.dtype not in _FLOATS:
+            _refuse(found, f"tensor {spec.name} is stored as {spec.dtype}", f"store it as one of {', '.join(_FLOATS)}")
+    rank = _number(found, config, "r", "rank_pattern", module)
+    if not left.shape[1] == right.shape[0] == rank or rank < 1:
+        _refuse(
+            found,
+            f"the factors of {module} have shapes {list(left.shape)} and {list(right.shape)}, and {_CONFIG} has "
+            f"rank {rank:g}",
+            "download or copy it again",
+        )
+    alpha = _number(found, config, "lora_alpha", "alpha_pattern", module)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRank(left, right, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _number(found: Checkpoint, config: Mapping[str, Any], key: str, patterns: str, module: str) -> float:
+    """The config's `key` for a module: that of the first pattern that matches the end of its name, if any does."""
+    own = config.get(patterns) or {}
+    value = config.get(key)
+    try:
+        value = next((v for pattern, v in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), value)
+    except (re.error, AttributeError) as error:
+        _refuse(found, f"{_CONFIG} has a damaged {patterns} ({error})", "download or copy it again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        _refuse(found, f"{_CONFIG} has {key}={value!r} for {module}, which is no number", "download or copy it again")
+    return value
+
+
+def _refuse(found: Checkpoint, reason: str, way_out: str = _WAY_OUT) -> NoReturn:
+    raise BadInput(f"{found.path}: cannot be used as an adapter, since {reason}; {way_out}")

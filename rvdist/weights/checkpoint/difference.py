@@ -1,0 +1,59 @@
+"""A source that is itself a difference: a LoRA adapter or a stored vector, opened by its headers.
+
+Its tensors bear the names and shapes of the model's they change. What a file holds of one may be factors, or the
+indices and values of what is not zero: this module says which, and `rvdist.weights.operand` computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.header import HubStamp, Stamp, TensorSpec
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every element, as it is."""
+
+    values: TensorSpec
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale · left · right, [rows, r] and [r, columns]; the transpose of that where `transposed`."""
+
+    left: TensorSpec
+    right: TensorSpec
+    scale: float = 1.0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """`values` at the flat `indices`, which ascend; 0 everywhere else."""
+
+    indices: TensorSpec
+    values: TensorSpec
+
+
+Form = Dense | LowRank | Sparse
+
+
+@dataclass(frozen=True)
+class Difference(Checkpoint):
+    """`tensors` are the differences, `forms` what is stored of each; `kind` is "adapter" or "vector".
+    `trained_on` is what an adapter's config calls its base."""
+
+    kind: str = "vector"
+    forms: dict[str, Form] = field(default_factory=dict, repr=False)
+    trained_on: str | None = None
+
+
+def stamp_beside(found: Checkpoint, name: str) -> Stamp | HubStamp:
+    """The stamp of a small file beside the weights that says what they mean, so that it counts as one of them."""
+    path = found.path / name
+    if found.hub:
+        return HubStamp(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    return Stamp.of(path)

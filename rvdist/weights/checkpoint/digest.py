@@ -1,0 +1,58 @@
+"""Digests of what is in files, remembered by what the file system says of them.
+
+xxh3-128 finds accidents and names contents; it is no defence against an adversary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import astuple
+from pathlib import Path
+
+import xxhash
+
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.header import HubStamp, Stamp
+
+_BLOCK = 4 << 20
+
+
+def file_digest(path: Path, cache: Path | None = None) -> str:
+    """xxh3-128 of a file's bytes, 32 hexadecimal digits. With `cache`, a directory, a file whose stamp
+    is unchanged is not read again."""
+    stamp = Stamp.of(path)
+    remembered = cache / hashlib.sha256(repr(astuple(stamp)).encode()).hexdigest() if cache else None
+    if remembered and remembered.exists():
+        return remembered.read_text()
+    digest = xxhash.xxh3_128()
+    block = bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(block):
+            digest.update(memoryview(block)[:read])
+    if remembered and Stamp.of(path) == stamp:
+        _write_atomically(remembered, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
+    """A digest of a checkpoint's weights and configuration: of contents, never of names or paths.
+
+    The weights of a Hub source are not fetched for it: the hashes that the Hub has of them count. So a local copy of
+    the same files has another digest."""
+    if checkpoint.hub:
+        files = sorted(stamp.etag for stamp in checkpoint.stamps.values() if isinstance(stamp, HubStamp))
+    else:
+        files = sorted(file_digest(checkpoint.path / name, cache) for name in checkpoint.files)
+    made_of = json.dumps([files, checkpoint.config], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(made_of.encode())
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    Path(temporary).replace(path)

@@ -1,0 +1,281 @@
+"""A checkpoint directory in the Hugging Face safetensors layout, opened by its headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.header import (
+    ITEMSIZE,
+    Header,
+    HubStamp,
+    Stamp,
+    TensorSpec,
+    read_header,
+    require_no_pointer,
+    unreadable,
+)
+from rvdist.weights.checkpoint.regular import read_regular
+
+_MOST_JSON = 256 << 20  # bytes
+INDEX = "model.safetensors.index.json"
+_DEEPEST = 64  # levels of a config.json
+COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
+_WHOLE = "model.safetensors"
+_BLOCK = 4 << 20
+_SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
+_FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them
+    (r".+\.gguf", "GGUF weights, llama.cpp's and mostly quantised", _SAVE.format("'{path}', gguf_file='{file}'")),
+    (r".+\.distcp", "a distributed checkpoint of PyTorch, as FSDP writes", "accelerate merge-weights '{path}' OUT"),
+    (r".+\.nemo", "a NeMo archive", "NeMo's scripts/checkpoint_converters/convert_*_nemo_to_hf.py"),
+    (
+        r"consolidated\..*\.pth",
+        "weights in Meta's own layout",
+        "transformers 4's python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir '{path}' "
+        "--output_dir OUT",
+    ),
+    (r"zero_to_fp32\.py", "a ZeRO checkpoint of DeepSpeed", "python '{path}/{file}' '{path}' OUT --safe_serialization"),
+    (
+        r".+\.(?:bin|pt|pth|ckpt)",
+        "pickled weights, which can run code when opened",
+        _SAVE.format("'{path}', dtype='auto'"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A Hub repository at a commit, which cannot change. `ranged`: the weight files that are read by ranges;
+    every other one is downloaded whole, at its first read, by the node that reads it."""
+
+    repository: str
+    commit: str
+    ranged: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.commit}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: every tensor by name in file order, and each weight file's metadata and stamp.
+
+    With `hub`, `path` is the snapshot in the cache of the machine that opened it: small files are in it, weight
+    files only where they are cached (see checkpoint.hub)."""
+
+    path: Path
+    tensors: dict[str, TensorSpec]
+    metadata: dict[str, dict[str, str]]
+    stamps: dict[str, Stamp | HubStamp] = field(repr=False)
+    hub: Hub | None = None
+
+    @property
+    def files(self) -> list[str]:
+        return list(self.stamps)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        found = read_json(path) if path.exists() else {}
+        if _depth(found) > _DEEPEST:
+            raise BadInput(f"{path}: nests more than {_DEEPEST} levels, as no configuration does; download it again")
+        return found
+
+    def holds_the_same_as(self, other: Checkpoint) -> bool:
+        """Whether all tensors are the same to the byte, in whatever files; reads up to the first that differs, a little
+        of each tensor first. Of files that are still at the Hub it is known where these are the same."""
+        if self.path == other.path or list(self.stamps.values()) == list(other.stamps.values()):
+            return True
+        if type(self) is not Checkpoint or type(other) is not Checkpoint:  # what is computed or scaled is not looked at
+            return False
+        if self.hub or other.hub or self.tensors.keys() != other.tensors.keys():
+            return False
+        pairs = [(spec, other.tensors[name]) for name, spec in self.tensors.items()]
+        if any((one.dtype, one.shape) != (two.dtype, two.shape) for one, two in pairs):
+            return False
+        return all(equal_bytes(self, one, other, two, most) for most in (1024, None) for one, two in pairs)
+
+    def require_unchanged(self) -> None:
+        """Raises BadInput when a weight file is no longer the one whose header was read."""
+        if self.hub:
+            return
+        for name, stamp in self.stamps.items():
+            try:
+                now = Stamp.of(self.path / name)
+            except OSError:
+                now = None
+            if now != stamp:
+                raise BadInput(f"{self.path / name}: changed while it was being read; run again when it is at rest")
+
+
+def equal_bytes(
+    one: Checkpoint, spec: TensorSpec, other: Checkpoint, twin: TensorSpec, most: int | None = None
+) -> bool:
+    """Whether the middle `most` elements of two tensors of one dtype and shape are the same bytes, or all; reads up to
+    the first block that differs. Raises BadInput."""
+    count = spec.numel if most is None else min(most, spec.numel)
+    begin, block = (spec.numel - count) // 2, _BLOCK // ITEMSIZE[spec.dtype]
+    return all(
+        read_elements(one, spec, k, size) == read_elements(other, twin, k, size)
+        for k in range(begin, begin + count, block)
+        for size in [min(block, begin + count - k)]
+    )
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists are in each other, counted without recursion; no further than matters."""
+    depth, level = 0, [value]
+    while level and depth <= _DEEPEST:
+        depth += 1
+        inner = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [part for part in inner if isinstance(part, dict | list)]
+    return depth
+
+
+def reshard(
+    tensors: Sequence[TensorSpec], nbytes: Callable[[TensorSpec], int], max_shard_size: int
+) -> list[list[TensorSpec]]:
+    """Tensors, in order, in groups of at most `max_shard_size` bytes; one that is larger has a group for itself."""
+    shards: list[list[TensorSpec]] = [[]]
+    room = max_shard_size
+    for spec in tensors:
+        if shards[-1] and nbytes(spec) > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(spec)
+        room -= nbytes(spec)
+    return shards
+
+
+def shard_names(count: int, stem: str = "model") -> list[str]:
+    """What the weight files of a checkpoint are called, as transformers calls them."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads and checks every header of the checkpoint in the directory `path`. Raises BadInput."""
+    if path.is_file():
+        _refuse_foreign(path.parent, [path.name])
+        raise BadInput(f"{path}: is a file; give the directory that holds it")
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such checkpoint directory; check the path")
+    entries = sorted(path.iterdir())
+    for entry in entries:
+        if entry.suffix in COMPANIONS and entry.is_symlink() and not entry.exists():
+            raise unreadable(entry, FileNotFoundError())
+    names = [entry.name for entry in entries]
+    return assemble(path, names, lambda files: (read_header(path / file) for file in files))
+
+
+def assemble(
+    path: Path,
+    names: Collection[str],
+    read_headers: Callable[[Sequence[str]], Iterable[Header]],
+    hub: Hub | None = None,
+) -> Checkpoint:
+    """The checkpoint of which `path` has the index, if there is one, out of the files that have these `names`."""
+    index = path / INDEX
+    expected = _weight_map(index) if index.exists() else None
+    if expected is not None and _WHOLE in names and _WHOLE not in expected.values():
+        if left := sorted({*expected.values()} & {*names}):
+            raise BadInput(
+                f"{index}: lists {left[0]} and other shards, and {_WHOLE} stands beside it, which transformers would "
+                "read; delete what is stale, the index with its shards or that file"
+            )
+        expected = None  # of an older save, whose shards are gone: transformers reads the whole file, too
+    files = sorted(set(expected.values())) if expected is not None else _weight_files(path, names)
+
+    tensors: dict[str, TensorSpec] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    stamps: dict[str, Stamp | HubStamp] = {}
+    for file, (specs, metadata[file], stamps[file]) in zip(files, read_headers(files), strict=True):
+        for spec in specs:
+            if spec.name in tensors:
+                raise BadInput(f"{path}: tensor {spec.name} stands in {tensors[spec.name].file} and in {file}")
+            tensors[spec.name] = spec
+    if expected is not None:
+        for name, file in expected.items():
+            if name not in tensors or tensors[name].file != file:
+                raise BadInput(f"{index}: says tensor {name} is in {file}, but it is not; download the index again")
+        if unlisted := tensors.keys() - expected.keys():
+            name = min(unlisted)
+            raise BadInput(f"{index}: does not list tensor {name}, which is in {tensors[name].file}")
+    return Checkpoint(path, tensors, metadata, stamps, hub)
+
+
+def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: int) -> bytes:
+    """The bytes of `count` elements of a tensor as they are stored, from the flat index `start` on. Raises BadInput."""
+    itemsize = ITEMSIZE[spec.dtype]
+    offset = spec.offset + start * itemsize
+    if checkpoint.hub:
+        from rvdist.weights.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
+
+        return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
+    try:
+        with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
+            found = os.pread(file.fileno(), count * itemsize, offset)
+    except OSError as error:
+        raise unreadable(checkpoint.path / spec.file, error) from None
+    if len(found) < count * itemsize:
+        raise BadInput(f"{checkpoint.path / spec.file}: was truncated while it was read; run again when it is at rest")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint. Raises BadInput."""
+    try:
+        content = read_regular(path, _MOST_JSON)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    require_no_pointer(path, content)
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: is not JSON ({error}); download or copy it again") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: is not a JSON object; download or copy it again")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index}: has no weight_map; download or copy it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise BadInput(f"{index}: tensor {name} is in {file!r}, which is not a safetensors file of its directory")
+    return weight_map
+
+
+def _refuse_foreign(path: Path, names: Collection[str]) -> None:
+    """Raises BadInput where weights are in another format, which it names, with what converts them."""
+    for pattern, what, command in _FOREIGN:
+        for file in sorted(names):
+            if re.fullmatch(pattern, file):
+                convert = command.replace("{path}", str(path)).replace("{file}", file)
+                raise BadInput(f"{path}: holds {what} ({file}); take a safetensors revision, or convert it: {convert}")
+
+
+def _weight_files(path: Path, names: Collection[str]) -> list[str]:
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    if _WHOLE in found:
+        return [_WHOLE]
+    if len(found) == 1:
+        return found
+    if found:
+        raise BadInput(f"{path}: has {len(found)} safetensors files and no {INDEX}; download the index")
+    _refuse_foreign(path, names)
+    raise BadInput(f"{path}: has no safetensors weights; check the path")

@@ -1,0 +1,355 @@
+"""An output directory that appears whole or not at all.
+
+Everything is written under `OUTPUT.partial`, journalled, made durable, and renamed once. A lock on a file in it
+keeps a second writer out and is released by the kernel when its owner dies; what the dead one finished is kept.
+
+Others may write to the directory that an output is made in. So `OUTPUT.partial` is closed to them until it is whole, is
+held open, and everything in it is opened through that handle; one that is not ours is refused, and what it claims
+counts only where this user's key has sealed it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rvdist.core.errors import BadInput, Failed
+from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
+from rvdist.weights.checkpoint.fp8 import unquantized
+from rvdist.weights.checkpoint.header import TensorSpec, unreadable
+from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.weights.checkpoint.regular import Handle, LeadsOut, open_regular, own_places
+
+DISCARD = Path("/dev/null")
+_LOCK = "lock"
+_TEMPLATES = "additional_chat_templates"
+_AWAY = "remove it, or choose another output"
+_IN_THE_WAY = "is in the way and not ours to clear; move it or choose another output"
+_MOST_BESIDE = 1 << 30  # bytes of a file that is copied from beside weights
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def discards(output: Path) -> bool:
+    """Whether an output is /dev/null or stands under it: everything is computed and digested, nothing is kept."""
+    return DISCARD in (output, *output.parents)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A file, and what this run wrote there: another machine's own directory of the same name holds something else, and
+    so does one that another user has put there."""
+
+    path: Path
+    content: str
+
+    def open(self) -> Handle | None:
+        """The directory it is in, if it is that of this run."""
+        try:
+            handle = Handle(self.path.parent)
+        except OSError:
+            return None
+        with suppress(OSError, ValueError), open(handle.open(self.path.name, os.O_RDONLY), encoding="ascii") as file:
+            if file.read(len(self.content) + 1) == self.content:
+                return handle
+        handle.close()
+        return None
+
+    def is_seen(self) -> bool:
+        handle = self.open()
+        if handle:
+            handle.close()
+        return handle is not None
+
+
+class Staging:
+    """One output under construction, of the plan with digest `plan`.
+
+    `claims` is what an interrupted run of the same plan has journalled with the same `key`; what any other run left
+    behind is cleared, and `restarted` says so. Whoever writes into it must see `probe`.
+    Raises BadInput when the output exists (unless `overwrite`), another process is writing it, or others can. This and
+    every method raises Failed where nothing can be written.
+    """
+
+    def __init__(self, output: Path, plan: str, overwrite: bool = False, key: bytes = b"") -> None:
+        self.output = output
+        self.plan = plan
+        self.partial = output.with_name(output.name + ".partial")
+        self._overwrite = overwrite
+        self._key = key
+        require_free(output, overwrite)
+        try:
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.partial.mkdir(0o700)
+            self.handle = Handle(self.partial)
+        except OSError as error:
+            if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+                raise BadInput(f"{self.partial}: {_IN_THE_WAY}") from None
+            raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
+        try:
+            with _writing(self.partial):
+                self._require_ours()
+                self._lock: int | None = self._take_lock()
+        except (BadInput, Failed):
+            self.handle.close()
+            raise
+        try:
+            with _writing(self.partial):
+                self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
+                self.restarted = not self.claims and (self.partial / JOURNAL).exists()
+                if not self.claims:
+                    self._clear()
+                self.probe = Probe(self.partial / _LOCK, uuid.uuid4().hex)
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, self.probe.content.encode(), 0)
+                self._journal = Journal(self.handle, plan, self.claims.values(), key)
+        except Failed:
+            os.close(self._lock)
+            self.handle.close()
+            raise
+        self._written = dict(self.claims)
+
+    def _require_ours(self) -> None:
+        """Raises BadInput where this user did not make the directory, or others can write in it."""
+        found = os.fstat(self.handle.descriptor)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:  # unless this file system shows all of ours like that
+            new = tempfile.mkdtemp(dir=self.partial.parent, prefix=".rvdist-")
+            made = os.lstat(new)
+            os.rmdir(new)
+            if found.st_uid != made.st_uid:
+                raise BadInput(f"{self.partial}: belongs to another user (uid {found.st_uid}); {_AWAY}")
+            if found.st_mode & ~made.st_mode & 0o022:
+                raise BadInput(f"{self.partial}: others can write in it, so nothing there can be relied upon; {_AWAY}")
+        names = os.listdir(self.handle.descriptor)
+        if names and not {_LOCK, MANIFEST} & {*names}:  # a commit removes the lock last
+            raise BadInput(f"{self.partial}: {_IN_THE_WAY}")
+        with suppress(OSError):
+            os.fchmod(self.handle.descriptor, 0o700)
+
+    def _clear(self) -> None:
+        with os.scandir(self.handle.descriptor) as entries:
+            for entry in [entry for entry in entries if entry.name != _LOCK]:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.name, dir_fd=self.handle.descriptor)
+                else:
+                    os.unlink(entry.name, dir_fd=self.handle.descriptor)
+
+    def _take_lock(self) -> int:
+        try:
+            descriptor = self.handle.open(_LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EINVAL):
+                raise BadInput(f"{self.partial / _LOCK}: is no file of ours; {_AWAY}") from None
+            raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(_LOCK, dir_fd=self.handle.descriptor).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(descriptor)
+        raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
+
+    def open(self, name: str | Path, flags: int) -> int:
+        """A descriptor of a file in it. Raises OSError."""
+        return self.handle.open(name, flags)
+
+    def allocate(self, name: str, header: bytes, size: int) -> None:
+        """Makes a weight file of its final size with its header in place, so that a full disk is found first.
+        Raises Failed where there is no room."""
+        try:
+            with open(self.open(name, os.O_RDWR | os.O_CREAT), "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+                file.write(header)
+        except OSError as error:
+            raise Failed(f"{self.partial / name}: no {size} bytes can be had there ({error.strerror})") from None
+
+    def journal(self, written: Iterable[Written]) -> None:
+        """Records ranges of weight files that are durable."""
+        with _writing(self.partial):
+            self._journal.add(written)
+        self._written |= {(w.file, w.start, w.nbytes): w for w in written}
+
+    def write_text(self, name: str, text: str) -> None:
+        with (
+            _writing(self.partial / name),
+            open(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file,
+        ):
+            file.write(text)
+
+    def copy(self, source: int, name: str) -> None:
+        """Copies what the descriptor `source` reads, and closes it."""
+        with _writing(self.partial / name), open(source, "rb") as read:
+            target = self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            with open(target, "wb") as file:
+                shutil.copyfileobj(read, file, 1 << 20)
+
+    def commit(self) -> None:
+        """Makes everything durable and gives it its name in one rename. The digests stay, for `verify`."""
+        manifest = Manifest(self.plan, tuple(self._written[key] for key in sorted(self._written)))
+        self.write_text(MANIFEST, (manifest.sealed(self._key) if self._key else manifest).to_json())
+        with _writing(self.partial):
+            self._require_in_place(self.partial)
+            for above, _, files, directory in os.fwalk(dir_fd=self.handle.descriptor):
+                for name in files:
+                    _sync(name, directory)
+                if above != ".":
+                    os.fsync(directory)
+            for name in (JOURNAL, _LOCK):
+                os.unlink(name, dir_fd=self.handle.descriptor)
+            with suppress(OSError):  # as if it had been made with the umask's mode
+                mode = os.fstat(self.handle.descriptor).st_mode & stat.S_ISGID
+                os.fchmod(self.handle.descriptor, mode | 0o777 & ~_umask())
+            os.fsync(self.handle.descriptor)
+            require_free(self.output, self._overwrite)
+            if self.output.exists():
+                _exchange(self.partial, self.output)
+                shutil.rmtree(self.partial)
+            else:
+                self.partial.rename(self.output)
+            self._require_in_place(self.output)
+            _sync(self.output.parent)
+        self.release()
+
+    def _require_in_place(self, path: Path) -> None:
+        if not self.handle.is_at(path):
+            raise Failed(f"{path}: was replaced by someone else; choose an output where others cannot write")
+
+    def abandon(self) -> None:
+        """Removes what was staged, if it was not committed; but not what an earlier run had journalled."""
+        if self._lock is not None:
+            if not self.claims and self.handle.is_at(self.partial):
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self.release()
+
+    def release(self) -> None:
+        """Lets another run have the output; what is staged stays for it to go on from."""
+        if self._lock is not None:
+            self._journal.close()
+            os.close(self._lock)
+            self.handle.close()
+            self._lock = None
+
+
+def require_free(output: Path, overwrite: bool) -> None:
+    """Raises BadInput where `output` exists and must not be replaced, or is no directory of a checkpoint."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise BadInput(f"{output}: already exists; choose another output or set overwrite=true")
+    if output.is_symlink() or not output.is_dir():
+        raise BadInput(f"{output}: is not a directory, and overwrite=true only replaces directories")
+    if any(output.iterdir()) and not any(output.glob("*.safetensors")):
+        raise BadInput(f"{output}: is not a checkpoint, and overwrite=true only replaces checkpoints")
+
+
+def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
+    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template, code). The
+    config says what is written: its `dtype`, if that is not the base's, and never that it is quantised. What describes
+    Mistral's own layout of the weights stays with it."""
+    for name, path in companions(base).items():
+        if len(name.parts) > 1:
+            with _writing(staging.partial / name), suppress(FileExistsError):
+                os.mkdir(name.parts[0], dir_fd=staging.handle.descriptor)
+        staging.copy(_open_companion(path, base), str(name))
+    config = unquantized(base.config)
+    if dtype is not None and config:
+        config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+    if config != base.config:
+        staging.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def companions(base: Checkpoint) -> dict[Path, Path]:
+    """What stands beside the base's weights and goes with them, by its name in the output. Raises BadInput for what is
+    no regular file, or is a link to elsewhere: it would be published as a file."""
+    left = ["params.json"] if any(base.path.glob("consolidated*.safetensors")) else []
+    found = {
+        Path(entry.name): entry
+        for entry in sorted(base.path.iterdir())
+        if entry.suffix in COMPANIONS and not entry.name.endswith(".index.json") and entry.name not in left
+        if entry.is_symlink() or not entry.is_dir()
+    }
+    if (templates := base.path / _TEMPLATES).is_dir():
+        found |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
+    for path in found.values():
+        os.close(_open_companion(path, base))
+    return found
+
+
+def _open_companion(path: Path, base: Checkpoint) -> int:
+    try:
+        descriptor = open_regular(path, own_places(base.path))
+    except LeadsOut as error:
+        raise BadInput(
+            f"{path}: {error.strerror}, outside of its checkpoint, and would be copied into the output; replace the "
+            "link by a copy, if it belongs there"
+        ) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if (size := os.fstat(descriptor).st_size) > _MOST_BESIDE:
+        os.close(descriptor)
+        raise BadInput(f"{path}: has {size:,} bytes, too many to belong to a checkpoint; move it away")
+    return descriptor
+
+
+def write_index(staging: Staging, tensors: Mapping[str, TensorSpec], files: Sequence[str]) -> None:
+    """`model.safetensors.index.json`, where there is more than one file or its name is not the default."""
+    if list(files) == ["model.safetensors"]:
+        return
+    index = {
+        "metadata": {"total_size": sum(spec.nbytes for spec in tensors.values())},
+        "weight_map": {name: spec.file for name, spec in sorted(tensors.items())},
+    }
+    staging.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong in writing to `path` into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise Failed(
+            f"{path}: cannot be written ({error.strerror or error}); what is done is kept, and the same command goes "
+            "on from there"
+        ) from None
+
+
+def _umask() -> int:
+    """The kernel tells it without changing it for a moment, which other threads would see."""
+    with open("/proc/self/status") as status:
+        return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)
+
+
+def _sync(path: Path | str, directory: int | None = None) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps two directories in one step where the file system can; else there is a moment without `other`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if done == 0:
+        return
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(ctypes.get_errno(), f"{other}: could not be replaced")
+    aside = other.with_name(other.name + ".old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)

@@ -1,0 +1,81 @@
+"""A stored vector: weight files that are marked as one, and `vector.json`, which says what each tensor is stored as."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.difference import Dense, Difference, Form, LowRank, Sparse, stamp_beside
+from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.header import TensorSpec
+
+DESCRIPTION = "vector.json"
+MARK = {"rvdist": "vector"}  # in the metadata of every weight file
+VERSION = 1
+
+_PARTS = {"dense": ("",), "low_rank": (".left", ".right"), "sparse": (".indices", ".values")}
+_MOST_ELEMENTS = 2**48  # of a tensor, which sparse storage could claim to have
+_FACTORS, _VALUES, _INDICES = ("F16", "BF16", "F32"), ("F16", "BF16", "F32", "F64"), ("I32", "I64")
+
+
+def part_names(name: str, form: str) -> list[str]:
+    """What the parts of tensor `name` are called in the weight files."""
+    return [name + suffix for suffix in _PARTS[form]]
+
+
+def is_marked(found: Checkpoint) -> bool:
+    return any(metadata.items() >= MARK.items() for metadata in found.metadata.values())
+
+
+def as_vector(found: Checkpoint) -> Difference:
+    """The stored vector whose weight files are open as `found`. Raises BadInput."""
+    path = found.path / DESCRIPTION
+    if not path.exists():
+        raise BadInput(f"{found.path}: holds a stored vector without its {DESCRIPTION}; copy it there")
+    said = read_json(path)
+    try:
+        if said["version"] != VERSION:
+            raise BadInput(f"{path}: is of version {said['version']}, which this rvdist does not know; update it")
+        parts = dict(found.tensors)
+        forms = {name: _form(name, entry, parts) for name, entry in said["tensors"].items()}
+        if parts:
+            raise ValueError(f"it does not speak of {min(parts)}")
+        tensors = {name: _spec(name, said["tensors"][name], form) for name, form in forms.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: does not fit the weight files beside it ({error}); copy or save it again") from None
+    stamps = found.stamps | {DESCRIPTION: stamp_beside(found, DESCRIPTION)}
+    return Difference(found.path, tensors, found.metadata, stamps, found.hub, "vector", forms)
+
+
+def _form(name: str, entry: Mapping[str, Any], parts: dict[str, TensorSpec]) -> Form:
+    """Takes what tensor `name` is made of out of `parts`."""
+    first, *second = (parts.pop(part) for part in part_names(name, entry["form"]))
+    if not second:
+        return Dense(first)
+    return LowRank(first, second[0]) if entry["form"] == "low_rank" else Sparse(first, second[0])
+
+
+def _spec(name: str, entry: Mapping[str, Any], form: Form) -> TensorSpec:
+    shape = tuple(entry["shape"])
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(f"tensor {name} has a negative, fractional or impossible shape")
+    if isinstance(form, Dense):
+        fits = form.values.shape == shape and form.values.dtype in _VALUES
+        return _require(fits, TensorSpec(name, form.values.dtype, shape, form.values.file, form.values.offset))
+    if isinstance(form, LowRank):
+        left, right = form.left, form.right
+        fits = {left.dtype, right.dtype} <= set(_FACTORS) and len(left.shape) == len(right.shape) == 2
+        fits = fits and left.shape[1:] == right.shape[:1] and left.shape[:1] + right.shape[1:] == shape
+        return _require(fits, TensorSpec(name, "F32", shape, left.file, left.offset))
+    indices, values = form.indices, form.values
+    fits = indices.dtype in _INDICES and values.dtype in _VALUES and len(indices.shape) == 1
+    spec = TensorSpec(name, values.dtype, shape, values.file, values.offset)
+    return _require(fits and indices.shape == values.shape and indices.numel <= spec.numel, spec)
+
+
+def _require(fits: bool, spec: TensorSpec) -> TensorSpec:
+    if not fits:
+        raise ValueError(f"tensor {spec.name} has parts of other shapes or dtypes")
+    return spec

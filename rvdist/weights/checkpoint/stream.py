@@ -1,0 +1,97 @@
+"""Tensor bytes in and out of files, a chunk at a time, in buffers that are used again.
+
+pread, not mmap: a truncated file or a read error is an exception here, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from rvdist.core.errors import BadInput, Failed
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.header import TensorSpec
+
+if TYPE_CHECKING:
+    from rvdist.weights.checkpoint.hub import RangeReader
+
+TORCH_DTYPE = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+class TensorFiles:
+    """Reads ranges of tensors of one checkpoint, with one open descriptor a file. Not thread-safe.
+
+    A file of a Hub checkpoint is downloaded at its first read, or is read by ranges (`Checkpoint.hub`)."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.bytes_read = 0
+        self._descriptors: dict[str, int] = {}
+        self._ranges: RangeReader | None = None
+        if checkpoint.hub and checkpoint.hub.ranged:
+            from rvdist.weights.checkpoint.hub import RangeReader
+
+            self._ranges = RangeReader(checkpoint)
+
+    def read(self, spec: TensorSpec, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements [start, stop) of a tensor in C order: a 1-d view, in the stored dtype, of `buffer`, a 1-d
+        uint8 tensor. Raises BadInput, naming the file, where it ends too early, and Failed where it cannot be read
+        or the Hub does not answer."""
+        dtype = TORCH_DTYPE[spec.dtype]
+        view = buffer[: (stop - start) * dtype.itemsize]
+        offset = spec.offset + start * dtype.itemsize
+        try:
+            if self._ranges and spec.file in self._ranges.files:
+                self._ranges.read(spec, offset, view.numpy().data)
+            else:
+                read_exactly(self._descriptor(spec.file), offset, view)
+        except EOFError:
+            path = self.checkpoint.path / spec.file
+            raise BadInput(f"{path}: ends inside tensor {spec.name}; it changed or was truncated") from None
+        except OSError as error:
+            path = self.checkpoint.path / spec.file
+            raise Failed(f"{path}: cannot be read ({error.strerror}); run again when it can") from None
+        self.bytes_read += view.numel()
+        return view.view(dtype)
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            path = self.checkpoint.path / file
+            if self.checkpoint.hub:
+                from rvdist.weights.checkpoint.hub import download
+
+                path = download(self.checkpoint.hub, file)
+            self._descriptors[file] = os.open(path, os.O_RDONLY)
+        return self._descriptors[file]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def read_exactly(descriptor: int, offset: int, view: torch.Tensor) -> None:
+    """Fills a 1-d uint8 tensor from a file. Raises EOFError where the file is too short."""
+    memory = view.numpy().data
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
+        if count == 0:
+            raise EOFError
+        memory, offset = memory[count:], offset + count
+
+
+def write_exactly(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryview:
+    """Writes a 1-d tensor's bytes at `offset` and returns them. Raises OSError."""
+    whole = left = tensor.view(torch.uint8).numpy().data
+    while left:
+        count = os.pwrite(descriptor, left, offset)
+        left, offset = left[count:], offset + count
+    return whole

@@ -1,0 +1,125 @@
+"""Tied embeddings: where a configuration makes the head the embedding, a head that is stored too is no tensor more.
+
+transformers and vLLM each have their own idea of which of the two counts, and arithmetic on both of them would make
+two of what is one. So a head equal to the embedding is left out of what a checkpoint consists of, and one that differs
+is refused. Reads two tensors, and only where there is such a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.difference import Dense, Difference
+from rvdist.weights.checkpoint.directory import Checkpoint, equal_bytes
+from rvdist.weights.checkpoint.header import TensorSpec
+
+KEY = "tie_word_embeddings"
+_HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
+_EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight")
+_REMEMBERED = 256  # comparisons
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether the model of this configuration has one matrix as embedding and head; None where its parts disagree. What
+    the configuration leaves out is as transformers has it for its kind of model; of a kind that it does not know, no.
+    """
+    said = set(dict(_said(config)).values())
+    if said:
+        return said.pop() if len(said) == 1 else None
+    return _default(str(config.get("model_type")))
+
+
+def contradiction(config: Mapping[str, Any]) -> str | None:
+    """How the parts of a configuration disagree about tying; None where they do not."""
+    said = dict(_said(config))
+    if len(set(said.values())) < 2:
+        return None
+    spelled = " and ".join(f"{str(value).lower()} in {place}" for place, value in said.items())
+    return f"its config.json has {KEY} {spelled}"
+
+
+def _said(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What the top and the language model's own part say, where they say it."""
+    for place, part in {"the top level": config, "text_config": config.get("text_config")}.items():
+        if isinstance(part, Mapping) and isinstance(part.get(KEY), bool):
+            yield place, part[KEY]
+
+
+@lru_cache
+def _default(model_type: str) -> bool:
+    with contextlib.suppress(Exception):  # whatever transformers raises for what it does not know
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        return bool(getattr(CONFIG_MAPPING[model_type](), KEY, False))
+    return False
+
+
+def without_tied_head(found: Checkpoint) -> Checkpoint:
+    """`found` without a head that is its embedding. Raises BadInput for a head that should be and is not, and where the
+    configuration contradicts itself about it."""
+    if not found.config or (isinstance(found, Difference) and found.kind != "vector"):
+        return found
+    pairs = list(_pairs(found))
+    if not pairs:
+        return found
+    tied = is_tied(found.config)
+    if tied is None:
+        raise BadInput(
+            f"{found.path}: {contradiction(found.config)}, and {pairs[0][0].name} is stored beside "
+            f"{pairs[0][1][0].name}; make them agree, so that it is known whether the head is the embedding"
+        )
+    if not tied:
+        return found
+    for head, embeddings in pairs:
+        if not any(_equal(found, head, embedding) for embedding in embeddings):
+            raise BadInput(
+                f"{found.path}: its config.json has {KEY}=true, and {head.name} differs from {embeddings[0].name}; set "
+                f"{KEY} to false there if the model has a head of its own, or store it without {head.name}"
+            )
+    heads = {head.name for head, _ in pairs}
+    tensors = {name: spec for name, spec in found.tensors.items() if name not in heads}
+    if isinstance(found, Difference):
+        return replace(found, tensors=tensors, forms={name: found.forms[name] for name in tensors})
+    return replace(found, tensors=tensors)
+
+
+def _pairs(found: Checkpoint) -> Iterator[tuple[TensorSpec, list[TensorSpec]]]:
+    """Every head and the embeddings that it may be, the likeliest first: of its shape, and with a name like its own."""
+    embeddings = [spec for name, spec in found.tensors.items() if _EMBEDDING.fullmatch(name)]
+    for name, head in found.tensors.items():
+        if _HEAD.fullmatch(name) and embeddings:
+            likeness = [(spec.shape == head.shape, _common(name, spec.name)) for spec in embeddings]
+            order = sorted(range(len(embeddings)), key=likeness.__getitem__, reverse=True)
+            yield head, [embeddings[k] for k in order]
+
+
+def _common(one: str, other: str) -> int:
+    """How many parts of two names are equal from the left."""
+    parts = list(zip(one.split("."), other.split("."), strict=False))
+    return next((k for k, (a, b) in enumerate(parts) if a != b), len(parts))
+
+
+def _equal(found: Checkpoint, head: TensorSpec, embedding: TensorSpec) -> bool:
+    if isinstance(found, Difference):
+        forms = [found.forms[spec.name] for spec in (head, embedding)]
+        stored = [form.values for form in forms if isinstance(form, Dense)]
+        if len(stored) < 2:  # nobody stores such a head of a tied model in another form
+            return False
+        head, embedding = stored
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    key = (str(found.path), tuple(found.stamps.items()), head, embedding)
+    if key not in _compared:
+        if len(_compared) >= _REMEMBERED:
+            _compared.clear()
+        _compared[key] = equal_bytes(found, head, found, embedding)
+    return _compared[key]
+
+
+_compared: dict[tuple[Any, ...], bool] = {}  # an engine opens its sources again at every swap

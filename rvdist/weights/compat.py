@@ -1,0 +1,392 @@
+"""May these vectors be applied to this base? A report with reasons, from headers, configs and tokenizers.
+
+The paper asks for identical layer structure and shapes, the same vocabulary and token ids, and the same
+pre-trained origin (arXiv 2509.01363, section 3). What cannot work is refused; what works with a loss is
+listed. Only a few sampled kilobytes of tensor data are read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
+from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.directory import Checkpoint, read_elements, read_json
+from rvdist.weights.checkpoint.experts import layouts
+from rvdist.weights.checkpoint.fp8 import Scaled, dequantize
+from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.tied import contradiction, is_tied
+from rvdist.weights.configurations import compare_configs
+from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Coefficient = Callable[[str], float]  # m of a tensor
+REFUSED_DISTANCE = 0.9
+_SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
+_LONGEST_VALUE = 200  # characters of a configuration's value in a sentence
+_KIND = {"adapter": "an adapter", "vector": "a stored vector"}
+
+_STRUCTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "num_experts", "num_experts_per_tok", "num_local_experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """`exceptions`: what applies only in part, or was not checked, one sentence each; empty means identical.
+    `refusals`: why the point must not be computed. `distances`: sampled ‖base − minus‖ / ‖base‖ a vector."""
+
+    exceptions: tuple[str, ...]
+    refusals: tuple[str, ...]
+    distances: dict[Vector, float]
+
+    @property
+    def level(self) -> str:
+        return "refused" if self.refusals else "applies with exceptions" if self.exceptions else "identical"
+
+
+def check(
+    point: WeightPoint, sources: Mapping[str, Checkpoint], force: bool = False, extra_rows: bool = False
+) -> Compatibility:
+    """Judges every term of `point`. Raises BadInput for what arithmetic cannot do at all (another shape,
+    a tensor one donor lacks, nothing left under the mask) and, unless `force`, for the first refusal.
+    `extra_rows`: of a tensor that has more rows in one checkpoint than in another, those that all have count."""
+    base = sources[point.base]
+    if isinstance(base, Difference):
+        raise BadInput(f"{base.path}: is {_KIND[base.kind]}, and a target is a whole model; name it as vector.path")
+    exceptions: list[str] = []
+    refusals: list[str] = []
+    distances: dict[Vector, float] = {}
+    for checkpoint in {sources[source].path: sources[source] for source in point.sources()}.values():
+        if is_tied(checkpoint.config) is None:
+            exceptions.append(
+                f"{checkpoint.path.name}: {contradiction(checkpoint.config)}; no head is stored beside it"
+            )
+    for term in point.terms:
+        plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
+        _require_one_expert_layout((base, plus, minus), term.mask)
+        _require_no_tied_head(base, plus, minus, term.mask)
+        layers = layer_count(base.tensors)
+        coefficient = partial(term.mask.coefficient, layers=layers)
+        exceptions += check_vector(term.vector, sources, extra_rows, coefficient)
+        if term.vector.rename:
+            substitutions = ", then ".join(f"{pattern} → {new}" for pattern, new in term.vector.rename)
+            exceptions.append(f"the tensors of {plus.path.name} and {minus.path.name} were renamed: {substitutions}")
+        exceptions += _compare_tensors(base, plus, minus, extra_rows, coefficient)
+        if not any(coefficient(name) for name in base.tensors if name in plus.tensors):
+            raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
+        said, refused = _judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)
+        exceptions += said
+        refusals += refused
+        for donor in (plus, minus):
+            if isinstance(donor, Difference) and donor.kind == "adapter":
+                continue  # has neither a model's config nor a tokenizer
+            for finding in (_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)):
+                refusals += finding.refusals
+                exceptions += finding.exceptions
+        if isinstance(minus, Difference):
+            exceptions.append(_unsampled(minus))
+        elif term.vector not in distances:
+            distance = distances[term.vector] = sampled_distance(base, minus)
+            if REFUSED_DISTANCE < distance < math.inf:  # what is not finite is for whoever computes to name
+                refusals.append(
+                    f"{minus.path} is not from the same pre-training as {base.path}: their sampled relative distance "
+                    f"is {distance:.2f} (siblings are well below {REFUSED_DISTANCE}, unrelated models near 1.41)"
+                )
+    report = Compatibility(tuple(dict.fromkeys(exceptions)), tuple(dict.fromkeys(refusals)), distances)
+    if report.refusals and not force:
+        raise BadInput(f"{report.refusals[0]}; compat.force=true applies the vector all the same")
+    return report
+
+
+def check_vector(
+    vector: Vector,
+    sources: Mapping[str, Checkpoint],
+    extra_rows: bool | None = None,
+    coefficient: Coefficient = lambda name: 1.0,
+) -> list[str]:
+    """Whether these donors make a vector, whatever it is applied to: what a user should know of it. Raises BadInput
+    where they make none. `extra_rows` is as in `check`; None where there is no such choice. Tensors with a
+    `coefficient` of 0 are not asked about."""
+    plus = sources[vector.plus]
+    if vector.minus is None:
+        if not isinstance(plus, Difference):
+            raise BadInput(
+                f"{plus.path}: is a whole checkpoint, and vector.path wants a stored vector or an adapter; "
+                "name it as vector.plus, and what it was trained from as vector.minus"
+            )
+        return []
+    minus = sources[vector.minus]
+    for donor in (plus, minus):
+        if isinstance(donor, Difference) and donor.kind == "vector":
+            raise BadInput(f"{donor.path}: is a stored vector, a difference already; name it alone, as vector.path")
+    if not isinstance(plus, Difference):
+        if isinstance(minus, Difference):
+            raise BadInput(
+                f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
+                "with peft's merge_and_unload and name the result as vector.minus"
+            )
+        _require_same_tensors(plus, minus, extra_rows, coefficient)
+        return []
+    if isinstance(minus, Difference):
+        _require_same_tensors(plus, minus, extra_rows, coefficient)
+        return []
+    for name in filter(coefficient, plus.tensors.keys() & minus.tensors.keys()):
+        _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
+    trained_on = f" (its config names {plus.trained_on})" if plus.trained_on else ""
+    return [
+        f"{plus.path.name} is an adapter: {minus.path.name} is taken to be what it was trained on{trained_on}, so that "
+        "the vector is the adapter's own difference",
+        *_listed("{} of the adapter's tensors are not in what it was trained on", plus, minus),
+    ]
+
+
+def settle_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> Vector:
+    """`vector`; an adapter alone where it stands beside the checkpoint it was trained on: (minus + Δ) − minus is Δ."""
+    kinds = [isinstance(sources[source], Difference) for source in vector.sources()]
+    return replace(vector, minus=None) if kinds == [True, False] else vector
+
+
+def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint:
+    """`point` with each of its vectors settled."""
+    terms = tuple(replace(term, vector=settle_vector(term.vector, sources)) for term in point.terms)
+    return replace(point, terms=terms)
+
+
+def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
+    """Experts in another layout have other names: what the vector says of them would be skipped."""
+    base, *donors = checkpoints
+    for one, other in ((base, donors[0]), (base, donors[1]), (donors[0], donors[1])):
+        count = layer_count(one.tensors | other.tensors)
+        ours, theirs = (layouts(n for n in c.tensors if mask.coefficient(n, count)) for c in (one, other))
+        for group in sorted(ours.keys() & theirs.keys()):
+            (layout, name), (another, its_name) = ours[group], theirs[group]
+            if layout != another:
+                raise BadInput(
+                    f"{other.path}: stores its experts {another} ({its_name}) where {one.path} stores them {layout} "
+                    f"({name}); convert one of them with transformers' save_pretrained, or leave the experts out by "
+                    "vector.mask.exclude"
+                )
+
+
+def _require_no_tied_head(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, mask: Mask) -> None:
+    """What an adapter adds to a head alone cannot be written where the head is the embedding."""
+    for donor in (plus, minus):
+        for name in donor.tensors if isinstance(donor, Difference) and donor.kind == "adapter" else ():
+            if (
+                name.endswith("lm_head.weight")
+                and is_tied(base.config)
+                and mask.coefficient(name, layer_count(base.tensors))
+            ):
+                raise BadInput(
+                    f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its embedding "
+                    "(tie_word_embeddings), so that the embedding would move too; untie the target, or leave it out "
+                    f"by vector.mask.exclude=['{re.escape(name)}']"
+                )
+
+
+@dataclass(frozen=True)
+class _Finding:
+    exceptions: list[str]
+    refusals: list[str]
+
+
+def _require_same_tensors(
+    plus: Checkpoint, minus: Checkpoint, extra_rows: bool | None, coefficient: Coefficient
+) -> None:
+    for have, lack in ((plus, minus), (minus, plus)):
+        if missing := list(filter(coefficient, have.tensors.keys() - lack.tensors.keys())):
+            raise BadInput(
+                f"{lack.path}: lacks tensor {min(missing)}, which {have.path} has; a vector needs two donors with the "
+                "same tensors, but for those that vector.mask.exclude leaves out"
+            )
+    for name in filter(coefficient, plus.tensors):
+        _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
+
+
+def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, extra_rows: bool | None) -> None:
+    shape = other.tensors[spec.name].shape
+    only_rows = len(shape) > 0 and shape[1:] == spec.shape[1:] and extra_rows is not None
+    if shape != spec.shape and not (only_rows and extra_rows):
+        way_out = "; compat.extra_rows=keep changes the rows that all have, and keeps the target's others"
+        raise BadInput(
+            f"{other.path}: tensor {spec.name} has shape {list(shape)} where {one.path} has {list(spec.shape)}; "
+            f"weight arithmetic needs equal shapes{way_out * only_rows}"
+        )
+
+
+def _unsampled(difference: Difference) -> str:
+    name = difference.path.name
+    if difference.kind == "vector":
+        return f"{name} is a stored vector: whether its donors and the target share a pre-training was not sampled"
+    return (
+        f"{name} is an adapter, trained on {difference.trained_on or 'a base that its config does not name'}: "
+        "only tensor names and shapes were compared"
+    )
+
+
+def _compare_tensors(
+    base: Checkpoint, plus: Checkpoint, minus: Checkpoint, extra_rows: bool, coefficient: Coefficient
+) -> Iterator[str]:
+    if not base.tensors.keys() & plus.tensors.keys():
+        way_out = _renaming(base, plus.tensors) or "it belongs to another architecture"
+        raise BadInput(f"{plus.path}: has no tensor in common with {base.path}; {way_out}")
+    for name in base.tensors:
+        if name not in plus.tensors or not coefficient(name):
+            continue
+        _require_same_shape(plus.tensors[name], plus, base, extra_rows)
+        if not base.tensors[name].is_floating_point:
+            yield f"tensor {name} is not floating-point and stays as the target has it"
+            continue
+        rows = {}
+        for role, checkpoint in {"the target": base, "plus": plus, "minus": minus}.items():
+            if spec := checkpoint.tensors.get(name):  # what an adapter was trained on may lack it
+                rows[role] = spec.shape[0] if spec.shape else 1
+                if not spec.is_floating_point:
+                    raise BadInput(
+                        f"{checkpoint.path}: tensor {name} is stored as {spec.dtype}, and in the target it is "
+                        f"{base.tensors[name].dtype}; a vector needs floating-point donors"
+                    )
+        if len(set(rows.values())) > 1:
+            counts = ", ".join(f"{role} has {count}" for role, count in rows.items())
+            yield f"tensor {name}: its first {min(rows.values())} rows get the vector ({counts})"
+    yield from _listed("the vector lacks {} of the target's tensors, which stay as they are", base, plus)
+    yield from _listed("{} of the vector's tensors are not in the target and were skipped", plus, base)
+
+
+def _judge_coverage(
+    base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient
+) -> tuple[list[str], list[str]]:
+    """What to say of a vector that is applied in part, and why one of which little is applied is refused."""
+    donor = None if isinstance(plus, Difference) and plus.kind == "adapter" else minus
+    coverage = measure_coverage(base, plus, donor, coefficient)
+    if coverage is None:
+        return [], []
+    if coverage.size is None or coverage.size >= LEAST:
+        return [str(coverage)], []
+    left = {n: spec for n, spec in plus.tensors.items() if coefficient(n) and n not in base.tensors}
+    renaming = _renaming(base, left)
+    way_out = f"; {renaming}" if renaming else ""
+    return [str(coverage)], [f"{plus.path}: little of it fits {base.path}: {coverage}{way_out}"]
+
+
+def _renaming(base: Checkpoint, left: Mapping[str, TensorSpec]) -> str:
+    """The vector.rename that would make tensors of these names the base's, if one prefix explains it."""
+    found = fitting_rename(base, left)
+    return f'their names differ by a prefix: set vector.rename=\'[["{found[0]}","{found[1]}"]]\'' if found else ""
+
+
+def _listed(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[str]:
+    names = sorted(have.tensors.keys() - lack.tensors.keys())
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        yield f"{sentence.format(len(names))}: {shown}"
+
+
+def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
+    if not base.config or not donor.config:
+        lacking = donor if base.config else base
+        return _Finding([f"{lacking.path.name} has no config.json: its architecture was not compared"], [])
+
+    differing = compare_configs(base.config, donor.config)
+    kinds = [found for found in differing if found[0] == "model_type"]
+    found = _Finding([], [])
+    for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
+        if key.rpartition(".")[2] in _STRUCTURE:
+            found.refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
+        else:
+            found.exceptions.append(
+                f"{key} is {_spelled(ours)} in the target and {_spelled(theirs)} in {donor.path.name}"
+            )
+    return found
+
+
+def _spelled(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _compare_tokenizers(base: Path, donor: Path) -> _Finding:
+    ours, theirs = token_ids(base), token_ids(donor)
+    if ours is None or theirs is None:
+        lacking = base if ours is None else donor
+        return _Finding([f"{lacking.name} has no tokenizer.json or vocab.json: token ids were not compared"], [])
+    theirs_by_id = {number: token for token, number in theirs.items()}
+    for token, number in ours.items():
+        if theirs.get(token, number) != number:
+            reason = f"token {token!r} has id {theirs[token]} where the target has {number}"
+        elif theirs_by_id.get(number, token) != token:
+            reason = f"id {number} is token {theirs_by_id[number]!r} where the target has {token!r}"
+        else:
+            continue
+        return _Finding([], [f"{donor}: its tokenizer differs from the target's ({reason})"])
+    if ours != theirs:
+        return _Finding([f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], [])
+    return _Finding([], [])
+
+
+def token_ids(path: Path) -> dict[str, int] | None:
+    """token → id from tokenizer.json, or vocab.json, with added tokens; None where there is neither."""
+    if (path / "tokenizer.json").exists():
+        tokenizer = read_json(path / "tokenizer.json")
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        return dict(vocabulary) | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    if (path / "vocab.json").exists():
+        added = read_json(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
+        return read_json(path / "vocab.json") | added
+    return None
+
+
+def sampled_distance(base: Checkpoint, other: Checkpoint) -> float:
+    """‖base − other‖ / ‖base‖ over samples of the largest shared tensors. About √2 for unrelated models,
+    far below 1 for fine-tunes of one initialisation."""
+    shared = [
+        spec
+        for name, spec in base.tensors.items()
+        if spec.is_floating_point and name in other.tensors and other.tensors[name].is_floating_point
+    ]
+    matrices = [spec for spec in shared if len(spec.shape) > 1] or shared
+    chosen = sorted(matrices, key=lambda spec: -spec.numel)[:_SAMPLED_TENSORS]
+    difference = norm = 0.0
+    numels = [min(spec.numel, other.tensors[spec.name].numel) for spec in chosen]
+    with ThreadPoolExecutor(_SAMPLED_TENSORS) as pool:  # a sample from the Hub is a wait and little else
+        ours_all = pool.map(lambda spec, numel: _sample(base, spec, numel), chosen, numels)
+        theirs_all = pool.map(lambda spec, numel: _sample(other, other.tensors[spec.name], numel), chosen, numels)
+    for ours, theirs in zip(ours_all, theirs_all, strict=True):
+        count = min(len(ours), len(theirs))
+        difference += float(np.square(ours[:count] - theirs[:count]).sum())
+        norm += float(np.square(ours[:count]).sum())
+    return math.sqrt(difference / norm) if norm else 0.0
+
+
+def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
+    """Values from the middle of the first `numel` elements of a tensor. As many and the same, whatever the dtype."""
+    count = min(numel, _SAMPLED_BYTES // 8)
+    start = (numel - count) // 2
+    if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
+        return _widened(read_elements(checkpoint, spec, start, count), spec.dtype)
+    scale = checkpoint.scales[spec.name]
+    scales = _widened(read_elements(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32)
+    values = np.empty(count, np.float32)
+    codes = np.frombuffer(read_elements(checkpoint, spec, start, count), np.uint8)
+    dequantize(codes, scales.reshape(scale.shape), checkpoint.block, spec.shape, start, values)
+    return values.astype(np.float64)
+
+
+def _widened(raw: bytes, dtype: str) -> Floats:
+    if dtype == "BF16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float64)

@@ -1,0 +1,197 @@
+"""A source's tensors as 1-d ranges of elements, whether they lie in files as they are or have to be computed.
+
+What is computed has the same bits whatever the ranges: each element is a sum in fp64 over the rank, in its order, of
+products that fp64 holds exactly, rounded once to fp32; or one product of fp32. Holds the factors or the scales of one
+tensor, and nothing else of a model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+import torch
+
+from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.difference import Dense, Difference, LowRank, Sparse
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.fp8 import Scaled, dequantize
+from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
+
+_CHUNK = 256 * 1024  # elements
+
+
+class Operand:
+    """The tensors of `checkpoint`, which lie in its files as they are. Not thread-safe."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._files = TensorFiles(checkpoint)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._files.checkpoint
+
+    @property
+    def bytes_read(self) -> int:
+        return self._files.bytes_read
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements [begin, end) of tensor `name` in C order: a 1-d view of `buffer`, a 1-d uint8 tensor of 8 bytes an
+        element, or as many as its dtype has; in the dtype of its spec, but fp8 comes scaled in fp32 and wants 8. Raises
+        BadInput where a file cannot be used, Failed where the Hub does not answer."""
+        return self._files.read(self._tensors[name], begin, end, buffer)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class _Computed(Operand):
+    """The tensors of a difference, each in its own form."""
+
+    def __init__(self, difference: Difference) -> None:
+        super().__init__(difference)
+        self._difference = difference
+        self._factors: tuple[str, torch.Tensor, torch.Tensor] = ("", torch.empty(0), torch.empty(0))
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        form = self._difference.forms[name]
+        if isinstance(form, Dense):
+            return self._files.read(form.values, begin, end, buffer)
+        dtype = TORCH_DTYPE[self._tensors[name].dtype]
+        out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
+        if isinstance(form, LowRank):
+            left, right = self._load_factors(name, form)
+            multiply(left, right, form.scale, begin, out)
+        else:
+            self._scatter(name, form, begin, end, out)
+        return out
+
+    def _load_factors(self, name: str, form: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [rows, r] and right [r, columns] of the tensor, widened exactly to fp32; kept until another is read."""
+        if self._factors[0] != name:
+            left, right = (self._whole(spec).view(spec.shape).float() for spec in (form.left, form.right))
+            if form.transposed:
+                left, right = right.T.contiguous(), left.T.contiguous()
+            self._factors = (name, left, right)
+        return self._factors[1:]
+
+    def _whole(self, spec: TensorSpec) -> torch.Tensor:
+        return self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
+
+    def _scatter(self, name: str, form: Sparse, begin: int, end: int, out: torch.Tensor) -> None:
+        indices = _Elements(self._files, form.indices)
+        first, last = bisect_left(indices, begin), bisect_left(indices, end)
+        count = last - first
+        at = self._files.read(form.indices, first, last, torch.empty(count * 8, dtype=torch.uint8)).long()
+        values = self._files.read(form.values, first, last, torch.empty(count * 8, dtype=torch.uint8))
+        out.zero_()
+        ascend = bool((at.diff() > 0).all() and (at >= begin).all() and (at < end).all())
+        left_out = (begin == 0 and first > 0) or (end == self._tensors[name].numel and last < len(indices))
+        if not ascend or left_out:
+            raise BadInput(
+                f"{self._difference.path}: the indices of tensor {name} do not ascend; save the vector again"
+            )
+        out[at - begin] = values
+
+
+class _Dequantized(Operand):
+    """The tensors of a checkpoint some of which are stored in fp8: of one tensor at a time it keeps the scales."""
+
+    def __init__(self, checkpoint: Scaled) -> None:
+        super().__init__(checkpoint)
+        self._block, self._scales = checkpoint.block, checkpoint.scales
+        self._scale = ("", np.empty(0, np.float32))
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        if name not in self._scales:
+            return super().read(name, begin, end, buffer)
+        if self._scale[0] != name:
+            spec = self._scales[name]
+            scale = self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
+            self._scale = name, scale.view(spec.shape).float().numpy()
+        spec, count = self._tensors[name], end - begin
+        out = buffer[: 4 * count].view(torch.float32)
+        codes = self._files.read(spec, begin, end, buffer[4 * count :]).view(torch.uint8)
+        dequantize(codes.numpy(), self._scale[1], self._block, spec.shape, begin, out.numpy())
+        return out
+
+
+def open_operand(checkpoint: Checkpoint) -> Operand:
+    if isinstance(checkpoint, Scaled):
+        return _Dequantized(checkpoint)
+    return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)
+
+
+def tell_nonfinite(operand: Operand, name: str, part: str, stop: int) -> str:
+    """How many of the first `stop` elements of a tensor are infinite or not a number, in words that name its file and
+    what `part` it plays; "" where all are finite."""
+    spec, checkpoint = operand.checkpoint.tensors[name], operand.checkpoint
+    buffer = torch.empty(_CHUNK * 8, dtype=torch.uint8)
+    count, first = 0, -1
+    for begin in range(0, min(spec.numel, stop), _CHUNK):
+        end = min(begin + _CHUNK, spec.numel, stop)
+        odd = operand.read(name, begin, end, buffer).double().isfinite().logical_not()
+        if first < 0 and odd.any():
+            first = begin + int(odd.nonzero()[0])
+        count += int(odd.sum())
+    if not count:
+        return ""
+    place: list[int] = []
+    for size in reversed(spec.shape):
+        first, at = divmod(first, size)
+        place.insert(0, at)
+    where = f"{checkpoint.hub}/{spec.file}" if checkpoint.hub else checkpoint.path / spec.file
+    values = "1 value that is" if count == 1 else f"{count:,} values that are"
+    return f"{where} ({part}) has {values} not finite there{f', the first at {place}' if place else ''}"
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, out: torch.Tensor) -> None:
+    """Fills `out`, 1-d, with the elements of scale · left · right from the flat index `begin`.
+
+    The factors have at most 24 significant bits, so that fp64 holds their products: whether a multiplication and an
+    addition are fused changes nothing."""
+    columns = right.shape[1]
+    for first, last, start, stop in _rectangles(begin, begin + out.numel(), columns):
+        total = torch.zeros(last - first, stop - start, dtype=torch.float64)
+        for k in range(right.shape[0]):
+            total.addcmul_(left[first:last, k, None].double(), right[k, None, start:stop].double())
+        offset = first * columns + start - begin
+        out[offset : offset + total.numel()] = total.mul_(scale).view(-1)
+
+
+def _rectangles(begin: int, end: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+    """Flat elements [begin, end) of a matrix as (first row, last row, first column, last column), ends exclusive: a
+    part of a row, whole rows, a part of a row."""
+    while begin < end:
+        row, column = divmod(begin, columns)
+        if column or end - begin < columns:
+            stop = min(columns, column + end - begin)
+            yield row, row + 1, column, stop
+            begin += stop - column
+        else:
+            last = end // columns
+            yield row, last, 0, columns
+            begin = last * columns
+
+
+class _Elements(Sequence[int]):
+    """An integer tensor in a file as a sequence that is not held, for searching."""
+
+    def __init__(self, files: TensorFiles, spec: TensorSpec) -> None:
+        self._files, self._spec = files, spec
+        self._buffer = torch.empty(8, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return self._spec.numel
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        assert isinstance(index, int)
+        return int(self._files.read(self._spec, index, index + 1, self._buffer))

@@ -1,0 +1,293 @@
+"""Reads weight points: the one place where bytes meet arithmetic, shared by the merge and the fleet.
+
+Streams in chunks; never holds a model. Several points share every byte they read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+
+import torch
+
+from rvdist.core.point import Vector, WeightPoint, layer_count
+from rvdist.weights.arithmetic.method import (
+    Count,
+    Place,
+    Scratch,
+    combine,
+    count_nonfinite,
+    subtract,
+    unify_nans,
+    working_dtype,
+)
+from rvdist.weights.arithmetic.registry import build
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.stream import TORCH_DTYPE
+from rvdist.weights.lanes import CHUNK, Lane, open_lanes
+from rvdist.weights.operand import open_operand, tell_nonfinite
+
+Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
+
+
+class PointReader:
+    """Computes the tensors of `points` from opened `sources` (by source name). Their bases have the same tensors,
+    by name, dtype and shape.
+
+    `dtype` is the output dtype of floating-point tensors; None keeps the base's own. Integer and boolean
+    tensors are the base's. `device` is `cpu` or `cuda`, and does not change a bit. `lanes` are those to use instead of
+    its own: readers that take turns can share their memory. Raises BadInput where there is no such device.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[WeightPoint],
+        sources: Mapping[str, Checkpoint],
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        lanes: Sequence[Lane] | None = None,
+    ) -> None:
+        self.points = points
+        self.base = sources[points[0].base]
+        assert dtype is not None or not isinstance(self.base, Scaled), "fp8 is not written"
+        self.nonfinite = [0] * len(points)
+        self.spoiled: dict[str, None] = {}  # the tensors that `fill` found to hold such results
+        self._dtype = dtype
+        self._sources = sources
+        self._layers = layer_count(self.base.tensors)
+        self._files = {
+            source: open_operand(sources[source])
+            for source in dict.fromkeys(s for point in points for s in point.sources())
+        }
+        self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
+        self._lanes = lanes or open_lanes(device, buffers_of(points))
+        self._scratch = Scratch(CHUNK)
+        self._prepared = ""  # the tensor that the methods saw last
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(files.bytes_read for files in self._files.values())
+
+    def output_dtype(self, spec: TensorSpec) -> torch.dtype:
+        stored = TORCH_DTYPE[spec.dtype]
+        return self._dtype if self._dtype is not None and stored.is_floating_point else stored
+
+    def chunks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Elements [start, stop) of tensor `name`: (first element, one 1-d tensor a point) for each chunk.
+        The tensors are valid until the next chunk is asked for."""
+        spec = self.base.tensors[name]
+        dtype = self.output_dtype(spec)
+        recipes, works, copied = self._prepare(name)
+        bases = [point.base for point in self.points]
+        cuts = self._cuts(name, start, stop, [v for terms in recipes for _, v in terms], self._lanes[0].chunk)
+        ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
+        try:
+            for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
+                operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
+                compute = partial(self._combine, Place(name, spec.numel, begin), recipes, works, present)
+                lane.launch(operand, len(self.points), end - begin, dtype, compute)
+                ahead.append((begin, lane))
+                if len(ahead) == len(self._lanes):
+                    yield self._finish(*ahead.popleft(), copied)
+            while ahead:
+                yield self._finish(*ahead.popleft(), copied)
+        finally:
+            for _, lane in ahead:
+                lane.wait()
+
+    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Writes as many elements of tensor `name`, from `start` on, of the only point as `out` has: 1-d, of the output
+        dtype and on the CPU."""
+        (point,), stop = self.points, start + out.numel()
+        recipes, works, (copied,) = self._prepare(name)
+        if copied:
+            self._files[point.base].read(name, start, stop, out.view(torch.uint8))
+            for begin in range(0, out.numel(), CHUNK):
+                self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
+            return
+        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        cuts = self._cuts(name, start, stop, [vector for _, vector in recipes[0]], min(CHUNK, lane.chunk))
+        for begin, end, present in cuts:
+            operand = self._read([point.base, *_donors(present)], name, begin, end, lane)
+            result = out[begin - start : end - start]
+            place = Place(name, numel, begin)
+            (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
+            if count:
+                self._note(name, int(count))
+                unify_nans(result)
+
+    def _note(self, name: str, count: int) -> None:
+        if count:
+            self.nonfinite[0] += count
+            self.spoiled.setdefault(name)
+
+    def _prepare(self, name: str) -> tuple[list[Recipe], list[torch.dtype], list[bool]]:
+        """For each point the terms that change a tensor, the working precision, and whether its bytes are the base's.
+        Methods that must see the whole tensor first have then seen it."""
+        dtype, numel = self.output_dtype(self.base.tensors[name]), self.base.tensors[name].numel
+        recipes = [self._recipe(point, name) for point in self.points]
+        stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
+        works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
+        if name != self._prepared:
+            for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
+                if method.whole_tensors and terms:
+                    base = [point.base] * method.surveys_base
+                    method.survey(
+                        self._at(Place(name, numel), point), partial(self._differences, name, base, terms, work)
+                    )
+            self._prepared = name
+        return recipes, works, [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
+
+    def _combine(
+        self,
+        place: Place,
+        recipes: Sequence[Recipe],
+        works: Sequence[torch.dtype],
+        present: Sequence[Vector],
+        operand: Mapping[str, torch.Tensor],
+        outs: list[torch.Tensor],
+        scratch: Scratch,
+    ) -> list[Count]:
+        """Computes a chunk of every point. Where a vector has no rows, a sum leaves out its term, so that what no
+        vector reaches stays as it is, to the bit; other methods know it by its place in the list, and take it as 0."""
+        counts = []
+        for point, method, terms, work, out in zip(self.points, self._methods, recipes, works, outs, strict=True):
+            differences = [
+                (alpha, operand[vector.plus], operand[vector.minus] if vector.minus else None)
+                if vector in present
+                else (alpha, torch.zeros_like(out), None)
+                for alpha, vector in terms
+                if vector in present or not method.elementwise_sum
+            ]
+            own = self._at(place, point)
+            counts.append(combine(method, operand[point.base], differences, out, scratch, own, work))
+        return counts
+
+    def _at(self, place: Place, point: WeightPoint) -> Place:
+        """The place, with the densities of the terms that change its tensor."""
+        densities = point.densities(
+            place.tensor, self._layers, lambda source: place.tensor in self._sources[source].tensors
+        )
+        return replace(place, densities=densities) if densities else place
+
+    def _finish(self, begin: int, lane: Lane, copied: Sequence[bool]) -> tuple[int, list[torch.Tensor]]:
+        results, counts = lane.wait()
+        for k, (result, count) in enumerate(zip(results, counts, strict=True)):
+            self.nonfinite[k] += count
+            if count and not copied[k]:
+                unify_nans(result)
+        return begin, results
+
+    def _recipe(self, point: WeightPoint, name: str) -> Recipe:
+        if not self._sources[point.base].tensors[name].is_floating_point:
+            return []
+        return point.recipe(name, self._layers, lambda source: name in self._sources[source].tensors)
+
+    def _work(self, name: str, ends: Sequence[torch.dtype], terms: Recipe) -> torch.dtype:
+        """The working precision of a tensor, from the dtypes that are stored: the same on all of its rows."""
+        stored = {
+            source: TORCH_DTYPE[self._sources[source].tensors[name].dtype] for source in _donors(v for _, v in terms)
+        }
+        return working_dtype(ends, [(stored[v.plus], stored[v.minus] if v.minus else None) for _, v in terms])
+
+    def _cuts(
+        self, name: str, start: int, stop: int, vectors: Iterable[Vector], size: int
+    ) -> Iterator[tuple[int, int, tuple[Vector, ...]]]:
+        """(begin, end, the vectors that have these elements): chunks of [start, stop) of at most `size` elements, none
+        of them across the end of a vector with fewer rows than the base. A vector has the rows that both donors have.
+        """
+        ends = {
+            vector: min(self._sources[source].tensors[name].numel for source in vector.sources()) for vector in vectors
+        }
+        begin = start
+        while begin < stop:
+            end = min([begin + size, stop, *(e for e in ends.values() if e > begin)])
+            yield begin, end, tuple(vector for vector, e in ends.items() if end <= e)
+            begin = end
+
+    def _read(self, sources: Iterable[str], name: str, begin: int, end: int, lane: Lane) -> dict[str, torch.Tensor]:
+        return {
+            source: self._files[source].read(name, begin, end, lane.buffer(f"in {k}"))
+            for k, source in enumerate(dict.fromkeys(sources))
+        }
+
+    def _differences(
+        self, name: str, bases: Sequence[str], terms: Recipe, work: torch.dtype
+    ) -> Iterator[list[torch.Tensor]]:
+        """Streams a whole tensor: for each chunk the base, if it is asked for, and the difference of every term, in
+        working precision, on the CPU."""
+        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        cuts = self._cuts(name, 0, numel, [vector for _, vector in terms], min(CHUNK, lane.chunk))
+        for begin, end, present in cuts:
+            operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
+            subtrahend, *taken = (self._scratch(1 + k, end - begin, work) for k in range(1 + len(terms)))
+            own = [self._scratch(2 + len(terms), end - begin, work).copy_(operand[base]) for base in bases]
+            for difference, (_, vector) in zip(taken, terms, strict=True):
+                if vector in present:
+                    minus = operand[vector.minus] if vector.minus else None
+                    subtract(difference, operand[vector.plus], minus, subtrahend)
+                else:
+                    difference.zero_()
+            yield own + taken
+
+    def blame(self, name: str) -> str:
+        """Where results of tensor `name` come from that are infinite or not a number, and what to do: in a sentence."""
+        parts: dict[str, dict[str, None]] = {}  # each source, and what it is there
+        for point in self.points:
+            parts.setdefault(point.base, {})["the target"] = None
+            for _, vector in self._recipe(point, name):
+                parts.setdefault(vector.plus, {})["plus" if vector.minus else "the vector"] = None
+                if vector.minus:
+                    parts.setdefault(vector.minus, {})["minus"] = None
+        rows = self.base.tensors[name].numel
+        found = [tell_nonfinite(self._files[source], name, " and ".join(own), rows) for source, own in parts.items()]
+        if any(found):
+            stays = any("the target" in own and odd for own, odd in zip(parts.values(), found, strict=True))
+            mask = "" if stays else " keep the vector from this tensor (vector.mask.exclude),"
+            return (
+                f"tensor {name} would be infinite or not a number: {' and '.join(filter(None, found))}; get a sound "
+                f"copy,{mask} or set allow_nonfinite=true"
+            )
+        dtype = str(self.output_dtype(self.base.tensors[name])).removeprefix("torch.")
+        return (
+            f"tensor {name} would be infinite or not a number: all it is made of is finite, and the result overflows "
+            f"{dtype}; choose a smaller alpha, another dtype, or set allow_nonfinite=true"
+        )
+
+    def close(self) -> None:
+        for files in self._files.values():
+            files.close()
+
+
+def _donors(vectors: Iterable[Vector]) -> dict[str, None]:
+    """What these vectors are made of, each once."""
+    return dict.fromkeys(source for vector in vectors for source in vector.sources())
+
+
+def buffers_of(points: Sequence[WeightPoint]) -> int:
+    """How many operands and results of a chunk a reader of these points needs memory for, at most."""
+    return len({source for point in points for source in point.sources()}) + len(points)
+
+
+def open_point(point: WeightPoint) -> PointReader:
+    """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
+    return PointReader([point], {source: open_source(source, rename) for source, rename in point.renames()})
+
+
+def read_point(point: WeightPoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of a point, in the base's stored dtypes: what a merge of it would write.
+
+    Raises BadInput where a source cannot be read.
+    """
+    with closing(open_point(point)) as reader:
+        for name, spec in reader.base.tensors.items():
+            tensor = torch.empty(spec.numel, dtype=reader.output_dtype(spec))
+            reader.fill(name, 0, tensor)
+            yield name, tensor.view(spec.shape)

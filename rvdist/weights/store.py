@@ -1,0 +1,423 @@
+"""Stores v itself: exactly, rounded, as factors of a truncated SVD, or as its largest elements.
+
+Streams; what a tensor stored otherwise than dense needs whole is one tensor. The error is measured on what was
+written, as whoever applies the vector will read it. Knows donors and files, nothing of targets, Ray or points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, astuple, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Vector
+from rvdist.weights.arithmetic.method import Scratch, count_nonfinite, subtract, torch_threads, working_dtype
+from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.digest import checkpoint_digest
+from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
+from rvdist.weights.checkpoint.journal import MANIFEST, Manifest, Written
+from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
+from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSION, as_vector, part_names
+from rvdist.weights.checkpoint.stream import TORCH_DTYPE, write_exactly
+from rvdist.weights.operand import Operand, open_operand, tell_nonfinite
+
+_CHUNK = 128 * 1024  # elements
+_SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
+_SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
+_OVERSAMPLED, _POWER_ITERATIONS = 16, 4
+_SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
+    `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest."""
+
+    dtype: str | None = None
+    rank: int | None = None
+    density: float | None = None
+    max_shard_size: int | None = None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of v, its form, and its parts in the files."""
+
+    name: str
+    shape: tuple[int, ...]
+    form: str
+    parts: tuple[TensorSpec, ...]
+
+
+def save(
+    vector: Vector,
+    sources: Mapping[str, Checkpoint],
+    output: Path,
+    storage: Storage,
+    *,
+    overwrite: bool = False,
+    key: bytes = b"",
+    digests: Path | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes v to the directory `output`, which appears whole or not at all. `digests` is where the digests of the
+    donors are remembered, `key` what seals the journal; `progress` is told how many bytes of v's first donor are done
+    since it was last told, `say` what a user should know.
+
+    Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
+    from what is journalled.
+    """
+    laid = _lay_out([sources[source] for source in vector.sources()], storage, digests)
+    donors, skipped = laid.donors, laid.skipped
+    provenance, files, stored = laid.provenance, laid.files, laid.stored
+    if not overwrite and _holds(output, laid.plan):
+        say(f"{output}: already complete")
+        return
+    staging = Staging(output, laid.plan, overwrite, key)
+    try:
+        if staging.restarted:
+            say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
+        for name, (header, size) in files.items():
+            staging.allocate(name, header, size)
+        description = {"kind": "vector", "version": VERSION, **provenance, "storage": asdict(storage)}
+        entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
+        staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
+        written = as_vector(_reopen(staging.partial, list(files)))
+        with ExitStack() as opened, torch_threads(1):
+            donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
+            result = opened.enter_context(closing(open_operand(written)))
+            differences = _Differences(donors, donor_operands)
+            writer = opened.enter_context(closing(_Writer(staging, donor_operands)))
+            for tensor in stored:
+                if not writer.has(tensor.parts):
+                    _write(tensor, storage, differences, writer)
+                entries[tensor.name] |= _measure(tensor.name, differences, result)
+                progress(donors[0].tensors[tensor.name].nbytes)
+            writer.sync()
+        for donor in donors:
+            donor.require_unchanged()
+        if _has_companions(donors[0]):
+            carry_over(donors[0], staging, None)
+        parts = {part.name: part for tensor in stored for part in tensor.parts}
+        write_index(staging, parts, list(files))
+        measured = _summary(entries)
+        description |= {"skipped": skipped, "bytes": sum(size for _, size in files.values()), **measured}
+        staging.write_text(DESCRIPTION, _readable(description, entries))
+        staging.commit()
+        holds = f"exact for {measured['exact_for']}" if measured["exact_for"] else "not exact"
+        say(f"{output}: {holds}, relative error {measured['relative_error']:.2g}, {description['bytes']:,} bytes")
+    except BadInput:
+        staging.abandon()
+        raise
+    finally:
+        staging.release()
+
+
+def is_complete(
+    vector: Vector, sources: Mapping[str, Checkpoint], output: Path, storage: Storage, digests: Path | None = None
+) -> bool:
+    """Whether `save` has written this vector there before. Writes nothing but `digests`. Raises BadInput for donors of
+    which there is nothing to save."""
+    return _holds(output, _lay_out([sources[source] for source in vector.sources()], storage, digests).plan)
+
+
+def _holds(output: Path, plan: str) -> bool:
+    return (output / MANIFEST).exists() and Manifest.read(output).plan == plan
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """What is to be written: files, (header, size) by name; every tensor of v; why the donors' others are `skipped`."""
+
+    donors: Sequence[Checkpoint]
+    skipped: dict[str, str]
+    provenance: dict[str, Any]
+    files: dict[str, tuple[bytes, int]]
+    stored: list[_Stored]
+    plan: str
+
+
+def _lay_out(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _LaidOut:
+    skipped = {s.name: f"is of dtype {s.dtype}" for s in donors[0].tensors.values() if not _is_stored(s.name, donors)}
+    specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
+    if not specs:
+        raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
+    if _has_companions(donors[0]):
+        companions(donors[0])
+    provenance = _provenance(donors, digests)
+    metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in provenance.items()}
+    files, stored = _layout(specs, donors, storage, metadata)
+    return _LaidOut(donors, skipped, provenance, files, stored, _digest(donors, storage, files))
+
+
+def _has_companions(donor: Checkpoint) -> bool:
+    """What stands beside an adapter is the adapter's own."""
+    return not (isinstance(donor, Difference) and donor.kind == "adapter")
+
+
+def _is_stored(name: str, donors: Sequence[Checkpoint]) -> bool:
+    return all(donor.tensors[name].is_floating_point for donor in donors)
+
+
+def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str, Any]:
+    """What v is: a published vector names local donors by the last component of their path only."""
+    parts = ("plus", "minus") if len(donors) == 2 else ("difference",)
+    return {
+        "formula": f"v = {' − '.join(parts)}",
+        "donors": {
+            part: {
+                "name": donor.hub.repository if donor.hub else donor.path.absolute().name,
+                "revision": donor.hub.commit if donor.hub else None,
+                "digest": checkpoint_digest(donor, digests),
+            }
+            for part, donor in zip(parts, donors, strict=True)
+        },
+    }
+
+
+def _layout(
+    specs: Sequence[TensorSpec], donors: Sequence[Checkpoint], storage: Storage, metadata: Mapping[str, str]
+) -> tuple[dict[str, tuple[bytes, int]], list[_Stored]]:
+    """The files, (header, size) by name, sharded as the first donor is unless there is a maximum; and every tensor."""
+    wanted = {}
+    for spec in specs:
+        dtype = storage.dtype or _SAFETENSORS[_work([donor.tensors[spec.name] for donor in donors])]
+        wanted[spec.name] = _parts(spec, dtype, storage)
+
+    def nbytes(spec: TensorSpec) -> int:
+        return sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in wanted[spec.name][1])
+
+    if storage.max_shard_size is None:
+        shards = [list(own) for _, own in groupby(specs, lambda spec: spec.file)]
+    else:
+        shards = reshard(specs, nbytes, storage.max_shard_size)
+    files, stored = {}, []
+    for name, shard in zip(shard_names(len(shards), "vector"), shards, strict=True):
+        header, placed = build_header([part for spec in shard for part in wanted[spec.name][1]], name, metadata)
+        files[name] = (header, placed[-1].offset + placed[-1].nbytes)
+        by_name = {part.name: part for part in placed}
+        for spec in shard:
+            form, parts = wanted[spec.name]
+            stored.append(_Stored(spec.name, spec.shape, form, tuple(by_name[part] for part, _, _ in parts)))
+    return files, stored
+
+
+def _parts(spec: TensorSpec, dtype: str, storage: Storage) -> tuple[str, list[tuple[str, str, tuple[int, ...]]]]:
+    """The form of a tensor, and the name, dtype and shape of each of its parts."""
+    if storage.rank is not None and len(spec.shape) == 2 and spec.numel:
+        rows, columns = spec.shape
+        rank = min(storage.rank, rows, columns)
+        left, right = part_names(spec.name, "low_rank")
+        dtype = "F32" if dtype == "F64" else dtype
+        return "low_rank", [(left, dtype, (rows, rank)), (right, dtype, (rank, columns))]
+    if storage.density is not None and spec.numel:
+        kept = math.ceil(storage.density * spec.numel)
+        indices, values = part_names(spec.name, "sparse")
+        return "sparse", [(indices, "I32" if spec.numel < 2**31 else "I64", (kept,)), (values, dtype, (kept,))]
+    return "dense", [(spec.name, dtype, spec.shape)]
+
+
+def _digest(donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, tuple[bytes, int]]) -> str:
+    stamps = [[astuple(stamp) for stamp in donor.stamps.values()] for donor in donors]
+    headers = [(name, header.hex(), size) for name, (header, size) in files.items()]
+    return hashlib.blake2b(json.dumps([stamps, astuple(storage), headers]).encode(), digest_size=16).hexdigest()
+
+
+def _reopen(directory: Path, files: Sequence[str]) -> Checkpoint:
+    """What is being written, as it will be read."""
+    tensors: dict[str, TensorSpec] = {}
+    metadata, stamps = {}, {}
+    for file in files:
+        specs, metadata[file], stamps[file] = read_header(directory / file)
+        tensors |= {spec.name: spec for spec in specs}
+    return Checkpoint(directory, tensors, metadata, dict(stamps))
+
+
+def _work(specs: Sequence[TensorSpec]) -> torch.dtype:
+    """The precision a merge takes the difference in, where neither its target nor its output asks for more."""
+    plus, *minus = (TORCH_DTYPE[spec.dtype] for spec in specs)
+    return working_dtype((), [(plus, minus[0] if minus else None)])
+
+
+class _Differences:
+    """v by chunks: in the working precision as a merge computes it, and in fp64. Valid until the next chunk."""
+
+    def __init__(self, donors: Sequence[Checkpoint], operands: Sequence[Operand]) -> None:
+        self._donors, self._operands = donors, operands
+        self._buffers = [torch.empty(_CHUNK * 8, dtype=torch.uint8) for _ in operands]
+        self._scratch = Scratch(_CHUNK)
+
+    def __call__(self, name: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first element, in working precision, in fp64) for each chunk of a tensor."""
+        specs = [donor.tensors[name] for donor in self._donors]
+        work = _work(specs)
+        for begin in range(0, specs[0].numel, _CHUNK):
+            end = min(begin + _CHUNK, specs[0].numel)
+            read = [o.read(name, begin, end, b) for o, b in zip(self._operands, self._buffers, strict=True)]
+            plus, minus = read[0], read[1] if len(read) == 2 else None
+            n = end - begin
+            taken = subtract(self._scratch(0, n, work), plus, minus, self._scratch(2, n, work))
+            yield (
+                begin,
+                taken,
+                subtract(self._scratch(1, n, torch.float64), plus, minus, self._scratch(2, n, torch.float64)),
+            )
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a tensor in working precision, 1-d."""
+        specs = [donor.tensors[name] for donor in self._donors]
+        found = torch.empty(specs[0].numel, dtype=_work(specs))
+        for begin, taken, _ in self(name):
+            found[begin : begin + taken.numel()] = taken
+        return found
+
+
+class _Writer:
+    """Parts of tensors into the files of a staging, digested on their way."""
+
+    def __init__(self, staging: Staging, donors: Sequence[Operand]) -> None:
+        self._staging, self._donors = staging, donors
+        self._open: dict[str, int] = {}
+        self._pending: list[Written] = []
+
+    def has(self, parts: Sequence[TensorSpec]) -> bool:
+        """Whether these parts are there from an earlier run."""
+        claims = [self._staging.claims.get((part.file, part.offset, part.nbytes)) for part in parts if part.nbytes]
+        return all(
+            claim is not None and claim.holds(self._staging.partial, self._staging.handle.opener) for claim in claims
+        )
+
+    def require_finite(self, name: str, values: torch.Tensor) -> None:
+        if count_nonfinite(values):
+            parts = ("plus", "minus") if len(self._donors) == 2 else ("the vector",)
+            found = [
+                tell_nonfinite(donor, name, part, 1 << 62)
+                for donor, part in zip(self._donors, parts, strict=True)
+                if name in donor.checkpoint.tensors  # a factor of one is not
+            ]
+            why = " and ".join(filter(None, found)) or "the donors are finite, and their difference overflows"
+            raise BadInput(
+                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number: {why}; get a "
+                "sound copy, or store it in a wider vector.dtype"
+            )
+
+    def write(self, part: TensorSpec, chunks: Iterator[torch.Tensor]) -> None:
+        """Writes the elements of a part, which come in its dtype, 1-d and in order. Raises BadInput, Failed."""
+        digest, offset = xxhash.xxh3_128(), part.offset
+        for chunk in chunks:
+            self.require_finite(part.name, chunk)
+            try:
+                written = write_exactly(self._descriptor(part.file), offset, chunk)
+            except OSError as error:
+                raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
+            digest.update(written)
+            offset += written.nbytes
+        if part.nbytes:
+            self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
+        if sum(written.nbytes for written in self._pending) > _SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes durable what was written, and journals it. Raises Failed."""
+        try:
+            for descriptor in self._open.values():
+                os.fdatasync(descriptor)
+        except OSError as error:
+            raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
+        self._staging.journal(self._pending)
+        self._pending = []
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._open:
+            self._open[file] = self._staging.open(file, os.O_WRONLY)
+        return self._open[file]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer: _Writer) -> None:
+    dtypes = [TORCH_DTYPE[part.dtype] for part in tensor.parts]
+    if tensor.form == "dense":
+        writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken, _ in differences(tensor.name)))
+        return
+    whole = differences.whole(tensor.name)
+    writer.require_finite(tensor.name, whole)
+    if tensor.form == "low_rank":
+        with torch_threads(len(os.sched_getaffinity(0))):
+            pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
+    else:
+        indices = largest(whole, tensor.parts[0].numel)
+        pieces = (indices, whole[indices])
+    for part, dtype, piece in zip(tensor.parts, dtypes, pieces, strict=True):
+        writer.write(part, iter([piece.to(dtype).reshape(-1)]))
+
+
+def factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """left [rows, rank] and right [rank, columns] of the truncated SVD; the singular values are shared between them."""
+    if min(matrix.shape) <= max(_SMALL_SVD, rank + _OVERSAMPLED):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, transposed = torch.svd_lowrank(matrix, rank + _OVERSAMPLED, niter=_POWER_ITERATIONS)
+            right = transposed.T
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+def largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices, ascending, of the `count` elements of largest magnitude; of equal ones the first."""
+    magnitude = values.abs()
+    least = magnitude.kthvalue(values.numel() - count + 1).values
+    kept = magnitude > least
+    kept[(magnitude == least).nonzero()[: count - int(kept.sum()), 0]] = True
+    return kept.nonzero()[:, 0]
+
+
+def _measure(name: str, differences: _Differences, result: Operand) -> dict[str, Any]:
+    """How what was written differs from v: `exact` is against what a merge takes, the rest against v in fp64."""
+    buffer = torch.empty(_CHUNK * 8, dtype=torch.uint8)
+    exact, worst, error, norm = True, 0.0, 0.0, 0.0
+    for begin, taken, wide in differences(name):
+        stored = result.read(name, begin, begin + taken.numel(), buffer)
+        exact = exact and torch.equal(stored.double(), taken.double())
+        norm += float(wide.square().sum())
+        off = wide.sub_(stored)
+        worst = max(worst, float(off.abs().max()))
+        error += float(off.square().sum())
+    relative = math.sqrt(error / norm) if norm else 0.0
+    return {"exact": exact, "max_error": worst, "relative_error": relative, "norm": math.sqrt(norm)}
+
+
+def _summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What was measured of all tensors together, and for what a vector is exact: whatever is wider than 16 bits asks
+    for the difference in fp64, and everything else for what a merge takes."""
+    worst = max(entry["max_error"] for entry in entries.values())
+    error = math.hypot(*(entry["relative_error"] * entry["norm"] for entry in entries.values()))
+    norm = math.hypot(*(entry["norm"] for entry in entries.values()))
+    exact = all(entry["exact"] for entry in entries.values())
+    holds = "every target and output" if worst == 0 else "targets and outputs of 16 bits" if exact else None
+    return {"exact": exact, "exact_for": holds, "max_error": worst, "relative_error": error / norm if norm else 0.0}
+
+
+def _readable(description: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """JSON with one line a tensor."""
+    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+    head = json.dumps(description, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return head + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n"

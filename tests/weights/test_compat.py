@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from checkpoints import load_checkpoint, near, tensors, write_checkpoint
+
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.directory import open_checkpoint
+
+
+def check(paths, mask=None, **options):
+    sources = {name: open_checkpoint(path) for name, path in paths.items()}
+    return compat.check(
+        WeightPoint("target", (Term(1.0, Vector("plus", "minus"), mask or Mask()),)), sources, **options
+    )
+
+
+def rewrite(path, change):
+    weights = load_checkpoint(path)
+    change(weights)
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    write_checkpoint(path, weights)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_siblings_are_identical_in_structure_and_near(family):
+    report = check(family())
+    assert report.level == "identical" and report.exceptions == ()
+    (distance,) = report.distances.values()
+    assert 0.05 < distance < 0.5
+
+
+def test_another_shape_in_one_donor(family):
+    paths = family()
+    rewrite(paths["plus"], lambda w: w.update({"model.norm.weight": torch.zeros(49).bfloat16()}))
+    with pytest.raises(BadInput, match=r"tensor model.norm.weight has shape \[48\].*\[49\]"):
+        check(paths)
+
+
+def test_another_shape_in_the_target(family):
+    paths = family()
+    rewrite(paths["target"], lambda w: w.update({"model.norm.weight": torch.zeros(49).bfloat16()}))
+    with pytest.raises(BadInput, match=r"target: tensor model.norm.weight has shape \[49\]"):
+        check(paths)
+
+
+def test_a_tensor_missing_from_one_donor(family):
+    paths = family()
+    rewrite(paths["minus"], lambda w: w.pop("scalar"))
+    with pytest.raises(BadInput, match="minus: lacks tensor scalar, which .*plus has"):
+        check(paths)
+
+
+def test_a_vector_may_cover_a_part_and_says_what_it_skipped(family):
+    paths = family()
+    rewrite(paths["target"], lambda w: w.update({"visual.proj.weight": torch.ones(4, 4).bfloat16()}))
+    for donor in ("plus", "minus"):
+        rewrite(paths[donor], lambda w: w.update({"lm_head.weight": torch.ones(4, 4).bfloat16()}))
+    report = check(paths)
+    assert report.level == "applies with exceptions"
+    assert any("lacks 1 of the target's tensors" in e and "visual.proj.weight" in e for e in report.exceptions)
+    assert any("were skipped: lm_head.weight" in e for e in report.exceptions)
+
+
+def test_nothing_in_common_and_an_empty_mask(family, tmp_path):
+    paths = family()
+    with pytest.raises(BadInput, match="leaves no tensor"):
+        check(paths, Mask(include=("nothing",)))
+    paths["target"] = write_checkpoint(tmp_path / "alien", {"other": torch.ones(3)})
+    with pytest.raises(BadInput, match="no tensor in common"):
+        check(paths)
+
+
+def test_a_different_tokenizer_is_refused_and_force_overrides(family):
+    paths = family()
+    edit(paths["plus"] / "tokenizer.json", model={"vocab": {"a": 1, "b": 0}})
+    with pytest.raises(BadInput, match=r"plus: its tokenizer differs.*token 'a' has id 1.*compat.force=true"):
+        check(paths)
+    assert check(paths, force=True).level == "refused"
+    edit(paths["plus"] / "tokenizer.json", model={"vocab": {"a": 0, "c": 1}})
+    with pytest.raises(BadInput, match="id 1 is token 'c' where the target has 'b'"):
+        check(paths)
+
+
+def test_added_tokens_and_missing_tokenizers_are_noted(family):
+    paths = family()
+    edit(paths["plus"] / "tokenizer.json", added_tokens=[{"id": 2, "content": "<eos>"}, {"id": 3, "content": "<x>"}])
+    (paths["minus"] / "tokenizer.json").unlink()
+    report = check(paths)
+    assert any("1 tokens are not in both" in e for e in report.exceptions)
+    assert any("minus has no tokenizer.json" in e for e in report.exceptions)
+
+
+def test_config_fields_that_change_the_forward_pass(family):
+    paths = family()
+    edit(paths["plus"] / "config.json", rope_theta=1e6)
+    edit(paths["target"] / "config.json", rope_theta=1e4)
+    assert any("rope_theta is 10000.0 in the target" in e for e in check(paths).exceptions)
+    edit(paths["plus"] / "config.json", model_type="other")
+    with pytest.raises(BadInput, match="model_type=other where the target has tiny"):
+        check(paths)
+
+
+def test_a_vector_of_another_pre_training_is_refused_with_a_number(family, tmp_path):
+    paths = family()
+    stranger = tensors(77)
+    paths["plus"] = write_checkpoint(tmp_path / "p2", near(stranger, 1))
+    paths["minus"] = write_checkpoint(tmp_path / "m2", near(stranger, 2))
+    with pytest.raises(BadInput, match=r"not from the same pre-training.*distance is 1\.4"):
+        check(paths)
