@@ -23,7 +23,7 @@ from pathlib import Path
 
 # What commands import, the dear ones; without Ray (tests/without), only what those that need none do.
 MODULES = [
-    *("hydra", "torch", "rvdist.stages", "rvdist.weights.lanes", "ray", "rvdist.merge.engine"),
+    *("hydra", "torch", "rvdist.stages", "rvdist.weights.lanes", "ray", "rvdist.merge.driver"),
     *("transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot", "rvdist.fleet.harness"),
     *("rvdist.fleet.scheduler", "rvdist.report.statistics", "rvdist.report.page"),
 ]

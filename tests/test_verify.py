@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge.crew import WorkerSettings
-from rvdist.merge.engine import merge
+from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify
 from rvdist.weights.checkpoint.source import open_source

@@ -25,7 +25,7 @@ from rvdist.core.timing import Timing
 from rvdist.job import Job
 from rvdist.launch import CONF
 from rvdist.merge.crew import WorkerSettings
-from rvdist.merge.engine import merge
+from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.report import card
 from rvdist.report.wording import formula

@@ -16,7 +16,7 @@ from typing import Any
 from rvdist.core import cluster
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import crew, engine
+from rvdist.merge import crew, driver
 from rvdist.merge import plan as planning
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import Staging
@@ -67,7 +67,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     settings = crew.WorkerSettings(job["workers"], timeout=job.get("timeout", 60))
     said: list[str] = []
     try:
-        stats = engine.merge(plan, sources, lambda point: "", settings, say=said.append)
+        stats = driver.merge(plan, sources, lambda point: "", settings, say=said.append)
     except (BadInput, Failed) as error:
         return {"error": type(error).__name__, "sentence": str(error), "said": said}
     return {"nodes": stats.nodes, "written": stats.bytes_written, "said": said}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoints import near, tensors, write_checkpoint
 
-from rvdist.merge import engine
+from rvdist.merge import driver
 from rvdist.weights.checkpoint.source import open_source
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -75,7 +75,7 @@ def right(family, ray_local, tmp_path_factory):
     for name in ("target", "single"):
         point = WeightPoint(family[name], (Term(1.0, vector),))
         sources = {source: open_source(source) for source in point.sources()}
-        engine.merge(build_plan({out / name: point}, sources), sources, lambda point: "", WorkerSettings(1))
+        driver.merge(build_plan({out / name: point}, sources), sources, lambda point: "", WorkerSettings(1))
         found[name] = digests(out / name)
     return found
 
@@ -98,7 +98,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(Path(driver.__file__).parents[2])},
         )
 
     def units(self):

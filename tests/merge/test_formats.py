@@ -17,7 +17,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
-from rvdist.merge.engine import merge
+from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source

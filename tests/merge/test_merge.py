@@ -16,10 +16,10 @@ from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
-from rvdist.merge import engine
+from rvdist.merge import driver
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
-from rvdist.merge.engine import merge
+from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.source import open_source
 
@@ -216,7 +216,7 @@ def test_a_killed_run_is_resumed_and_redoes_only_what_the_journal_lacks(tmp_path
     script = tmp_path / "merge.py"
     script.write_text(RESUMABLE)
     command = [sys.executable, str(script), *map(str, paths.values()), str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(driver.__file__).parents[2])}
     killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, env=environment)
     for line in killed.stdout:
         if line.startswith(b"journalled"):
@@ -242,7 +242,8 @@ from pathlib import Path
 from rvdist.core import cluster
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import Staging
-from rvdist.merge import crew, engine, plan as planning
+from rvdist.merge import crew, plan as planning
+from rvdist.merge import driver
 from rvdist.core.point import Term, Vector, WeightPoint
 
 planning.UNIT_BYTES = 4 << 20

@@ -10,7 +10,7 @@ from checkpoints import load_checkpoint, near, write_checkpoint
 from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
-from rvdist.merge.engine import merge
+from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane

@@ -14,7 +14,7 @@ from fp8 import dequantized, quantized, write_fp8
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
 from rvdist.merge.crew import WorkerSettings
-from rvdist.merge.engine import merge
+from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify
 from rvdist.weights import store as storing
