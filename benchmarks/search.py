@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rvdist.fleet.search import Race
+from rvdist.report.statistics.race import Race
 
-GRIDS = Path(__file__).parent.parent / "tests/fleet/grids.json"
+GRIDS = Path(__file__).parent.parent / "tests/report/statistics/grids.json"
 README = Path(__file__).with_name("README.md")
 ALPHAS = (-1, -0.75, -0.5, -0.25, 0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)
 TASKS = ("sums", "choice", "control")

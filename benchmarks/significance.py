@@ -31,9 +31,10 @@ from scipy.stats import ttest_1samp
 from rvdist.core import point, record
 from rvdist.core.point import Arm, WeightPoint
 from rvdist.core.record import Record, TaskInfo, write_records
-from rvdist.report import findings, report, statistics
-from rvdist.report.sample import Sample
-from rvdist.report.statistics import Comparison, compare, detectable_effects, holm, score_interval
+from rvdist.report import findings, report
+from rvdist.report.statistics import compare as statistics
+from rvdist.report.statistics.compare import Comparison, compare, detectable_effects, holm, score_interval
+from rvdist.report.statistics.sample import Sample
 from rvdist.report.summary import GroupInfo
 
 ROOT = Path(__file__).resolve().parent.parent

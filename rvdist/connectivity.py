@@ -15,8 +15,8 @@ from rvdist.core.config import BenchmarksConfig, SearchConfig
 from rvdist.core.point import Arm
 from rvdist.evaluation import Evaluator
 from rvdist.job import Prepared
-from rvdist.report.connectivity import connectivity_plot
 from rvdist.report.findings import Anatomy, Exhibit
+from rvdist.report.pictures.connectivity import connectivity_plot
 from rvdist.scoring import Scoring
 
 FILE = "connectivity.json"

@@ -16,7 +16,7 @@ from rvdist.core.progress import Bar
 from rvdist.job import Job, Notes, Prepared, versions
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
-from rvdist.report.metadata import Result, licence_of
+from rvdist.report.card.metadata import Result, licence_of
 from rvdist.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
@@ -116,7 +116,7 @@ def card(
     one: Prepared, point: WeightPoint, notes: Notes, name: str | None = None, results: Sequence[Result] = ()
 ) -> str:
     """The model card of a point: on disk without, on the Hub with the `name` of its repository and what was scored."""
-    from rvdist.report.card import model_card
+    from rvdist.report.card.card import model_card
 
     return model_card(
         point,

@@ -19,7 +19,7 @@ from rvdist import __version__
 from rvdist.core.config import PLACEHOLDERS
 from rvdist.core.errors import BadInput, Failed
 from rvdist.job import Job, Scores
-from rvdist.report.metadata import Result
+from rvdist.report.card.metadata import Result
 from rvdist.report.summary import Outline, dissenting
 from rvdist.report.wording import printable
 from rvdist.weights.checkpoint.directory import open_checkpoint, read_json

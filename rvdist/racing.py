@@ -15,11 +15,11 @@ from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
 from rvdist.evaluation import Evaluator
 from rvdist.fleet.asking import Asking
-from rvdist.fleet.search import Outcome, Race, split
+from rvdist.report.statistics.race import Outcome, Race, split
 from rvdist.scoring import Scoring, score, score_arm
 
 if TYPE_CHECKING:
-    from rvdist.report.race import RaceAccount
+    from rvdist.report.pictures.race import RaceAccount
 
 FILE = "search.json"
 
@@ -129,7 +129,7 @@ def _claim(outcome: Outcome[str], held: int) -> str:
 
 def _account(outcome: Outcome[str], arms: Mapping[str, Arm], documents: int) -> RaceAccount:
     """For the page."""
-    from rvdist.report.race import BEST, DROPPED, TIED, RaceAccount, Runner
+    from rvdist.report.pictures.race import BEST, DROPPED, TIED, RaceAccount, Runner
 
     dropped = {one.candidate: one for one in outcome.eliminated}
     runners = []

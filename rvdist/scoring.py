@@ -18,7 +18,7 @@ from rvdist.job import Prepared, Scores
 from rvdist.report.summary import GroupInfo, write_summary
 
 if TYPE_CHECKING:
-    from rvdist.report.race import RaceAccount
+    from rvdist.report.pictures.race import RaceAccount
 
 Scored = tuple[dict[str, Any], list[Record]]
 Known = dict[tuple[Arm, str, Asking], Future[Scored]]  # what lm-eval finds, by the point's digest
@@ -86,7 +86,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
     """Scores and compares what some arms of a job answered, the baseline first. What is `known` is not scored again."""
     from lm_eval.utils import handle_non_serializable
 
-    from rvdist.report.statistics import summarise
+    from rvdist.report.statistics.compare import summarise
 
     directory, settings = scoring.prepared.directory, scoring.prepared.settings
     records: list[Record] = []

@@ -24,7 +24,7 @@ from rvdist.job import Ended, Job, Notes, Prepared, Scores, versions
 from rvdist.merging import alike, card, common_plan, merge_together, save_vector, sources_of
 from rvdist.preparation import Known, prepare, require_no_source
 from rvdist.preview import print_plan
-from rvdist.report.metadata import licence_of
+from rvdist.report.card.metadata import licence_of
 from rvdist.warm import Warm
 from rvdist.weights.checkpoint.directory import read_json
 from rvdist.weights.checkpoint.staging import discards
@@ -346,7 +346,7 @@ def _races(one: Prepared) -> bool:
 
 
 def _vector_card(one: Prepared, vector: Vector, directory: Path, name: str) -> str:
-    from rvdist.report.card import vector_card
+    from rvdist.report.card.card import vector_card
 
     description = read_json(directory / DESCRIPTION)
     of = zip(description["donors"], vector.sources(), strict=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 MODULES = [
     *("hydra", "torch", "rvdist.stages", "rvdist.weights.lanes", "ray", "rvdist.merge.driver"),
     *("transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot", "rvdist.fleet.harness"),
-    *("rvdist.fleet.scheduler", "rvdist.report.statistics", "rvdist.report.page"),
+    *("rvdist.fleet.scheduler", "rvdist.report.statistics.compare", "rvdist.report.page.page"),
 ]
 _READ_BY_MODULES = ("HF_", "PYTHON", "TRANSFORMERS_", "TORCH")
 

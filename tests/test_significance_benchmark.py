@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import significance
 
-from rvdist.report.sample import sample, scores, sort_records
+from rvdist.report.statistics.sample import sample, scores, sort_records
 
 SITUATIONS = [situation for situation in significance.situations() if sum(situation.sizes) <= 300]
 

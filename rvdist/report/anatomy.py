@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rvdist.report.drawing import QUIET, STYLE, label
+from rvdist.report.pictures.drawing import QUIET, STYLE, label
 from rvdist.report.wording import printable
 from rvdist.weights.anatomy.findings import Anatomy, Measures, Part, Spectrum
 

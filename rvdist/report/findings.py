@@ -11,14 +11,14 @@ from functools import cached_property
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
+from rvdist.report.page.samples import empty_answers
 from rvdist.report.paper import Line, Reported, paper_lines
-from rvdist.report.race import RaceAccount
-from rvdist.report.robustness import Edited, robustness
-from rvdist.report.samples import empty_answers
-from rvdist.report.seeds import Spread, seed_spread
-from rvdist.report.statistics import detectable_effects
+from rvdist.report.pictures.race import RaceAccount
+from rvdist.report.statistics.compare import detectable_effects
+from rvdist.report.statistics.robustness import Edited, robustness
+from rvdist.report.statistics.seeds import Spread, seed_spread
+from rvdist.report.statistics.sweep import limits, sweeps
 from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting
-from rvdist.report.sweep import limits, sweeps
 from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, limit_sentences, persistence_claims
 
 

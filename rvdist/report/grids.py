@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
-from rvdist.report.robustness import Change, Edited
+from rvdist.report.statistics.robustness import Change, Edited
 from rvdist.report.wording import MARK, MARK_NOTE, Scale, mark, p_text, printable, survives, verdict_text
 
 _STYLES = {"better": "green", "worse": "red"}

@@ -15,9 +15,9 @@ from rvdist.core.point import WeightPoint, name_of
 from rvdist.report.summary import LEVEL, Row, baseline_of
 
 if TYPE_CHECKING:
-    from rvdist.report.robustness import Edited
-    from rvdist.report.seeds import Spread
-    from rvdist.report.sweep import Limit, Sweep
+    from rvdist.report.statistics.robustness import Edited
+    from rvdist.report.statistics.seeds import Spread
+    from rvdist.report.statistics.sweep import Limit, Sweep
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 MARK = "†"

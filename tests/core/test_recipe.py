@@ -27,7 +27,7 @@ from rvdist.launch import CONF
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
-from rvdist.report import card
+from rvdist.report.card import card
 from rvdist.report.wording import formula
 from rvdist.stages import run_jobs
 from rvdist.warm import Warm

@@ -20,7 +20,7 @@ from rvdist.core.point import Arm, WeightPoint
 from rvdist.fleet.engine import _REFUSED, Engine, EngineSettings, further_arguments, identity, vllm_arguments
 from rvdist.fleet.harness import Suite, shown_answers
 from rvdist.fleet.request import Choice, Generate, Request, Rolling
-from rvdist.report.statistics import summarise
+from rvdist.report.statistics.compare import summarise
 
 PROMPTS = ["ab=12+34", "qu a a ", " ", "<|im_end|>what is", "9", "\nQ: 472+314=?\nA: ", "a" * 150, "=  ab"]
 GENERATION = [

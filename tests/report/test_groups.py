@@ -8,14 +8,14 @@ from made_up import make_arm, make_records, make_task
 from scipy.stats import bootstrap
 from statsmodels.stats.proportion import proportion_confint
 
-from rvdist.report.intervals import share_interval
-from rvdist.report.statistics import (
+from rvdist.report.statistics.compare import (
     compare_differences,
     detectable_effects,
     holm,
     minimal_detectable_effect,
     summarise,
 )
+from rvdist.report.statistics.intervals import share_interval
 from rvdist.report.summary import GroupInfo, Outline
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rvdist.report.findings import Anatomy, Exhibit, Findings, Making
 from rvdist.report.paper import paper_lines, write_paper_table
 from rvdist.report.report import print_findings, write_report
-from rvdist.report.statistics import summarise
+from rvdist.report.statistics.compare import summarise
 
 LACKING = {"humaneval_plus_instruct": "there is no file humaneval_plus"}
 HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \u202egnp \x00 $\\frac{"

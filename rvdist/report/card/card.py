@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rvdist.core.point import Mask, MethodSpec, WeightPoint
-from rvdist.report.metadata import Licence, Result, front_matter, licence_fields, model_index, task_name
+from rvdist.report.card.metadata import Licence, Result, front_matter, licence_fields, model_index, task_name
 from rvdist.report.wording import (
     MARK_NOTE,
     Scale,

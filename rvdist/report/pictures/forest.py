@@ -12,9 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rvdist.report.drawing import QUIET, SERIES, columns_for, empty, grid, label, legend_below, title
 from rvdist.report.paper import Line, paper_arms
-from rvdist.report.robustness import Change, Edited
+from rvdist.report.pictures.drawing import QUIET, SERIES, columns_for, empty, grid, label, legend_below, title
+from rvdist.report.statistics.robustness import Change, Edited
 from rvdist.report.wording import Scale
 
 Ends = tuple[float, float | None, float | None]  # a difference, and its interval

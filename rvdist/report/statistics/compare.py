@@ -17,9 +17,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.flips import FEW, Floats, lattice, shifted_low, subset_ends, tails
-from rvdist.report.intervals import PRIOR, mean_interval, share_interval, split, wilson
-from rvdist.report.sample import Sample, Score, rounded, sample, scores, sort_records
+from rvdist.report.statistics.flips import FEW, Floats, lattice, shifted_low, subset_ends, tails
+from rvdist.report.statistics.intervals import PRIOR, mean_interval, share_interval, split, wilson
+from rvdist.report.statistics.sample import Sample, Score, rounded, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline, Row, baseline_of, write_summary
 
 __all__ = [

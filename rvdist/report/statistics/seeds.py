@@ -17,7 +17,7 @@ from scipy.stats import chi2
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.sample import Answers, Score, rounded, sample, scores, sort_records
+from rvdist.report.statistics.sample import Answers, Score, rounded, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline
 
 

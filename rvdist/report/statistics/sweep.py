@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.sample import Answers, Sample, Score, sample, scores, sort_records
-from rvdist.report.statistics import Comparison, compare, holm
+from rvdist.report.statistics.compare import Comparison, compare, holm
+from rvdist.report.statistics.sample import Answers, Sample, Score, sample, scores, sort_records
 from rvdist.report.summary import GroupInfo, Outline
 
 FEWEST = 3  # α's of one prompt style: fewer are no sweep

@@ -9,14 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_up import REPORTED, make_arm, make_experiment, make_paper, make_records, make_task
+from made_up import REPORTED, make_arm, make_experiment, make_paper, make_records, make_task, write
 
-from rvdist.report.drawing import render
 from rvdist.report.findings import Anatomy, Exhibit, Findings, Making
-from rvdist.report.page import write_page
-from rvdist.report.plot import alpha_figure
-from rvdist.report.samples import choose_samples
-from rvdist.report.statistics import summarise
+from rvdist.report.page.page import write_page
+from rvdist.report.page.samples import choose_samples
 
 HOSTILE = (
     "<script>alert(1)</script></script><script>document.title='owned'</script>]]><!--<img src=x onerror=alert(2)>"
@@ -24,23 +21,6 @@ HOSTILE = (
 )
 LONG = "x" * 100_000
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def write(
-    path: Path, arms, records, tasks, baseline="baseline", groups=(), reported=None, lacking=None, anatomy=None, **made
-):
-    rows = summarise(arms, records, tasks, baseline, groups)
-    findings = Findings(arms, rows, records, tasks, groups, reported or {}, lacking or {})
-    given = {
-        "title": "A report",
-        "command": "python -m rvdist.launch",
-        "digests": {arm.name: "d1935700" for arm in arms},
-        "versions": {"rvdist": "0.1.0"},
-        "timing": {"generate": 12.5},
-    }
-    (alpha,) = render(lambda: alpha_figure(findings.benchmarks), "png")
-    write_page(path, findings, Making(**(given | made)), {"alpha": alpha}, anatomy)
-    return path.read_text(encoding="utf-8")
 
 
 def hostile_page(path: Path) -> str:

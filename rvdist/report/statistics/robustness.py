@@ -14,8 +14,18 @@ from pathlib import Path
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.sample import Answers, Sample, Score, averaged, common, rounded, sample, scores, sort_records
-from rvdist.report.statistics import Comparison, compare, compare_differences, holm, known
+from rvdist.report.statistics.compare import Comparison, compare, compare_differences, holm, known
+from rvdist.report.statistics.sample import (
+    Answers,
+    Sample,
+    Score,
+    averaged,
+    common,
+    rounded,
+    sample,
+    scores,
+    sort_records,
+)
 from rvdist.report.summary import LEVEL, Outline, Row
 
 Pair = Sequence[Sample]  # of the same documents: as they are, and edited

@@ -5,11 +5,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from rvdist.core.point import Arm, Term, Vector, WeightPoint
 from rvdist.core.record import Record, TaskInfo
+from rvdist.report.findings import Findings, Making
+from rvdist.report.page.page import write_page
+from rvdist.report.pictures.alpha import alpha_figure
+from rvdist.report.pictures.drawing import render
+from rvdist.report.statistics.compare import summarise
 from rvdist.report.summary import GroupInfo
 
 VECTOR = Vector(plus="org/grpo", minus="org/sft")
@@ -109,3 +115,20 @@ def make_paper(
             records += [replace(r, doc=f"{document}-{r.doc_id:05d}", prompt=arm.prompt, alpha=arm.alpha) for r in made]
     groups = [GroupInfo("bbh_cot_fewshot", tuple(inside), (("exact_match", "none"),))] if inside else []
     return arms, records, [make_task(name) for name in names], groups
+
+
+def write(
+    path: Path, arms, records, tasks, baseline="baseline", groups=(), reported=None, lacking=None, anatomy=None, **made
+):
+    rows = summarise(arms, records, tasks, baseline, groups)
+    findings = Findings(arms, rows, records, tasks, groups, reported or {}, lacking or {})
+    given = {
+        "title": "A report",
+        "command": "python -m rvdist.launch",
+        "digests": {arm.name: "d1935700" for arm in arms},
+        "versions": {"rvdist": "0.1.0"},
+        "timing": {"generate": 12.5},
+    }
+    (alpha,) = render(lambda: alpha_figure(findings.benchmarks), "png")
+    write_page(path, findings, Making(**(given | made)), {"alpha": alpha}, anatomy)
+    return path.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from statsmodels.stats.proportion import proportion_confint
 
-from rvdist.report.drawing import FAINT, QUIET, SERIES, empty, grid, label, legend_below, title
+from rvdist.report.pictures.drawing import FAINT, QUIET, SERIES, empty, grid, label, legend_below, title
 from rvdist.report.summary import LEVEL
 
 BEST, TIED, DROPPED = "the best", "not told apart from it", "dropped"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rvdist.core.record import TaskInfo
 from rvdist.report.findings import Findings
 from rvdist.report.report import print_findings
-from rvdist.report.statistics import summarise
+from rvdist.report.statistics.compare import summarise
 from rvdist.report.wording import claims
 
 

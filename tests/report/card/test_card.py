@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
-from rvdist.report.card import model_card, vector_card
-from rvdist.report.metadata import Licence, Result, licence_of
+from rvdist.report.card.card import model_card, vector_card
+from rvdist.report.card.metadata import Licence, Result, licence_of
 from rvdist.report.summary import Row
 from rvdist.report.wording import is_hub_id, printable, source_name
 
@@ -89,7 +89,7 @@ def test_text_cannot_break_the_card():
 
 def test_cheap_to_import():
     heavy = ("numpy", "scipy", "statsmodels", "matplotlib", "rich", "jinja2", "torch")
-    code = f"import sys, rvdist.report.card; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, rvdist.report.card.card; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

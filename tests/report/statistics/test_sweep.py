@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 from rvdist.report.findings import Findings
-from rvdist.report.statistics import detectable_effects, summarise
-from rvdist.report.sweep import Limit, limits, sweeps
+from rvdist.report.statistics.compare import detectable_effects, summarise
+from rvdist.report.statistics.sweep import Limit, limits, sweeps
 
 
 def name_of(alpha):
@@ -143,7 +143,7 @@ def test_a_baseline_without_room_is_said(k, expected):
 
 
 def test_the_page_gives_each_comparison_its_own_smallest_change(tmp_path):
-    from test_page import write
+    from made_up import write
 
     arms, records, tasks = make_experiment(tasks=1)
     html = write(tmp_path / "report.html", arms, records, tasks)

@@ -18,10 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rvdist.report.findings import Anatomy, Findings, Making
+from rvdist.report.page.samples import choose_samples
 from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
-from rvdist.report.robustness import Change, Edited
-from rvdist.report.samples import choose_samples
-from rvdist.report.seeds import Spread
+from rvdist.report.statistics.robustness import Change, Edited
+from rvdist.report.statistics.seeds import Spread
 from rvdist.report.summary import Row
 from rvdist.report.wording import (
     Scale,

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rvdist.report.drawing import FAINT, QUIET, columns_for, empty, grid, label, legend_below, title
+from rvdist.report.pictures.drawing import FAINT, QUIET, columns_for, empty, grid, label, legend_below, title
 from rvdist.report.summary import Row, baseline_of
 from rvdist.report.wording import Scale, by_task, metric_name
 

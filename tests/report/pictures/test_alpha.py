@@ -9,9 +9,9 @@ import pytest
 from made_up import make_arm, make_experiment, make_records, make_task
 from PIL import Image
 
-from rvdist.report.drawing import render
-from rvdist.report.plot import alpha_figure
-from rvdist.report.statistics import summarise
+from rvdist.report.pictures.alpha import alpha_figure
+from rvdist.report.pictures.drawing import render
+from rvdist.report.statistics.compare import summarise
 
 BLUE, PINK = (0, 114, 178), (204, 121, 167)  # the first curve, the first mark
 
@@ -65,7 +65,7 @@ def test_names_are_not_mathtext():
 def test_leaves_no_global_state():
     code = (
         "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"
-        "from rvdist.report.drawing import render; from rvdist.report.plot import alpha_figure\n"
+        "from rvdist.report.pictures.drawing import render; from rvdist.report.pictures.alpha import alpha_figure\n"
         "from rvdist.report.summary import Row\n"
         "row = Row('a', 'p', 1.0, 'plain', 't', 'acc', 'none', True, True, 0, 0.5, 0.1, 0.4, 0.6, 9)\n"
         "render(lambda: alpha_figure([row]), 'png', 'pdf')\n"

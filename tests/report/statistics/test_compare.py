@@ -15,9 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.core.record import TaskInfo
-from rvdist.report.flips import FEW, _subset_sums, _tail, lattice, tails
-from rvdist.report.sample import rounded
-from rvdist.report.statistics import (
+from rvdist.report.statistics.compare import (
     Row,
     baseline_of,
     compare_differences,
@@ -28,6 +26,8 @@ from rvdist.report.statistics import (
     summarise,
     write_summary,
 )
+from rvdist.report.statistics.flips import FEW, _subset_sums, _tail, lattice, tails
+from rvdist.report.statistics.sample import rounded
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rvdist.fleet import search
-from rvdist.fleet.search import Race, split
+from rvdist.report.statistics import race as search
+from rvdist.report.statistics.race import Race, split
 
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks/search.py"
+_FILE = Path(__file__).resolve().parents[3] / "benchmarks/search.py"
 _SPEC = importlib.util.spec_from_file_location("search_benchmark", _FILE)
 benchmark = importlib.util.module_from_spec(_SPEC)
 sys.modules[_SPEC.name] = benchmark

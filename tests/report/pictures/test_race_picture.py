@@ -2,12 +2,12 @@
 
 from made_up import make_arm, make_records, make_task
 
-from rvdist.report.drawing import render
 from rvdist.report.findings import Findings, Making
-from rvdist.report.plot import alpha_figure
-from rvdist.report.race import BEST, DROPPED, TIED, RaceAccount, Runner, race_figure
+from rvdist.report.pictures.alpha import alpha_figure
+from rvdist.report.pictures.drawing import render
+from rvdist.report.pictures.race import BEST, DROPPED, TIED, RaceAccount, Runner, race_figure
 from rvdist.report.report import write_report
-from rvdist.report.statistics import summarise
+from rvdist.report.statistics.compare import summarise
 
 RACE = RaceAccount(
     [

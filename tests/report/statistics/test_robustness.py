@@ -13,8 +13,8 @@ from made_up import make_arm, make_records, make_task
 from scipy.stats import binomtest
 
 from rvdist.report.findings import Findings
-from rvdist.report.robustness import Edited, robustness, write_robustness
-from rvdist.report.statistics import compare_differences, holm, summarise
+from rvdist.report.statistics.compare import compare_differences, holm, summarise
+from rvdist.report.statistics.robustness import Edited, robustness, write_robustness
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)
 TASK = "gsm8k"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up import make_arm, make_records, make_task
 
-from rvdist.report.seeds import _interval, seed_spread, write_seeds
+from rvdist.report.statistics.seeds import _interval, seed_spread, write_seeds
 from rvdist.report.summary import GroupInfo
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)

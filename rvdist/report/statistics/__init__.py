@@ -1,0 +1,1 @@
+"""What numbers mean: from records to samples, intervals, comparisons, and a race. Knows numbers only."""
