@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from rvdist.core.point import WeightPoint
-from rvdist.fleet.schedule import Schedule, Slice
+from rvdist.evaluate.fleet.schedule import Schedule, Slice
 
 TIMES = Path(__file__).with_name("schedule.json")
 _WORK = {"pocket_sums": 2361.0, "pocket_choice": 766.0, "pocket_control": 780.0}  # guessed beforehand: see cut

@@ -15,14 +15,14 @@ from rvdist.core import config
 from rvdist.core.cluster import Resources
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint, name_of
-from rvdist.fleet.answers import Answering, Answers, Asked, Outcome, answer
-from rvdist.fleet.asking import Asking, load_tokenizer
-from rvdist.fleet.cache import FILE, SampleCache, serving_digest
-from rvdist.fleet.engine import EngineSettings, further_arguments, identity
-from rvdist.fleet.harness import Suite
-from rvdist.fleet.replay import Recording, ReplayActor
-from rvdist.fleet.request import Answer
-from rvdist.fleet.scheduler import Fleet, device_kind
+from rvdist.evaluate.answers import Answering, Answers, Asked, Outcome, answer
+from rvdist.evaluate.asking import Asking, load_tokenizer
+from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
+from rvdist.evaluate.fleet.engine import EngineSettings, further_arguments, identity
+from rvdist.evaluate.fleet.fleet import Fleet, device_kind
+from rvdist.evaluate.replay import Recording, ReplayActor
+from rvdist.evaluate.request import Answer
+from rvdist.evaluate.suite import Suite
 from rvdist.job import Prepared
 from rvdist.scoring import Known, Scoring, score, score_arm
 from rvdist.warm import Warm

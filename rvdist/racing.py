@@ -13,8 +13,8 @@ from rvdist.core import config
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
+from rvdist.evaluate.asking import Asking
 from rvdist.evaluation import Evaluator
-from rvdist.fleet.asking import Asking
 from rvdist.report.statistics.race import Outcome, Race, split
 from rvdist.scoring import Scoring, score, score_arm
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rvdist.core.errors import Failed
 from rvdist.core.point import Arm, WeightPoint
 from rvdist.core.record import Record, TaskInfo, write_records
-from rvdist.fleet.answers import Answers, answers_of
-from rvdist.fleet.asking import Asking
-from rvdist.fleet.harness import Suite
+from rvdist.evaluate.answers import Answers, answers_of
+from rvdist.evaluate.asking import Asking
+from rvdist.evaluate.suite import Suite
 from rvdist.job import Prepared, Scores
 from rvdist.report.summary import GroupInfo, write_summary
 

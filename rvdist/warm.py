@@ -14,7 +14,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.timing import Timing
 
 if TYPE_CHECKING:
-    from rvdist.fleet.scheduler import Fleet
+    from rvdist.evaluate.fleet.fleet import Fleet
 
 
 class Warm:

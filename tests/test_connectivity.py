@@ -40,7 +40,7 @@ def test_two_lines_and_their_barriers(tmp_path):
 )
 def test_a_text_that_is_none(tmp_path, text, reason):
     from rvdist.core.errors import BadInput
-    from rvdist.fleet.harness import Suite
+    from rvdist.evaluate.suite import Suite
 
     if text is not None:
         (tmp_path / "text.txt").write_bytes(text)

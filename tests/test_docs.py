@@ -26,8 +26,8 @@ from omegaconf import DictConfig
 
 from rvdist import multirun
 from rvdist.core.config import Config
+from rvdist.evaluate.tasks import perturb
 from rvdist.launch import CONF, _quoted
-from rvdist.tasks import perturb
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

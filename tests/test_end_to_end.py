@@ -12,8 +12,8 @@ import pytest
 from checkpoints import POCKET, launch
 
 from rvdist.core.record import read_records
-from rvdist.fleet.engine import Engine, EngineSettings
-from rvdist.fleet.request import Generate
+from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+from rvdist.evaluate.request import Generate
 
 pytestmark = pytest.mark.heavy
 

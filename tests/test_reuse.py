@@ -4,11 +4,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from rvdist.core.point import WeightPoint
-from rvdist.fleet.answers import from_whole
-from rvdist.fleet.asking import Asking
-from rvdist.fleet.cache import SampleCache, slice_keys
-from rvdist.fleet.request import Answered, Completion, Generate
-from rvdist.fleet.schedule import cut
+from rvdist.evaluate.answers import from_whole
+from rvdist.evaluate.asking import Asking
+from rvdist.evaluate.cache import SampleCache, slice_keys
+from rvdist.evaluate.fleet.schedule import cut
+from rvdist.evaluate.request import Answered, Completion, Generate
 
 POINT, OTHER = WeightPoint("base"), WeightPoint("other")
 DIGESTS = {POINT: "p", OTHER: "o"}

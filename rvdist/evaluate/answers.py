@@ -1,0 +1,149 @@
+"""From requests to answers at some points: first from the sample cache, then from the fleet. Knows no jobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rvdist.core.log import Log
+from rvdist.core.point import WeightPoint
+from rvdist.core.timing import Timing
+from rvdist.evaluate.asking import Asking, Requests, with_repeat
+from rvdist.evaluate.cache import FILE, SampleCache, slice_keys
+from rvdist.evaluate.fleet.fleet import Fleet
+from rvdist.evaluate.fleet.schedule import Slice, cut
+from rvdist.evaluate.fleet.view import FleetView
+from rvdist.evaluate.request import Answered
+
+Answers = dict[Slice, Answered]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A point that is to answer: its digest, and what it is called while it does."""
+
+    digest: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How points answer: at most `slice_size` requests together, on the `fleet` (in time), if they have to. `cache` is
+    the directory of the sample cache, None without one; `identity` is what of the engines decides answers."""
+
+    slice_size: int
+    fleet: Callable[[], Fleet]
+    cache: Path | None = None
+    identity: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Every answer there is. `fleet` is what gave them, None where all were known; it had an engine after `start`
+    seconds. `cached` counts the requests that were answered before."""
+
+    answers: Answers
+    fleet: Fleet | None
+    start: float
+    cached: int
+
+
+def answer(
+    asking: Asking,
+    points: Mapping[WeightPoint, Asked],
+    answering: Answering,
+    timing: Timing,
+    log: Log,
+    complete: Callable[[WeightPoint, Answers], None] = lambda point, answers: None,
+) -> Outcome:
+    """The requests, answered at every point; what the cache has is not asked again. `complete` is told of each point
+    that is answered, and of all that is so far. A point that the fleet refuses has no answers."""
+    requests = asking.requests
+    slices = [piece for point in points for piece in cut(point, requests, answering.slice_size)]
+    with closing(SampleCache(answering.cache)) if answering.cache else nullcontext() as cache:
+        keys: dict[Slice, str] = {}
+        answered: Answers = {}
+        if cache:
+            size, identity = answering.slice_size, answering.identity or {}
+            digests = {point: asked.digest for point, asked in points.items()}
+            with timing.phase("cache"):
+                keys = slice_keys(slices, requests, digests, asking.suite.versions, identity)
+                known = cache.read(list(keys.values()))
+                answered = {piece: known[key] for piece, key in keys.items() if key in known}
+                if asking.whole:
+                    lacking = [piece for piece in slices if piece not in answered]
+                    answered |= from_whole(asking.whole, lacking, requests, size, digests, identity, cache)
+        todo = [piece for piece in slices if piece not in answered]
+        left = Counter(piece.point for piece in todo)
+
+        def keep(piece: Slice, found: Answered) -> None:
+            if cache:
+                cache.write(keys[piece], points[piece.point].digest, piece.task, found)
+            answered[piece] = found
+            left[piece.point] -= 1
+            if not left[piece.point]:
+                complete(piece.point, answered)
+
+        for point in points:
+            if not left[point]:
+                complete(point, answered)
+        cached = sum(piece.count for piece in answered)
+        total = sum(piece.count for piece in slices)
+        timing.count("requests", total - cached)
+        timing.count("cached", cached)
+        with timing.phase("evaluate"):
+            if not todo:
+                return Outcome(answered, None, 0.0, cached)
+            fleet = answering.fleet()
+            was_up = fleet.first_up is not None
+            names = {point: asked.name for point, asked in points.items()}
+            with FleetView(total, cached, names, log, str(answering.cache / FILE) if answering.cache else None) as view:
+                fleet.answer(todo, requests, keep, view.show)
+            return Outcome(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
+
+
+def from_whole(
+    whole: Asking,
+    lacking: Sequence[Slice],
+    requests: Requests,
+    slice_size: int,
+    digests: Mapping[WeightPoint, str],
+    identity: Mapping[str, Any],
+    cache: SampleCache,
+) -> Answers:
+    """Those of the `lacking` slices, of some documents, whose every request was answered in a slice of all documents,
+    as an evaluation of the same point left it in the cache. A slice is taken from there whole or not at all."""
+    found: Answers = {}
+    for point in dict.fromkeys(piece.point for piece in lacking):
+        pieces = cut(point, whole.requests, slice_size)
+        keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, identity)
+        known = cache.read(list(keys.values()))
+        answers = {
+            (piece.task, piece.begin + place): answer
+            for piece, key in keys.items()
+            if key in known and not known[key].truncated  # of which one does not know whose they are
+            for place, answer in enumerate(known[key].answers)
+        }
+        for piece in lacking if answers else ():
+            if piece.point == point:
+                asked = requests[piece.task][piece.begin : piece.end]
+                own = [answers.get((piece.task, whole.places[piece.task].get(with_repeat(one), -1))) for one in asked]
+                if all(own):
+                    found[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
+    return found
+
+
+def answers_of(
+    point: WeightPoint, requests: Requests, slice_size: int, answered: Mapping[Slice, Answered]
+) -> tuple[dict[str, list[Any]], int]:
+    """A point's answers by task, in the order of the requests, and how many prompts were cut to fit."""
+    answers: dict[str, list[Any]] = {task: [] for task in requests}
+    truncated = 0
+    for piece in cut(point, requests, slice_size):
+        answers[piece.task] += answered[piece].answers
+        truncated += answered[piece].truncated
+    return answers, truncated

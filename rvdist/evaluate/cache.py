@@ -1,0 +1,157 @@
+"""The sample cache: every answered slice, durable at once, under a key of all that decides what is answered.
+
+One SQLite file in `cache.dir`, shared by any number of runs. A slice is one row and one transaction, in SQLite's
+rollback journal and fully synchronous: what was written survives a killed process and a power cut. Not its
+write-ahead log, which is unsafe on network file systems, where a cache may well lie. Knows nothing of Ray or vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from rvdist.core.errors import Failed
+from rvdist.core.point import WeightPoint
+from rvdist.evaluate.fleet.schedule import Slice
+from rvdist.evaluate.fleet.served import companions
+from rvdist.evaluate.request import Answer, Answered, Completion, Loglikelihood, Request
+from rvdist.weights.checkpoint.digest import file_digest
+from rvdist.weights.checkpoint.journal import MANIFEST
+
+FILE = "samples.sqlite"
+_APPLICATION = 0x72766473  # marks the file as ours
+_LAYOUT = 1  # of the table and of the keys
+_PATIENCE = 60.0  # seconds, for another run's transaction
+_AT_ONCE = 500  # keys in one question
+
+_TABLE = """CREATE TABLE slices (
+    key TEXT PRIMARY KEY, point TEXT, task TEXT, answers TEXT, truncated INTEGER, seconds REAL,
+    written TEXT DEFAULT CURRENT_TIMESTAMP)"""
+
+
+def serving_digest(checkpoint: Path, digests: Path | None = None) -> str:
+    """A digest of what an engine reads of a checkpoint besides its weights: tokenizer, chat template, generation
+    defaults, whatever else lies there in small files. `digests`: see file_digest."""
+    files = [path for path in companions(checkpoint) if path.name != MANIFEST]
+    return _digest([[path.name, file_digest(path, digests)] for path in files])
+
+
+def slice_keys(
+    slices: Iterable[Slice],
+    requests: Mapping[str, Sequence[Request]],
+    points: Mapping[WeightPoint, str],
+    tasks: Mapping[str, str],
+    engine: Mapping[str, Any],
+) -> dict[Slice, str]:
+    """The key of each slice: of its requests all together, its point's digest in `points`, its task's version in
+    `tasks`, and `engine`, which is everything else that decides the answers."""
+    asked: dict[tuple[str, int, int], str] = {}
+    served_by = _digest(engine)
+    keys = {}
+    for piece in slices:
+        place = (piece.task, piece.begin, piece.end)
+        if place not in asked:
+            batch = [[type(request).__name__, *astuple(request)] for request in requests[piece.task][slice(*place[1:])]]
+            asked[place] = _digest([piece.task, tasks[piece.task], batch])
+        keys[piece] = _digest([_LAYOUT, points[piece.point], asked[place], served_by])
+    return keys
+
+
+def _digest(made_of: object) -> str:
+    return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class SampleCache:
+    """The file in `directory`, made where there is none. Raises Failed where it cannot be used."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / FILE
+        with self._saying():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
+            self._connection.execute("PRAGMA synchronous = EXTRA")
+            with self._transaction():
+                self._require_ours()
+
+    def read(self, keys: Sequence[str]) -> dict[str, Answered]:
+        """What is there of the slices with these keys."""
+        found = {}
+        with self._saying():
+            for k in range(0, len(keys), _AT_ONCE):
+                some = keys[k : k + _AT_ONCE]
+                rows = self._connection.execute(
+                    f"SELECT key, answers, truncated, seconds FROM slices WHERE key IN ({','.join('?' * len(some))})",
+                    some,
+                )
+                for key, answers, truncated, seconds in rows:
+                    found[key] = Answered(tuple(map(_from_json, json.loads(answers))), truncated, seconds)
+        return found
+
+    def knows(self, point: str) -> bool:
+        """Whether there is anything of the point with this digest."""
+        with self._saying():
+            found = self._connection.execute("SELECT 1 FROM slices WHERE point = ? LIMIT 1", (point,)).fetchone()
+        return found is not None
+
+    def write(self, key: str, point: str, task: str, answered: Answered) -> None:
+        """Keeps a slice; `point` (its digest) and `task` only tell people what it is. When this returns, it is on
+        disk; of two runs that write the same slice the first is kept."""
+        answers = json.dumps([_to_json(answer) for answer in answered.answers])
+        with self._saying(), self._transaction():
+            self._connection.execute(
+                "INSERT OR IGNORE INTO slices (key, point, task, answers, truncated, seconds) VALUES (?,?,?,?,?,?)",
+                (key, point, task, answers, answered.truncated, answered.seconds),
+            )
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _require_ours(self) -> None:
+        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (layout,) = self._connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if (application, layout, tables) == (0, 0, 0):
+            self._connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            self._connection.execute(f"PRAGMA user_version = {_LAYOUT}")
+            self._connection.execute(_TABLE)
+        elif application != _APPLICATION:
+            raise sqlite3.DatabaseError("it is a database of something else")
+        elif layout != _LAYOUT:
+            raise sqlite3.DatabaseError(f"its layout is {layout}, and this version of rvdist knows {_LAYOUT}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _saying(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
+            raise Failed(
+                f"{self._path}: the sample cache cannot be used ({error}); move it away, or set cache.dir to another "
+                "directory or cache.samples=false"
+            ) from None
+
+
+def _to_json(answer: Answer) -> list[Any]:
+    if isinstance(answer, Completion):
+        return [answer.text, answer.finish, answer.prompt_tokens, answer.tokens]
+    return [answer.logprob, answer.greedy, answer.tokens]
+
+
+def _from_json(fields: list[Any]) -> Answer:
+    return Completion(*fields) if isinstance(fields[0], str) else Loglikelihood(*fields)

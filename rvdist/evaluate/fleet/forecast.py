@@ -1,0 +1,285 @@
+"""The forecast: how long the rest of the work takes, from the lengths and the speed that were seen so far.
+
+A slice costs a·(prompt tokens) + b·(tokens made) + c·(steps), since a step takes its time however few are answered in
+it. The costs are fitted to what engines tell, and the lengths of what is not answered yet are those seen in its task.
+Where little is known they are taken to be long: what is left then falls sooner than was said, and does not grow. It is
+told what happens and when, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvdist.evaluate.fleet.schedule import CHARACTERS_PER_TOKEN, Slice
+from rvdist.evaluate.request import Answered, Completion, Generate, Progress, Request
+
+Floats = NDArray[np.float64]
+
+_KINDS = 3  # of cost: prompt tokens, tokens made, steps
+_MUCH = 1.5  # times as long as was said: it is said
+_FEW = 4  # answers of a task tell too little of its lengths, unless there are no more
+_REPORTS = 8  # fewer tell too little of the costs, unless they are of whole slices
+_RIDGE = np.array([1e-3, 3e-3, 1e-3])  # what cannot be told apart is put down to steps rather than to tokens
+
+
+@dataclass
+class _Size:
+    """Of some requests: how many, in how many slices, their characters, the most tokens that they may be answered
+    with, and the longest of each slice."""
+
+    slices: int = 0
+    requests: int = 0
+    characters: int = 0
+    tokens: int = 0
+    longest: int = 0
+
+    def add(self, other: _Size, sign: int = 1) -> None:
+        self.slices += sign * other.slices
+        self.requests += sign * other.requests
+        self.characters += sign * other.characters
+        self.tokens += sign * other.tokens
+        self.longest += sign * other.longest
+
+
+@dataclass
+class _Work:
+    """A slice at which an engine works, and what it has told."""
+
+    task: str
+    size: _Size
+    begun: float
+    heard: float | None = None
+    progress: Progress = field(default_factory=Progress)
+    seconds: float = 0.0  # between the first and the last that was heard
+    costs: Floats | None = None  # what was done meanwhile
+
+
+class _Task:
+    """What is known of a task's lengths, from slices that are finished and others."""
+
+    def __init__(self) -> None:
+        self.waiting = _Size()
+        self.finished = _Size()
+        self.prompt_tokens = self.tokens = self.steps = 0
+
+    def known(self, works: Iterable[_Work]) -> tuple[_Size, int, int, int]:
+        """Of the slices that told anything: their size, their prompt tokens, requests that are answered, and the tokens
+        made."""
+        size, prompts, answered, tokens = _Size(), self.prompt_tokens, self.finished.requests, self.tokens
+        size.add(self.finished)
+        for work in works:
+            if work.progress.prompt_tokens:
+                size.add(work.size)
+                prompts += work.progress.prompt_tokens
+                answered += min(work.progress.requests, work.size.requests)
+                tokens += work.progress.tokens
+        return size, prompts, answered, tokens
+
+
+class Forecast:
+    """Of these slices of `requests`."""
+
+    def __init__(self, slices: Iterable[Slice], requests: Mapping[str, Sequence[Request]]) -> None:
+        self._sizes: dict[tuple[str, int, int], _Size] = {}
+        self._tasks: dict[str, _Task] = defaultdict(_Task)
+        self._works: dict[Slice, _Work] = {}
+        self._squares, self._products = np.zeros((_KINDS, _KINDS)), np.zeros(_KINDS)  # of the least squares
+        self._costs, self._seconds, self._heard = np.zeros(_KINDS), 0.0, 0
+        self._said: float | None = None
+        self._held, self._answering = 0.0, 0.0  # by finished slices: with their swaps and on the way, and without
+        for piece in slices:
+            place = (piece.task, piece.begin, piece.end)
+            if place not in self._sizes:
+                self._sizes[place] = _size(requests[piece.task][piece.begin : piece.end])
+            self._tasks[piece.task].waiting.add(self._sizes[place])
+
+    def begin(self, piece: Slice, now: float) -> None:
+        """An engine works at a slice."""
+        size = self._sizes[piece.task, piece.begin, piece.end]
+        self._tasks[piece.task].waiting.add(size, -1)
+        self._works[piece] = _Work(piece.task, size, now)
+
+    def drop(self, piece: Slice) -> None:
+        """The engine is gone."""
+        self._tasks[piece.task].waiting.add(self._works.pop(piece).size)
+
+    def refuse(self, piece: Slice, waiting: Iterable[Slice]) -> None:
+        """A slice has no answers, and those that wait at its point are not asked."""
+        del self._works[piece]
+        for other in waiting:
+            self._tasks[other.task].waiting.add(self._sizes[other.task, other.begin, other.end], -1)
+
+    def hear(self, piece: Slice, progress: Progress, now: float) -> None:
+        """How far a slice is."""
+        work = self._works[piece]
+        done = _costs(progress) - _costs(work.progress)
+        if not done.any():
+            return
+        if work.heard is not None:
+            self._learn(done, now - work.heard)
+            work.seconds += now - work.heard
+            work.costs = done if work.costs is None else work.costs + done
+        work.heard, work.progress = now, progress
+
+    def finish(self, piece: Slice, answered: Answered, now: float) -> None:
+        """A slice is answered."""
+        work, task = self._works.pop(piece), self._tasks[piece.task]
+        progress = work.progress
+        if work.heard is None:
+            prompts = sum(one.prompt_tokens for one in answered.answers if isinstance(one, Completion))
+            prompts = prompts or work.size.characters // CHARACTERS_PER_TOKEN
+            made = sum(one.tokens for one in answered.answers if isinstance(one, Completion))
+            progress = Progress(work.size.requests, prompts, prompts, made or work.size.requests, 0)
+        rest = _costs(progress) - (0 if work.costs is None else work.costs)
+        self._learn(rest, max(0.0, answered.seconds - work.seconds))
+        self._held += now - work.begun
+        self._answering += answered.seconds
+        task.finished.add(work.size)
+        task.prompt_tokens += progress.prompt_tokens
+        task.tokens += progress.tokens
+        task.steps += progress.steps
+
+    def seconds_left(self, now: float, engines: int) -> float | None:
+        """What is still to be done, shared by so many engines; None where nothing is known yet. It stays as it was said
+        rather than grow a little, since that is noise or a slice's last and slowest answers."""
+        found = self._estimate(now, engines)
+        if found is None:
+            return None
+        if self._said is not None and self._said < found < _MUCH * self._said:
+            found = self._said
+        self._said = found
+        return found
+
+    def _estimate(self, now: float, engines: int) -> float | None:
+        price = self._price()
+        if price is None or not engines:
+            return None
+        works = defaultdict(list)
+        for work in self._works.values():
+            works[work.task].append(work)
+        waiting, slices = 0.0, 0
+        running = []
+        for name, task in self._tasks.items():
+            if not (task.waiting.slices or works[name]):
+                continue
+            length = self._length(name, works)
+            if length is None:
+                return None
+            slices += task.waiting.slices
+            per_character = self._tokens_per_character(name, works)
+            left = [self._left(work, length, per_character) for work in works[name]]
+            steps = self._steps(name, works[name], left)
+            costs = np.array(
+                [
+                    task.waiting.characters * per_character,
+                    min(task.waiting.requests * length, task.waiting.tokens),
+                    task.waiting.slices * steps,
+                ]
+            )
+            waiting += float(price @ costs)
+            for work, (costs, _) in zip(works[name], left, strict=True):
+                since = 0.0 if work.heard is None else now - work.heard
+                running.append(max(0.0, float(price @ costs) - since))
+        shared = (waiting + sum(running)) / max(1, min(engines, slices + len(running)))
+        return max([shared, *running])
+
+    def _left(self, work: _Work, length: float, per_character: float) -> tuple[Floats, float]:
+        """What a slice that is being answered still costs, and how many steps it takes in all."""
+        progress, size, task = work.progress, work.size, self._tasks[work.task]
+        prompts = (progress.prompt_tokens or size.characters * per_character) - progress.read
+        made = min(size.requests * length, size.tokens) - progress.tokens
+        if task.finished.slices:
+            steps = task.steps / task.finished.slices - progress.steps
+        else:
+            unanswered = 1 - min(progress.requests, size.requests) / size.requests
+            steps = (size.longest - progress.steps) * math.sqrt(unanswered)
+        costs = np.maximum([prompts, made, steps], 0.0)
+        return costs, progress.steps + float(costs[2])
+
+    def _steps(self, name: str, works: Sequence[_Work], left: Sequence[tuple[Floats, float]]) -> float:
+        """How many a waiting slice of a task takes."""
+        task = self._tasks[name]
+        if task.finished.slices:
+            return task.steps / task.finished.slices
+        heard = [steps for work, (_, steps) in zip(works, left, strict=True) if work.heard is not None]
+        return max(heard) if heard else task.waiting.longest / max(1, task.waiting.slices)
+
+    def _length(self, name: str, works: Mapping[str, Sequence[_Work]]) -> float | None:
+        """The mean number of tokens of an answer: those made, for each that is finished; in a task of which none is,
+        the share of what it may be that other tasks have."""
+        size, _, answered, tokens = self._tasks[name].known(works.get(name, ()))
+        if answered >= min(_FEW, size.requests) > 0:
+            return tokens / answered
+        most = made = 0.0
+        for other, task in self._tasks.items():
+            size, _, answered, tokens = task.known(works.get(other, ()))
+            if answered >= min(_FEW, size.requests) > 0:
+                most += size.tokens / size.requests * answered
+                made += tokens
+        sizes = [self._tasks[name].waiting, *(work.size for work in works.get(name, ()))]
+        mean = sum(one.tokens for one in sizes) / sum(one.requests for one in sizes)
+        if mean == 1:
+            return 1.0
+        return mean * min(1.0, made / most) if most else None
+
+    def _tokens_per_character(self, name: str, works: Mapping[str, Sequence[_Work]]) -> float:
+        for names in ([name], self._tasks):
+            found = [self._tasks[one].known(works.get(one, ())) for one in names]
+            if characters := sum(size.characters for size, *_ in found):
+                return sum(prompts for _, prompts, *_ in found) / characters
+        return 1 / CHARACTERS_PER_TOKEN
+
+    def _learn(self, costs: Floats, seconds: float) -> None:
+        self._squares += np.outer(costs, costs)
+        self._products += costs * seconds
+        self._costs += costs
+        self._heard += 1
+        self._seconds += seconds
+
+    def _price(self) -> Floats | None:
+        """Seconds for each kind of cost, none below 0: least squares, exact for all together, with what swaps and the
+        way to engines took of finished slices."""
+        scale = np.sqrt(np.diag(self._squares))
+        present = [kind for kind in range(_KINDS) if scale[kind] > 0]
+        if not present or not self._seconds or (self._heard < _REPORTS and not self._answering):
+            return None
+        scale[scale == 0] = 1.0
+        squares = self._squares / np.outer(scale, scale)
+        products = self._products / scale / np.linalg.norm(self._products / scale)
+        best, least = np.zeros(_KINDS), math.inf
+        for size in range(1, len(present) + 1):
+            for chosen in map(list, combinations(present, size)):
+                ridged = squares[np.ix_(chosen, chosen)] + np.diag(_RIDGE[chosen])
+                found = np.linalg.solve(ridged, products[chosen])
+                loss = float(found @ ridged @ found - 2 * products[chosen] @ found)
+                if (found >= 0).all() and loss < least:
+                    best, least = np.zeros(_KINDS), loss
+                    best[chosen] = found
+        price: Floats = best / scale
+        together = float(price @ self._costs)
+        overhead = max(1.0, self._held / self._answering) if self._answering else 1.0
+        return price * self._seconds / together * overhead if together else None
+
+
+def _costs(progress: Progress) -> Floats:
+    return np.array([progress.read, progress.tokens, progress.steps], float)
+
+
+def _size(requests: Sequence[Request]) -> _Size:
+    if not all(isinstance(request, Generate) for request in requests):
+        characters = sum(
+            len(request.context) + len(request.continuation)
+            for request in requests
+            if not isinstance(request, Generate)
+        )
+        return _Size(1, len(requests), characters, len(requests), 1)
+    own = [request for request in requests if isinstance(request, Generate)]
+    lengths = [request.max_tokens for request in own]
+    return _Size(1, len(own), sum(len(request.prompt) for request in own), sum(lengths), max(lengths))

@@ -1,0 +1,267 @@
+"""The schedule: which slice an engine gets next. It is told what happens and when, and only decides.
+
+Knows no Ray, no vLLM and no clock, so that a simulation can drive it as the fleet does. Slices are cut before it is
+asked anything: who answers one, and when, never changes what is in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rvdist.core.point import WeightPoint
+from rvdist.evaluate.request import Generate, Request
+
+LETHAL = 2  # engines that may die on a slice before it is given up
+CHARACTERS_PER_TOKEN = 4
+_MUCH = 4 / 3  # times as long: what an engine leaves its point's shorter slices for
+_FIRST_RATE = 1e-3  # seconds a token, until a slice has been timed
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The requests `begin` to `end` of a task at one point. `work` guesses what they cost, in tokens."""
+
+    point: WeightPoint
+    task: str
+    begin: int
+    end: int
+    work: float
+
+    @property
+    def count(self) -> int:
+        """How many requests it has."""
+        return self.end - self.begin
+
+
+def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_size: int) -> list[Slice]:
+    """The slices of one point: requests of one task and kind, in order, at most `slice_size` together. So another
+    task leaves those of all others alone, and more requests of a task all but its last."""
+    slices = []
+    for task, asked in requests.items():
+        begin = 0
+        while begin < len(asked):
+            end = begin + 1
+            while end < min(len(asked), begin + slice_size) and type(asked[end]) is type(asked[begin]):
+                end += 1
+            slices.append(Slice(point, task, begin, end, sum(map(_work, asked[begin:end]))))
+            begin = end
+    return slices
+
+
+def _work(request: Request) -> float:
+    if isinstance(request, Generate):
+        return len(request.prompt) / CHARACTERS_PER_TOKEN + request.max_tokens
+    return (len(request.context) + len(request.continuation)) / CHARACTERS_PER_TOKEN + 1
+
+
+@dataclass
+class _Tally:
+    """What finished slices of some kind took."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+
+
+@dataclass
+class _Pile:
+    """The waiting slices of one task at one point, the longest last. `tallies`: first of the slices most like them."""
+
+    tallies: tuple[_Tally, _Tally, _Tally]
+    slices: list[Slice] = field(default_factory=list)
+    work: float = 0.0
+
+    def put(self, piece: Slice) -> None:
+        insort(self.slices, piece, key=lambda other: other.work)
+        self.work += piece.work
+
+    def take(self) -> Slice:
+        piece = self.slices.pop()
+        self.work -= piece.work
+        return piece
+
+    @property
+    def rate(self) -> float:
+        """Seconds a token."""
+        return next((tally.seconds / tally.work for tally in self.tallies if tally.work), _FIRST_RATE)
+
+    @property
+    def seconds(self) -> float:
+        return self.work * self.rate if self.slices else 0.0
+
+    @property
+    def longest(self) -> float:
+        return self.slices[-1].work * self.rate
+
+
+class Schedule:
+    """Hands the slices to engines, which are numbers here, so that swaps are few and all end together.
+
+    An engine stays at its point while there is work, then takes a point that no other engine is at, then helps where
+    most is left: but only with a slice that it has done, its swap included, before the engines there would have done
+    everything without it. It leaves sooner only for a much longer slice at a point that is behind its own. What
+    slices and swaps take is learned from those that are finished. `home` is the point of an engine just started.
+    """
+
+    def __init__(self, slices: Iterable[Slice], home: WeightPoint | None = None) -> None:
+        self._ids: dict[WeightPoint, int] = {}  # points are numbered: to hash one takes long
+        self._piles: list[dict[str, _Pile]] = []  # by point and task
+        self._by_task: dict[str, _Tally] = defaultdict(_Tally)
+        self._total = _Tally()
+        for piece in slices:
+            self._pile(piece).put(piece)
+        self._home = None if home is None else self._id(home)
+        self._at: dict[int, int | None] = {}
+        self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
+        self._deaths: Counter[Slice] = Counter()
+        self._swaps = _Tally()  # its work: how many
+        self._refused: set[int] = set()
+        self.lethal: list[Slice] = []
+
+    @property
+    def over(self) -> bool:
+        """Nothing waits and nobody works."""
+        return not self._busy and not self._left()
+
+    def join(self, engine: int, at: WeightPoint | None = None) -> None:
+        """A new engine, or one that is known to be `at` a point."""
+        self._at[engine] = None if at is None else self._id(at)
+
+    def leave(self, engine: int) -> None:
+        """The engine is gone; if it was working, its slice goes back whole, or among the `lethal`."""
+        del self._at[engine]
+        if engine not in self._busy:
+            return
+        piece, _ = self._busy.pop(engine)
+        if self._id(piece.point) in self._refused:
+            return
+        self._deaths[piece] += 1
+        if self._deaths[piece] < LETHAL:
+            self._pile(piece).put(piece)
+        else:
+            self.lethal.append(piece)
+
+    def take(self, engine: int, now: float) -> Slice | None:
+        """What an idle engine does next. None: nothing that others will not have done sooner; ask again later,
+        since they may be late."""
+        here = self._at[engine]
+        chosen = self._choose(engine, here, now)
+        if chosen is None:
+            return None
+        point, pile = chosen
+        seconds = self._swap(here, point) + pile.longest
+        piece = pile.take()
+        self._at[engine] = point
+        self._busy[engine] = (piece, now + seconds)
+        return piece
+
+    def finish(self, engine: int, swap: float, seconds: float) -> None:
+        """The engine has answered its slice in so many seconds, after a `swap` of so many."""
+        piece, _ = self._busy.pop(engine)
+        for tally in self._pile(piece).tallies:
+            tally.seconds += seconds
+            tally.work += piece.work
+        self._tally_swap(swap)
+
+    def refuse(self, engine: int, swap: float) -> list[Slice]:
+        """The engine has no answers at the point of its slice, after a `swap` of so many seconds: nobody is asked at
+        that point again. Returns what waited there."""
+        piece, _ = self._busy.pop(engine)
+        point = self._id(piece.point)
+        self._refused.add(point)
+        waiting = [other for pile in self._piles[point].values() for other in pile.slices]
+        self._piles[point].clear()
+        self._tally_swap(swap)
+        return waiting
+
+    def _tally_swap(self, swap: float) -> None:
+        if swap > 0:
+            self._swaps.work += 1
+            self._swaps.seconds += swap
+
+    def left(self, point: WeightPoint) -> int:
+        """How many slices of a point wait."""
+        return sum(len(pile.slices) for pile in self._piles[self._id(point)].values())
+
+    def _id(self, point: WeightPoint) -> int:
+        if point not in self._ids:
+            self._ids[point] = len(self._piles)
+            self._piles.append({})
+        return self._ids[point]
+
+    def _pile(self, piece: Slice) -> _Pile:
+        piles = self._piles[self._id(piece.point)]
+        if piece.task not in piles:
+            piles[piece.task] = _Pile((_Tally(), self._by_task[piece.task], self._total))
+        return piles[piece.task]
+
+    def _left(self) -> dict[int, float]:
+        """The points where slices wait, and the seconds that one engine would need for them."""
+        return {
+            point: sum(pile.seconds for pile in piles.values())
+            for point, piles in enumerate(self._piles)
+            if any(pile.slices for pile in piles.values())
+        }
+
+    def _choose(self, engine: int, here: int | None, now: float) -> tuple[int, _Pile] | None:
+        left = self._left()
+        if not left:
+            return None
+        others: dict[int, list[float]] = defaultdict(list)  # when the other engines at each point are free
+        for other, point in self._at.items():
+            if other != engine and point is not None:
+                others[point].append(self._free(other, now))
+        if here is not None and here in left:
+            there = self._needier(here, left, others)
+            return there, self._longest(there)[0]
+        if untouched := [point for point in left if point not in others]:
+            fresh = here is None
+            there = max(untouched, key=lambda point: (fresh and point == self._home, left[point]))
+            return there, self._longest(there)[0]
+        for there in sorted(left, key=lambda point: left[point] / (len(others[point]) + 1), reverse=True):
+            without, swap = self._seconds_without(there, others[there]), self._swap(here, there)
+            for pile in self._longest(there):
+                if swap + pile.longest < without:
+                    return there, pile
+        return None
+
+    def _needier(self, here: int, left: Mapping[int, float], others: Mapping[int, Sequence[float]]) -> int:
+        """Where an engine goes that has work at hand: elsewhere only for a much longer slice, which would start too
+        late if it waited until all is done here, and only if those it leaves are done before those it helps."""
+        longest = {point: self._longest(point)[0].longest for point in left}
+        staying = others.get(here, ())
+        longer = [point for point in left if longest[point] > _MUCH * longest[here]]
+        if not staying or not longer:
+            return here
+
+        def with_one_more(point: int) -> float:
+            return (sum(others.get(point, ())) + left[point]) / (len(others.get(point, ())) + 1)
+
+        there = max(longer, key=with_one_more)
+        without = (sum(staying) + left[here]) / len(staying)
+        return there if without + self._swap(here, there) < with_one_more(there) else here
+
+    def _longest(self, point: int) -> list[_Pile]:
+        """The piles where slices wait, that with the longest of all first."""
+        waiting = [pile for pile in self._piles[point].values() if pile.slices]
+        return sorted(waiting, key=lambda pile: pile.longest, reverse=True)
+
+    def _seconds_without(self, point: int, free: Iterable[float]) -> float:
+        """When engines that are `free` at these times will have done all that waits at `point`, longest first."""
+        times = list(free)
+        heapq.heapify(times)
+        costs = [piece.work * pile.rate for pile in self._piles[point].values() for piece in pile.slices]
+        for cost in sorted(costs, reverse=True):
+            heapq.heapreplace(times, times[0] + cost)
+        return max(times)
+
+    def _free(self, engine: int, now: float) -> float:
+        """In how many seconds an engine should be idle. One that is late will be late by as much again."""
+        return abs(self._busy[engine][1] - now) if engine in self._busy else 0.0
+
+    def _swap(self, here: int | None, point: int) -> float:
+        same = point == (self._home if here is None else here)
+        return 0.0 if same or not self._swaps.work else self._swaps.seconds / self._swaps.work

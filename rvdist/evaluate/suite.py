@@ -1,0 +1,437 @@
+"""lm-eval as a library: task names → requests for an engine, an arm's answers → records and a results file.
+
+Which documents are asked, how prompts are built, filtered and scored is lm-eval's alone. Knows nothing of
+weights, engines or Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Arm
+from rvdist.core.record import Record, TaskInfo
+from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
+from rvdist.evaluate.sandbox import sandbox
+from rvdist.evaluate.tasks import catalogue, humaneval
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
+
+POCKET_TASKS = Path(__file__).resolve().parent.parent / "pocket" / "tasks"
+_FEWSHOT_SEED = 1234  # lm-eval's own default
+_LOGARITHM = "log2_"  # before the name of a perplexity in records
+_SCORED = re.compile(r"(\S+) \((not )?greedy\) ")  # before a continuation in records
+_HEADING = re.compile(r"\[\d+ of \d+, (\d{1,9}) characters\]\n")  # before one of several answers
+_ELSE = "it shows answers to something else"
+
+
+class TemplateRefuses(Exception):
+    """A chat template cannot make a prompt of the messages of a task."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as it is asked: lm-eval's number and hash of it, and of each of its requests the repeats."""
+
+    doc_id: int
+    doc: str
+    requests: tuple[tuple[Request, ...], ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Loaded tasks and how they are asked. `load` makes one; `lacking` says why names were left out; `chosen`, by task,
+    are the documents of `restricted`; `primary`, by task, is the filter whose score counts."""
+
+    loaded: Mapping[str, Any]
+    limit: int | None
+    chat: bool
+    walls: sandbox.Mode | None = None
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, list[int]] | None = None
+    primary: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        names: Sequence[str],
+        include_path: Path | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        chat: bool = True,
+        code: str | None = None,
+        data_dir: Path | None = None,
+        leave_out: bool = False,
+        prompt: str = "",
+        primary: Mapping[str, str] | None = None,
+    ) -> Suite:
+        """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
+
+        `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
+        prompts into the model's chat template; `code` lets answers that are programs run in a "strict" or "degraded"
+        sandbox; `data_dir` holds the benchmarks as files, and `leave_out` goes on without those it does not hold;
+        `prompt` is put before every question, but for those of examples; `primary` names filters whose score counts,
+        by task or group.
+        Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
+        """
+        include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
+        loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
+        runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+        walls = sandbox.available_mode(code == "degraded") if runs_code else None
+        names_of = {id(task): name for name, task in loaded["tasks"].items()}
+        groups = {
+            name: [names_of[id(task)] for task in group.get_all_tasks() if id(task) in names_of]
+            for name, group in loaded.get("groups", {}).items()
+        }
+        chosen = catalogue.primary_filters(loaded["tasks"], groups, primary or {}, lacking)
+        return cls(loaded, limit, chat, walls, lacking, primary=chosen)
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """lm-eval's Task objects by name, groups unfolded."""
+        return dict(self.loaded["tasks"])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each task."""
+        return {name: str(task.VERSION) for name, task in self.tasks.items()}
+
+    @property
+    def documents(self) -> dict[str, range]:
+        """The documents that are asked of each task, by lm-eval's doc_id."""
+        return {name: range(len(task.eval_docs))[: self.limit] for name, task in self.tasks.items()}
+
+    def restricted(self, documents: Mapping[str, Sequence[int]]) -> Suite:
+        """The same with these documents alone; without tasks and, if there are such, groups that have none."""
+        chosen = {name: sorted(own) for name, own in documents.items() if own}
+        tasks = {name: task for name, task in self.tasks.items() if name in chosen}
+        groups = self.loaded.get("groups", {}) if len(tasks) == len(self.tasks) else {}
+        return replace(self, loaded={**self.loaded, "tasks": tasks, "groups": groups}, limit=None, chosen=chosen)
+
+    def requests(self, tokenizer: Any) -> dict[str, list[Request]]:
+        """What every arm with this tokenizer is asked, by task, in lm-eval's order; a document's repeats together."""
+        return {
+            name: [request for one in instances for request in _requests(one)]
+            for name, instances in self._instances(tokenizer)
+        }
+
+    def asked(self, tokenizer: Any) -> dict[str, list[Document]]:
+        """The same by document."""
+        found: dict[str, list[Document]] = {}
+        for name, instances in self._instances(tokenizer):
+            chosen = self.chosen and self.chosen[name]
+            found[name] = []
+            for place, group in groupby(instances, key=lambda one: int(one.doc_id)):
+                own = list(group)
+                requests = tuple(tuple(_requests(one)) for one in own)
+                found[name].append(Document(chosen[place] if chosen else place, document_hash(own[0].doc), requests))
+        return found
+
+    def _instances(self, tokenizer: Any) -> Iterator[tuple[str, list[Any]]]:
+        """Each task with its requests as lm-eval has them."""
+        self._reseed()
+        model = _lm(tokenizer, {})
+        for name, task in self.tasks.items():
+            try:
+                task.build_all_requests(
+                    limit=self.limit,
+                    samples=self.chosen and self.chosen[name],
+                    apply_chat_template=self.chat,
+                    fewshot_as_multiturn=self.chat,
+                    chat_template=model.apply_chat_template if self.chat else None,
+                    tokenizer_name=model.tokenizer_name if self.chat else "",
+                )
+            except TemplateRefuses as error:
+                raise BadInput(
+                    f"task {name}: the chat template of {tokenizer.name_or_path} refuses its prompts ({error}); set "
+                    "benchmarks.apply_chat_template=false, or take a template that knows such messages"
+                ) from None
+            yield name, task.instances
+
+    def score(
+        self,
+        arm: Arm,
+        digest: str,
+        tokenizer: Any,
+        requests: Mapping[str, Sequence[Request]],
+        answers: Mapping[str, Sequence[Answer]],
+        seed: int,
+    ) -> tuple[dict[str, Any], list[Record]]:
+        """lm-eval's results (in the layout of its results files) and the records of one arm."""
+        from lm_eval.evaluator import evaluate
+
+        given: dict[Hashable, deque[Answer]] = defaultdict(deque)
+        for task, asked in requests.items():
+            for request, answer in zip(asked, answers[task], strict=True):
+                given[self.tasks[task].task_name, request].append(answer)
+        self._reseed()
+        with humaneval.running_code(self.walls):
+            results = evaluate(
+                lm=_lm(tokenizer, given),
+                task_dict=self.loaded,
+                limit=self.limit,
+                samples=self.chosen,
+                bootstrap_iters=0,
+                apply_chat_template=self.chat,
+                fewshot_as_multiturn=self.chat,
+                confirm_run_unsafe_code=self.walls is not None,
+            )
+        results["config"] = {
+            "model": "rvdist",
+            "model_args": {"pretrained": arm.point.base, "arm": arm.name, "point": digest, "prompt": arm.prompt},
+            "limit": self.limit,
+            "bootstrap_iters": 0,
+            "fewshot_seed": _FEWSHOT_SEED,
+        }
+        if self.walls:
+            results["sandbox"] = self.walls
+        samples = results.pop("samples")
+        records = [
+            _record(arm, digest, task, self.tasks[task].aggregation(), entry, seed)
+            for task, entries in samples.items()
+            for entry in entries
+        ]
+        return results, records
+
+    def infos(self, records: Sequence[Record]) -> list[TaskInfo]:
+        """What the statistics must know of each task, given one arm's records."""
+        found = []
+        for name, task in self.tasks.items():
+            pairs = dict.fromkeys((metric, r.filter) for r in records if r.task == name for metric in r.metrics)
+            if pairs:
+                metrics = tuple(pairs)
+                better = {metric: _higher_is_better(task, metric) for metric, _ in metrics}
+                primary = next((pair for pair in metrics if pair[1] == self.primary.get(name)), metrics[0])
+                found.append(TaskInfo(name, self.versions[name], metrics, primary, better))
+        return found
+
+    def left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:
+        """A sentence for each metric that is in an arm's results and not in its records, whose `infos` are given."""
+        recorded = {(info.name, metric.removeprefix(_LOGARITHM)) for info in infos for metric, _ in info.metrics}
+        metrics = dict.fromkeys(
+            (name, key.partition(",")[0]) for name in self.tasks for key in results["results"][name] if "," in key
+        )
+        return [
+            f"{name}: {metric} is one number for all documents together and not a mean over them: see results/"
+            for name, metric in metrics
+            if (name, metric) not in recorded and not metric.endswith("_stderr")
+        ]
+
+    @property
+    def groups(self) -> dict[str, tuple[Any, list[str]]]:
+        """lm-eval's Group objects that have a score of their own, by name, and the tasks of each that are asked."""
+        scored = {name: group for name, group in self.loaded.get("groups", {}).items() if group.aggregate_metric_list}
+        names = {id(task): name for name, task in self.tasks.items()}
+        return {
+            name: (group, [names[id(task)] for task in group.get_all_tasks() if id(task) in names])
+            for name, group in scored.items()
+        }
+
+    def _reseed(self) -> None:
+        """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
+        for task in self.tasks.values():
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+def _requests(instance: Any) -> list[Request]:
+    """As often as the task asks for it."""
+    request = _request(instance)
+    if isinstance(request, Generate):
+        return [replace(request, repeat=k) for k in range(instance.repeats)]
+    return [request] * instance.repeats
+
+
+def _request(instance: Any) -> Request:
+    prompt, *rest = instance.args
+    if instance.request_type == "generate_until":
+        try:
+            return Generate.from_lm_eval(prompt, rest[0])
+        except ValueError as error:
+            raise BadInput(f"task {instance.task_name}: {error}") from None
+    if instance.request_type == "loglikelihood":
+        return Choice(prompt, rest[0])
+    if instance.request_type == "loglikelihood_rolling":
+        return Rolling(prompt)
+    raise BadInput(f"task {instance.task_name}: {instance.request_type} requests are not supported yet")
+
+
+def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
+    """An lm-eval model that has `given` answers and nothing else. lm-eval is imported only when it is used."""
+    from lm_eval.api.model import LM
+
+    class Given(LM):  # type: ignore[misc]
+        def _take(self, instances: Sequence[Any]) -> Iterator[Answer]:
+            return (given[instance.task_name, _request(instance)].popleft() for instance in instances)
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            return [answer.text for answer in self._take(requests) if isinstance(answer, Completion)]
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            return [(a.logprob, a.greedy) for a in self._take(requests) if isinstance(a, Loglikelihood)]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+            return [answer.logprob for answer in self._take(requests) if isinstance(answer, Loglikelihood)]
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            except Exception as error:  # a template is a program: it raises what it likes
+                roles = ", ".join(dict.fromkeys(message["role"] for message in chat_history))
+                reason = " ".join(str(error).split())[:200]
+                raise TemplateRefuses(f"{reason}; the messages are of {roles}") from None
+            return text
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(tokenizer.name_or_path).replace("/", "__")
+
+    return Given()
+
+
+def _higher_is_better(task: Any, metric: str) -> bool:
+    known = task.higher_is_better()
+    return bool(known.get(metric, known.get(metric.removeprefix(_LOGARITHM), True)))
+
+
+def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one sample whose means say something, given how lm-eval puts each metric `together`.
+
+    A perplexity is of all documents together: exp of the negative sum of log-likelihoods over the sum of words, bytes
+    or documents. A record has the binary logarithm of the perplexity of its document alone, as `log2_word_perplexity`
+    and so on: bits for each word. Their mean counts every document once, however long, where lm-eval's counts every
+    word. `bits_per_byte` is of the document alone, too. What else comes as more than a number (F1, MCC, BLEU, …)
+    has no value for one sample and is left out.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    logarithms = {get_aggregation("perplexity"), get_aggregation("weighted_perplexity")}
+    found = {}
+    for metric in entry["metrics"]:
+        value, how = entry[metric], together.get(metric)
+        if how in logarithms or how is get_aggregation("bits_per_byte"):
+            logprob, count = value if isinstance(value, tuple) else (value, 1)
+            name = _LOGARITHM + metric if how in logarithms else metric
+            found[name] = -logprob / count / math.log(2) if count else 0.0
+        elif isinstance(value, Real):
+            found[metric] = float(value)
+    return found
+
+
+def document_hash(doc: Any) -> str:
+    """lm-eval's hash of a document."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return str(hash_string(text))
+
+
+def _shown(response: Any, arguments: Sequence[Any]) -> str:
+    """One answer as text, to the last digit; several answers to one request numbered, one after the other."""
+    if isinstance(response, list):
+        if len(response) == 1:
+            return _shown(response[0], arguments)
+        texts = [_shown(one, arguments) for one in response]
+        numbered = (f"{_heading(k, len(texts), len(text))}{text}" for k, text in enumerate(texts, start=1))
+        return "\n".join(numbered)
+    if isinstance(response, tuple):
+        return f"{float(response[0])!r} ({'' if response[1] else 'not '}greedy) {arguments[1]}"
+    return repr(float(response)) if isinstance(response, float) else str(response)
+
+
+def _heading(number: int, count: int, length: int) -> str:
+    return f"[{number} of {count}, {length} characters]\n"
+
+
+def shown_answers(response: str, requests: Sequence[Sequence[Request]]) -> list[Answer]:
+    """The answers that a record's `response` shows: to the repeats of each request of its document, without counts of
+    tokens. Raises ValueError where it shows something else."""
+    answers: list[Answer] = []
+    left = response
+    for repeats in requests:
+        for number, request in enumerate(repeats, start=1):
+            if answers:
+                left = _after("\n", left)
+            size = len(left)
+            if len(repeats) > 1:
+                heading = _HEADING.match(left)
+                size = int(heading[1]) if heading else 0
+                left = _after(_heading(number, len(repeats), size), left)
+            answer, rest = _read(left[:size], request)
+            answers.append(answer)
+            left = rest + left[size:]
+    if left:
+        raise ValueError(_ELSE)
+    return answers
+
+
+def _after(beginning: str, text: str) -> str:
+    if not text.startswith(beginning):
+        raise ValueError(_ELSE)
+    return text.removeprefix(beginning)
+
+
+def _read(text: str, request: Request) -> tuple[Answer, str]:
+    """The answer that a text begins with, and what follows."""
+    if isinstance(request, Generate):
+        return Completion(text, "stop", 0, 0), ""
+    if isinstance(request, Rolling):
+        number, line_end, rest = text.partition("\n")
+        return likelihood(number, False), line_end + rest
+    found = _SCORED.match(text)
+    if not found:
+        raise ValueError("it shows no log-likelihood, or one of 4 decimals, as older versions wrote it")
+    return likelihood(found[1], not found[2]), _after(request.continuation, text[found.end() :])
+
+
+def likelihood(logprob: str | float, greedy: bool) -> Loglikelihood:
+    """What was recorded of one, without the count of its tokens. Raises ValueError for what is no number."""
+    number = float(logprob)
+    if math.isnan(number):
+        raise ValueError("its log-likelihood is not a number")
+    return Loglikelihood(number, greedy, 0)
+
+
+def _record(
+    arm: Arm, digest: str, task: str, together: Mapping[str, Any], entry: Mapping[str, Any], seed: int
+) -> Record:
+    arguments, responses = entry["arguments"], entry["resps"]
+    response = "\n".join(map(_shown, responses, arguments))
+    if len(arguments) == 1:
+        filtered = _shown(entry["filtered_resps"][0], arguments[0])
+    else:
+        best = max(range(len(arguments)), key=lambda k: responses[k][0][0])
+        filtered = str(arguments[best][1]).strip()
+    target = entry["target"]
+    if len(arguments) > 1 and isinstance(target, int) and 0 <= target < len(arguments):
+        target = str(arguments[target][1]).strip()
+    return Record(
+        arm=arm.name,
+        point=digest,
+        alpha=arm.alpha,
+        prompt=arm.prompt,
+        task=task,
+        filter=str(entry["filter"]),
+        seed=seed,
+        doc_id=int(entry["doc_id"]),
+        doc=str(entry["doc_hash"]),
+        metrics=_numbers(together, entry),
+        prompt_text=str(arguments[0][0]),
+        target=str(target),
+        response=response,
+        filtered=filtered,
+    )

@@ -1,0 +1,100 @@
+"""Tensors that are read where they are copied to, against the same ones read as they are."""
+
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import near, tensors, write_checkpoint
+
+from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
+from rvdist.evaluate.fleet.deferred import Deferred, deferred
+from rvdist.weights.reader import open_point, read_point
+
+NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48
+METHODS = [MethodSpec(), MethodSpec("ties", 0.3)]
+
+
+@pytest.fixture
+def point(tmp_path):
+    base = tensors(0)
+    weights = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
+    paths = {name: str(write_checkpoint(tmp_path / name, own)) for name, own in weights.items()}
+    return WeightPoint(paths["target"], (Term(0.5, Vector(paths["plus"], paths["minus"])),))
+
+
+@pytest.fixture
+def reader(point):
+    with closing(open_point(point)) as opened:
+        yield opened
+
+
+def one_of(reader):
+    return dict(deferred(reader))[NAME]
+
+
+def memory(*shape, dtype=torch.bfloat16, device="cpu"):
+    return torch.full(shape, 7, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("alpha", [0.5, 0.0])
+def test_a_copy_reads_into_its_target(alpha, method, point, monkeypatch):
+    asked = WeightPoint(point.base, (replace(point.terms[0], alpha=alpha),), method)
+    expected = dict(read_point(asked))
+    monkeypatch.delattr(Deferred, "read")
+    with closing(open_point(asked)) as reader:
+        found = {name: memory(*tensor.shape).copy_(tensor) for name, tensor in deferred(reader)}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_rows_are_those_of_the_whole(method, point):
+    asked = replace(point, method=method)
+    whole = dict(read_point(asked))[NAME]
+    with closing(open_point(asked)) as reader:
+        tensor = one_of(reader)
+        fused = memory(2 * ROWS, COLUMNS)
+        fused.narrow(0, 5, 96).copy_(tensor.narrow(0, 205, 96))
+        fused.narrow(0, 200, 20).copy_(tensor[100:][3:23].narrow(1, 0, COLUMNS))
+    assert torch.equal(fused[5:101], whole[205:]) and torch.equal(fused[200:220], whole[103:123])
+    assert (fused[:5] == 7).all() and (fused[101:200] == 7).all() and (fused[220:] == 7).all()
+
+
+def test_a_matrix_of_each_expert_is_one_of_the_whole(point):
+    whole = dict(read_point(point))[NAME]
+    with closing(open_point(point)) as reader:
+        rows, (alone,) = one_of(reader).unbind(), one_of(reader).unsqueeze(0).unbind()
+        assert torch.equal(memory(COLUMNS).copy_(rows[9]), whole[9]) and len(rows) == ROWS
+        assert reader.bytes_read == 3 * COLUMNS * 2
+        assert torch.equal(memory(ROWS, COLUMNS).copy_(alone), whole)
+        assert [part.tolist() for part in one_of(reader).unbind(1)] == whole.t().tolist()
+
+
+def test_of_a_shard_of_rows_only_those_are_read(reader):
+    memory(40, COLUMNS).copy_(one_of(reader).narrow(0, 200, 40))
+    assert reader.bytes_read == 3 * 40 * COLUMNS * 2
+
+
+def test_counting_elements_reads_nothing(reader):
+    tensor = one_of(reader)
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((ROWS, COLUMNS), torch.bfloat16, "cpu")
+    memory(ROWS, COLUMNS, device="meta").copy_(tensor)
+    memory(10, COLUMNS, device="meta").copy_(tensor.narrow(0, 20, 10))
+    assert reader.bytes_read == 0
+
+
+def test_whatever_else_is_done_to_it_it_is_read_once(point, reader):
+    whole, tensor = dict(read_point(point))[NAME], one_of(reader)
+    columns, rows = memory(ROWS, 7), memory(COLUMNS, ROWS)
+    columns.copy_(tensor.narrow(1, 3, 7))
+    rows.t().copy_(tensor)
+    assert torch.equal(columns, whole[:, 3:10]) and torch.equal(rows, whole.t())
+    assert torch.equal(memory(ROWS, COLUMNS, dtype=torch.float16).copy_(tensor), whole.half())
+    assert torch.equal(tensor[::2], whole[::2]) and torch.equal(tensor[9], whole[9])
+    assert torch.equal(torch.cat([tensor, tensor * 2]), torch.cat([whole, whole * 2]))
+    assert [part.shape[0] for part in tensor.chunk(3)] == [part.shape[0] for part in whole.chunk(3)]
+    with pytest.raises(RuntimeError):
+        memory(ROWS, 3).copy_(tensor)
+    assert reader.bytes_read == 3 * ROWS * COLUMNS * 2

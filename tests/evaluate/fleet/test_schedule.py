@@ -1,0 +1,160 @@
+"""The schedule without engines: properties under chance, and recorded times on 64 engines of a virtual clock."""
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from rvdist.core.point import WeightPoint
+from rvdist.evaluate.fleet.schedule import Schedule, Slice, cut
+from rvdist.evaluate.request import Choice, Generate
+
+_FILE = Path(__file__).resolve().parents[3] / "benchmarks/schedule.py"
+_SPEC = importlib.util.spec_from_file_location("schedule_benchmark", _FILE)
+benchmark = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = benchmark
+_SPEC.loader.exec_module(benchmark)
+
+HOME, ONE, TWO = (WeightPoint(name) for name in ("home", "one", "two"))
+
+
+def slices(point, count, task="t", work=1000.0):
+    return [Slice(point, task, k, k + 1, work) for k in range(count)]
+
+
+def test_slices_hold_one_task_and_kind_and_cover_everything_once():
+    requests = {"a": [Generate("p", 1)] * 5, "b": [Choice("b", "c")] * 2 + [Generate("p", 1)]}
+    found = cut(ONE, requests, 2)
+    assert [(s.task, s.begin, s.end) for s in found] == [
+        ("a", 0, 2), ("a", 2, 4), ("a", 4, 5), ("b", 0, 2), ("b", 2, 3),
+    ]  # fmt: skip
+
+
+def test_another_task_or_more_requests_leave_other_slices_alone():
+    few = {"a": [Generate("p", 1)] * 5}
+    assert set(cut(ONE, few, 2)) < set(cut(ONE, {"z": [Choice("b", "c")], **few}, 2))
+    more = {"a": [Generate("p", 1)] * 7}
+    assert set(cut(ONE, few, 2)[:-1]) < set(cut(ONE, more, 2))
+
+
+def test_a_fresh_engine_begins_at_home_and_the_next_ones_spread():
+    schedule = Schedule([*slices(ONE, 9), *slices(HOME, 3), *slices(TWO, 5)], home=HOME)
+    found = []
+    for engine in range(5):
+        schedule.join(engine)
+        found.append(schedule.take(engine, 0.0).point)
+    assert found == [HOME, ONE, TWO, ONE, ONE]
+
+
+def test_an_engine_stays_at_its_point_and_takes_the_longest_first():
+    schedule = Schedule([*slices(ONE, 1, work=5.0), *slices(ONE, 1, "long", 9.0), *slices(TWO, 3, work=99.0)])
+    schedule.join(0, ONE)
+    assert schedule.take(0, 0.0).task == "long"
+    schedule.finish(0, 0.0, 1.0)
+    assert schedule.take(0, 1.0).point == ONE
+    schedule.finish(0, 0.0, 1.0)
+    assert schedule.take(0, 2.0).point == TWO
+
+
+def test_no_swap_for_a_tail_that_is_done_sooner_without_it():
+    schedule = Schedule([*slices(ONE, 6), *slices(TWO, 2)])
+    schedule.join(0)
+    schedule.join(1)
+    assert schedule.take(0, 0.0).point == ONE and schedule.take(1, 0.0).point == TWO
+    schedule.finish(1, 2.5, 1.0)  # a swap takes 2.5 s, a slice 1 s
+    assert schedule.take(1, 3.5).point == TWO
+    schedule.finish(0, 2.5, 1.0)
+    assert schedule.take(0, 3.5).point == ONE
+    schedule.finish(1, 0.0, 1.0)
+    assert schedule.take(1, 4.5).point == ONE, "four more slices take longer than a swap and a slice"
+    schedule.finish(0, 0.0, 1.0)
+    assert schedule.take(0, 4.5).point == ONE
+    schedule.finish(0, 0.0, 1.0)
+    assert schedule.take(0, 5.5).point == ONE
+    schedule.join(2, TWO)
+    assert schedule.take(2, 5.5) is None, "one slice, and engine 0 will be done with it in 2 s"
+    assert schedule.take(2, 12.0).point == ONE, "but both are late"
+
+
+def test_a_dead_engines_slice_goes_back_and_a_lethal_one_is_given_up():
+    only = slices(ONE, 1)
+    schedule = Schedule(only)
+    for engine in (0, 1):
+        assert not schedule.over
+        schedule.join(engine)
+        assert schedule.take(engine, 0.0) == only[0]
+        assert schedule.left(ONE) == 0
+        schedule.leave(engine)
+    assert schedule.over and schedule.lethal == only
+
+
+def test_an_idle_engine_may_leave():
+    schedule = Schedule([])
+    schedule.join(0)
+    assert schedule.take(0, 0.0) is None
+    schedule.leave(0)
+    assert schedule.over and schedule.lethal == []
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_every_slice_is_answered_once(seed):
+    chance = random.Random(seed)
+    engines = chance.randint(1, 9)
+    seconds = {
+        piece: chance.choice([0.1, 1.0, 7.0]) * chance.lognormvariate(0, 0.7)
+        for k in range(chance.randint(1, 6))
+        for task in ("a", "b")
+        for piece in slices(WeightPoint(f"p{k}"), chance.randint(0, 12), task, chance.uniform(1, 9))
+    }
+    if not seconds:
+        return
+    joins = [chance.choice([0.0, chance.uniform(0, 20)]) for _ in range(engines)]
+    deaths = {chance.randrange(engines): chance.uniform(0, 20) for _ in range(chance.randint(0, 3))}
+    poison = frozenset(chance.sample(sorted(seconds, key=repr), min(len(seconds), chance.randint(0, 2))))
+    outcome = benchmark.simulate(seconds, joins, chance.choice([0.0, 0.5, 5.0]), deaths, poison)
+    assert set(outcome.answers.values()) <= {1}
+    assert outcome.answers.keys() | set(outcome.lethal) == seconds.keys()
+    assert poison <= set(outcome.lethal) <= seconds.keys()
+    assert not outcome.answers.keys() & set(outcome.lethal)
+    assert len(outcome.lethal) - len(poison) <= len(deaths) // 2, "deaths of other causes do not add up to a culprit"
+    assert 0 < outcome.busy <= outcome.lifetimes
+
+
+def test_recorded_times_on_64_engines_end_within_a_tenth_of_the_bound():
+    seconds, swap = benchmark.recorded()
+    outcome = benchmark.simulate(seconds, [0.0] * 64, swap)
+    assert outcome.makespan <= 1.10 * benchmark.lower_bound(seconds, [0.0] * 64)
+    assert outcome.swaps < 2 * 64 and outcome.busy / outcome.lifetimes > 0.9
+    half = sum(seconds.values()) / 64 / 2
+    joins = [0.0] * 32 + [half] * 32
+    assert benchmark.simulate(seconds, joins, swap).makespan <= 1.10 * benchmark.lower_bound(seconds, joins)
+
+
+def test_the_bound():
+    one, two = slices(ONE, 2)
+    assert benchmark.lower_bound({one: 1.0, two: 3.0}, [0.0]) == 4.0
+    assert benchmark.lower_bound({one: 1.0, two: 3.0}, [0.0, 0.0]) == 3.0
+    assert benchmark.lower_bound({one: 3.0, two: 3.0}, [0.0, 2.0]) == 4.0
+    assert benchmark.lower_bound({one: 3.0, two: 3.0}, [0.0, 9.0]) == 6.0
+
+
+def test_a_refused_point_is_asked_no_more():
+    """Neither what waits there, nor what an engine had of it that dies; the others go on."""
+    schedule = Schedule(slices(ONE, 6) + slices(TWO, 6))
+    for engine in range(3):
+        schedule.join(engine)
+    taken = [schedule.take(engine, 0.0) for engine in range(3)]
+    bad = taken[2].point
+    other = next(engine for engine in (0, 1) if taken[engine].point == bad)
+    schedule.refuse(2, 0.5)
+    schedule.leave(other)
+    left = 1 - other
+    schedule.finish(left, 0.0, 1.0)
+    asked = 1
+    while piece := schedule.take(left, 1.0):
+        assert piece.point != bad
+        schedule.finish(left, 0.0, 1.0)
+        asked += 1
+    assert asked == 6 and schedule.over and not schedule.lethal and schedule.left(bad) == 0

@@ -1,0 +1,230 @@
+"""A swapped engine against a fresh one on the written checkpoint: tokens and log-probabilities to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from families import SETTINGS, Answers, Family, answers, make_deep, shard, start
+
+from rvdist.core.point import WeightPoint
+from rvdist.core.timing import anonymous_bytes
+from rvdist.evaluate.fleet import swap
+from rvdist.evaluate.fleet.deferred import Deferred
+from rvdist.evaluate.fleet.engine import Engine
+from rvdist.evaluate.request import Choice
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.reader import read_point
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, -1.0])
+def test_swapped_equals_fresh(engine: Engine, base: Answers, family: Family, alpha: float, tmp_path: Path) -> None:
+    engine.swap(family.point(alpha))
+    swapped = answers(engine)
+    assert swapped == answers(start(family.write(alpha, tmp_path / "merged")))
+    assert swapped.texts != base.texts and swapped.scores != base.scores
+
+
+def test_a_donor_is_a_point_too(engine: Engine, family: Family) -> None:
+    donor = WeightPoint(str(family.plus))
+    engine.swap(donor)
+    assert answers(engine) == answers(start(donor))
+
+
+def test_fifty_swaps_leave_no_trace(engine: Engine, base: Answers, family: Family) -> None:
+    """Neither in what it answers nor in memory."""
+    points = [family.point(1.0), family.point(0.0), family.point(-0.5), WeightPoint(str(family.plus))]
+    choices = [Choice("what is 3+4? ", "7"), Choice("q a ", "a b")]
+    first, memory = {}, []
+    for k in range(52):
+        engine.swap(points[k % 4])
+        scores = engine.loglikelihood(choices)
+        assert first.setdefault(k % 4, scores) == scores, f"drift after {k} swaps"
+        memory.append(anonymous_bytes())
+    assert len(set(map(tuple, first.values()))) == 4
+    assert max(memory[40:]) - max(memory[:12]) < 16 << 20
+    engine.swap(family.point(0.0))
+    assert answers(engine) == base
+
+
+def test_memory_of_a_swap_does_not_grow_with_the_model(families: dict[str, Family], tmp_path: Path) -> None:
+    """So no engine has a host copy of target or vector: what they share is the page cache."""
+    start(WeightPoint(str(families["untied"].target))).swap(families["untied"].point(0.5))  # loads what swaps need
+    family = make_deep(tmp_path / "deep", layers=28)
+    nbytes = sum(file.stat().st_size for file in family.target.glob("*.safetensors"))
+    engine = start(WeightPoint(str(family.target)))
+    answers(engine)
+    before, seen, over = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for k in range(1, 6):
+        engine.swap(family.point(k / 10))
+    over.set()
+    watcher.join()
+    shutil.rmtree(tmp_path / "deep")
+    print(f"a model of {nbytes >> 20} MiB: {max(seen) - before >> 20} MiB more while it was swapped")
+    assert nbytes > 150 << 20 and max(seen) - before < 0.7 * nbytes
+
+
+def test_a_point_where_the_engine_is_already_is_not_read(
+    engine: Engine, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.swap(family.point(0.0))
+    monkeypatch.delattr(swap, "deferred")
+    engine.swap(WeightPoint(str(family.target)))
+    with pytest.raises(NameError):
+        start(WeightPoint(str(family.target))).swap(family.point(0.5))
+
+
+def test_every_byte_is_read_once_and_into_place(
+    engine: Engine, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point, opened, readers = family.point(0.5), swap.open_point, []
+    engine.swap(family.point(1.0))  # and the probe, which wants tensors of its own
+    monkeypatch.delattr(Deferred, "read")
+    monkeypatch.setattr(swap, "open_point", lambda point: readers.append(opened(point)) or readers[0])
+    engine.swap(point)
+    specs = [spec for source in point.sources() for spec in open_source(source).tensors.values()]
+    # vLLM copies biases once more, to count their elements
+    assert readers[0].bytes_read == sum(spec.nbytes * (1 + spec.name.endswith(".bias")) for spec in specs)
+
+
+@pytest.mark.parametrize("kind", ["moe", "tied"])
+def test_shards_change_nothing(kind: str, families: dict[str, Family], tmp_path: Path) -> None:
+    whole, sharded = families[kind], shard(families[kind], tmp_path)
+    engine = start(WeightPoint(str(sharded.target)))
+    engine.swap(whole.point(0.5))
+    expected = answers(engine)
+    engine.swap(sharded.point(0.5))
+    assert answers(engine) == expected
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
+    family, read = families["untied"], swap.deferred
+    engine = start(WeightPoint(str(family.target)))
+    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
+    with pytest.raises(RuntimeError, match=lost):
+        engine.swap(family.point(0.5))
+    with pytest.raises(RuntimeError, match="start a new engine"):
+        answers(engine)
+    with pytest.raises(RuntimeError, match="start a new engine"):
+        engine.swap(family.point(0.0))
+
+
+def test_what_vllm_did_not_load_is_named(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
+    family, read = families["untied"], swap.deferred
+    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if "norm" not in pair[0]))
+    monkeypatch.setattr(swap.SwapExtension, "_rvdist_expected", lambda self: set())
+    with pytest.raises(RuntimeError, match=r"vLLM did not load.*model\.norm\.weight"):
+        start(WeightPoint(str(family.target))).swap(family.point(0.5))
+
+
+@pytest.mark.parametrize("kind", ["moe", "tied"])
+def test_the_probe_finds_a_stale_packed_copy(
+    kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = families[kind]
+    monkeypatch.setattr(swap, "_repair_packed_copies", lambda model: None)
+    with pytest.raises(RuntimeError, match="probe failed"):
+        start(WeightPoint(str(family.target))).swap(family.point(0.5))
+
+
+def test_the_probe_finds_any_matrix_or_bias_left_behind(
+    families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, mirror = families["tied"], swap.mirror
+    old = dict(read_point(WeightPoint(str(family.target))))
+    engine = start(WeightPoint(str(family.target)))
+    home = engine._at
+    for name in old:
+        if "norm" in name:
+            continue  # a norm's weight has no other sign to take
+        monkeypatch.setattr(
+            swap, "mirror", lambda *args, name=name: ((k, old[k] if k == name else v) for k, v in mirror(*args))
+        )
+        with pytest.raises(RuntimeError, match="probe failed"):
+            engine.swap(family.point(0.5))
+        monkeypatch.setattr(swap, "mirror", mirror)
+        engine._load(WeightPoint(str(family.target)))
+        engine._at = home
+
+
+def test_the_probe_ran_and_passed(engine: Engine, family: Family) -> None:
+    engine.swap(family.point(0.5))
+    assert engine.info()["probe"] == "passed"
+
+
+def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family]) -> None:
+    checkpoint = open_source(str(families["tied"].target))
+    names, config = list(checkpoint.tensors), checkpoint.config
+    assert swap.mirror_obstacle(names, config) is None
+    assert "conv.weight" in str(swap.mirror_obstacle([*names, "model.layers.0.conv.weight"], config))
+    assert "root mean square" in str(swap.mirror_obstacle(names, {}))
+
+
+@pytest.mark.slow
+def test_what_a_swap_costs(tmp_path: Path) -> None:
+    """Against reading every byte of target and donors once and vLLM's own reload of tensors that are merged already;
+    and against a start, of an engine in a process that has imported vLLM. In seconds of CPU, all of
+    them one thread's, which other work on the machine changes least."""
+    family = make_deep(tmp_path / "deep", layers=36)
+    point = family.point(0.5)
+    files = [file for path in point.sources() for file in Path(path).glob("*.safetensors")]
+    engine = start(WeightPoint(str(family.target)))
+    engine.swap(point)
+    merged = dict(read_point(point))
+    buffer = bytearray(8 << 20)
+
+    def read() -> None:
+        for file in files:
+            with open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+    def reload() -> None:
+        engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(merged.items())})
+
+    seconds: dict[str, list[float]] = {"swap": [], "read": [], "reload": []}
+    for _ in range(9):
+        for name, step in (("swap", lambda: engine._load(point)), ("read", read), ("reload", reload)):
+            begin = time.process_time()
+            step()
+            seconds[name].append(time.process_time() - begin)
+    took = {name: statistics.median(times) for name, times in seconds.items()}
+    took["start"] = start(WeightPoint(str(family.target))).info()["start_seconds"]
+    shutil.rmtree(tmp_path / "deep")
+    count = sum(tensor.numel() for tensor in merged.values())
+    ratio = took["swap"] / (took["read"] + took["reload"])
+    print(f"{count / 1e6:.0f} M parameters: " + ", ".join(f"{name} {t:.2f} s" for name, t in took.items()))
+    print(f"a swap takes {ratio:.2f} times reading and reloading, {took['swap'] / took['start']:.2f} times a start")
+    assert count > 1e8 and ratio < 1.5 and took["swap"] < took["start"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "untied", "moe"])
+def test_tensor_parallel(kind: str, families: dict[str, Family], tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, tensor_parallel_size=2)
+    family = families[kind]
+    engine = start(WeightPoint(str(family.target)), settings)
+    base = answers(engine)
+    engine.swap(family.point(0.5))
+    swapped = answers(engine)
+    assert engine.info()["probe"] == "passed"
+    fresh = start(family.write(0.5, tmp_path / "merged"), settings)
+    assert swapped == answers(fresh)
+    assert swapped.texts != base.texts
+    engine.swap(family.point(0.0))
+    assert answers(engine) == base
+    for ranks in (engine, fresh):
+        ranks._llm.llm_engine.model_executor.shutdown()
