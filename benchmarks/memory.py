@@ -24,7 +24,8 @@ import shapes
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- memory.py -->", "<!-- /memory.py -->"
 IMPORTS = (
-    "import rvdist.launch, rvdist.stages, ray; from rvdist.core.timing import anonymous_bytes; print(anonymous_bytes())"
+    "import rvdist.launch, rvdist.stages.jobs, ray; "
+    "from rvdist.core.timing import anonymous_bytes; print(anonymous_bytes())"
 )
 
 

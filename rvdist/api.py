@@ -32,8 +32,8 @@ from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
 from rvdist.core.record import Record, read_records
 from rvdist.core.timing import Timing
-from rvdist.job import Ended, Job
 from rvdist.report.summary import Row
+from rvdist.stages.job import Ended, Job
 
 __all__ = [
     "BadInput",
@@ -255,8 +255,8 @@ def _job(settings: Config, directory: Path, console: Console | None) -> Job:
 
 def _do(job: Job) -> Ended:
     """The stages of the command. Raises what they raise."""
-    from rvdist.stages import run_jobs
-    from rvdist.warm import Warm
+    from rvdist.stages.jobs import run_jobs
+    from rvdist.stages.warm import Warm
 
     try:
         with _one_at_a_time, closing(Warm()) as warm:

@@ -24,12 +24,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rvdist import multirun
 from rvdist.core.config import Config
 from rvdist.core.ends import Watch
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log
-from rvdist.job import remove_empty
+from rvdist.stages import multirun
+from rvdist.stages.job import remove_empty
 
 _HERE = Path(__file__).resolve().parent
 _BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)
@@ -102,7 +102,7 @@ def run(composed: DictConfig, log: Log) -> float | None:
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
-        from rvdist.stages import run_stages
+        from rvdist.stages.jobs import run_stages
 
         return run_stages(config, directory, sys.argv[1:], log)
     finally:

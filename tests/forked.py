@@ -23,7 +23,7 @@ from pathlib import Path
 
 # What commands import, the dear ones; without Ray (tests/without), only what those that need none do.
 MODULES = [
-    *("hydra", "torch", "rvdist.stages", "rvdist.weights.lanes", "ray", "rvdist.merge.driver"),
+    *("hydra", "torch", "rvdist.stages.jobs", "rvdist.weights.lanes", "ray", "rvdist.merge.driver"),
     *("transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot", "rvdist.evaluate.suite"),
     *("rvdist.evaluate.fleet.fleet", "rvdist.report.statistics.compare", "rvdist.report.page.page"),
 ]

@@ -15,25 +15,9 @@ MAY_IMPORT = {
     "report": {"core", "weights"},
     "verify": {"core", "weights"},
     "inspect": {"core", "report", "weights"},
-    "job": {"core", "report", "weights"},
-    "warm": {"core", "evaluate"},
-    "analysis": {"core", "job", "report", "weights"},
-    "batch": {"core", "job"},
-    "merging": {"core", "job", "merge", "report", "warm", "weights"},
-    "preview": {"core", "job", "merge"},
-    "publish": {"core", "job", "report", "weights"},
-    "scoring": {"core", "evaluate", "job", "report"},
-    "evaluation": {"core", "evaluate", "job", "scoring", "warm", "weights"},
-    "preparation": {"core", "job", "merge", "merging", "publish", "weights"},
-    "connectivity": {"core", "evaluation", "job", "report", "scoring"},
-    "racing": {"core", "evaluate", "evaluation", "report", "scoring"},
-    "stages": {
-        "analysis", "batch", "connectivity", "core", "evaluation", "job", "merging", "preparation", "preview",
-        "publish", "racing", "report", "scoring", "warm", "weights",
-    },
-    "api": {"core", "job", "report", "stages", "warm", "weights"},
-    "multirun": {"core", "job", "stages", "warm"},
-    "launch": {"core", "job", "multirun", "stages"},
+    "stages": {"core", "evaluate", "merge", "report", "weights"},
+    "api": {"core", "report", "stages", "weights"},
+    "launch": {"core", "stages"},
 }  # fmt: skip
 
 

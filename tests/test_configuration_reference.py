@@ -5,9 +5,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from rvdist import multirun
 from rvdist.core.config import Config
 from rvdist.launch import CONF
+from rvdist.stages import multirun
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "configuration.py"
 

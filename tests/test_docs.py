@@ -24,10 +24,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
-from rvdist import multirun
 from rvdist.core.config import Config
 from rvdist.evaluate.tasks import perturb
 from rvdist.launch import CONF, _quoted
+from rvdist.stages import multirun
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,7 +16,7 @@ from rvdist.core.config import (
     VectorConfig,
 )
 from rvdist.core.errors import BadInput, Failed
-from rvdist.stages import run_stages
+from rvdist.stages.jobs import run_stages
 
 CODE = BenchmarksConfig(["humaneval"])
 SUMS = BenchmarksConfig(["pocket_sums"], limit=2)

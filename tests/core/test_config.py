@@ -208,7 +208,7 @@ def test_the_configuration_files_and_the_schema_are_one_tree():
     """Every group's options compose; a key in conf/ that the schema lacks would be refused."""
     from hydra import compose, initialize_config_dir
 
-    from rvdist import multirun
+    from rvdist.stages import multirun
 
     multirun.register()
     from hydra.core.config_store import ConfigStore

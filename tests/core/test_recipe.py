@@ -16,21 +16,21 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rvdist import multirun
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
 from rvdist.core.point import MethodSpec, WeightPoint
 from rvdist.core.recipe import read_recipe
 from rvdist.core.timing import Timing
-from rvdist.job import Job
 from rvdist.launch import CONF
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.report.card import card
 from rvdist.report.wording import formula
-from rvdist.stages import run_jobs
-from rvdist.warm import Warm
+from rvdist.stages import multirun
+from rvdist.stages.job import Job
+from rvdist.stages.jobs import run_jobs
+from rvdist.stages.warm import Warm
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane

@@ -12,9 +12,9 @@ from situations import Asked, Situation
 
 from rvdist.core.config import CacheConfig
 from rvdist.core.log import Log, LoggedTiming
-from rvdist.job import Job
-from rvdist.stages import run_jobs
-from rvdist.warm import Warm
+from rvdist.stages.job import Job
+from rvdist.stages.jobs import run_jobs
+from rvdist.stages.warm import Warm
 
 
 @dataclass

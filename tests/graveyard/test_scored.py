@@ -19,9 +19,9 @@ from rvdist.core.config import CacheConfig, Config
 from rvdist.core.errors import BadInput
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.record import Record
-from rvdist.job import Job
-from rvdist.stages import run_jobs
-from rvdist.warm import Warm
+from rvdist.stages.job import Job
+from rvdist.stages.jobs import run_jobs
+from rvdist.stages.warm import Warm
 
 pytestmark = pytest.mark.slow
 

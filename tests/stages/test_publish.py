@@ -26,10 +26,10 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, Term, Vector, WeightPoint
 from rvdist.core.record import TaskInfo
 from rvdist.core.timing import Timing
-from rvdist.job import Job, Scores
-from rvdist.publish import require, results
 from rvdist.report.summary import GroupInfo, Row
-from rvdist.stages import run_stages
+from rvdist.stages.job import Job, Scores
+from rvdist.stages.jobs import run_stages
+from rvdist.stages.publish import require, results
 from rvdist.verify import verify
 from rvdist.weights.checkpoint.source import open_source
 
@@ -308,7 +308,7 @@ def test_a_hub_that_is_not_there_or_does_not_take_the_token(hub, vector, monkeyp
 
 
 def test_a_hub_that_falls_silent_is_asked_again(hub, vector, monkeypatch):
-    monkeypatch.setattr("rvdist.publish._PATIENCE", 0.5)
+    monkeypatch.setattr("rvdist.stages.publish._PATIENCE", 0.5)
     hub.fail("/upload/", "stall", method="PUT")
     vector(publish="org/v")
     assert len([path for path in writes(hub) if "/upload/" in path]) == 2

@@ -14,9 +14,9 @@ from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
 from rvdist.evaluate.asking import Asking
-from rvdist.evaluation import Evaluator
 from rvdist.report.statistics.race import Outcome, Race, split
-from rvdist.scoring import Scoring, score, score_arm
+from rvdist.stages.evaluate import Evaluator
+from rvdist.stages.score import Scoring, score, score_arm
 
 if TYPE_CHECKING:
     from rvdist.report.pictures.race import RaceAccount

@@ -19,7 +19,7 @@ from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, WeightPoint, name_of
-from rvdist.job import Job, Prepared, Scores
+from rvdist.stages.job import Job, Prepared, Scores
 
 FILE = "batch.json"
 _MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")

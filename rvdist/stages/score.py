@@ -14,8 +14,8 @@ from rvdist.core.record import Record, TaskInfo, write_records
 from rvdist.evaluate.answers import Answers, answers_of
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.suite import Suite
-from rvdist.job import Prepared, Scores
 from rvdist.report.summary import GroupInfo, write_summary
+from rvdist.stages.job import Prepared, Scores
 
 if TYPE_CHECKING:
     from rvdist.report.pictures.race import RaceAccount

@@ -13,11 +13,11 @@ from rvdist.core import config
 from rvdist.core.config import Config
 from rvdist.core.point import Vector, WeightPoint
 from rvdist.core.progress import Bar
-from rvdist.job import Job, Notes, Prepared, versions
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.report.card.metadata import Result, licence_of
-from rvdist.warm import Warm
+from rvdist.stages.job import Job, Notes, Prepared, versions
+from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.staging import discards

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from rvdist.core.config import BenchmarksConfig, SearchConfig
 from rvdist.core.point import Arm
-from rvdist.evaluation import Evaluator
-from rvdist.job import Prepared
 from rvdist.report.findings import Anatomy, Exhibit
 from rvdist.report.pictures.connectivity import connectivity_plot
-from rvdist.scoring import Scoring
+from rvdist.stages.evaluate import Evaluator
+from rvdist.stages.job import Prepared
+from rvdist.stages.score import Scoring
 
 FILE = "connectivity.json"
 

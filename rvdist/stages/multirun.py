@@ -27,10 +27,10 @@ from rich.text import Text
 from rvdist.core.config import Config, logs_json
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.timing import Timing, seconds_since_process_start
-from rvdist.job import Job, remove_empty
+from rvdist.stages.job import Job, remove_empty
 
 if TYPE_CHECKING:
-    from rvdist.warm import Warm
+    from rvdist.stages.warm import Warm
 
 NAME = "rvdist_ray"
 _MODULE = f"{core_plugins.__name__}.{NAME}"  # Hydra takes a plugin from its own packages only: see `register`
@@ -63,8 +63,8 @@ class RayLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Returns the mean primary score of each job, None of one that failed or scored nothing."""
-        from rvdist.stages import run_jobs
-        from rvdist.warm import Warm
+        from rvdist.stages.jobs import run_jobs
+        from rvdist.stages.warm import Warm
 
         setup_globals()
         timing = LoggedTiming(RayLauncher.log)

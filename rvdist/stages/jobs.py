@@ -13,27 +13,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rvdist import __version__
-from rvdist.batch import Batch, is_batch
 from rvdist.core import cluster, config
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.point import Vector, name_of
 from rvdist.core.timing import anonymous_bytes, seconds_since_process_start
-from rvdist.job import Ended, Job, Notes, Prepared, Scores, versions
-from rvdist.merging import alike, card, common_plan, merge_together, save_vector, sources_of
-from rvdist.preparation import Known, prepare, require_no_source
-from rvdist.preview import print_plan
 from rvdist.report.card.metadata import licence_of
-from rvdist.warm import Warm
+from rvdist.stages.batch import Batch, is_batch
+from rvdist.stages.job import Ended, Job, Notes, Prepared, Scores, versions
+from rvdist.stages.merge import alike, card, common_plan, merge_together, save_vector, sources_of
+from rvdist.stages.plan import print_plan
+from rvdist.stages.prepare import Known, prepare, require_no_source
+from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import read_json
 from rvdist.weights.checkpoint.staging import discards
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 if TYPE_CHECKING:
-    from rvdist.evaluation import Evaluator
     from rvdist.report.findings import Anatomy
-    from rvdist.scoring import Scoring
+    from rvdist.stages.evaluate import Evaluator
+    from rvdist.stages.score import Scoring
 
 Group = list[Prepared]
 
@@ -209,12 +209,12 @@ class _Command:
         self._scorings[one] = self._evaluation().join(one)
 
     def _join_reader(self, one: Prepared) -> None:
-        from rvdist.connectivity import reader
+        from rvdist.stages.connectivity import reader
 
         self._readings[one] = self._evaluation().join(reader(one))
 
     def _evaluation(self) -> Evaluator:
-        from rvdist.evaluation import Evaluator
+        from rvdist.stages.evaluate import Evaluator
 
         if self._evaluator is None:
             self._evaluator = Evaluator(self._warm)
@@ -244,7 +244,7 @@ class _Command:
             )
 
     def _analyze(self, one: Prepared) -> None:
-        from rvdist.analysis import analyse
+        from rvdist.stages.analyze import analyse
 
         self._anatomies[one] = analyse(one)
 
@@ -261,7 +261,7 @@ class _Command:
                 self._kept.setdefault(one.job, []).extend(kept)
 
     def _measure(self, one: Prepared) -> None:
-        from rvdist.connectivity import measure
+        from rvdist.stages.connectivity import measure
 
         before, found = self._anatomies[one], measure(self._evaluation(), one, self._readings[one])
         self._anatomies[one] = replace(
@@ -275,7 +275,7 @@ class _Command:
         self._evaluation().evaluate([self._scorings[one] for one in group], last=self._last and len(scored) == 1)
 
     def _race(self, one: Prepared) -> None:
-        from rvdist.racing import race
+        from rvdist.stages.race import race
 
         race(self._evaluation(), self._scorings[one])
 
@@ -308,7 +308,7 @@ class _Command:
         one.say(f"report: {one.directory / 'report.html'}")
 
     def _publish(self, one: Prepared) -> None:
-        from rvdist.publish import publish, results
+        from rvdist.stages.publish import publish, results
         from rvdist.weights.checkpoint.hub import download_card
 
         for source in one.sources.values():

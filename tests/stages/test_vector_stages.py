@@ -12,7 +12,7 @@ from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.stages import run_stages
+from rvdist.stages.jobs import run_stages
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.reader import read_point

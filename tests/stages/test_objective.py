@@ -3,8 +3,8 @@
 import pytest
 
 from rvdist.core.record import TaskInfo
-from rvdist.job import Scores
 from rvdist.report.summary import GroupInfo, Row
+from rvdist.stages.job import Scores
 
 
 def scores(rows, groups=()):

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rvdist import __version__
 from rvdist.core.config import PLACEHOLDERS
 from rvdist.core.errors import BadInput, Failed
-from rvdist.job import Job, Scores
 from rvdist.report.card.metadata import Result
 from rvdist.report.summary import Outline, dissenting
 from rvdist.report.wording import printable
+from rvdist.stages.job import Job, Scores
 from rvdist.weights.checkpoint.directory import open_checkpoint, read_json
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Manifest
 from rvdist.weights.checkpoint.staging import discards

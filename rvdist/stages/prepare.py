@@ -14,9 +14,9 @@ from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Rename, Term, Vector, WeightPoint
 from rvdist.core.recipe import read_recipe
-from rvdist.job import Job, Prepared
 from rvdist.merge.plan import Plan
-from rvdist.merging import plan_of, vector_is_complete
+from rvdist.stages.job import Job, Prepared
+from rvdist.stages.merge import plan_of, vector_is_complete
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
@@ -63,7 +63,7 @@ def prepare(job: Job, known: Known) -> Prepared:
     if stages != ["plan"]:
         _require_kept(job, asked, stored)
     if "publish" in stages:
-        from rvdist.publish import require
+        from rvdist.stages.publish import require
 
         repositories = config.published(settings, recipe)
         require(job, repositories, known.repositories)

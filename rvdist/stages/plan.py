@@ -8,9 +8,9 @@ from rich.table import Table
 
 from rvdist.core import cluster, config
 from rvdist.core.point import name_of
-from rvdist.job import Prepared
 from rvdist.merge.placement import place, rates, remembered_rate
 from rvdist.merge.plan import Plan
+from rvdist.stages.job import Prepared
 
 
 def print_plan(one: Prepared, plan: Plan) -> None:

@@ -12,16 +12,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import rvdist
-from rvdist import multirun
-from rvdist.batch import Batch
 from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.timing import Timing
-from rvdist.job import Job
 from rvdist.launch import CONF
-from rvdist.stages import run_jobs
-from rvdist.warm import Warm
+from rvdist.stages import multirun
+from rvdist.stages.batch import Batch
+from rvdist.stages.job import Job
+from rvdist.stages.jobs import run_jobs
+from rvdist.stages.warm import Warm
 
 
 def settings(**changes):

@@ -23,9 +23,9 @@ from rvdist.evaluate.fleet.fleet import Fleet, device_kind
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer
 from rvdist.evaluate.suite import Suite
-from rvdist.job import Prepared
-from rvdist.scoring import Known, Scoring, score, score_arm
-from rvdist.warm import Warm
+from rvdist.stages.job import Prepared
+from rvdist.stages.score import Known, Scoring, score, score_arm
+from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 
 Arms = Sequence[tuple[Scoring, Arm]]

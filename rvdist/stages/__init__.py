@@ -1,0 +1,1 @@
+"""What one command does, a stage at a time: each is called as in the key `stages`."""
