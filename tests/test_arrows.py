@@ -1,56 +1,131 @@
-"""The house: which room may import which. Arrows point down only; `import rvdist` is cheap."""
+"""The house: which room may import which, and which part of a room what. Arrows point down only, without a circle."""
 
 import ast
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import rvdist
 
 PACKAGE = Path(rvdist.__file__).parent
-MAY_IMPORT = {
+DOORS = {"launch", "api", "inspect", "verify"}
+ROOMS = {
     "core": set(),
-    "pocket": set(),
     "weights": {"core"},
-    "evaluate": {"core", "weights"},
     "merge": {"core", "weights"},
+    "evaluate": {"core", "weights"},
     "report": {"core", "weights"},
-    "verify": {"core", "weights"},
-    "inspect": {"core", "report", "weights"},
-    "stages": {"core", "evaluate", "merge", "report", "weights"},
-    "api": {"core", "report", "stages", "weights"},
-    "launch": {"core", "stages"},
-}  # fmt: skip
+    "stages": {"core", "weights", "merge", "evaluate", "report"},
+    "pocket": set(),
+}
+# What a part must not know, though its room may. A library counts however it is imported.
+BORDERS = {
+    "core": {"torch", "vllm", "lm_eval"},
+    "weights": {"ray", "vllm", "lm_eval"},
+    "weights.checkpoint": {"rvdist.weights"},
+    "weights.arithmetic": {"rvdist.weights", "rvdist.core"},
+    "weights.anatomy.findings": {"torch", "rvdist.weights"},
+    "merge": {"vllm", "lm_eval"},
+    "merge.plan": {"ray", "torch"},
+    "merge.placement": {"ray", "torch"},
+    "merge.worker": {"ray"},
+    "evaluate.fleet": {"lm_eval", "rvdist.evaluate.suite", "rvdist.evaluate.tasks", "rvdist.evaluate.sandbox"},
+    "evaluate.fleet.schedule": {"ray", "vllm", "torch"},
+    "evaluate.fleet.forecast": {"ray", "vllm", "torch"},
+    "evaluate.fleet.engine": {"ray"},
+    "evaluate.fleet.swap": {"ray"},
+    "evaluate.tasks": {"ray", "vllm", "rvdist.evaluate.fleet"},
+    "evaluate.sandbox": {"ray", "vllm", "torch", "lm_eval", "rvdist.evaluate"},
+    "report": {"torch", "ray", "vllm", "lm_eval"},
+    "report.statistics": {"matplotlib", "rich", "jinja2", "rvdist.weights"},
+    "stages": {"torch", "vllm"},
+}
+# The one arrow back, inside a function: what lies on the Hub is read by its client, which builds checkpoints.
+BACK = {"weights.checkpoint.directory": "weights.checkpoint.hub"}
 
 
-def rooms_imported(file):
+def modules() -> Iterator[tuple[str, Path]]:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+        if name:
+            yield name, file
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere: `from a import b` is a.b, which may be a module or what is in one."""
     for node in ast.walk(ast.parse(file.read_text())):
-        modules = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            modules = [node.module]
-            if node.module == "rvdist":
-                modules = [f"rvdist.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        yield from (module.split(".")[1] for module in modules if module.startswith("rvdist."))
+            yield from (alias.name for alias in node.names)
 
 
-def test_arrows_point_down():
-    found = {}
-    for file in PACKAGE.rglob("*.py"):
-        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room != "__init__":
-            found.setdefault(room, set()).update(set(rooms_imported(file)) - {room})
-    assert found.keys() == MAY_IMPORT.keys(), "a new room needs a line above"
-    for room, imported in found.items():
-        assert imported <= MAY_IMPORT[room], f"{room} must not import {imported - MAY_IMPORT[room]}"
+def is_within(name: str, place: str) -> bool:
+    return name == place or name.startswith(place + ".")
 
 
-def test_the_map_itself_has_no_circle():
-    floors = {}
+def test_rooms_import_only_what_lies_below():
+    found = defaultdict(set)
+    for name, file in modules():
+        room = name.split(".")[0]
+        below = {other.split(".")[1] for other in imported(file) if other.startswith("rvdist.")} - {"__version__", room}
+        allowed = ROOMS.keys() - {"pocket"} if room in DOORS else ROOMS.get(room, set())
+        assert below <= allowed, f"{name} must not import {below - allowed}"
+        found[room] |= below
+    assert found.keys() == ROOMS.keys() | DOORS, "the house has seven rooms and four doors"
 
-    def floor(room, above=()):
+
+def test_the_house_has_five_floors_and_no_circle():
+    def floor(room: str, above: tuple[str, ...] = ()) -> int:
         assert room not in above, f"circle: {above}"
-        if room not in floors:
-            floors[room] = 1 + max((floor(below, (*above, room)) for below in MAY_IMPORT[room]), default=0)
-        return floors[room]
+        return 1 + max((floor(below, (*above, room)) for below in ROOMS[room]), default=0)
 
-    assert floor("launch") > floor("merge") > floor("weights") > floor("core")
+    assert 1 + max(map(floor, ROOMS)) == 5  # and one for the doors
+
+
+@pytest.mark.parametrize("place", BORDERS)
+def test_a_part_does_not_know_what_lies_across_its_border(place: str):
+    files = [(name, file) for name, file in modules() if is_within(name, place)]
+    assert files, f"there is no rvdist.{place}"
+    for name, file in files:
+        for other in imported(file):
+            own = is_within(other, f"rvdist.{place}")
+            crossed = {border for border in BORDERS[place] if is_within(other, border)}
+            assert own or not crossed, f"rvdist.{name} must not import {other}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    files = dict(modules())
+    arrows: dict[str, set[str]] = {name: set() for name in files}
+    for name, file in files.items():
+        for other in imported(file):
+            parts = other.removeprefix("rvdist.").split(".") if other.startswith("rvdist.") else []
+            while parts and ".".join(parts) not in files:
+                parts.pop()
+            arrows[name] |= {".".join(parts)} - {name, "", BACK.get(name)}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...] = ()) -> None:
+        assert name not in above, f"circle: {' → '.join((*above, name))}"
+        if name not in done:
+            for below in arrows[name]:
+                visit(below, (*above, name))
+            done.add(name)
+
+    for name in arrows:
+        visit(name)
+
+
+def test_the_tree_in_contributing_names_every_file():
+    tree = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("```text\n")[1].split("```")[0]
+    drawn, above = [], []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        above[depth:] = [name]
+        assert len(line.split()) > 1, f"{name} needs its line"
+        if name.endswith(".py"):
+            drawn.append("".join(above))
+    files = [file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"]
+    assert sorted(drawn) == sorted(files)
