@@ -50,7 +50,8 @@ def write_page(
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"printable": printable, "name": _name, "base64": lambda png: base64.b64encode(png).decode()}
+    environment.filters |= {"printable": printable, "name": _name, "width": _width}
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     seen = findings.detectable
     samples = choose_samples(findings.records, findings.tasks, [arm.name for arm in findings.arms], findings.baseline)
     html = environment.get_template("page.html.jinja").render(
@@ -96,6 +97,11 @@ def write_page(
 
 def _score_of(row: Row) -> tuple[str, str, str]:
     return row.task, row.metric, row.filter
+
+
+def _width(png: bytes) -> int:
+    """At how many pixels of the page the letters of a picture, whose header has its own width, are as large as ours."""
+    return round(int.from_bytes(png[16:20], "big") * 130 / 200)
 
 
 def _name(text: str) -> Markup:

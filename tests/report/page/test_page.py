@@ -247,6 +247,16 @@ class TestInBrowser:
             assert (max(wider) <= 0 or width == 400) and beyond <= 0, wider
             assert set(lines) == {"1px"} and len(set(heights)) == 1
 
+    def test_letters_of_a_picture_are_as_large_as_the_pages(self, tmp_path):
+        """A single panel is 6.4 inches wide; 9 points are 16 pixels where an inch is 130."""
+        path = tmp_path / "report.html"
+        html = write(path, *make_experiment(n=20, tasks=1))
+        html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+        driver = 'document.getElementById("where").textContent = document.querySelector("figure img").offsetWidth;'
+        path.write_text(html.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
+        found = re.search(r'<span id="where">(.*?)</span>', self.dom(path, tmp_path, 1280))[1]
+        assert int(found) == pytest.approx(6.4 * 130, abs=2)
+
     def test_searching_is_quick_and_any_two_arms_are_compared(self, tmp_path):
         """The page's script in a copy without its policy, driven by one of ours."""
         arms, records, tasks, groups = make_paper(400, members=2)
