@@ -163,7 +163,7 @@ def situations() -> Iterator[Situation]:
         yield Situation("0/1, asked four times", (n,), (repeated,), 0.5)
     for n in (9, 50, 200, 1300):
         yield Situation("fractions", (n,), (fractional,), 0.5, shares=False)
-    for n in (8, 50, 200, 1300):
+    for n in (5, 8, 50, 200, 1300):
         yield Situation("lognormal scores", (n,), (skewed,), math.exp(0.5), shares=False)
     for n in (16, 50, 200, 1300):
         yield Situation("lognormal differences", (n,), (lopsided,), math.exp(0.5), shares=False)
@@ -227,7 +227,7 @@ def disagrees(found: Comparison) -> bool:
 def tally(situation: Situation, rounds: int, seed: int) -> Tally:
     rng = np.random.default_rng([seed, 0])
     found = Tally(rounds)
-    found.detectable = change = float(np.median([situation.detectable(rng) for _ in range(9)]))
+    found.detectable = change = float(np.median([situation.detectable(rng) for _ in range(25)]))
     for _ in range(rounds):
         theirs, ours = situation.samples(situation.answers(rng, 0.0))
         none = compare(ours, theirs)
