@@ -1,4 +1,4 @@
-"""python docs/configuration.py: writes docs/configuration.md, all keys, from rvdist/core/config.py and conf/.
+"""python docs/configuration.py: writes docs/configuration.md, all keys, from rvdist/core/config/schema.py and conf/.
 
 Types and defaults are the schema's, groups and their options those of conf/; the one thing written here is what each
 key means. A key without a meaning, and a meaning without a key, is an error.
@@ -186,7 +186,7 @@ _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", A
 
 _HEAD = """\
 # Configuration
-<!-- Written by `python docs/configuration.py` from rvdist/core/config.py, conf/ and the meanings in that script. -->
+<!-- Written by `python docs/configuration.py` from rvdist/core/config/, conf/ and the meanings in that script. -->
 
 Every key, set with `key=value`. A heading says whose keys a table lists: `workers` under `merge` is `merge.workers`;
 `[]` stands for the entries of a list. Lists and mappings are written in Hydra's syntax: `alpha=[0.5,1]`,

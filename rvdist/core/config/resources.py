@@ -1,0 +1,76 @@
+"""From a configuration to the workers and engines that a cluster has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rvdist.core.config.schema import Config
+from rvdist.core.errors import BadInput
+
+DEVICES = ("cpu", "cuda")
+
+
+def cache_directory(config: Config) -> Path:
+    """`cache.dir`."""
+    return Path(config.cache.dir).expanduser()
+
+
+def require_resources(config: Config) -> None:
+    """Raises BadInput unless there can be so many nodes and workers, such a device and such shares of it."""
+    ranks, part = config.engine.tensor_parallel_size, config.engine.gpus
+    share = config.merge.gpus_per_worker
+    for key, count in (
+        ("merge.workers", config.merge.workers),
+        ("merge.threads", config.merge.threads),
+        ("cluster.nodes", config.cluster.nodes),
+    ):
+        if count is not None and count < 1:
+            raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
+    if config.device not in DEVICES:
+        raise BadInput(f"device: {config.device!r} is not one of {', '.join(DEVICES)}")
+    if not 0 < share <= 1:
+        raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
+    if not 0 < part <= 1:
+        raise BadInput(f"engine.gpus: {part:g} is not a share of one GPU; give a number above 0, at most 1")
+    if part < 1 and ranks > 1:
+        raise BadInput(
+            f"engine.gpus={part:g}: an engine of engine.tensor_parallel_size={ranks} takes whole GPUs; set one to 1"
+        )
+
+
+def device(config: Config, gpus: int) -> str:
+    """Where a cluster with so many GPUs merges: `cpu` or `cuda`. Raises BadInput where it cannot."""
+    if config.device == "cuda" and not gpus:
+        raise BadInput("device=cuda: the cluster has no GPU; set device=cpu, or cluster.address to one that has")
+    return config.device
+
+
+def workers(config: Config, nodes: Sequence[tuple[int, int]]) -> list[int]:
+    """How many workers each node of so many (cores, GPUs) gets: `merge.workers` evenly, or as many as its cores or GPUs
+    have room for; one at least of all of them."""
+    merge = config.merge
+    if merge.workers:
+        return [(merge.workers + k) // len(nodes) for k in range(len(nodes))][::-1]
+    if device(config, sum(gpus for _, gpus in nodes)) == "cuda":
+        return [gpus * int(1 / merge.gpus_per_worker) for _, gpus in nodes]
+    room = [cores // merge.threads for cores, _ in nodes]
+    return room if any(room) else [1, *room[1:]]
+
+
+def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, float]]:
+    """How many engines a run wants, and the cores and GPUs that each takes, of a cluster that has so many now.
+    A cluster that is not ours may grow into it. Raises BadInput."""
+    engine, local = config.engine, config.cluster.address == "local"
+    ranks, share = engine.tensor_parallel_size, engine.gpus
+    if gpus:
+        count = engine.count or max(1, int(gpus / share) // ranks)
+        if local and count * ranks * share > gpus:
+            raise BadInput(
+                f"engine.count={count} times {ranks * share:g} GPUs each are more than this machine's {gpus}; lower "
+                "engine.count, engine.tensor_parallel_size or engine.gpus"
+            )
+        return count, (0.0, ranks * share)
+    count = engine.count or max(1, cpus // (ranks * engine.cpu_threads))
+    cores = float(ranks * engine.cpu_threads)
+    return count, (min(cores, int(cpus / count * 1000) / 1000) if local else cores, 0.0)

@@ -1,0 +1,270 @@
+"""The schema of a run: every key, its type and its default, and what Hydra cannot check by itself.
+
+`conf/` holds the same tree as YAML, for people; this module refuses what does not fit it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rvdist.core.errors import BadInput
+
+STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+EXTRA_ROWS = ("refuse", "keep")
+SANDBOXES = ("strict", "degraded")
+METHODS = ("linear", "ties", "dare")
+LOGS = ("text", "json")
+PLAIN = "plain"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class MaskConfig:
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+    depth: list[float] = field(default_factory=list)
+
+
+@dataclass
+class DonorsConfig:
+    plus: str | None = None
+    minus: str | None = None
+    path: str | None = None
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    rename: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
+class VectorConfig(DonorsConfig):
+    save: str | None = None
+    dtype: str | None = None
+    rank: int | None = None
+    density: float | None = None
+
+
+@dataclass
+class WeightedVectorConfig(DonorsConfig):
+    alpha: float = 1.0
+
+
+@dataclass
+class MergeConfig:
+    workers: int | None = None
+    threads: int = 1
+    gpus_per_worker: float = 1.0
+    direct_io: bool = True
+    method: str = "linear"
+    density: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class ArmConfig:
+    """An arm: the checkpoint `weights` as it is, or the target plus `alpha` times the vector, its own if it has one."""
+
+    name: str = ""
+    prompt: str = PLAIN
+    weights: str | None = None
+    alpha: float | None = None
+    vector: DonorsConfig | None = None
+
+
+@dataclass
+class SweepConfig:
+    alphas: list[float] | None = None
+
+
+@dataclass
+class AnalyzeConfig:
+    text: str | None = None
+    points: int = 11
+
+
+@dataclass
+class SearchConfig:
+    method: str | None = None
+    alphas: list[float] | None = None
+    groups: list[MaskConfig] = field(default_factory=list)
+    confidence: float = 0.95
+    tolerance: float = 0.01
+    round: int = 128
+    holdout: float = 0.2
+    seed: int = 0
+
+
+@dataclass
+class BenchmarksConfig:
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    data_dir: str | None = None
+    allow_missing: bool = False
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = True
+    allow_truncation: bool = False
+    allow_code_execution: bool = False
+    sandbox: str = "strict"
+    primary: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class EngineConfig:
+    count: int | None = None
+    cpu_threads: int = 1
+    tensor_parallel_size: int = 1
+    gpus: float = 1.0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = 1.0
+    enforce_eager: bool = True
+    seed: int = 0
+    slice_size: int = 256
+    args: dict[str, Any] = field(default_factory=dict)
+    replay: str | None = None
+
+
+@dataclass
+class ClusterConfig:
+    address: str = "local"
+    nodes: int | None = None
+    timeout: float = 120.0
+
+
+@dataclass
+class CompatConfig:
+    force: bool = False
+    extra_rows: str = "refuse"
+
+
+@dataclass
+class CacheConfig:
+    dir: str = "~/.cache/rvdist"
+    samples: bool = True
+
+
+@dataclass
+class HubConfig:
+    private: bool = False
+    confirmed: bool = False
+
+
+@dataclass
+class EachConfig(DonorsConfig):
+    name: str | None = None
+
+
+@dataclass
+class BatchConfig:
+    """One entry of `batch`: every target with every vector and every α. What it leaves out is as at the top level."""
+
+    target: Any = None
+    vector: DonorsConfig | None = None
+    vectors: list[WeightedVectorConfig] | None = None
+    each: list[EachConfig] | None = None
+    alpha: Any = None
+    output: str | None = None
+
+
+@dataclass
+class Config:
+    target: str = ""
+    vector: VectorConfig = field(default_factory=VectorConfig)
+    vectors: list[WeightedVectorConfig] = field(default_factory=list)
+    alpha: Any = 1.0
+    batch: list[BatchConfig] = field(default_factory=list)
+    recipe: str | None = None
+    stages: list[str] | None = None
+    output: str | None = None
+    publish: str | None = None
+    hub: HubConfig = field(default_factory=HubConfig)
+    overwrite: bool = False
+    max_shard_size: Any = None
+    dtype: str | None = None
+    device: str = "cpu"
+    allow_nonfinite: bool = False
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    prompts: dict[str, str] = field(default_factory=lambda: {PLAIN: ""})
+    arms: list[ArmConfig] = field(default_factory=list)
+    reported: dict[str, dict[str, float]] = field(default_factory=dict)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    compat: CompatConfig = field(default_factory=CompatConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    log: str = "text"
+
+
+def stages(config: Config) -> list[str]:
+    """The stages to run, in their order. Raises BadInput."""
+    if config.stages is None:
+        merges = bool(config.batch) or config.output is not None or config.vector.save is not None
+        chosen = ["merge"] * merges + ["evaluate", "report"] * bool(config.benchmarks.tasks)
+        chosen += ["publish"] * (config.publish is not None)
+        if not chosen:
+            raise BadInput("nothing to do; set output=DIRECTORY to merge, or benchmarks=… to evaluate")
+        return chosen
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise BadInput(f"stages: {stage!r} is not one of {', '.join(STAGES)}")
+    chosen = [stage for stage in STAGES if stage in config.stages]
+    if "merge" in chosen and config.output is None and config.vector.save is None and not config.batch:
+        raise BadInput("output is not set; the merge stage needs output=DIRECTORY or vector.save=DIRECTORY")
+    if "evaluate" in chosen and not config.benchmarks.tasks:
+        raise BadInput("benchmarks.tasks is empty; the evaluate stage needs benchmarks=… or benchmarks.tasks=[…]")
+    if "report" in chosen and not {"evaluate", "analyze"} & set(chosen):
+        raise BadInput("stages: report needs evaluate or analyze")
+    if "publish" in chosen and config.publish is None:
+        raise BadInput("publish is not set; the publish stage needs publish=ORG/NAME")
+    if "publish" in chosen and "merge" not in chosen:
+        raise BadInput("stages: publish needs merge; what is finished is not merged again")
+    return chosen
+
+
+def size(value: Any, key: str) -> int | None:
+    """Bytes from a number or a text such as 5GB or 512MiB; None stays None. Raises BadInput."""
+    text = str(value).strip().upper()
+    if value is None:
+        return None
+    for suffix, factor in _UNITS.items():
+        if text.endswith(suffix) and text.removesuffix(suffix).strip().replace(".", "", 1).isdigit():
+            return max(1, int(float(text.removesuffix(suffix)) * factor))
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise BadInput(f"{key}: {value!r} is not a size; write it as 5GB or 512MiB")
+
+
+def output_dtype(config: Config) -> str | None:
+    """The safetensors dtype of the output, None to keep the target's. Raises BadInput."""
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise BadInput(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[config.dtype] if config.dtype else None
+
+
+def logs_json(config: Config) -> bool:
+    """Whether the command prints JSON Lines. Raises BadInput."""
+    if config.log not in LOGS:
+        raise BadInput(f"log: {config.log!r} is not one of {', '.join(LOGS)}")
+    return config.log == "json"
+
+
+def keeps_extra_rows(config: Config) -> bool:
+    """Whether a vector may have fewer or more rows than the target, as a padded vocabulary has. Raises BadInput."""
+    policy = config.compat.extra_rows
+    if policy not in EXTRA_ROWS:
+        raise BadInput(f"compat.extra_rows: {policy!r} is not one of {', '.join(EXTRA_ROWS)}")
+    return policy == "keep"
+
+
+def code_sandbox(config: Config) -> str | None:
+    """The sandbox for code that a model wrote: strict, degraded, None where none may run. Raises BadInput."""
+    benchmarks = config.benchmarks
+    if benchmarks.sandbox not in SANDBOXES:
+        raise BadInput(f"benchmarks.sandbox: {benchmarks.sandbox!r} is not one of {', '.join(SANDBOXES)}")
+    return benchmarks.sandbox if benchmarks.allow_code_execution else None
