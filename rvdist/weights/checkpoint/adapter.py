@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.difference import Difference, Form, LowRank, stamp_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.patterns import first_matches
 
 WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -51,8 +52,10 @@ def as_adapter(found: Checkpoint) -> Difference:
             _refuse(found, f"tensor {name} is not a factor of a product (a weight of its own, or a bias)")
     tensors: dict[str, TensorSpec] = {}
     forms: dict[str, Form] = {}
+    ranks = _numbers(found, config, "r", "rank_pattern", list(factors))
+    alphas = _numbers(found, config, "lora_alpha", "alpha_pattern", list(factors))
     for module, pair in factors.items():
-        form = _product(found, config, module, pair)
+        form = _product(found, config, module, pair, ranks[module], alphas[module])
         rows, columns = form.left.shape[0], form.right.shape[1]
         shape = (columns, rows) if form.transposed else (rows, columns)
         name = f"{module}.weight"
@@ -80,7 +83,14 @@ def _require_plain(found: Checkpoint, config: Mapping[str, Any]) -> None:
         )
 
 
-def _product(found: Checkpoint, config: Mapping[str, Any], module: str, pair: Mapping[str, TensorSpec]) -> LowRank:
+def _product(
+    found: Checkpoint,
+    config: Mapping[str, Any],
+    module: str,
+    pair: Mapping[str, TensorSpec],
+    rank: float,
+    alpha: float,
+) -> LowRank:
     embedding = any(name.startswith("lora_embedding") for name in pair)
     expected = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if pair.keys() != set(expected):
@@ -91,7 +101,6 @@ def _product(found: Checkpoint, config: Mapping[str, Any], module: str, pair: Ma
             _refuse(found, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
         if spec.dtype not in _FLOATS:
             _refuse(found, f"tensor {spec.name} is stored as {spec.dtype}", f"store it as one of {', '.join(_FLOATS)}")
-    rank = _number(found, config, "r", "rank_pattern", module)
     if not left.shape[1] == right.shape[0] == rank or rank < 1:
         _refuse(
             found,
@@ -99,22 +108,30 @@ def _product(found: Checkpoint, config: Mapping[str, Any], module: str, pair: Ma
             f"rank {rank:g}",
             "download or copy it again",
         )
-    alpha = _number(found, config, "lora_alpha", "alpha_pattern", module)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRank(left, right, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
 
 
-def _number(found: Checkpoint, config: Mapping[str, Any], key: str, patterns: str, module: str) -> float:
-    """The config's `key` for a module: that of the first pattern that matches the end of its name, if any does."""
+def _numbers(
+    found: Checkpoint, config: Mapping[str, Any], key: str, patterns: str, modules: Sequence[str]
+) -> dict[str, float]:
+    """The config's `key` for each module: that of the first pattern that matches the end of its name, if any does."""
     own = config.get(patterns) or {}
-    value = config.get(key)
+    if not isinstance(own, Mapping):
+        _refuse(found, f"{_CONFIG} has a damaged {patterns} (it is no map)", "download or copy it again")
     try:
-        value = next((v for pattern, v in own.items() if re.match(rf"(.*\.)?({pattern})$", module)), value)
-    except (re.error, AttributeError) as error:
+        first = first_matches(list(own), modules)
+    except ValueError as error:
         _refuse(found, f"{_CONFIG} has a damaged {patterns} ({error})", "download or copy it again")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        _refuse(found, f"{_CONFIG} has {key}={value!r} for {module}, which is no number", "download or copy it again")
-    return value
+    values = list(own.values())
+    numbers = {}
+    for module, k in zip(modules, first, strict=True):
+        value = own.get(module, config.get(key)) if k is None else values[k]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            reason = f"{_CONFIG} has {key}={value!r} for {module}, which is no number"
+            _refuse(found, reason, "download or copy it again")
+        numbers[module] = value
+    return numbers
 
 
 def _refuse(found: Checkpoint, reason: str, way_out: str = _WAY_OUT) -> NoReturn:
