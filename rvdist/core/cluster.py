@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import stat
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,7 @@ _PATIENCE = 60.0  # seconds for a node to say what it sees
 _STARTS = 2  # of a Ray of our own, which times out where much else runs
 _SOCKET = len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _LONGEST = 107 - _SOCKET  # bytes of the directory under which Ray can have its sockets
+_LOOPBACK = "127.0.0.1"
 _leaving = False
 
 
@@ -61,15 +65,17 @@ def connect(
     over: threading.Event | None = None,
 ) -> Resources:
     """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" starts
-    one that ends with this process; a job that was submitted to a cluster joins that one. Ray keeps what we start
-    there in `namespace`. Raises BadInput where it cannot be reached, or has fewer than `nodes` nodes after `timeout`
-    seconds; waits for them no longer when it is `over`."""
+    one that ends with this process and listens on loopback alone; a job that was submitted to a cluster joins that one.
+    Ray keeps what we start there in `namespace`. Raises BadInput where it cannot be reached, where others can read its
+    token, or where it has fewer than `nodes` nodes after `timeout` seconds; waits for them no longer when it is
+    `over`."""
     import ray
 
     if address == "local" and _IN_A_JOB in os.environ:
         address = "auto"
     if not ray.is_initialized():
         _require_listener(address)
+        _guard_token(address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice, 15, starves them on a shared machine
         try:
@@ -96,10 +102,13 @@ def _init(address: str, namespace: str | None) -> None:
 
     global _leaving
     _leaving = False
-    more: dict[str, Any] = {"include_dashboard": False} | _short_directory() if address == "local" else {}
+    more: dict[str, Any] = {}
+    if address == "local":
+        more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK} | _short_directory()
     for start in range(1, _STARTS + 1):
         try:
-            ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
+            with _taken_at_its_word() if address == "local" else nullcontext():
+                ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
             return
         except Exception as error:
             if address != "local":
@@ -112,6 +121,58 @@ def _init(address: str, namespace: str | None) -> None:
                     f"Ray could not be started on this machine, though it was tried {_STARTS} times ({reason}); run "
                     "the same command again when less else runs here"
                 ) from None
+
+
+@contextmanager
+def _taken_at_its_word() -> Iterator[None]:
+    """Ray replaces the loopback address it is told by the machine's own, and then listens on all."""
+    from ray._private import services
+
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
+def _guard_token(address: str) -> None:
+    """Lets nobody else read the token: Ray makes its file as the umask has it. Raises BadInput where others can read
+    that of a cluster which is not ours alone: then they have it."""
+    mode, variable = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    sends = mode.lower() == "token" if mode is not None else address in ("local", "auto")
+    if not sends or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(variable) if variable else Path.home() / ".ray" / "auth_token"
+    try:
+        if address == "local" and not variable and not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write_token(path)
+        found = path.stat()
+        if not stat.S_IMODE(found.st_mode) & 0o077:
+            return
+        if address == "local":
+            path.chmod(0o600)
+            found = path.stat()
+    except OSError:
+        return  # none that Ray could read either
+    if (others := stat.S_IMODE(found.st_mode)) & 0o077:
+        raise BadInput(
+            f"{path}: others can read the token in it (mode {others:04o}), and whoever has it can run programs on the "
+            "cluster as you; start the cluster with a new one in a file of mode 0600"
+        )
+
+
+def _write_token(path: Path) -> None:
+    """Whole or not at all; what another process has made meanwhile stays."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _short_directory() -> dict[str, str]:

@@ -93,6 +93,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     place = tmp_path_factory.mktemp("head")
     token = place / "token"
     token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
     port, dashboard, agent, client = (str(one.getsockname()[1]) for one in sockets)
     for one in sockets:
