@@ -1,9 +1,28 @@
 """What stops a run, in one sentence. `launch` turns it into an exit status, without a traceback."""
 
+_LONGEST, _END = 4000, 1000  # characters of a sentence, and of its end where it is cut
 
-class BadInput(Exception):
+
+def printable(text: str) -> str:
+    """One line without control or bidirectional formatting characters, for terminals and pictures."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
+class _Sentence(Exception):
+    """Names what strangers wrote, so it is shown on one line that does nothing to a terminal, and is never endless."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST - _END]} … {text[-_END:]}"
+        return printable(text)
+
+
+class BadInput(_Sentence):
     """Input that cannot be used: the message names the file, tensor or key, what is wrong and what to do. Status 2."""
 
 
-class Failed(Exception):
+class Failed(_Sentence):
     """Something outside the input went wrong (a full disk, workers that die): what, and how to go on. Status 1."""

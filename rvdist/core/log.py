@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from rvdist.core.errors import printable
 from rvdist.core.timing import Timing
 
 FILE = "log.jsonl"
@@ -45,9 +46,9 @@ class Log:
         return self._unseen if self.as_json else self._seen
 
     def say(self, event: str, message: str, level: str = "info", **fields: Any) -> None:
-        """An event that everybody reads of; nothing in the message is markup."""
+        """An event that everybody reads of; nothing in the message is markup, or does anything to a terminal."""
         self._write(event, message, level, fields, sys.stdout)
-        self.console.print(message, markup=False, emoji=False, soft_wrap=True)
+        self.console.print(printable(message), markup=False, emoji=False, soft_wrap=True)
 
     def record(self, event: str, message: str, level: str = "info", **fields: Any) -> None:
         """An event for machines: people see it in a bar or a table, or need not know."""
@@ -57,7 +58,7 @@ class Log:
         """Why the command ends with this exit status."""
         self._write("failed", sentence, "error", {"status": status}, sys.stderr)
         if not self.as_json:
-            print(f"rvdist: {sentence}", file=sys.stderr)
+            print(f"rvdist: {printable(sentence)}", file=sys.stderr)
 
     def keep(self, directory: Path) -> None:
         """Appends what was told since the last `release`, and what will be, to FILE of this run directory."""

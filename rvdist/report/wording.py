@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rvdist.core.errors import printable as printable
 from rvdist.core.point import WeightPoint, name_of
 from rvdist.report.summary import LEVEL, Row, baseline_of
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 MARK = "†"
 MARK_NOTE = f"{MARK} significant alone, but does not survive Holm's correction for the number of comparisons."
-
-
-def printable(text: str) -> str:
-    """One line without control or bidirectional formatting characters, for terminals and pictures."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def metric_name(metric: str, filter_: str) -> str:

@@ -51,7 +51,7 @@ def test_hostile_values_are_compared_all_the_same(key, value):
 def test_a_config_that_nests_without_end_is_refused(tmp_path):
     write_checkpoint(tmp_path / "deep", tensors(0))
     (tmp_path / "deep" / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200)
-    with pytest.raises(BadInput, match=r"config.json: nests more than 64 levels"):
+    with pytest.raises(BadInput, match=r"config.json: .*nests more than 64 levels"):
         open_source(str(tmp_path / "deep"))
 
 

@@ -24,9 +24,11 @@ from rvdist.weights.checkpoint.header import (
 )
 from rvdist.weights.checkpoint.regular import read_regular
 
-_MOST_JSON = 256 << 20  # bytes
+_MOST_JSON = 64 << 20  # bytes
+_DEAREST = 400 << 20  # bytes that what is parsed may take
 INDEX = "model.safetensors.index.json"
-_DEEPEST = 64  # levels of a config.json
+_DEEPEST = 64  # levels of JSON
+_TOO_DEEP = f"it nests more than {_DEEPEST} levels"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
 _BLOCK = 4 << 20
@@ -87,10 +89,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         path = self.path / "config.json"
-        found = read_json(path) if path.exists() else {}
-        if _depth(found) > _DEEPEST:
-            raise BadInput(f"{path}: nests more than {_DEEPEST} levels, as no configuration does; download it again")
-        return found
+        return read_json(path) if path.exists() else {}
 
     def holds_the_same_as(self, other: Checkpoint) -> bool:
         """Whether all tensors are the same to the byte, in whatever files; reads up to the first that differs, a little
@@ -135,7 +134,7 @@ def equal_bytes(
 
 def _depth(value: Any) -> int:
     """How many objects and lists are in each other, counted without recursion; no further than matters."""
-    depth, level = 0, [value]
+    depth, level = 0, [value] if isinstance(value, dict | list) else []
     while level and depth <= _DEEPEST:
         depth += 1
         inner = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
@@ -242,11 +241,29 @@ def read_json(path: Path) -> dict[str, Any]:
         raise unreadable(path, error) from None
     require_no_pointer(path, content)
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+    except ValueError as error:
         raise BadInput(f"{path}: is not JSON ({error}); download or copy it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: is not a JSON object; download or copy it again")
+    return found
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON in UTF-8 says. Raises ValueError, before much memory is taken, also for what could not be written
+    again: values nested too deep, and halves of surrogates."""
+    width = 1 if content.isascii() else 4  # bytes of a character, at most
+    values = 60 * content.count(b",") + 80 * content.count(b"[") + 250 * content.count(b"{")
+    if len(content) * (1 + 2 * width) + values > _DEAREST:
+        raise ValueError("reading it would take too much memory")
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if _depth(found) > _DEEPEST:
+        raise ValueError(_TOO_DEEP)
+    if b"\\ud" in content or b"\\uD" in content:
+        json.dumps(found, ensure_ascii=False).encode()  # raises for half a surrogate
     return found
 
 
@@ -255,9 +272,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index}: has no weight_map; download or copy it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not _is_weight_file(file):
             raise BadInput(f"{index}: tensor {name} is in {file!r}, which is not a safetensors file of its directory")
     return weight_map
+
+
+def _is_weight_file(file: str) -> bool:
+    return file == Path(file).name and file.endswith(".safetensors") and len(file) < 256 and "\0" not in file
 
 
 def _refuse_foreign(path: Path, names: Collection[str]) -> None:
