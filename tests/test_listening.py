@@ -66,7 +66,7 @@ def without_tokens() -> dict[str, str]:
 STARTING = """
 import os, json
 os.umask(0)
-from rvdist import cluster
+from rvdist.core import cluster
 cluster.connect("local")
 import ray
 print(json.dumps([ray.get(ray.remote(lambda: 7).remote()), os.environ.get("RAY_AUTH_MODE")]))
@@ -92,8 +92,8 @@ def test_the_token_of_a_ray_of_our_own_is_its_user_s_alone(before: str, tmp_path
 
 JOINING = """
 import os, socket, sys
-from rvdist import cluster
-from rvdist.errors import BadInput
+from rvdist.core import cluster
+from rvdist.core.errors import BadInput
 with socket.create_server(("127.0.0.1", 0)) as server:
     for address in ("auto", f"127.0.0.1:{server.getsockname()[1]}"):
         for mode in (0o640, 0o604, 0o620):
