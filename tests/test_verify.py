@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def merged(ray_local, tmp_path_factory):
     path = tmp_path_factory.mktemp("verify") / "out"
     point = WeightPoint(str(POCKET / "target"), (Term(1.0, Vector(str(POCKET / "grpo"), str(POCKET / "sft"))),))
     sources = {s: open_source(s) for s in point.sources()}
-    merge(build_plan({path: point}, sources), sources, lambda point: "", WorkerSettings(1))
+    merge(build_plan({path: point}, sources), sources, defaultdict(str), WorkerSettings(1))
     return path
 
 

@@ -255,7 +255,12 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
     for point in points.values():
         assert not compat.check(point, sources).refusals
         assert card._method(point.method)
-    merge(build_plan(points, sources, "F32"), sources, lambda point: formula(point), WorkerSettings(1))
+    merge(
+        build_plan(points, sources, "F32"),
+        sources,
+        {point: formula(point) for point in points.values()},
+        WorkerSettings(1),
+    )
     for where, point in points.items():
         found = load_file(where / "model.safetensors")
         inputs = [expected[f"inputs/{Path(source).name}"] for source in point.sources()]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     settings = crew.WorkerSettings(job["workers"], timeout=job.get("timeout", 60))
     said: list[str] = []
     try:
-        stats = driver.merge(plan, sources, lambda point: "", settings, say=said.append)
+        stats = driver.merge(plan, sources, defaultdict(str), settings, say=said.append)
     except (BadInput, Failed) as error:
         return {"error": type(error).__name__, "sentence": str(error), "said": said}
     return {"nodes": stats.nodes, "written": stats.bytes_written, "said": said}

@@ -75,7 +75,7 @@ def right(family, ray_local, tmp_path_factory):
     for name in ("target", "single"):
         point = WeightPoint(family[name], (Term(1.0, vector),))
         sources = {source: open_source(source) for source in point.sources()}
-        driver.merge(build_plan({out / name: point}, sources), sources, lambda point: "", WorkerSettings(1))
+        driver.merge(build_plan({out / name: point}, sources), sources, defaultdict(str), WorkerSettings(1))
         found[name] = digests(out / name)
     return found
 

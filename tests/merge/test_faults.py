@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import uuid
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def run(family, ray_local, monkeypatch):
         names = {name: str(path) for name, path in (family | paths).items()}
         point = WeightPoint(names["target"], (Term(1.0, Vector(names["plus"], names["minus"])),))
         sources = {source: open_source(source) for source in point.sources()}
-        return merge(build_plan({out: point}, sources), sources, lambda point: "", WorkerSettings(workers, timeout=60))
+        return merge(build_plan({out: point}, sources), sources, defaultdict(str), WorkerSettings(workers, timeout=60))
 
     return merge_it
 
@@ -84,7 +85,7 @@ def right(family, ray_local, tmp_path_factory):
     out = tmp_path_factory.mktemp("right") / "out"
     point = WeightPoint(str(family["target"]), (Term(1.0, Vector(str(family["plus"]), str(family["minus"]))),))
     sources = {source: open_source(source) for source in point.sources()}
-    merge(build_plan({out: point}, sources), sources, lambda point: "", WorkerSettings(1))
+    merge(build_plan({out: point}, sources), sources, defaultdict(str), WorkerSettings(1))
     return digests(out)
 
 

@@ -5,6 +5,7 @@ Each merge against whole tensors computed in fp64 and rounded once, and then aga
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -41,7 +42,7 @@ def write(point, out, workers=1, dtype=None, extra_rows=False):
     sources = opened(point)
     compat.check(point, sources, extra_rows=extra_rows)
     plan = build_plan({out: point}, sources, dtype)
-    stats = merge(plan, sources, lambda point: "card\n", WorkerSettings(workers))
+    stats = merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers))
     return plan, stats
 
 

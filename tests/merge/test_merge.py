@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 def run(points, outputs, workers=1, dtype=None, max_shard_size=None, **options):
     sources = {s: open_source(s) for point in points for s in point.sources()}
     plan = build_plan(dict(zip(outputs, points, strict=True)), sources, dtype, max_shard_size)
-    return merge(plan, sources, lambda point: "card\n", WorkerSettings(workers), **options)
+    return merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers), **options)
 
 
 def shifted(paths, alpha=1.0, mask=None):
@@ -170,10 +171,10 @@ def test_a_source_that_changes_underneath_stops_the_merge(family, tmp_path):
     file = paths["plus"] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(BadInput, match="plus/model.safetensors: it changed or was truncated"):
-        merge(plan, sources, lambda point: "", WorkerSettings(1))
+        merge(plan, sources, defaultdict(str), WorkerSettings(1))
     file.write_bytes(bytes(sources[str(paths["plus"])].stamps["model.safetensors"].size))
     with pytest.raises(BadInput, match="plus/model.safetensors: changed while it was being read"):
-        merge(plan, sources, lambda point: "", WorkerSettings(1))
+        merge(plan, sources, defaultdict(str), WorkerSettings(1))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -259,5 +260,5 @@ cluster.connect("local")
 point = WeightPoint(target, (Term(1.0, Vector(plus, minus)),))
 sources = {s: open_source(s) for s in point.sources()}
 plan = planning.build_plan({Path(out): point}, sources)
-print("written", engine.merge(plan, sources, lambda point: "", crew.WorkerSettings(1)).bytes_written)
+print("written", driver.merge(plan, sources, {point: ""}, crew.WorkerSettings(1)).bytes_written)
 """

@@ -1,5 +1,6 @@
 """Every method through the reader and through a real merge: to the bit what whole tensors give, however it is cut."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,7 @@ def test_merges_do_not_depend_on_workers_or_units(point, method, tmp_path, monke
         monkeypatch.setattr(planning, "UNIT_BYTES", unit_bytes)
         out = tmp_path / f"out-{workers}-{unit_bytes}"
         sources = {source: open_source(source) for source in asked.sources()}
-        merge(build_plan({out: asked}, sources), sources, lambda point: "", WorkerSettings(workers))
+        merge(build_plan({out: asked}, sources), sources, defaultdict(str), WorkerSettings(workers))
         assert_same(load_checkpoint(out), wanted)
 
 
@@ -98,7 +99,7 @@ def test_points_of_several_methods_in_one_merge(point, tmp_path):
     one = point()
     asked = {tmp_path / f"out-{method.name}": replace(one, method=method) for method in METHODS}
     sources = {source: open_source(source) for source in one.sources()}
-    merge(build_plan(asked, sources), sources, lambda point: "", WorkerSettings(1))
+    merge(build_plan(asked, sources), sources, defaultdict(str), WorkerSettings(1))
     for directory, single in asked.items():
         assert_same(load_checkpoint(directory), expected(single))
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def same(one, other):
 def merged(points):
     """Writes every point to its directory, in one merge."""
     sources = {source: open_source(source) for point in points.values() for source in point.sources()}
-    merge(build_plan(points, sources), sources, lambda point: "card\n", WorkerSettings(2))
+    merge(build_plan(points, sources), sources, defaultdict(lambda: "card\n"), WorkerSettings(2))
 
 
 def weights(path):
