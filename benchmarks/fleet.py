@@ -254,7 +254,8 @@ def large_family(work: Path) -> dict[str, Path]:
 
 def swap(family: Mapping[str, Path], rounds: int) -> Swap:
     """An engine from nothing, then swaps and `cat` in turn. Run in a process of its own."""
-    from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+    from rvdist.evaluate.fleet.arguments import EngineSettings
+    from rvdist.evaluate.fleet.engine import Engine
 
     settings = EngineSettings(max_model_len=MAX_MODEL_LEN, kv_cache_gib=KV_CACHE_GIB)
     engine = Engine(str(family["target"]), settings)
@@ -278,7 +279,8 @@ def swap(family: Mapping[str, Path], rounds: int) -> Swap:
 def overhead(name: Path, rounds: int) -> Overhead:
     """Both tasks at the target, by our path and by lm-eval's vLLM backend in turn, each with an engine that is up.
     Building requests, answering and scoring count, loading tasks does not. Run in a process of its own."""
-    from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+    from rvdist.evaluate.fleet.arguments import EngineSettings
+    from rvdist.evaluate.fleet.engine import Engine
     from rvdist.evaluate.fleet.schedule import cut
     from rvdist.evaluate.request import Generate
     from rvdist.evaluate.suite import Suite

@@ -12,7 +12,8 @@ import pytest
 from checkpoints import POCKET, launch
 
 from rvdist.core.record import read_records
-from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+from rvdist.evaluate.fleet.arguments import EngineSettings
+from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Generate
 
 pytestmark = pytest.mark.heavy

@@ -20,7 +20,7 @@ import xxhash
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.engine import versions
+from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.fleet.schedule import Slice
 from rvdist.evaluate.request import (
     Answer,

@@ -18,7 +18,7 @@ from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.evaluate.answers import Answering, Answers, Asked, Outcome, answer
 from rvdist.evaluate.asking import Asking, load_tokenizer
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
-from rvdist.evaluate.fleet.engine import EngineSettings, further_arguments, identity
+from rvdist.evaluate.fleet.arguments import EngineSettings, further_arguments, identity
 from rvdist.evaluate.fleet.fleet import Fleet, device_kind
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer

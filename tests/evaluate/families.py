@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+from rvdist.evaluate.fleet.arguments import EngineSettings
+from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Choice, Completion, Generate, Loglikelihood
 
 SETTINGS = EngineSettings(max_model_len=256, kv_cache_gib=0.0625, max_num_seqs=16)

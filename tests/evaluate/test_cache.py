@@ -15,8 +15,8 @@ from checkpoints import POCKET
 from rvdist.core.errors import Failed
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest, slice_keys
-from rvdist.evaluate.fleet import engine
-from rvdist.evaluate.fleet.engine import EngineSettings, identity
+from rvdist.evaluate.fleet import arguments
+from rvdist.evaluate.fleet.arguments import EngineSettings, identity
 from rvdist.evaluate.fleet.schedule import cut
 from rvdist.evaluate.request import Answered, Choice, Completion, Generate, Loglikelihood, Rolling
 
@@ -114,13 +114,13 @@ def test_what_an_engine_reads_beside_weights_counts(file, tmp_path):
 
 
 def test_a_new_version_of_what_the_engine_does_misses(monkeypatch):
-    monkeypatch.setattr(engine, "_VERSION", -1)
+    monkeypatch.setattr(arguments, "VERSION", -1)
     assert not keys() & keys(engine=identity(EngineSettings(), "some processor"))
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_no_row_survives_of_engines_that_let_points_spoil_each_other(version, monkeypatch):
-    monkeypatch.setattr(engine, "_VERSION", version)
+    monkeypatch.setattr(arguments, "VERSION", version)
     assert not keys() & keys(engine=identity(EngineSettings(), "some processor"))
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from rvdist.core.cluster import live_nodes
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.engine import Engine, EngineSettings, versions
+from rvdist.evaluate.fleet.arguments import EngineSettings, versions
+from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.fleet.forecast import Forecast
 from rvdist.evaluate.fleet.schedule import LETHAL, Schedule, Slice
 from rvdist.evaluate.request import Answered, Completion, Progress, Refused, Request, Unscorable

@@ -21,7 +21,8 @@ from families import SETTINGS, Family, make_family, start
 from safetensors.torch import load_file, save_file
 
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+from rvdist.evaluate.fleet.arguments import EngineSettings
+from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Choice, Generate, Rolling, Unscorable
 
 # so few blocks that all are used again and again; and NaN weights are let through, to spoil what they can

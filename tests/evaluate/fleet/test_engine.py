@@ -17,7 +17,15 @@ from families import SETTINGS, Family, start
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint
-from rvdist.evaluate.fleet.engine import _REFUSED, Engine, EngineSettings, further_arguments, identity, vllm_arguments
+from rvdist.evaluate.fleet.arguments import (
+    ALLOWED,
+    REFUSED,
+    EngineSettings,
+    further_arguments,
+    identity,
+    vllm_arguments,
+)
+from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Choice, Generate, Request, Rolling
 from rvdist.evaluate.suite import Suite, shown_answers
 from rvdist.report.statistics.compare import summarise
@@ -340,12 +348,21 @@ def test_arguments_that_would_spoil_answers_are_refused(arguments: dict[str, Any
     assert "\n" not in str(error.value)
 
 
-def test_vllm_knows_what_is_refused(tied: Engine) -> None:
+@pytest.mark.parametrize("name", ["max_num_batch", "scheduler_cls", "hf_token", "of\na later\x1b[31m vLLM"])
+def test_arguments_of_which_nothing_is_known_are_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="is not among the arguments known to leave a swap right") as error:
+        further_arguments({name: 9})
+    assert str(error.value).isprintable()
+
+
+def test_vllm_knows_what_is_refused_and_what_is_let_through(tied: Engine) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     ours = vllm_arguments("x", EngineSettings(), True).keys()
-    refused = {name for names in _REFUSED.values() for name in names.split()}
-    assert refused | ours <= {field.name for field in dataclasses.fields(EngineArgs)}
+    refused = {name for names in REFUSED.values() for name in names.split()}
+    allowed = set(ALLOWED.split())
+    assert not refused & allowed
+    assert refused | allowed | ours <= {field.name for field in dataclasses.fields(EngineArgs)}
     assert ours <= refused, "whoever overrides what an engine sets is told so"
 
 
@@ -358,7 +375,6 @@ def test_further_arguments_reach_vllm_and_name_the_answers(families: dict[str, F
     assert settings == same and hash(settings) == hash(same)
     assert identity(settings, "cpu") == identity(same, "cpu") != identity(SETTINGS, "cpu")
     for arguments, reason in (
-        ({"max_num_batch": 9}, "engine.args: vLLM .* knows no argument max_num_batch; leave it out"),
         ({"max_num_batched_tokens": "many"}, f"{base}: vLLM refuses to start on it with these settings .*many"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size and distributed_executor_backend=ray want GPUs"),
     ):
@@ -383,7 +399,8 @@ def test_an_engine_over_several_nodes_is_configured(families: dict[str, Family],
 
 def test_a_fresh_process_is_silent_and_takes_a_first_prompt_of_one_token(families: dict[str, Family]) -> None:
     program = f"""
-from rvdist.evaluate.fleet.engine import Engine, EngineSettings
+from rvdist.evaluate.fleet.arguments import EngineSettings
+from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Generate
 if __name__ == "__main__":
     engine = Engine({str(families["tied"].target)!r}, EngineSettings(max_model_len=64, kv_cache_gib=0.0625))

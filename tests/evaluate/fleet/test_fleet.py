@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.evaluate.fleet.engine import EngineSettings, versions
+from rvdist.evaluate.fleet.arguments import EngineSettings, versions
 from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import cut
 from rvdist.evaluate.request import Answered, Completion, Generate, Rolling

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.evaluate.cache import serving_digest
-from rvdist.evaluate.fleet import engine as engine_module
-from rvdist.evaluate.fleet.engine import further_arguments
+from rvdist.evaluate.fleet import start as start_module
+from rvdist.evaluate.fleet.arguments import further_arguments
 from rvdist.evaluate.fleet.served import linked
 from rvdist.weights.checkpoint.directory import INDEX, open_checkpoint
 
@@ -79,7 +79,7 @@ def test_an_engine_that_loaded_other_weights_is_found(
     tensors = load_file(moved / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] += torch.randn_like(tensors["model.layers.1.mlp.down_proj.weight"])
     save_file(tensors, moved / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(engine_module, "linked", lambda checkpoint: linked(open_checkpoint(moved)))
+    monkeypatch.setattr(start_module, "linked", lambda checkpoint: linked(open_checkpoint(moved)))
     with pytest.raises(RuntimeError, match="vLLM loaded other weights than those that were opened"):
         start(WeightPoint(str(family.target)))
 

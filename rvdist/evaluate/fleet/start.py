@@ -1,0 +1,125 @@
+"""Starts vLLM on just the files that were opened, in this process; its private interfaces at the start stand here."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rvdist.core.errors import BadInput
+from rvdist.evaluate.fleet.arguments import (
+    ENVIRONMENT,
+    ENVIRONMENT_CPU,
+    ENVIRONMENT_CPU_EAGER,
+    EngineSettings,
+    versions,
+    vllm_arguments,
+)
+from rvdist.evaluate.fleet.served import linked, strays
+from rvdist.weights.checkpoint.directory import Checkpoint
+
+_QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
+
+
+@dataclass(frozen=True)
+class Started:
+    """vLLM, on what it runs (cpu or cuda), and how many seconds its import and its start took."""
+
+    llm: Any
+    device: str
+    seconds: dict[str, float]
+
+
+def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> Started:
+    """vLLM on the `checkpoint`, which is called `base`. Raises BadInput for one that is quantized, and for settings
+    that vLLM refuses."""
+    if "quantization_config" in checkpoint.config:
+        raise BadInput(f"{base}: {_QUANTIZED}")
+    begin = time.perf_counter()
+    os.environ.update(ENVIRONMENT | os.environ)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses what is of no use on CPUs
+    # transformers imports scikit-learn where there is one, for a way to generate that is not vLLM's: half a second
+    with _paused_collector(), _hidden("sklearn"), warnings.catch_warnings(action="ignore"):
+        import torch
+
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            os.environ.update(ENVIRONMENT_CPU | {"OMP_NUM_THREADS": str(settings.cpu_threads)} | os.environ)
+        if on_cpu and settings.enforce_eager:
+            os.environ.update(ENVIRONMENT_CPU_EAGER | os.environ)
+        from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
+
+        import rvdist.evaluate.fleet.swap  # noqa: F401  which hides llvmlite
+    imported = time.perf_counter()
+    if on_cpu and settings.cpu_threads != torch.get_num_threads():
+        torch.set_num_threads(settings.cpu_threads)
+    with _files(checkpoint, settings) as directory, warnings.catch_warnings(action="ignore", category=FutureWarning):
+        arguments = vllm_arguments(str(directory), settings, on_cpu)
+        if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
+            raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
+        try:
+            llm = LLM(**arguments)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).replace(str(directory), base).split())[:300]
+            if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", reason):
+                raise BadInput(
+                    f"engine.max_model_len={settings.max_model_len}: {base} takes at most {most[1]} tokens; lower "
+                    "it, or leave it out"
+                ) from None
+            raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({reason})") from None
+    if llm.llm_engine.model_config.quantization:
+        raise BadInput(f"{base}: {_QUANTIZED}")
+    seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
+    return Started(llm, "cpu" if on_cpu else "cuda", seconds)
+
+
+def _files(checkpoint: Checkpoint, settings: EngineSettings) -> AbstractContextManager[Path]:
+    """The directory that vLLM reads while it starts: just what was opened. Its ranks on other nodes see the
+    checkpoint's own."""
+    if json.loads(settings.args).get("distributed_executor_backend") != "ray":
+        return linked(checkpoint)
+    if others := strays(checkpoint):
+        raise BadInput(
+            f"{checkpoint.path / others[0]}: is no part of the checkpoint, and vLLM would read it; move it away"
+        )
+    return nullcontext(checkpoint.path)
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """No garbage collection while modules load, nor ever after of what they loaded: a third of vLLM's import
+    and half of its start on a CPU."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """`module` is not to be found meanwhile, unless it is loaded."""
+    hides = module not in sys.modules
+    if hides:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[module]
