@@ -14,9 +14,16 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from rvdist.core import config
+from rvdist.core.method import FACTS, METHODS
 from rvdist.launch import CONF
 
 REFERENCE = Path(__file__).with_suffix(".md")
+
+
+def _methods_with(parameter: str) -> str:
+    names = [row.name for row in FACTS if row.name in METHODS and parameter in row.parameters]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
 
 _DONORS = {
     "plus": "θ_GRPO of v = plus − minus: a directory, or `org/name@revision`",
@@ -82,8 +89,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "gpus_per_worker": "the share of a GPU that each worker takes (device=cuda)",
         "direct_io": "write past the page cache where the file system can",
         "method": "how several vectors are combined (docs/methods.md)",
-        "density": "ties and dare: the share of each vector that is kept",
-        "seed": "dare: of its random choice",
+        "density": f"{_methods_with('density')}: the share of each vector that is kept",
+        "seed": f"{_methods_with('seed')}: of its random choice",
     },
     config.ArmConfig: {
         "name": "in tables and file names",
@@ -177,7 +184,7 @@ _CHOICES = {
     (config.Config, "log"): config.LOGS,
     (config.Config, "dtype"): config.DTYPES,
     (config.VectorConfig, "dtype"): config.DTYPES,
-    (config.MergeConfig, "method"): config.METHODS,
+    (config.MergeConfig, "method"): METHODS,
     (config.SearchConfig, "method"): config.SEARCHES,
     (config.BenchmarksConfig, "sandbox"): config.SANDBOXES,
     (config.CompatConfig, "extra_rows"): config.EXTRA_ROWS,

@@ -29,7 +29,8 @@ from rvdist.core.config import (
 )
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log, LoggedTiming
-from rvdist.core.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint
 from rvdist.core.record import Record, read_records
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
@@ -270,18 +271,18 @@ def _do(job: Job) -> Ended:
 
 def _checked(point: WeightPoint, name: str | Path) -> WeightPoint:
     """Raises BadInput for what the type alone does not rule out."""
-    from rvdist.weights.arithmetic.registry import build
-
     for source in point.sources():
         if not isinstance(source, str):
             raise BadInput(f"points: {name}: {source!r} is not a text; name a source by str(path) or 'org/name'")
     method = point.method
     try:
-        build(method.name, method.density, method.seed)
+        method.check()
     except ValueError as error:
         raise BadInput(f"points: {name}: method: {error}") from None
-    if method.name == "slerp" and len(point.terms) != 1:
-        raise BadInput(f"points: {name}: slerp goes from the base to one other model, and there are {len(point.terms)}")
+    if method.facts.one_vector and len(point.terms) != 1:
+        raise BadInput(
+            f"points: {name}: {method.name} goes from the base to one other model, and there are {len(point.terms)}"
+        )
     return point
 
 

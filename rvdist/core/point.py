@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from rvdist.core.method import LINEAR, MethodSpec
+
 Rename = tuple[tuple[str, str], ...]
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -129,28 +131,12 @@ class Term:
 
 
 @dataclass(frozen=True)
-class MethodSpec:
-    """How the terms are combined: `linear` (their sum), `ties` or `dare`, or as mergekit's recipes do: `ties_sum`,
-    `ties_mean`, `dare_ties_sum`, `dare_ties_mean` or `slerp`. `density` is the share of each vector that is kept,
-    `seed` what its random choice begins with; linear and slerp have no use for either."""
-
-    name: str = "linear"
-    density: float = 1.0
-    seed: int = 0
-
-    @property
-    def whole_tensors(self) -> bool:
-        """Whether all of a tensor must be seen before any of it can be computed."""
-        return self.name.startswith("ties") or self.name == "slerp"
-
-
-@dataclass(frozen=True)
 class WeightPoint:
     """θ_base + Σ_k α_k (m_k ⊙ v_k), or another method's combination of these terms. No terms: `base` itself."""
 
     base: str
     terms: tuple[Term, ...] = ()
-    method: MethodSpec = MethodSpec()
+    method: MethodSpec = LINEAR
 
     @cached_property
     def active_terms(self) -> tuple[Term, ...]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint, layer_count, layer_of
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Mask, Term, Vector, WeightPoint, layer_count, layer_of
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -260,8 +261,7 @@ class _File:
         one = densities.pop() if len(densities) == 1 else 1.0
         if not densities:  # the method's own, not the terms'
             terms = [replace(term, density=()) for term in terms]
-        spec = MethodSpec() if name == "linear" else MethodSpec(name, one, seed if "dare" in name else 0)
-        return WeightPoint(base, tuple(terms), spec)
+        return WeightPoint(base, tuple(terms), MethodSpec(name, one, seed).without_unused())
 
     def _share(self, method: str, weights: Sequence[float], normalize: bool, factor: float) -> list[float]:
         """The coefficients of the inputs' differences, at one layer."""

@@ -145,13 +145,13 @@ def build_plan(
     for directory, point in written.items():
         if point.base not in laid_out:
             laid_out[point.base] = _layout(sources[point.base], dtype, max_shard_size)
-        alike = (point.method.whole_tensors, *laid_out[point.base].files.items())
+        alike = (point.method.facts.whole_tensors, *laid_out[point.base].files.items())
         groups.setdefault(alike, {})[directory] = point
     outputs = [Output(tuple(group.values()), tuple(group)) for group in groups.values()]
     layouts = [laid_out[output.points[0].base] for output in outputs]
     files: list[OutputFile] = []
     for number, (output, layout) in enumerate(zip(outputs, layouts, strict=True)):
-        whole = any(point.method.whole_tensors for point in output.points)
+        whole = any(point.method.facts.whole_tensors for point in output.points)
         reads = _reads(output.points, layout, sources)
         by_file: dict[str, list[TensorSpec]] = {file: [] for file in layout.files}
         for spec in layout.tensors.values():

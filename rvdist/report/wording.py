@@ -293,9 +293,10 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
         vector = " − ".join(name(source) for source in term.vector.sources())
         text += f" {sign} {abs(term.alpha):g} · {mask}({vector})"
     method = point.method
-    if method.name in ("linear", "slerp"):
-        return text if method.name == "linear" else f"SLERP({text})"
-    seed = f", seed {method.seed}" if method.name.startswith("dare") else ""
+    if not method.facts.sentence:
+        return text
     own = list(dict.fromkeys(number for term in point.active_terms for number in term.density))
     density = " … ".join(f"{number:g}" for number in ([min(own), max(own)] if own else [method.density]))
-    return f"{method.name.upper().replace('_', '-')}({text}; density {density}{seed})"
+    values = {"density": density, "seed": str(method.seed)}
+    given = ", ".join(f"{key} {values[key]}" for key in method.parameters)
+    return f"{method.name.upper().replace('_', '-')}({text}{'; ' if given else ''}{given})"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
-from rvdist.core.point import MethodSpec, WeightPoint
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import WeightPoint
 from rvdist.core.recipe import read_recipe
 from rvdist.core.timing import Timing
 from rvdist.launch import CONF

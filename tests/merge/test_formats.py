@@ -15,7 +15,8 @@ from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.driver import merge

@@ -8,7 +8,8 @@ import torch
 import whole_tensors
 from checkpoints import load_checkpoint, near, write_checkpoint
 
-from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.crew import WorkerSettings
 from rvdist.merge.driver import merge

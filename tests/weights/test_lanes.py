@@ -7,7 +7,8 @@ import torch
 from checkpoints import near, tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Mask, MethodSpec, Term, Vector, WeightPoint
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.weights import lanes as pipeline
 from rvdist.weights.arithmetic import method
 from rvdist.weights.arithmetic.method import Scratch, count_nonfinite, tally_nonfinite, unify_nans

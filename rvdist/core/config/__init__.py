@@ -37,7 +37,6 @@ from rvdist.core.config.schema import (
     DTYPES,
     EXTRA_ROWS,
     LOGS,
-    METHODS,
     PLAIN,
     SANDBOXES,
     STAGES,
@@ -68,7 +67,7 @@ from rvdist.core.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "BASELINE", "DEVICES", "DTYPES", "EXTRA_ROWS", "LOGS", "METHODS", "MOST_CANDIDATES", "PLACEHOLDERS",
+    "BASELINE", "DEVICES", "DTYPES", "EXTRA_ROWS", "LOGS", "MOST_CANDIDATES", "PLACEHOLDERS",
     "PLAIN", "RECIPE", "SANDBOXES", "SEARCHES", "STAGES", "AnalyzeConfig", "ArmConfig", "BatchConfig",
     "BenchmarksConfig", "CacheConfig", "ClusterConfig", "CompatConfig", "Config", "DonorsConfig", "EachConfig",
     "EngineConfig", "HubConfig", "MaskConfig", "MergeConfig", "Saved", "SearchConfig", "SweepConfig",

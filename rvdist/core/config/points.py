@@ -16,7 +16,6 @@ from typing import Any
 
 from rvdist.core.config.schema import (
     DTYPES,
-    METHODS,
     PLAIN,
     ArmConfig,
     Config,
@@ -28,7 +27,8 @@ from rvdist.core.config.schema import (
     WeightedVectorConfig,
 )
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Arm, Mask, MethodSpec, Term, Vector, WeightPoint, name_of
+from rvdist.core.method import METHODS, MethodSpec
+from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint, name_of
 
 SEARCHES = ("racing",)
 BASELINE = "baseline"
@@ -84,11 +84,7 @@ def method(merge: MergeConfig) -> MethodSpec:
         raise BadInput(
             f"merge.density: {merge.density:g} is not a share of each vector; give a number above 0 and at most 1"
         )
-    return {
-        "linear": MethodSpec(),
-        "ties": MethodSpec("ties", merge.density),
-        "dare": MethodSpec("dare", merge.density, merge.seed),
-    }[merge.method]
+    return MethodSpec(merge.method, merge.density, merge.seed).without_unused()
 
 
 def _named(vector: DonorsConfig, key: str) -> Vector:

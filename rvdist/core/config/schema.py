@@ -14,7 +14,6 @@ STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 EXTRA_ROWS = ("refuse", "keep")
 SANDBOXES = ("strict", "degraded")
-METHODS = ("linear", "ties", "dare")
 LOGS = ("text", "json")
 PLAIN = "plain"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

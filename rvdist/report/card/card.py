@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rvdist.core.point import Mask, MethodSpec, WeightPoint
+from rvdist.core.point import Mask, WeightPoint
 from rvdist.report.card.metadata import Licence, Result, front_matter, licence_fields, model_index, task_name
 from rvdist.report.wording import (
     MARK_NOTE,
@@ -73,10 +73,7 @@ def model_card(
             [(names[s], _part(point, s), public(sources.get(s, "")), _licence(licences[s])) for s in names],
         ),
     ]
-    if point.method.name != "linear":
-        said = _method(point.method)
-        if any(term.density for term in point.terms):
-            said = said.replace(f"density {point.method.density:g}", "a density of each term's own (see the JSON)")
+    if said := _method(point):
         sections.insert(-1, said)
     if results:
         sections += ["## Results", *_results(results)]
@@ -234,28 +231,10 @@ def _part(point: WeightPoint, source: str) -> str:
     return ", ".join(parts) or "α = 0"
 
 
-_DROPS = {
-    "ties": "in every tensor, each vector keeps that share of its largest elements",
-    "dare_ties": "each element of a vector stays with that probability and is divided by it",
-}
-
-
-def _method(method: MethodSpec) -> str:
-    said = {
-        "ties": "The terms are combined by TIES ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)) with density "
-        f"{method.density:g}: in every tensor, each vector keeps that share of its largest elements, a sign is elected "
-        "for each element, and the mean of the terms that agree with it is added.",
-        "dare": "The terms are combined by DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)) with density "
-        f"{method.density:g} and seed {method.seed}: each element of a vector stays with that probability and is "
-        "divided by it, or else counts as zero, before the terms are added.",
-        "slerp": "The target and the other model are interpolated on the sphere, each tensor as one vector.",
-    } | {
-        f"{name}_{how}": f"The terms are combined as by mergekit's {name}, with density {method.density:g}: {drop}, "
-        f"a sign is elected for each element, and the {found} of the terms that agree with it is added."
-        for name, drop in _DROPS.items()
-        for how, found in (("sum", "sum"), ("mean", "weighted mean"))
-    }
-    return said[method.name]
+def _method(point: WeightPoint) -> str:
+    own = any(term.density for term in point.terms)
+    density = "a density of each term's own (see the JSON)" if own else f"density {point.method.density:g}"
+    return point.method.facts.sentence.format(density=density, seed=f"seed {point.method.seed}")
 
 
 def _mask(mask: Mask) -> str:

@@ -62,3 +62,19 @@ class Consensus:
         if self._normalize:
             change.div_(weight.masked_fill_(weight == 0, 1))
         total.add_(change)
+
+
+def ties_sum(density: float) -> Consensus:
+    return Consensus(density, normalize=False)
+
+
+def ties_mean(density: float) -> Consensus:
+    return Consensus(density, normalize=True)
+
+
+def dare_ties_sum(density: float, seed: int) -> Consensus:
+    return Consensus(density, normalize=False, dare=Dare(density, seed))
+
+
+def dare_ties_mean(density: float, seed: int) -> Consensus:
+    return Consensus(density, normalize=True, dare=Dare(density, seed))

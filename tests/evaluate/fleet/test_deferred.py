@@ -7,7 +7,8 @@ import pytest
 import torch
 from checkpoints import near, tensors, write_checkpoint
 
-from rvdist.core.point import MethodSpec, Term, Vector, WeightPoint
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.fleet.deferred import Deferred, deferred
 from rvdist.weights.reader import open_point, read_point
 
