@@ -23,6 +23,7 @@ from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import cut
 from rvdist.evaluate.request import Answered, Completion, Generate, Rolling
 from rvdist.evaluate.suite import Suite
+from rvdist.stages.warm import Warm
 
 SETTINGS = EngineSettings(max_model_len=256, kv_cache_gib=0.0625)
 VECTOR = Vector(str(POCKET / "grpo"), str(POCKET / "sft"))
@@ -53,13 +54,24 @@ def requests():
 
 
 @pytest.fixture(scope="module")
-def alone(ray_local, requests):
+def warm(ray_local):
+    """Keeps the fleet of one engine up between tests; those that need the cores `cool` it."""
+    with contextlib.closing(Warm()) as warm:
+        yield warm
+        warm.cool()
+
+
+def fleet_of_one(warm):
+    return warm.fleet("one", lambda: Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5))
+
+
+@pytest.fixture(scope="module")
+def alone(warm, requests):
     """What one engine answers."""
-    fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
+    fleet = fleet_of_one(warm)
     answered = texts(fleet.answer(all_slices(requests, 16), requests))
     assert fleet.stats.swaps == 2 and fleet.stats.deaths == 0
     assert fleet.info()[0]["probe"] == "passed"
-    fleet.stop()
     return answered
 
 
@@ -70,10 +82,48 @@ def test_points_give_different_answers(alone):
     assert len(set(first.values())) == 3
 
 
-def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(alone, requests):
+def test_a_prompt_that_does_not_fit_is_bad_input(warm):
+    requests = {"t": [Generate("x" * 300, 8)]}
+    with pytest.raises(BadInput, match="a prompt of 300 tokens and 8 to generate exceed .*engine.max_model_len"):
+        fleet_of_one(warm).answer(cut(TARGET, requests, 4), requests)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reason"),
+    [
+        (False, r"tensor .*k_proj\.weight would be infinite or not a number: .*spoiled"),
+        pytest.param(True, "distributions .* are not a number", marks=pytest.mark.slow),
+    ],
+)
+def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
+    allowed, reason, warm, alone, requests, tmp_path
+):
+    """NaN weights are refused before anything is asked; where they are let through, and where finite ones are too
+    large, the answers are."""
+    spoiled = shutil.copytree(POCKET / "grpo", tmp_path / "spoiled")
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, spoiled / "model.safetensors", {"format": "pt"})
+    refused = WeightPoint(TARGET.base, (Term(1.0, Vector(str(spoiled), VECTOR.minus)),))
+    large = WeightPoint(TARGET.base, (Term(1e20, VECTOR),))
+    slices = [piece for point in (refused, large) for piece in cut(point, requests, 16)]
+    good = {piece: found for piece, found in alone.items() if piece.task == "pocket_sums"}
+    settings = dataclasses.replace(SETTINGS, allow_nonfinite=True)
+    fleet = Fleet(TARGET.base, settings, count=1, cpus=0.5) if allowed else fleet_of_one(warm)
+    kept = {}
+    answered = fleet.answer([*slices, *good], requests, lambda piece, found: kept.update({piece: found}))
+    assert texts(answered) == good and texts(kept) == good
+    assert fleet.refused.keys() == {refused, large} and fleet.stats.deaths == 0
+    assert re.search(reason, fleet.refused[refused]) and "are not a number" in fleet.refused[large]
+    if allowed:
+        fleet.stop()
+
+
+def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alone, requests):
     """Two engines share the work; one is killed and replaced; there never is room for a third."""
     import ray
 
+    warm.cool()
     fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
     ray.wait(list(fleet._starting), num_returns=2)
     kept, seen, killed = {}, [], []
@@ -97,35 +147,6 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(alone, re
     again = fleet.answer(all_slices(requests, 16), requests)
     assert texts(again) == alone and again.keys() == set(whole.values()), "a warm fleet, after a death"
     assert fleet.started < 3
-    fleet.stop()
-
-
-@pytest.mark.parametrize(
-    ("allowed", "reason"),
-    [
-        (False, r"tensor .*k_proj\.weight would be infinite or not a number: .*spoiled"),
-        pytest.param(True, "distributions .* are not a number", marks=pytest.mark.slow),
-    ],
-)
-def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
-    allowed, reason, alone, requests, tmp_path
-):
-    """NaN weights are refused before anything is asked; where they are let through, and where finite ones are too
-    large, the answers are."""
-    spoiled = shutil.copytree(POCKET / "grpo", tmp_path / "spoiled")
-    tensors = load_file(spoiled / "model.safetensors")
-    tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, spoiled / "model.safetensors", {"format": "pt"})
-    refused = WeightPoint(TARGET.base, (Term(1.0, Vector(str(spoiled), VECTOR.minus)),))
-    large = WeightPoint(TARGET.base, (Term(1e20, VECTOR),))
-    slices = [piece for point in (refused, large) for piece in cut(point, requests, 16)]
-    good = {piece: found for piece, found in alone.items() if piece.task == "pocket_sums"}
-    fleet = Fleet(TARGET.base, dataclasses.replace(SETTINGS, allow_nonfinite=allowed), count=1, cpus=0.5)
-    kept = {}
-    answered = fleet.answer([*slices, *good], requests, lambda piece, found: kept.update({piece: found}))
-    assert texts(answered) == good and texts(kept) == good
-    assert fleet.refused.keys() == {refused, large} and fleet.stats.deaths == 0
-    assert re.search(reason, fleet.refused[refused]) and "are not a number" in fleet.refused[large]
     fleet.stop()
 
 
@@ -169,14 +190,6 @@ def test_an_engine_need_not_tell(ray_local):
     assert len(fleet.answer(cut(WeightPoint("base"), requests, 4), requests, watch=seen.append)) == 10
     fleet.stop()
     assert (seen[-1].requests, seen[-1].tokens, seen[-1].prompt_tokens) == (40, 80, 120)
-
-
-def test_a_prompt_that_does_not_fit_is_bad_input(ray_local):
-    fleet = Fleet(TARGET.base, SETTINGS, count=1, cpus=0.5)
-    requests = {"t": [Generate("x" * 300, 8)]}
-    with pytest.raises(BadInput, match="a prompt of 300 tokens and 8 to generate exceed .*engine.max_model_len"):
-        fleet.answer(cut(TARGET, requests, 4), requests)
-    fleet.stop()
 
 
 def test_engines_that_cannot_be_had_or_start_are_reported(ray_local):
