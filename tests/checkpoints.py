@@ -60,6 +60,16 @@ def write_checkpoint(
     return path
 
 
+def write_family(place: Path, dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> dict[str, Path]:
+    """Target, plus and minus, siblings of one initialisation."""
+    base = tensors(0, dtype)
+    return {
+        "target": write_checkpoint(place / "target", base, shards),
+        "plus": write_checkpoint(place / "plus", near(base, 1)),
+        "minus": write_checkpoint(place / "minus", near(base, 2), 2),
+    }
+
+
 def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
 

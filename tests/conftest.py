@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
 
-import torch
-from checkpoints import POCKET, near, tensors, write_checkpoint
+from checkpoints import POCKET, write_family
 
 _STATUS = pytest.StashKey[int]()
 _WITHOUT = Path(__file__).with_name("without")
@@ -75,15 +75,7 @@ Family = Callable[..., dict[str, Path]]
 def family(tmp_path: Path) -> Family:
     """`family(dtype, shards)` writes target, plus and minus, siblings of one initialisation."""
 
-    def make(dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> dict[str, Path]:
-        base = tensors(0, dtype)
-        return {
-            "target": write_checkpoint(tmp_path / "target", base, shards),
-            "plus": write_checkpoint(tmp_path / "plus", near(base, 1)),
-            "minus": write_checkpoint(tmp_path / "minus", near(base, 2), 2),
-        }
-
-    return make
+    return partial(write_family, tmp_path)
 
 
 @pytest.fixture

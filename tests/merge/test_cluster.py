@@ -71,13 +71,10 @@ def right(family, ray_local, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("right")
     vector = Vector(family["plus"], family["minus"])
-    found = {}
-    for name in ("target", "single"):
-        point = WeightPoint(family[name], (Term(1.0, vector),))
-        sources = {source: open_source(source) for source in point.sources()}
-        driver.merge(build_plan({out / name: point}, sources), sources, defaultdict(str), WorkerSettings(1))
-        found[name] = digests(out / name)
-    return found
+    points = {out / name: WeightPoint(family[name], (Term(1.0, vector),)) for name in ("target", "single")}
+    sources = {source: open_source(source) for point in points.values() for source in point.sources()}
+    driver.merge(build_plan(points, sources), sources, defaultdict(str), WorkerSettings(1))
+    return {path.name: digests(path) for path in points}
 
 
 def digests(path):

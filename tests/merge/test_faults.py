@@ -210,8 +210,7 @@ def resumed(tmp_path_factory):
     wait_until_gone(mark, 100)
 
 
-@pytest.mark.slow
-def test_the_command_is_killed_and_interrupted_and_goes_on(resumed, ray_local):
+def test_the_command_is_killed_and_interrupted_and_goes_on(resumed):
     place, arguments = resumed
     total = open_source(str(place / "out")).nbytes
     assert 0 < json.loads((place / "run/timing.json").read_text())["bytes_written"] < total - 256 * 1024

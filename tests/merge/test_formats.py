@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -38,11 +39,13 @@ def shifted(paths, *alphas):
     return WeightPoint(str(paths["target"]), tuple(Term(alpha, vector) for alpha in alphas or [0.7]))
 
 
-def write(point, out, workers=1, dtype=None, extra_rows=False):
-    """The command's merge, without its notes."""
-    sources = opened(point)
-    compat.check(point, sources, extra_rows=extra_rows)
-    plan = build_plan({out: point}, sources, dtype)
+def write(points, workers=1, dtype=None, extra_rows=False):
+    """The command's merge of a point for each directory, without its notes."""
+    sources = {}
+    for point in points.values():
+        sources |= opened(point)
+        compat.check(point, sources, extra_rows=extra_rows)
+    plan = build_plan(points, sources, dtype)
     stats = merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers))
     return plan, stats
 
@@ -61,30 +64,49 @@ def digests(path):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("model*")}
 
 
+def write_mixed(place, *in_fp8):
+    """`write_mixed(place, "target")`: that one is in fp8 and in five shards, the others in bf16."""
+    base = tensors(0)
+    family = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
+    return {
+        name: write_fp8(place / name, quantized(weights, BLOCK), BLOCK, shards=5)
+        if name in in_fp8
+        else write_checkpoint(place / name, weights)
+        for name, weights in family.items()
+    }
+
+
 @pytest.fixture
 def mixed_fp8(tmp_path):
-    """`mixed_fp8("target")`: that one is in fp8 and in five shards, the others in bf16."""
-
-    def make(*in_fp8):
-        base = tensors(0)
-        family = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
-        return {
-            name: write_fp8(tmp_path / name, quantized(weights, BLOCK), BLOCK, shards=5)
-            if name in in_fp8
-            else write_checkpoint(tmp_path / name, weights)
-            for name, weights in family.items()
-        }
-
-    return make
+    return partial(write_mixed, tmp_path)
 
 
-@pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("in_fp8", [("target", "plus", "minus"), ("target",), ("plus", "minus"), ("minus",)])
-def test_fp8_is_merged_into_a_plain_checkpoint(mixed_fp8, tmp_path, monkeypatch, in_fp8):
-    paths = mixed_fp8(*in_fp8)
-    point = shifted(paths, 0.6)
-    plan, stats = write(point, tmp_path / "out", dtype="BF16")
-    out, off, total = load_checkpoint(tmp_path / "out"), 0, 0
+IN_FP8 = [("target", "plus", "minus"), ("target",), ("plus", "minus"), ("minus",)]
+
+
+@pytest.fixture(scope="module")
+def plain(ray_local, tmp_path_factory):
+    """Families of which these are in fp8, and below them what one merge makes of each, and another one of its cuts."""
+    place = tmp_path_factory.mktemp("plain")
+    families = {in_fp8: write_mixed(place / "+".join(in_fp8), *in_fp8) for in_fp8 in IN_FP8}
+    points = {in_fp8: shifted(paths, 0.6) for in_fp8, paths in families.items()}
+    plan, stats = write({place / "+".join(k) / "out": point for k, point in points.items()}, dtype="BF16")
+    assert stats.bytes_read == plan.bytes_read == sum(
+        spec.nbytes for point in points.values() for source in opened(point).values() for spec in (
+            *source.tensors.values(), *getattr(source, "scales", {}).values()
+        )
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "UNIT_BYTES", 1000)
+        write({place / "+".join(k) / "cut": point for k, point in points.items()}, workers=2, dtype="BF16")
+    return families
+
+
+@pytest.mark.parametrize("in_fp8", IN_FP8)
+def test_fp8_is_merged_into_a_plain_checkpoint(plain, in_fp8):
+    paths = plain[in_fp8]
+    place = paths["target"].parent
+    out, off, total = load_checkpoint(place / "out"), 0, 0
     assert out.keys() == tensors(0).keys()
     for name, tensor in out.items():
         target, plus, minus = (weights_of(path)[name].float() for path in paths.values())
@@ -92,13 +114,8 @@ def test_fp8_is_merged_into_a_plain_checkpoint(mixed_fp8, tmp_path, monkeypatch,
         off += int((tensor != exact(paths, name, torch.bfloat16, 0.6)).sum())
         total += tensor.numel()
     assert off <= total / 1000, "a scaled value has 24 bits, of which fp32 rounds some away"
-    assert "quant" not in (tmp_path / "out/config.json").read_text()
-    assert stats.bytes_read == plan.bytes_read == sum(spec.nbytes for source in opened(point).values() for spec in (
-        *source.tensors.values(), *getattr(source, "scales", {}).values()
-    ))  # fmt: skip
-    monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
-    write(point, tmp_path / "cut", workers=2, dtype="BF16")
-    assert digests(tmp_path / "cut") == digests(tmp_path / "out")
+    assert "quant" not in (place / "out/config.json").read_text()
+    assert digests(place / "cut") == digests(place / "out")
 
 
 @pytest.mark.parametrize("method", [MethodSpec(), MethodSpec("ties", 0.4), MethodSpec("dare", 0.4, 3)])
@@ -116,7 +133,7 @@ def test_fp8_is_read_the_same_however_it_is_cut(mixed_fp8, method):
 @pytest.mark.usefixtures("ray_local")
 def test_an_fp8_target_in_float32_is_correctly_rounded(mixed_fp8, tmp_path):
     paths = mixed_fp8("target", "plus", "minus")
-    write(shifted(paths), tmp_path / "out", dtype="F32")
+    write({tmp_path / "out": shifted(paths)}, dtype="F32")
     for name, tensor in load_checkpoint(tmp_path / "out").items():
         assert torch.equal(tensor, exact(paths, name, torch.float32)), name
 
@@ -177,9 +194,9 @@ def test_dtypes_side_by_side_and_names_that_nobody_has_heard_of(tmp_path, monkey
     family = {"target": base, "plus": moved(base, 1, other), "minus": moved(base, 2)}
     config = {"model_type": "chandelier", "arms": 7}
     paths = {name: write_checkpoint(tmp_path / name, weights, 2, config) for name, weights in family.items()}
-    write(shifted(paths), tmp_path / "out")
+    write({tmp_path / "out": shifted(paths)})
     monkeypatch.setattr(planning, "UNIT_BYTES", 300)
-    write(shifted(paths), tmp_path / "cut", workers=2)
+    write({tmp_path / "cut": shifted(paths)}, workers=2)
     assert digests(tmp_path / "out") == digests(tmp_path / "cut")
     out = load_checkpoint(tmp_path / "out")
     assert out.keys() == base.keys()
@@ -262,7 +279,7 @@ def test_padded_rows_through_a_merge(tmp_path, monkeypatch):
         name: write_checkpoint(tmp_path / name, rows(weights, count))
         for name, weights, count in (("target", base, 320), ("plus", near(base, 1), 310), ("minus", near(base, 2), 304))
     }
-    plan, stats = write(shifted(paths), tmp_path / "out", workers=2, extra_rows=True)
+    plan, stats = write({tmp_path / "out": shifted(paths)}, workers=2, extra_rows=True)
     assert stats.bytes_read == plan.bytes_read
     for name, tensor in load_checkpoint(tmp_path / "out").items():
         target, plus, minus = (load_checkpoint(path)[name] for path in paths.values())
@@ -336,7 +353,7 @@ def test_a_vector_of_a_text_model_for_the_tower_of_another(tmp_path, in_fp8):
     report = compat.check(point, opened(point))
     assert "were renamed: ^model\\. → model.language_model., then" in report.exceptions[0]
     assert "lacks 2 of the target's tensors" in report.exceptions[1] and report.distances[vector] < 0.5
-    write(point, tmp_path / "out")
+    write({tmp_path / "out": point})
     found, base = load_checkpoint(tmp_path / "out"), load_checkpoint(paths["target"])
     plus, minus = (weights_of(paths[name]) for name in ("plus", "minus"))
     assert found.keys() == base.keys()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import load_checkpoint, near, tensors, write_checkpoint, write_family
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
@@ -43,12 +43,27 @@ def digests(path):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("alpha", [1.0, -0.7])
-def test_equals_fp64_rounded_once(family, tmp_path, dtype, alpha):
-    paths = family(dtype, shards=2)
-    run([shifted(paths, alpha)], [tmp_path / "out"])
-    target, plus, minus, out = (load_checkpoint(p) for p in (*paths.values(), tmp_path / "out"))
+DTYPES, ALPHAS = [torch.bfloat16, torch.float16, torch.float32], [1.0, -0.7]
+
+
+@pytest.fixture(scope="module")
+def merged(ray_local, tmp_path_factory):
+    """A family of each dtype, and below it what one merge makes of it at each α."""
+    place = tmp_path_factory.mktemp("merged")
+    families = {dtype: write_family(place / str(dtype), dtype, shards=2) for dtype in DTYPES}
+    points = {
+        place / str(dtype) / str(alpha): shifted(paths, alpha) for dtype, paths in families.items() for alpha in ALPHAS
+    }
+    run(list(points.values()), list(points))
+    return families
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_equals_fp64_rounded_once(merged, dtype, alpha):
+    paths = merged[dtype]
+    out = paths["target"].parent / str(alpha)
+    target, plus, minus, out = (load_checkpoint(p) for p in (*paths.values(), out))
     assert out.keys() == target.keys()
     off = total = 0
     for name, tensor in out.items():
@@ -63,8 +78,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(family, tmp_path, monk
     monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
     point = shifted(family(shards=3), 0.5)
     run([point], [tmp_path / "one"], workers=1)
-    run([point], [tmp_path / "four"], workers=4)
-    assert digests(tmp_path / "one") == digests(tmp_path / "four")
+    run([point], [tmp_path / "three"], workers=3)
+    assert digests(tmp_path / "one") == digests(tmp_path / "three")
     assert "model.safetensors.index.json" in digests(tmp_path / "one")
 
 
@@ -74,8 +89,8 @@ def test_one_pass_writes_many_points(family, tmp_path):
     stats = run(points, [tmp_path / str(k) for k in range(3)])
     assert stats.bytes_read == sum(open_source(str(p)).nbytes for p in paths.values())
     assert stats.bytes_written == 3 * open_source(str(paths["target"])).nbytes
-    for k, point in enumerate(points):
-        run([point], [tmp_path / f"alone{k}"])
+    for k in (0, 2):
+        run([points[k]], [tmp_path / f"alone{k}"])
         assert digests(tmp_path / str(k)) == digests(tmp_path / f"alone{k}")
     target, still = load_checkpoint(paths["target"]), load_checkpoint(tmp_path / "1")
     assert all(torch.equal(still[name], target[name]) for name in target)
@@ -85,13 +100,12 @@ def test_several_targets_share_the_bytes_of_their_donors(family, tmp_path):
     paths = family()
     other = write_checkpoint(tmp_path / "other", near(tensors(0), 7))
     again = {**paths, "target": other}
-    run([shifted(paths), shifted(again)], [tmp_path / "a", tmp_path / "b"])
-    stats = run([shifted(paths), shifted(again)], [tmp_path / "c", tmp_path / "d"])
+    stats = run([shifted(paths), shifted(again)], [tmp_path / "a", tmp_path / "b"])
     one = open_source(str(other)).nbytes
     assert stats.bytes_read == 4 * one, "two targets and two donors, each once"
-    run([shifted(again)], [tmp_path / "alone"])
-    assert digests(tmp_path / "b")["model.safetensors"] == digests(tmp_path / "alone")["model.safetensors"]
-    assert digests(tmp_path / "a") == digests(tmp_path / "c")
+    for point, name in ((shifted(paths), "a"), (shifted(again), "b")):
+        run([point], [tmp_path / f"{name}-alone"])
+        assert digests(tmp_path / name)["model.safetensors"] == digests(tmp_path / f"{name}-alone")["model.safetensors"]
 
 
 def test_an_output_under_dev_null_is_computed_and_not_kept(family, tmp_path):
@@ -128,12 +142,12 @@ def test_dtype_and_shard_size_of_the_output(family, tmp_path):
     assert '"dtype": "float32"' in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_what_stands_beside_the_weights_is_carried_over(family, tmp_path):
-    paths = family()
-    run([shifted(paths)], [tmp_path / "out"])
+def test_what_stands_beside_the_weights_is_carried_over(merged):
+    target = merged[torch.bfloat16]["target"]
+    out = target.parent / "1.0"
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "out" / name).read_bytes() == (paths["target"] / name).read_bytes()
-    assert (tmp_path / "out" / "README.md").read_text() == "card\n"
+        assert (out / name).read_bytes() == (target / name).read_bytes()
+    assert (out / "README.md").read_text() == "card\n"
 
 
 def test_nonfinite_results_are_refused_and_leave_nothing(tmp_path):
@@ -147,7 +161,15 @@ def test_nonfinite_results_are_refused_and_leave_nothing(tmp_path):
     assert load_checkpoint(tmp_path / "out")["w"].isinf().all()
 
 
-@pytest.mark.parametrize("bad", [["target"], ["plus"], ["minus"], ["plus", "minus"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["target"],
+        pytest.param(["plus"], marks=pytest.mark.slow),
+        pytest.param(["minus"], marks=pytest.mark.slow),
+        ["plus", "minus"],
+    ],
+)
 def test_the_source_that_holds_what_is_not_finite_is_named(bad, tmp_path):
     """Also where infinity less infinity is what is not a number."""
     weights = {name: {"v": torch.ones(5).half(), "w": torch.ones(4, 3).half()} for name in ("target", "plus", "minus")}
@@ -207,6 +229,7 @@ def test_a_killed_worker_costs_its_units_in_flight_and_nothing_else(tmp_path, mo
     assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_and_redoes_only_what_the_journal_lacks(tmp_path, monkeypatch):
     """The driver's process group dies by SIGKILL halfway; the same command goes on and the bytes are the same."""
     base = {f"layers.{k}.w": tensors(k)["model.embed_tokens.weight"].repeat(400, 1) for k in range(8)}
