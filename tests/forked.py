@@ -16,42 +16,46 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 # What commands import, the dear ones; without Ray (tests/without), only what those that need none do.
+LIGHT = ["hydra", "torch", "rvdist.stages.jobs", "rvdist.weights.lanes", "ray", "rvdist.merge.driver"]
 MODULES = [
-    *("hydra", "torch", "rvdist.stages.jobs", "rvdist.weights.lanes", "ray", "rvdist.merge.driver"),
+    *LIGHT,
     *("transformers.models.auto.tokenization_auto", "lm_eval.evaluator", "matplotlib.pyplot", "rvdist.evaluate.suite"),
     *("rvdist.evaluate.fleet.fleet", "rvdist.report.statistics.compare", "rvdist.report.page.page"),
 ]
-_READ_BY_MODULES = ("HF_", "PYTHON", "TRANSFORMERS_", "TORCH")
-
-
-def _settings(environment: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key.startswith(_READ_BY_MODULES)}
+# Settings that are read by modules when they are imported: the first by any, the others by none of the light ones.
+_BY_ANY, _BY_OTHERS = ("PYTHON", "TORCH"), ("HF_", "TRANSFORMERS_")
 
 
 @cache
-def _server() -> tuple[socket.socket, dict[str, str]]:
-    """Our end of the line to the process that forks; the settings that its modules have read."""
+def _settings() -> dict[str, str]:
+    """Of the processes that fork."""
+    return dict(os.environ)
+
+
+@cache
+def _server(light: bool) -> socket.socket:
+    """Our end of the line to a process that forks."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
-        command = [sys.executable, __file__, str(its.fileno())]
-        subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL)
-    return ours, _settings(os.environ)
+        command = [sys.executable, __file__, str(its.fileno()), *(LIGHT if light else MODULES)]
+        subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL, env=_settings())
+    return ours
 
 
 def run(
     module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments…` in `cwd`, and what it printed."""
-    line, settings = _server()
-    if settings != _settings(environment):
+    other = {key for key, _ in _settings().items() ^ environment.items()}
+    if any(key.startswith(_BY_ANY) for key in other):
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    line = _server(any(key.startswith(_BY_OTHERS) for key in other))
     asked = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         line.settimeout(timeout)
@@ -96,9 +100,12 @@ def _serve(line: socket.socket) -> None:
 if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # as the command has it before it imports
     sys.path[0] = os.getcwd()  # not the tests'
-    with suppress(ImportError):
-        for name in MODULES:
+    try:
+        for name in sys.argv[2:]:
             import_module(name)
+    except ImportError as error:
+        if "needs no" not in str(error):  # tests/without
+            raise
     gc.freeze()
     _serve(socket.socket(fileno=int(sys.argv[1])))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -33,6 +33,7 @@ SCORING = (
     "benchmarks.limit=64",
     "engine.count=2",
 )
+ONE = "engine.count=1"  # changes no answer
 REQUESTS = 64 + 4 * 64 + 64  # of an arm: sums, four choices each, control
 
 
@@ -47,7 +48,7 @@ def run(tmp_path_factory):
 
 def score_again(place, alphas, cache, into):
     """The same scoring, without the merge; returns what the fleet did."""
-    arguments = (f"sweep.alphas={alphas}", "output=null", f"cache.dir={cache}", f"hydra.run.dir={into}")
+    arguments = (f"sweep.alphas={alphas}", "output=null", f"cache.dir={cache}", f"hydra.run.dir={into}", ONE)
     done = launch(*SCORING, *arguments, cwd=place)
     assert done.returncode == 0, done.stderr
     return json.loads((place / into / "timing.json").read_text())["fleet"]
@@ -123,7 +124,7 @@ def test_another_alpha_asks_only_what_is_new(run):
 
 def test_a_killed_run_resumes_with_all_that_it_answered(run):
     place, _ = run
-    arguments = (f"sweep.alphas={ALPHAS}", "output=null", "cache.dir=killed", "hydra.run.dir=killed_run")
+    arguments = (f"sweep.alphas={ALPHAS}", "output=null", "cache.dir=killed", "hydra.run.dir=killed_run", ONE)
     process = subprocess.Popen([sys.executable, "-m", "rvdist.launch", *SCORING, *arguments], cwd=place)
     deadline = time.monotonic() + 300
     while answered_slices(place / "killed") < 3 and time.monotonic() < deadline:
