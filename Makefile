@@ -4,9 +4,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-PARTS := heavy shared fast
+HALVES := fast-1 fast-2
+PARTS := heavy shared $(HALVES)
 
-.PHONY: demo test $(PARTS:%=test-%) test-slow lint pocket clean
+.PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint pocket clean
 
 demo: $(VENV)/ready
 	$(PY) -m rvdist.launch experiment=demo
@@ -17,6 +18,10 @@ test: $(VENV)/ready
 
 $(PARTS:%=test-%): test-%: $(VENV)/ready
 	$(PY) -m pytest -m "not slow and not gpu" --part $*
+
+# Needs neither Ray nor vLLM.
+test-fast: $(VENV)/ready
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(HALVES:%=test-%)
 
 test-slow: $(VENV)/ready
 	$(PY) -m pytest -m "slow"

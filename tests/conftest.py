@@ -20,11 +20,12 @@ from checkpoints import POCKET, write_family
 _STATUS = pytest.StashKey[int]()
 _WITHOUT = Path(__file__).with_name("without")
 _SHARED = {"ray_local", "families", "nodes"}  # a Ray or engines in the process of the tests
-_HEAVY = _SHARED | {"resumed", "examples", "allocation"}  # and what starts commands
+_HEAVY = _SHARED | {"resumed", "examples", "allocation", "told"}  # and what starts commands
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=["fast", "shared", "heavy"], help="one of the parts of `make test`")
+    parts = ["fast", "fast-1", "fast-2", "shared", "heavy"]
+    parser.addoption("--part", choices=parts, help="one of the parts of `make test`, or a half of the fast one")
 
 
 def part(item: pytest.Item) -> str:
@@ -36,7 +37,7 @@ def part(item: pytest.Item) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """What is fast needs neither Ray nor vLLM: there, and in the processes it starts, importing them fails."""
-    if config.getoption("part") == "fast":
+    if (config.getoption("part") or "").startswith("fast"):
         sys.path.insert(0, str(_WITHOUT))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_WITHOUT), os.environ.get("PYTHONPATH")]))
 
@@ -46,8 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker("heavy")
     if wanted := config.getoption("part"):
-        config.hook.pytest_deselected(items=[item for item in items if part(item) != wanted])
-        items[:] = [item for item in items if part(item) == wanted]
+        wanted, _, half = wanted.partition("-")
+        mine = [item for item in items if part(item) == wanted]
+        if half:  # every other file: some of their tests share what takes time
+            files = list(dict.fromkeys(item.path for item in mine))
+            mine = [item for item in mine if files.index(item.path) % 2 + 1 == int(half)]
+        kept = set(mine)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = mine
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

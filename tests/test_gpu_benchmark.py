@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (
     "ray", "hydra", "omegaconf", "vllm", "lm_eval", "numba", "scipy", "xxhash", "huggingface_hub", "transformers",

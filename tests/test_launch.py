@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from rvdist.launch import _readable as readable
 
+pytestmark = pytest.mark.heavy
+
 SEEDED = ["method=dare", "merge.seed=3"]
 VECTOR = ("vector.plus=family/grpo", "vector.minus=family/sft")
 
@@ -109,7 +111,7 @@ def test_a_different_tokenizer(place):
         (merge("output=family/target"), "family/target: already exists"),
         (merge("output=family/target", "overwrite=true"), "holds the source family/target, which would be lost"),
         (merge("output=family", "overwrite=true"), "holds the source family/target, which would be lost"),
-        pytest.param(merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster", marks=pytest.mark.heavy),
+        (merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster"),
     ],
 )
 def test_bad_values(place, arguments, reason):
@@ -142,7 +144,6 @@ def test_an_engine_that_cannot_start_is_one_sentence(place):
     assert "an engine could not start" in done.stderr and "quantized" in done.stderr
 
 
-@pytest.mark.heavy
 def test_a_merge_from_the_command_and_again(place):
     arguments = merge("alpha=0.5", "hydra.run.dir=run", "merge.workers=1")
     done = launch(*arguments, cwd=place)

@@ -20,6 +20,8 @@ from closure import LEFT_OUT, needed, pins
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
 MADE = (".*", "__pycache__", "*.egg-info", "*.partial", "build", "dist", "outputs", "multirun")

@@ -139,6 +139,7 @@ def test_ray_knows_whose_its_actors_are(ray_local):
     assert ray.get_runtime_context().namespace == "rvdist-tests"
 
 
+@pytest.mark.heavy
 def test_bad_input_told_in_json(place):
     before = sorted(place.rglob("*"))
     for wrong, said in (("alhpa=1", "did you mean alpha?"), ("alpha=nan", "nan is not a finite number")):

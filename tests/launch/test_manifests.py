@@ -157,6 +157,7 @@ def test_the_table_finds_what_is_wrong(rayjob: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.heavy
 def test_the_rayjob_runs_a_command_that_is_ours(rayjob: dict[str, Any], tmp_path: Path) -> None:
     words = shlex.split(rayjob["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "rvdist.launch"]

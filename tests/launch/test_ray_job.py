@@ -65,6 +65,7 @@ def test_what_a_job_takes_along(tree: Path, tmp_path: Path) -> None:
     assert (tmp_path / "unpacked/conf/benchmarks/none.yaml").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("key", "arguments"),
     [

@@ -52,6 +52,7 @@ def test_a_prompt_as_long_as_the_context_is_read():
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.heavy
 def test_the_vector_moves_accuracy_both_ways():
     """The shipped weights on 120 problems; the numbers in docs/pocket.md are over all of them."""
     family = measure.Family(HERE, torch.float32)

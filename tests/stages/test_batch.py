@@ -217,6 +217,7 @@ def test_one_that_fails_loses_no_other(place):
     assert [row["status"] for row in table(place, "again")] == 8 * ["already complete"]
 
 
+@pytest.mark.heavy
 def test_a_batch_in_which_all_is_bad_input_writes_nothing(place):
     before = sorted(place.rglob("*"))
     done = launch(f"batch=[{','.join(BAD)}]", *COMMON, "hydra.run.dir=bad", cwd=place)

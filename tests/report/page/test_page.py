@@ -182,6 +182,7 @@ def test_an_arm_that_was_asked_less_has_gaps():
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@pytest.mark.heavy
 class TestInBrowser:
     def dom(self, path: Path, tmp_path: Path, width: int = 800) -> str:
         flags = "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"

@@ -315,6 +315,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Three files of holes, a matrix of 128 MiB in each, all 0 but for one element, and its spectrum."""
     alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
