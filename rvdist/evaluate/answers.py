@@ -17,7 +17,7 @@ from rvdist.evaluate.cache import FILE, SampleCache, slice_keys
 from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import Slice, cut
 from rvdist.evaluate.fleet.view import FleetView
-from rvdist.evaluate.request import Answered
+from rvdist.evaluate.request import Answered, Request
 
 Answers = dict[Slice, Answered]
 
@@ -72,11 +72,14 @@ def answer(
             digests = {point: asked.digest for point, asked in points.items()}
             with timing.phase("cache"):
                 keys = slice_keys(slices, requests, digests, asking.suite.versions, identity)
-                known = cache.read(list(keys.values()))
+                known = cache.read(list(keys.values()), _asked(keys, requests))
                 answered = {piece: known[key] for piece, key in keys.items() if key in known}
                 if asking.whole:
                     lacking = [piece for piece in slices if piece not in answered]
                     answered |= from_whole(asking.whole, lacking, requests, size, digests, identity, cache)
+            if count := len(cache.damaged):
+                path = answering.cache / FILE if answering.cache else FILE
+                log.say("note", f"note: {path}: {count} slices in it are damaged and count as not answered", "warning")
         todo = [piece for piece in slices if piece not in answered]
         left = Counter(piece.point for piece in todo)
 
@@ -106,6 +109,11 @@ def answer(
             return Outcome(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
 
 
+def _asked(keys: Mapping[Slice, str], requests: Requests) -> dict[str, Sequence[Request]]:
+    """What was asked in the slice with each key."""
+    return {key: requests[piece.task][piece.begin : piece.end] for piece, key in keys.items()}
+
+
 def from_whole(
     whole: Asking,
     lacking: Sequence[Slice],
@@ -121,7 +129,7 @@ def from_whole(
     for point in dict.fromkeys(piece.point for piece in lacking):
         pieces = cut(point, whole.requests, slice_size)
         keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, identity)
-        known = cache.read(list(keys.values()))
+        known = cache.read(list(keys.values()), _asked(keys, whole.requests))
         answers = {
             (piece.task, piece.begin + place): answer
             for piece, key in keys.items()

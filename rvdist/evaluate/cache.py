@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -20,7 +22,7 @@ from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
 from rvdist.evaluate.fleet.schedule import Slice
 from rvdist.evaluate.fleet.served import companions
-from rvdist.evaluate.request import Answer, Answered, Completion, Loglikelihood, Request
+from rvdist.evaluate.request import Answer, Answered, Completion, Generate, Loglikelihood, Request
 from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.journal import MANIFEST
 
@@ -29,10 +31,13 @@ _APPLICATION = 0x72766473  # marks the file as ours
 _LAYOUT = 1  # of the table and of the keys
 _PATIENCE = 60.0  # seconds, for another run's transaction
 _AT_ONCE = 500  # keys in one question
+_LONGEST = 60.0  # seconds that a question may take
+_LARGEST = 256 << 20  # bytes of a slice's answers
 
 _TABLE = """CREATE TABLE slices (
     key TEXT PRIMARY KEY, point TEXT, task TEXT, answers TEXT, truncated INTEGER, seconds REAL,
     written TEXT DEFAULT CURRENT_TIMESTAMP)"""
+_SCHEMA = [("index", "sqlite_autoindex_slices_1", None), ("table", "slices", _TABLE)]
 
 
 def serving_digest(checkpoint: Path, digests: Path | None = None) -> str:
@@ -68,29 +73,42 @@ def _digest(made_of: object) -> str:
 
 
 class SampleCache:
-    """The file in `directory`, made where there is none. Raises Failed where it cannot be used."""
+    """The file in `directory`, made where there is none. Others may have written in it: a row that is no answer to what
+    was asked is as good as none, is remembered in `damaged`, and the next answer takes its place. Raises Failed where
+    the file cannot be used."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / FILE
+        self.damaged: set[str] = set()
+        self._until = math.inf
         with self._saying():
             directory.mkdir(parents=True, exist_ok=True)
+            if self._path.exists() and not self._path.is_file():
+                raise OSError("it is no file")
             self._connection = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
-            self._connection.execute("PRAGMA synchronous = EXTRA")
+            self._connection.text_factory = _text
+            self._connection.set_progress_handler(lambda: time.monotonic() > self._until, 100_000)
+            for setting in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA"):
+                self._connection.execute(f"PRAGMA {setting}")
             with self._transaction():
                 self._require_ours()
 
-    def read(self, keys: Sequence[str]) -> dict[str, Answered]:
-        """What is there of the slices with these keys."""
+    def read(self, keys: Sequence[str], asked: Mapping[str, Sequence[Request]] | None = None) -> dict[str, Answered]:
+        """What is there of the slices with these keys; `asked`: what was asked in each of them."""
         found = {}
-        with self._saying():
-            for k in range(0, len(keys), _AT_ONCE):
-                some = keys[k : k + _AT_ONCE]
+        for k in range(0, len(keys), _AT_ONCE):
+            some = keys[k : k + _AT_ONCE]
+            with self._saying():
                 rows = self._connection.execute(
-                    f"SELECT key, answers, truncated, seconds FROM slices WHERE key IN ({','.join('?' * len(some))})",
+                    f"SELECT key, CASE WHEN length(CAST(answers AS BLOB)) < {_LARGEST} THEN answers END, truncated, "
+                    f"seconds FROM slices WHERE key IN ({','.join('?' * len(some))})",
                     some,
                 )
                 for key, answers, truncated, seconds in rows:
-                    found[key] = Answered(tuple(map(_from_json, json.loads(answers))), truncated, seconds)
+                    try:
+                        found[key] = _answered(answers, truncated, seconds, asked[key] if asked else None)
+                    except (ValueError, TypeError, LookupError, RecursionError):
+                        self.damaged.add(key)
         return found
 
     def knows(self, point: str) -> bool:
@@ -104,10 +122,13 @@ class SampleCache:
         disk; of two runs that write the same slice the first is kept."""
         answers = json.dumps([_to_json(answer) for answer in answered.answers])
         with self._saying(), self._transaction():
+            if key in self.damaged:
+                self._connection.execute("DELETE FROM slices WHERE key = ?", (key,))
             self._connection.execute(
                 "INSERT OR IGNORE INTO slices (key, point, task, answers, truncated, seconds) VALUES (?,?,?,?,?,?)",
                 (key, point, task, answers, answered.truncated, answered.seconds),
             )
+        self.damaged.discard(key)
 
     def close(self) -> None:
         self._connection.close()
@@ -115,8 +136,8 @@ class SampleCache:
     def _require_ours(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         (layout,) = self._connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if (application, layout, tables) == (0, 0, 0):
+        schema = self._connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY type").fetchmany(3)
+        if (application, layout, len(schema)) == (0, 0, 0):
             self._connection.execute(f"PRAGMA application_id = {_APPLICATION}")
             self._connection.execute(f"PRAGMA user_version = {_LAYOUT}")
             self._connection.execute(_TABLE)
@@ -124,6 +145,8 @@ class SampleCache:
             raise sqlite3.DatabaseError("it is a database of something else")
         elif layout != _LAYOUT:
             raise sqlite3.DatabaseError(f"its layout is {layout}, and this version of rvdist knows {_LAYOUT}")
+        elif schema != _SCHEMA:  # a view or a trigger is a program
+            raise sqlite3.DatabaseError("it holds other than the one table of a sample cache")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -138,6 +161,7 @@ class SampleCache:
 
     @contextmanager
     def _saying(self) -> Iterator[None]:
+        self._until = time.monotonic() + _LONGEST
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
@@ -153,5 +177,35 @@ def _to_json(answer: Answer) -> list[Any]:
     return [answer.logprob, answer.greedy, answer.tokens]
 
 
+def _answered(answers: Any, truncated: Any, seconds: Any, asked: Sequence[Request] | None) -> Answered:
+    """Raises ValueError, TypeError, LookupError, RecursionError for what is no answer to what was asked."""
+    found = tuple(map(_from_json, json.loads(answers)))
+    _require(_is_count(truncated) and isinstance(seconds, int | float) and 0 <= seconds < math.inf)
+    if asked is not None:
+        kinds = [Completion if isinstance(request, Generate) else Loglikelihood for request in asked]
+        _require([type(answer) for answer in found] == kinds)
+    return Answered(found, truncated, seconds)
+
+
 def _from_json(fields: list[Any]) -> Answer:
-    return Completion(*fields) if isinstance(fields[0], str) else Loglikelihood(*fields)
+    first, second, *counts = fields
+    _require(isinstance(fields, list) and all(map(_is_count, counts)))
+    if isinstance(first, str):
+        _require(isinstance(second, str))
+        (first + second).encode()  # raises for half a surrogate
+        return Completion(first, second, *counts)
+    _require(type(first) in (int, float) and not math.isnan(first) and isinstance(second, bool))
+    return Loglikelihood(first, second, *counts)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ValueError("it is no answer")
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")

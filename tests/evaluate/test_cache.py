@@ -191,12 +191,24 @@ def age(path):
     sqlite3.connect(path).execute("PRAGMA user_version = 99")
 
 
-def spoil_an_answer(path):
+def add_a_view(path):
+    """Another's program in the place of the table: it would run for ever."""
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE slices SET answers = '[[]]'")
+        connection.execute("ALTER TABLE slices RENAME TO other")
+        connection.execute(
+            "CREATE VIEW slices AS WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n) "
+            "SELECT 'x' || k AS key, '' AS point, '' AS task, '[]' AS answers, 0 AS truncated, 0 AS seconds FROM n"
+        )
 
 
-@pytest.mark.parametrize("spoil", [spoil_header, spoil_pages, cut_off, put_another_in_its_place, age, spoil_an_answer])
+def add_a_trigger(path):
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TRIGGER t AFTER INSERT ON slices BEGIN DELETE FROM slices; END")
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_header, spoil_pages, cut_off, put_another_in_its_place, age, add_a_view, add_a_trigger]
+)
 def test_a_file_that_cannot_be_used_is_one_sentence(spoil, tmp_path):
     cache = SampleCache(tmp_path)
     for k in range(20):
@@ -208,6 +220,39 @@ def test_a_file_that_cannot_be_used_is_one_sentence(spoil, tmp_path):
     ) as one:
         SampleCache(tmp_path).read([str(k) for k in range(20)])
     assert "\n" not in str(one.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "answers = '[[]]'", "answers = '[3]'", "answers = '{}'", "answers = NULL", "answers = x'ff'", "answers = 'x'",
+        "answers = CAST(x'5b5b22ff225d5d' AS TEXT)", "answers = '[[\"a\", \"stop\", 1]]'", "answers = '[]'",
+        "answers = '[[\"a\", \"stop\", 1, -1], [\"a\", \"stop\", 1, 1]]'", "answers = substr(answers, 2)",
+        "answers = '[[\"\\ud800\", \"stop\", 1, 1], [\"a\", \"stop\", 1, 1]]'",
+        "answers = '[[\"a\", \"stop\", 1, true], [\"a\", \"stop\", 1, 1]]'",
+        "answers = '[[NaN, true, 1], [0.5, true, 1]]'", "answers = '[[0.5, true, 1], [0.5, true, 1]]'",
+        "truncated = 'x'", "truncated = NULL", "seconds = 'x'", "seconds = -1", "seconds = 9e999",
+        "answers = replace(hex(zeroblob(20000)), '0', '[')",
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_answer_is_a_miss_and_is_replaced(change, tmp_path):
+    cache = SampleCache(tmp_path)
+    for key in "ab":
+        cache.write(key, "p", "t", COMPLETIONS)
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute(f"UPDATE slices SET {change} WHERE key = 'a'")
+    asked = {key: [Generate("x", 1)] * len(COMPLETIONS.answers) for key in "ab"}
+    cache = SampleCache(tmp_path)
+    assert cache.read(["a", "b"], asked) == {"b": COMPLETIONS} and cache.damaged == {"a"}
+    cache.write("a", "p", "t", COMPLETIONS)
+    assert cache.read(["a", "b"], asked) == {"a": COMPLETIONS, "b": COMPLETIONS} and not cache.damaged
+    assert cache.read(["a"], {"a": [Choice("a", "b")] * 2}) == {} and cache.damaged == {"a"}
+
+
+def test_a_pipe_in_its_place_is_no_cache(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(Failed, match="it is no file"):
+        SampleCache(tmp_path)
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

@@ -31,11 +31,11 @@ VALUES: list[Any] = [
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a document: at most three of each mapping or list."""
+    """Where something stands in a document: at most two of each mapping or list."""
     yield at
     if isinstance(value, dict | list):
         keys = list(value) if isinstance(value, dict) else range(len(value))
-        for key in keys if at == () else keys[:3]:
+        for key in keys if at == () else keys[:2]:
             yield from places(value[key], (*at, key))
 
 

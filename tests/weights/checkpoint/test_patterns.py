@@ -59,9 +59,7 @@ def test_a_pattern_that_does_not_end_is_ended(pattern, key, tmp_path):
     assert f"damaged {key} (matching it takes more than" in said
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(" * 100_000, "a{9999999999999999999999}", "(?P<n>a)(?P=m)", "[z-a]", "(?<=a+)b", "a\ud800("]
-)
+@pytest.mark.parametrize("pattern", ["(" * 100_000, "a{9999999999999999999999}", "(?P<n>a)(?P=m)", "[z-a]", "(?<=a+)b"])
 def test_what_is_no_pattern_is_refused(pattern, tmp_path):
     assert "damaged rank_pattern" in refused(
         "rvdist.weights.checkpoint.source.open_source", hostile(tmp_path / "a", {pattern: 4}, "rank_pattern")
