@@ -23,16 +23,17 @@ from rich.tree import Tree
 
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.foreign import parse_json
 from rvdist.core.point import layer_count
+from rvdist.core.regular import open_regular, read_regular
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
 from rvdist.weights.checkpoint.difference import Dense, Difference, Form, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
-from rvdist.weights.checkpoint.header import TensorSpec, read_header
+from rvdist.weights.checkpoint.header import TensorSpec, read_header, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read_journal
-from rvdist.weights.checkpoint.regular import open_regular
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
@@ -44,6 +45,7 @@ _SCORE_KEYS = ("value", "ci_low", "ci_high", "p_adjusted", "verdict")
 _DEPTH = 20  # of a configuration
 _UNWRAPPED = 10_000  # columns, where no terminal says how many there are
 _FORMULA = re.compile(r"^    θ = (.+)$", re.MULTILINE)  # on the card that report.card writes
+_MOST = 64 << 20  # bytes of a file of a run that are read
 _LINE = 1 << 16  # bytes of the first line of a journal, at most
 _ON_ONE_LINE, _BRANCHES = 6, 40  # entries at most: of a mapping that stands on one line; under one branch of the tree
 
@@ -189,7 +191,7 @@ def _settings(file: Path) -> Facts:
 
     depth = 0
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file, _MOST).decode("utf-8")
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEPTH or isinstance(event, yaml.AliasEvent):  # a few aliases can stand for billions of values
@@ -221,7 +223,9 @@ def _scores(file: Path) -> Facts:
     tasks: dict[str, Facts] = {}
     scores: dict[str, dict[str, Facts]] = {}
     try:
-        rows = [Row(**_plain(row)) for row in json.loads(file.read_bytes())]
+        rows = [Row(**_plain(row)) for row in parse_json(read_regular(file, _MOST))]
+    except OSError as error:
+        raise unreadable(file, error) from None
     except (ValueError, TypeError) as error:
         raise BadInput(f"{file}: is not the summary of a run ({error}); run its evaluation again") from None
     for row in rows:

@@ -12,7 +12,7 @@ SECONDS, BYTES = 5.0, 512 << 20  # of processor time, of memory
 
 _RUN = """
 import json, resource, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], *json.loads(sys.argv[5])]
 from rvdist.core.errors import BadInput
 import importlib
 module, name = sys.argv[2].rsplit(".", 1)
@@ -34,7 +34,8 @@ def refused(reader: str, path: Path) -> str:
     """The sentence with which `reader` (module.function, of a path) refuses `path`: in time, in memory, on one line.
     Fails where it says nothing, or anything else."""
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", _RUN, str(root), reader, str(path), str(BYTES)]
+    beside = json.dumps([entry for entry in sys.path if entry.startswith(str(root / "tests"))])
+    command = [sys.executable, "-c", _RUN, str(root), reader, str(path), str(BYTES), beside]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": ""})
     assert ended.returncode == 0, ended.stderr[-2000:]
     said, seconds = json.loads(ended.stdout)
@@ -42,3 +43,10 @@ def refused(reader: str, path: Path) -> str:
     assert seconds < SECONDS, f"it took {seconds:.1f} s: {said[:200]}"
     assert "\n" not in said and len(said) < 6000, said[:200]
     return str(said)
+
+
+def recipe(path: Path) -> object:
+    """What a recipe asks for of a base with one tensor."""
+    from rvdist.core.recipe import read_recipe
+
+    return read_recipe(path, lambda source: ["a.weight"])

@@ -167,7 +167,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nalpha: [*b, *b]\n"
     ("file", "content", "reason"),
     [
         ("summary.json", "{}{", "is not the summary of a run"),
-        ("summary.json", DEEP, "nested too deep"),
+        ("summary.json", DEEP, "nests more than 64 levels"),
         ("summary.json", '[{"arm": "a"}]', "is not the summary of a run"),
         ("summary.json", "[3]", "is not the summary of a run"),
         ("summary.json", '{"a": 1}', "is not the summary of a run"),

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import parse_yaml
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint, layer_count, layer_of
+from rvdist.core.regular import read_regular
 
+_MOST = 1 << 20  # bytes of a file that is read
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
 DTYPES = ("bfloat16", "float16", "float32")
 _KEYS = {
@@ -42,14 +45,12 @@ class Recipe:
 def read_recipe(path: Path, names: Names, seed: int = 0) -> Recipe:
     """What the recipe at `path` asks for. `names` gives the tensor names of a source; it is asked for the base's only.
     `seed` begins DARE's draws. Raises BadInput, naming the file and the key."""
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); give recipe=FILE.yml") from None
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(read_regular(path, _MOST))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); give recipe=FILE.yml") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: is not YAML that a recipe can be: {error}") from None
     if not isinstance(content, Mapping):
         raise BadInput(f"{path}: is not a mergekit recipe; its top level has to be a mapping with merge_method")
     return _File(path, content).recipe(names, seed)

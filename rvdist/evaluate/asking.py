@@ -64,7 +64,9 @@ def load_tokenizer(path: Path, chat: bool) -> Any:
         raise BadInput(f"{path}: has no tokenizer, and scoring needs one; copy the tokenizer's files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises what it likes for files it cannot use
+    except BaseException as error:  # transformers raises what it likes for files it cannot use, its Rust a panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: has a tokenizer that cannot be loaded ({reason})") from None
     if chat and not tokenizer.chat_template:

@@ -118,7 +118,7 @@ class Recording:
             for number, line in _lines(file):
                 try:
                     self._add(file, json.loads(line))
-                except (ValueError, TypeError, LookupError, RecursionError):
+                except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                     raise BadInput(f"engine.replay: {file}: line {number} is no sample; {_HINT}") from None
         places = [*self._by_prompt, *((None, None, task) for task, _ in self._by_document)]
         if not places:

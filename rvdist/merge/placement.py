@@ -7,10 +7,13 @@ its workers share the units of every file it has taken.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rvdist.core.foreign import parse_json
+from rvdist.core.regular import read_regular
 from rvdist.merge.plan import Plan
 
 _WORTH_REMEMBERING = 256 << 20  # bytes moved by a merge whose rate says something
@@ -71,6 +74,8 @@ def remember_rate(path: Path, device: str, bytes_moved: int, worker_seconds: flo
 def remembered_rate(path: Path, device: str) -> Rate | None:
     """The last rate on `device`, None where none was remembered."""
     try:
-        return Rate(**json.loads(path.read_text())[device])
+        rate = Rate(**parse_json(read_regular(path, 1 << 16))[device])
+        known = all(type(value) in (int, float) and 0 <= value < math.inf for value in vars(rate).values())
+        return rate if known and rate.bytes_per_second else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,13 +12,13 @@ import torch
 import xxhash
 
 from rvdist.core.errors import Failed
+from rvdist.core.regular import Handle
 from rvdist.core.timing import anonymous_bytes
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.weights.arithmetic.method import warm_up
 from rvdist.weights.checkpoint.direct import File, RangeWriter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import Written
-from rvdist.weights.checkpoint.regular import Handle
 from rvdist.weights.checkpoint.staging import DISCARD, Probe, discards
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.lanes import open_lanes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rvdist import __version__
 from rvdist.core.config import PLACEHOLDERS
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.foreign import parse_json
 from rvdist.report.card.metadata import Result
 from rvdist.report.summary import Outline, dissenting
 from rvdist.report.wording import printable
@@ -127,6 +128,8 @@ def _contents(directory: Path) -> tuple[Contents, list[str]]:
             raise BadInput(f"{path}: is a link to elsewhere, and would be uploaded; remove it")
         if path.is_dir():
             continue
+        if not path.is_file():
+            raise BadInput(f"{path}: is neither a file nor a directory; remove it")
         if str(name) in weights:
             contents[str(name)] = path
         elif name.suffix in _TEXT and name.parent in _TEXT_IS_IN and not name.name.startswith("."):
@@ -142,8 +145,8 @@ def _without_paths(path: Path) -> tuple[Path | bytes, list[str]]:
     if path.suffix != ".json" or path.name in _VOCABULARIES:
         return path, []
     try:
-        said = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        said = parse_json(path.read_bytes())
+    except ValueError:
         return path, []
     if not isinstance(said, dict | list) or not (cut := list(_cut(said))):
         return path, []

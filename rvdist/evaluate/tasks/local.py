@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.regular import read_regular
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
+_MOST = 256 << 20  # bytes of a file, packed and unpacked
 _HUB = "-00000-of-00001"  # how the Hub names the only file of a split
 
 
@@ -110,11 +112,14 @@ def paragraphs(path: str, **_: object) -> dict[str, Any]:
 def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a file, with these fields alone. Raises BadInput where it cannot be read or has no such rows."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _MOST)
         if path.suffix == ".gz":
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as unpacked:
+                content = unpacked.read(_MOST + 1)
+            if len(content) > _MOST:
+                raise ValueError(f"it unpacks to more than {_MOST:,} bytes")
         rows = _parquet(content) if ".parquet" in path.suffixes else _json(content.decode("utf-8-sig"))
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zlib.error, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: cannot be read ({reason}); is it a whole file, named for its format?") from None
     if not isinstance(rows, list) or not rows:

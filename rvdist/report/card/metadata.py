@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from rvdist.core.foreign import parse_yaml
+from rvdist.core.regular import open_regular
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
 
@@ -59,10 +61,10 @@ def front_matter(data: Mapping[str, Any]) -> str:
 def licence_of(directory: Path) -> Licence | None:
     """What README.md in a checkpoint's directory says, None where nothing can be read there."""
     try:
-        with open(directory / "README.md", "rb") as file:
+        with open(open_regular(directory / "README.md"), "rb") as file:
             block = _BLOCK.match(file.read(_MOST_OF_A_README).decode("utf-8", "replace").removeprefix("\ufeff"))
-        said = yaml.safe_load(block[1]) if block else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        said = parse_yaml(block[1].encode()) if block else None
+    except (OSError, ValueError):
         return None
     if not isinstance(said, dict):
         return None

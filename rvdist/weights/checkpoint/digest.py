@@ -8,16 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 import xxhash
 
+from rvdist.core.regular import read_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
 
 _BLOCK = 4 << 20
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 
 def file_digest(path: Path, cache: Path | None = None) -> str:
@@ -25,8 +29,9 @@ def file_digest(path: Path, cache: Path | None = None) -> str:
     is unchanged is not read again."""
     stamp = Stamp.of(path)
     remembered = cache / hashlib.sha256(repr(astuple(stamp)).encode()).hexdigest() if cache else None
-    if remembered and remembered.exists():
-        return remembered.read_text()
+    with suppress(OSError, ValueError):
+        if remembered and _DIGEST.fullmatch(known := read_regular(remembered, 64).decode("ascii")):
+            return known
     digest = xxhash.xxh3_128()
     block = bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import parse_json
+from rvdist.core.regular import read_regular
 from rvdist.weights.checkpoint.header import (
     ITEMSIZE,
     Header,
@@ -22,13 +23,9 @@ from rvdist.weights.checkpoint.header import (
     require_no_pointer,
     unreadable,
 )
-from rvdist.weights.checkpoint.regular import read_regular
 
 _MOST_JSON = 64 << 20  # bytes
-_DEAREST = 400 << 20  # bytes that what is parsed may take
 INDEX = "model.safetensors.index.json"
-_DEEPEST = 64  # levels of JSON
-_TOO_DEEP = f"it nests more than {_DEEPEST} levels"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
 _BLOCK = 4 << 20
@@ -130,16 +127,6 @@ def equal_bytes(
         for k in range(begin, begin + count, block)
         for size in [min(block, begin + count - k)]
     )
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists are in each other, counted without recursion; no further than matters."""
-    depth, level = 0, [value] if isinstance(value, dict | list) else []
-    while level and depth <= _DEEPEST:
-        depth += 1
-        inner = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
-        level = [part for part in inner if isinstance(part, dict | list)]
-    return depth
 
 
 def reshard(
@@ -246,24 +233,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: is not JSON ({error}); download or copy it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: is not a JSON object; download or copy it again")
-    return found
-
-
-def parse_json(content: bytes) -> Any:
-    """What JSON in UTF-8 says. Raises ValueError, before much memory is taken, also for what could not be written
-    again: values nested too deep, and halves of surrogates."""
-    width = 1 if content.isascii() else 4  # bytes of a character, at most
-    values = 60 * content.count(b",") + 80 * content.count(b"[") + 250 * content.count(b"{")
-    if len(content) * (1 + 2 * width) + values > _DEAREST:
-        raise ValueError("reading it would take too much memory")
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    if _depth(found) > _DEEPEST:
-        raise ValueError(_TOO_DEEP)
-    if b"\\ud" in content or b"\\uD" in content:
-        json.dumps(found, ensure_ascii=False).encode()  # raises for half a surrogate
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.regular import open_regular
+from rvdist.core.regular import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the specification's own limit; the others are ours
 MAX_TENSORS, MAX_RANK, MAX_NAME, MAX_METADATA = 1_000_000, 32, 4096, 100_000  # names in bytes

@@ -20,8 +20,8 @@ from typing import Any
 import xxhash
 
 from rvdist.core.errors import BadInput
+from rvdist.core.regular import Handle, read_regular
 from rvdist.weights.checkpoint.directory import read_json
-from rvdist.weights.checkpoint.regular import Handle, read_regular
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "rvdist.json"

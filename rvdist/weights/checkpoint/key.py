@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from rvdist.weights.checkpoint.regular import Handle
+from rvdist.core.regular import Handle
 
 _BYTES = 32
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.regular import Handle, LeadsOut, open_regular, own_places
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
 from rvdist.weights.checkpoint.fp8 import unquantized
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
-from rvdist.weights.checkpoint.regular import Handle, LeadsOut, open_regular, own_places
 
 DISCARD = Path("/dev/null")
 _LOCK = "lock"

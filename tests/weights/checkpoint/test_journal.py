@@ -2,8 +2,8 @@ import pytest
 import xxhash
 
 from rvdist.core.errors import BadInput
+from rvdist.core.regular import Handle
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
-from rvdist.weights.checkpoint.regular import Handle
 
 ONE, TWO = Written("a.safetensors", 8, 100, "0" * 32), Written("b.safetensors", 8, 7, "1" * 32)
 
