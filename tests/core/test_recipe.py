@@ -255,7 +255,7 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
     sources = {source: open_source(source) for point in points.values() for source in point.sources()}
     for point in points.values():
         assert not compat.check(point, sources).refusals
-        assert card._method(point.method)
+        assert card._method(point)
     merge(
         build_plan(points, sources, "F32"),
         sources,
