@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.text import printable
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
@@ -167,9 +168,9 @@ def main() -> None:
         print(json.dumps(asdict(verdict), indent=2))
     else:
         for line in verdict.problems + verdict.unchecked:
-            print(line)
+            print(printable(line))
         state = f"{len(verdict.problems)} problems" if verdict.problems else "sound"
-        print(f"{verdict.path}: {state} ({verdict.tensors} tensors, {verdict.nbytes:,} bytes)")
+        print(f"{printable(verdict.path)}: {state} ({verdict.tensors} tensors, {verdict.nbytes:,} bytes)")
     sys.exit(1 if verdict.problems else 0)
 
 

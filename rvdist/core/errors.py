@@ -1,13 +1,8 @@
 """What stops a run, in one sentence. `launch` turns it into an exit status, without a traceback."""
 
+from rvdist.core.text import printable
+
 _LONGEST, _END = 4000, 1000  # characters of a sentence, and of its end where it is cut
-
-
-def printable(text: str) -> str:
-    """One line without control or bidirectional formatting characters, for terminals and pictures."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 class _Sentence(Exception):

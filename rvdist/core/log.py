@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from rvdist.core.errors import printable
+from rvdist.core.text import printable
 from rvdist.core.timing import Timing
 
 FILE = "log.jsonl"

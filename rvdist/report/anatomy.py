@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from rvdist.core.text import cell as csv_cell
 from rvdist.report.pictures.drawing import QUIET, STYLE, label
 from rvdist.report.wording import printable
 from rvdist.weights.anatomy.findings import Anatomy, Measures, Part, Spectrum
@@ -403,7 +404,7 @@ def anatomy_csv(anatomy: Anatomy) -> str:
             *("level", "name", "layer", "kind", "elements", "theta_norm", "vector", "covered", "norm", "relative"),
             *("largest", "zeros", *(f"below_{limit:g}" for limit in anatomy.thresholds), "distance", "toward"),
             *("singular_values", "stable_rank", "effective_rank_low", "effective_rank_high", "captured", "error"),
-            *(f"cosine_{vector}" for vector in anatomy.vectors),
+            *(csv_cell(f"cosine_{vector}") for vector in anatomy.vectors),
         ]
     )
     levels = {"all": (anatomy.whole,), "layer": anatomy.layers, "kind": anatomy.kinds, "cell": anatomy.cells}
@@ -412,7 +413,7 @@ def anatomy_csv(anatomy: Anatomy) -> str:
             for k, vector in enumerate(anatomy.vectors):
                 if vector in part.vectors:
                     own = [level, part.name, part.layer, part.kind, part.elements, part.norm, vector]
-                    writer.writerow([*own, *_numbers_of(part.vectors[vector]), *part.cosines[k]])
+                    writer.writerow([*map(csv_cell, own), *_numbers_of(part.vectors[vector]), *part.cosines[k]])
     return out.getvalue()
 
 

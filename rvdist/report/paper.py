@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rvdist.core.text import cell
 from rvdist.report.summary import Row
 from rvdist.report.wording import Scale, by_task, metric_name, verdict_text
 
@@ -89,15 +90,17 @@ def write_paper_table(path: Path, lines: Sequence[Line]) -> None:
     arms = paper_arms(lines)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["benchmark", "metric", "unit", "n", *(f"{arm} {part}" for arm in arms for part in parts)])
+        writer.writerow(
+            ["benchmark", "metric", "unit", "n", *(cell(f"{arm} {part}") for arm in arms for part in parts)]
+        )
         for line in lines:
             if not line.cells:
-                writer.writerow([line.task, f"not asked: {line.lacking}"])
+                writer.writerow([cell(line.task), cell(f"not asked: {line.lacking}")])
                 continue
             numbers: list[object] = []
             for arm in arms:
-                cell = line.cells[arm]
-                row, factor = cell.row, cell.scale.factor
+                shown = line.cells[arm]
+                row, factor = shown.row, shown.scale.factor
                 found = (row.value, row.ci_low, row.ci_high, row.delta, row.delta_ci_low, row.delta_ci_high)
-                numbers += [None if x is None else round(factor * x, 6) for x in found] + [row.verdict, cell.reported]
-            writer.writerow([line.task, line.metric, line.unit, line.n, *numbers])
+                numbers += [None if x is None else round(factor * x, 6) for x in found] + [row.verdict, shown.reported]
+            writer.writerow([*map(cell, (line.task, line.metric, line.unit, line.n)), *numbers])

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rvdist.core.text import cell
+
 LEVEL = 0.05  # of every test; the intervals are its complement, 95 %
 
 
@@ -105,4 +107,4 @@ def write_summary(path: Path, rows: Sequence[Row]) -> None:
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows({key: cell(value) for key, value in asdict(row).items()} for row in rows)

@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rvdist.core.errors import printable as printable
 from rvdist.core.point import WeightPoint, name_of
+from rvdist.core.text import printable as printable
 from rvdist.report.summary import LEVEL, Row, baseline_of
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, WeightPoint, name_of
+from rvdist.core.text import printable
 from rvdist.stages.job import Job, Prepared, Scores
 
 FILE = "batch.json"
@@ -212,7 +213,7 @@ class Batch:
                 *([score] if scored else []),
                 row["status"],
             )
-            table.add_row(*map(Text, cells))
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         self._job.console.print(table)
 
 

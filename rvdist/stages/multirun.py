@@ -26,6 +26,7 @@ from rich.text import Text
 
 from rvdist.core.config import Config, logs_json
 from rvdist.core.log import Log, LoggedTiming
+from rvdist.core.text import printable
 from rvdist.core.timing import Timing, seconds_since_process_start
 from rvdist.stages.job import Job, remove_empty
 
@@ -91,12 +92,12 @@ class RayLauncher(Launcher):
             match job if isinstance(job, Exception) else ended[job].error or ended[job].objective:
                 case Exception() as failure:
                     RayLauncher.failures.append((f"job {number} ({own}): ", failure))
-                    table.add_row(str(number), Text(own), "failed")
+                    table.add_row(str(number), Text(printable(own)), "failed")
                 case score:
                     RayLauncher.done += 1
                     returned.return_value = score
                     shown = "" if score is None else f"{score:.4f}"
-                    table.add_row(str(number), Text(own), shown, Text(directory))
+                    table.add_row(str(number), Text(printable(own)), shown, Text(printable(str(directory))))
         RayLauncher.log.console.print(table)
         return [returned for returned, _ in composed]
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rvdist.core.log import Log
 from rvdist.core.point import WeightPoint
+from rvdist.core.text import printable
 from rvdist.evaluate.fleet.fleet import Status
 
 _LINE_EVERY = 10.0  # seconds
@@ -78,7 +79,7 @@ class FleetView:
             if engine.point is None:
                 table.add_row(str(engine.number), "idle" if engine.up else "starting", "", "")
             else:
-                name = Text(self._names[engine.point])
+                name = Text(printable(self._names[engine.point]))
                 table.add_row(str(engine.number), name, f"{engine.rate:.1f}", str(engine.left))
         more = [Text(f"and {len(engines) - _ROWS} more engines")] if len(engines) > _ROWS else []
         return Group(Text(self._sentence()), table, *more)

@@ -26,6 +26,7 @@ from rvdist.report.wording import (
 )
 
 # An absolute path (/a/b, ~/b, file:///a/b), but not the path of a URL; the group is its last component.
+_MARKUP = re.compile(r"[\\`*~|\[\]]|(?<![^\W_])_|_(?![^\W_])")  # underscores within words are none
 _PATH = re.compile(r"(?<![\w/.~-])(?!//)(?:file://)?~?/(?:[^\s/\"'`]+/)*([^\s/\"'`]+)/?")
 
 
@@ -261,6 +262,8 @@ def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _line(text: str) -> str:
-    """One line of Markdown, also inside a table, without absolute paths, HTML, or links of its own."""
+    """One line of Markdown, also inside a table, that shows as it is written: without absolute paths, HTML, links or
+    emphasis of its own."""
     text = _PATH.sub(r"\1", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([|\[\]])", r"\\\1", text)
+    text = _MARKUP.sub(r"\\\g<0>", text)
+    return text.replace("://", "&#58;//").replace("www.", "www&#46;")

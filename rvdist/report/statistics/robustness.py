@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
+from rvdist.core.text import cell
 from rvdist.report.statistics.compare import Comparison, compare, compare_differences, holm, known
 from rvdist.report.statistics.sample import (
     Answers,
@@ -113,7 +114,7 @@ def write_robustness(path: Path, rows: Sequence[Edited]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows({key: cell(value) for key, value in line.items()} for line in lines)
 
 
 def _pairs(

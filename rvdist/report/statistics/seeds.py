@@ -17,6 +17,7 @@ from scipy.stats import chi2
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
+from rvdist.core.text import cell
 from rvdist.report.statistics.sample import Answers, Score, rounded, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline
 
@@ -87,7 +88,7 @@ def write_seeds(path: Path, rows: Sequence[Spread]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for row in rows:
-            whole = {name: value for name, value in asdict(row).items() if name in names}
+            whole = {name: cell(value) for name, value in asdict(row).items() if name in names}
             for seed, value, delta in zip(row.seeds, row.values, row.deltas or [None] * len(row.seeds), strict=True):
                 writer.writerow(whole | {"seed": seed, "value": value, "delta": delta})
 

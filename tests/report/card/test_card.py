@@ -6,11 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
+from markdown_it import MarkdownIt
 
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
-from rvdist.report.card.card import model_card, vector_card
+from rvdist.report.card.card import _line, model_card, vector_card
 from rvdist.report.card.metadata import Licence, Result, licence_of
 from rvdist.report.summary import Row
 from rvdist.report.wording import is_hub_id, printable, source_name
@@ -68,7 +70,7 @@ def test_no_absolute_path_leaves_the_house(tmp_path):
         assert word not in text
     assert "base_model" not in front_matter(text)
     assert "θ = target + 1 · (checkpoint-100 − checkpoint-100 (2))" in text
-    assert "https://example.org/a/b.html" in text and "see log.txt" in text
+    assert "https&#58;//example.org/a/b.html" in text and "see log.txt" in text
 
 
 def test_an_existing_directory_is_not_a_hub_repository(tmp_path, monkeypatch):
@@ -209,3 +211,20 @@ def test_the_card_of_a_vector():
     assert "2 tensors in 1,000 bytes, matrices as two factors of rank 8, in bfloat16." in text
     assert "is 0.0123, the largest of an element 0.5; it is not exact. 1 tensors that are" in text
     assert "vector.path=me/v" in text and "| org/grpo | plus | aaaa" in text and "<script" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HOSTILE, "*a* **b** _c_ __d__ ~~e~~ `f` \\*g",
+        "![x](y) [a][b] <http://x.y> https://evil.example www.evil.example",
+        "&lt;b&gt; &#42;x&#42;", "a_b_c gsm8k_cot _x", "\\`", "a|b", "\\_x_", "\\",
+    ],
+)  # fmt: skip
+def test_a_line_of_markdown_shows_as_it_is_written(text):
+    parsed = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(f"x {_line(text)} x")
+    (inline,) = [token for token in parsed if token.type == "inline"]
+    assert {token.type for token in inline.children} <= {"text", "text_special"}
+    assert not re.search(r"https?://|www[.]", _line(text))
+    if text != HOSTILE:
+        assert "".join(token.content for token in inline.children) == f"x {text} x"

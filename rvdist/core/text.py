@@ -1,0 +1,23 @@
+"""What strangers wrote, so that it can be shown: on a terminal, in a picture, in a spreadsheet."""
+
+from __future__ import annotations
+
+import re
+
+
+def printable(text: str) -> str:
+    """One line without control or bidirectional formatting characters, for terminals and pictures."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
+_PROGRAM = re.compile(r"\s*(=|[-+@].*[()!|'\"&=])")  # a name such as +Vector is none
+
+
+def cell(value: object) -> object:
+    """A value for a CSV: of text one line, which no spreadsheet takes for a formula that does anything."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if _PROGRAM.match(text) else text
