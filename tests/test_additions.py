@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import POCKET, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,12 +50,52 @@ point.method.check()
 print(json.dumps([point.to_json()["method"], formula(point)]))
 """
 
+DOUBLES = {
+    "__init__.py": '"""Doubling numbers."""\n',
+    "doubles.yaml": """task: doubles
+custom_dataset: !function rvdist.evaluate.tasks.doubles.nearness.documents
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 8}
+process_results: !function rvdist.evaluate.tasks.doubles.nearness.score
+metric_list: [{metric: close, aggregation: mean, higher_is_better: true}]
+""",
+    "nearness.py": '''"""The documents of the folder, and whether an answer is near."""
+
+import json
+from pathlib import Path
+
+
+def documents(**_):
+    from datasets import Dataset, DatasetDict
+
+    lines = Path(__file__).with_name("doubles.jsonl").read_text().splitlines()
+    return DatasetDict(test=Dataset.from_list([json.loads(line) for line in lines]))
+
+
+def score(doc, results):
+    return {"close": float(abs(int(results[0]) - doc["answer"]) <= 1)}
+''',
+    "doubles.jsonl": "".join(json.dumps({"question": f"{k} + {k} =", "answer": 2 * k}) + "\n" for k in range(8)),
+}
+CLUSTER = """# The machines of a laboratory, which are slow to come.
+address: auto
+nodes: 3
+timeout: 77
+"""
+LINES = ("test_docs.py", "test_what_can_be_added_has_its_line_in_the_docs")
+REFERENCE = ("test_configuration_reference.py", "test_the_reference_is_up_to_date")
+
 
 @pytest.fixture
 def copy(tmp_path):
     """A tree of its own with the package, its configuration and its docs."""
     for part in ("rvdist", "conf", "docs"):
         shutil.copytree(ROOT / part, tmp_path / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / page, tmp_path)
     return tmp_path
 
 
@@ -66,9 +107,11 @@ def run(copy, *line):
 
 
 def ending(copy, file, name):
-    """How a test of ours ends on the copy."""
+    """How a test of ours ends in the copy."""
+    (copy / "tests").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tests" / file, copy / "tests")
     alone = ("-q", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={copy}")
-    return run(copy, "-m", "pytest", *alone, f"{ROOT / 'tests' / file}::{name}")
+    return run(copy, "-m", "pytest", *alone, f"tests/{Path(file).name}::{name}")
 
 
 def after(file, mark, added):
@@ -107,3 +150,47 @@ def test_a_merge_method_is_one_file_and_one_row(copy):
     after(copy / "docs/methods.md", "|---|---|---|---|---|\n", DOCS)
     written = ending(copy, *check)
     assert written.returncode == 0, written.stdout
+
+
+@pytest.mark.heavy
+def test_a_benchmark_is_a_folder(copy):
+    """Scored from recorded answers, of which three are off by more than one."""
+    folder, recorded = copy / "rvdist/evaluate/tasks/doubles", copy / "recorded"
+    folder.mkdir()
+    recorded.mkdir()
+    for name, text in DOUBLES.items():
+        (folder / name).write_text(text)
+    with (recorded / "samples_doubles_2026-01-01T00-00-00.000000.jsonl").open("w") as samples:
+        for k, doc in enumerate(map(json.loads, DOUBLES["doubles.jsonl"].splitlines())):
+            said = doc["answer"] + (k if k > 4 else 1)
+            samples.write(json.dumps({"doc_id": k, "doc": doc, "resps": [[f" {said}"]]}) + "\n")
+
+    chosen = ("benchmarks.tasks=[doubles]", "engine=replay", "engine.replay=recorded", "hydra.run.dir=run")
+    done = run(copy, "-m", "rvdist.launch", FAMILY[0], *chosen)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((copy / "run/summary.json").read_text())
+    assert (row["task"], row["metric"], row["value"], row["n"]) == ("doubles", "close", 0.625, 8)
+    assert "doubles" in (copy / "run/report.html").read_text()
+
+    assert ending(copy, *LINES).returncode == 1, "a benchmark that the docs lack is noticed"
+    page = copy / "docs/benchmarks.md"
+    page.write_text(page.read_text() + "\n`doubles` asks for twice a number.\n")
+    written = ending(copy, *LINES)
+    assert written.returncode == 0, written.stdout
+
+
+@pytest.mark.heavy
+def test_a_kind_of_cluster_is_one_file(copy):
+    (copy / "conf/cluster/laboratory.yaml").write_text(CLUSTER)
+    shown = run(copy, "-m", "rvdist.launch", *FAMILY, "cluster=laboratory", "--cfg", "job", "--package", "cluster")
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout) == {"address": "auto", "nodes": 3, "timeout": 77.0}
+
+    assert [ending(copy, *check).returncode for check in (LINES, REFERENCE)] == [1, 1]
+    after(copy / "docs/clusters.md", "`cluster=slurm`, which the script sets |\n", "| racks | `cluster=laboratory` |\n")
+    assert run(copy, "docs/configuration.py").returncode == 0
+    said = "| `cluster=laboratory` | The machines of a laboratory, which are slow to come. |"
+    assert said in (copy / "docs/configuration.md").read_text()
+    for check in (LINES, REFERENCE):
+        written = ending(copy, *check)
+        assert written.returncode == 0, written.stdout

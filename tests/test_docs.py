@@ -25,7 +25,7 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig
 
 from rvdist.core.config import Config
-from rvdist.evaluate.tasks import perturb
+from rvdist.evaluate.tasks import catalogue, perturb
 from rvdist.launch import CONF, _quoted
 from rvdist.stages import multirun
 
@@ -233,6 +233,8 @@ def test_what_can_be_added_has_its_line_in_the_docs():
     )
     assert all(f"`cluster={option.stem}`" in clusters for option in (CONF / "cluster").glob("*.yaml"))
     assert all(f"| `{edit}` |" in benchmarks for edit in perturb.EDITS)
+    tasks = [file.stem for file in catalogue.OURS.glob("*/*.yaml")]
+    assert "humaneval_plus" in tasks and all(f"`{task}`" in benchmarks for task in tasks)
 
 
 def execute(block: Block, place: Path) -> None:

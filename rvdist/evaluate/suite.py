@@ -23,7 +23,8 @@ from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
 from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.evaluate.sandbox import sandbox
-from rvdist.evaluate.tasks import catalogue, humaneval
+from rvdist.evaluate.tasks import catalogue
+from rvdist.evaluate.tasks.humaneval import verdicts
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
 
@@ -175,7 +176,7 @@ class Suite:
             for request, answer in zip(asked, answers[task], strict=True):
                 given[self.tasks[task].task_name, request].append(answer)
         self._reseed()
-        with humaneval.running_code(self.walls):
+        with verdicts.running_code(self.walls):
             results = evaluate(
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,

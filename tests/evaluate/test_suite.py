@@ -198,11 +198,11 @@ def test_every_sample_of_a_program_is_judged(tmp_path, tokenizer):
         "    return {f'pass@{k}': 1 - math.comb(wrong, k) / math.comb(n, k) for k in (1, 2)}\n"
     )
     (tmp_path / "thrice.yaml").write_text(
-        f"include: {catalogue.OURS}/humaneval.yaml\ntask: thrice\ndataset_path: json\nrepeats: 3\n"
+        f"include: {catalogue.OURS}/humaneval/humaneval.yaml\ntask: thrice\ndataset_path: json\nrepeats: 3\n"
         f"dataset_kwargs: {{data_files: {{test: {five}}}}}\n"
         'generation_kwargs: {until: ["\\ndef"], do_sample: true, temperature: 0.8, max_gen_toks: 64}\n'
         "filter_list:\n  - name: create_test\n    filter:\n      - function: custom\n"
-        "        filter_fn: !function rvdist.evaluate.tasks.humaneval.judge\n"
+        "        filter_fn: !function rvdist.evaluate.tasks.humaneval.verdicts.judge\n"
         "process_results: !function passes.at\n"
         "metric_list: [{metric: pass@1, aggregation: mean}, {metric: pass@2, aggregation: mean}]\n"
     )

@@ -26,7 +26,7 @@ def local(tmp_path):
     """Our tasks with the five problems as their data."""
     for name in ("humaneval", "humaneval_instruct", "humaneval_plus"):
         (tmp_path / f"{name}_5.yaml").write_text(
-            f"include: {catalogue.OURS}/{name}.yaml\ntask: {name}_5\ndataset_path: json\n"
+            f"include: {catalogue.OURS}/humaneval/{name}.yaml\ntask: {name}_5\ndataset_path: json\n"
             f"dataset_kwargs: {{data_files: {{test: {FIVE}}}}}\n"
         )
     return tmp_path

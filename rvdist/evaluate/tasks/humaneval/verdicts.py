@@ -1,4 +1,4 @@
-"""HumanEval's answers → verdicts of the sandbox → pass@1: the functions that the YAML beside this file names.
+"""HumanEval's answers → verdicts of the sandbox → pass@1: the functions that the YAML files beside this one name.
 
 lm-eval's own module would fetch a metric and run the code in our process; it is not imported. One answer is asked
 for each problem, and pass@1 is the share of problems whose answer passes. Verdicts stand in the records.

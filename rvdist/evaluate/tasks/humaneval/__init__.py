@@ -1,0 +1,1 @@
+"""HumanEval and HumanEval+: lm-eval's definitions, with the answers judged in our sandbox."""
