@@ -28,10 +28,12 @@ from rvdist.core.config import (
     MergeConfig,
 )
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.foreign import parse_json
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint
 from rvdist.core.record import Record, read_records
+from rvdist.core.regular import read_regular
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.stages.job import Ended, Job
@@ -218,7 +220,7 @@ def _scored(directory: Path) -> list[str]:
     """The arms of a run by its summary: samples/ may have those of an earlier run, too."""
     file = directory / "summary.json"
     try:
-        arms = list(dict.fromkeys(row["arm"] for row in json.loads(file.read_text(encoding="utf-8"))))
+        arms = list(dict.fromkeys(row["arm"] for row in parse_json(read_regular(file, 64 << 20))))
         for arm in arms:
             config.require_name(arm, "arm")
         return arms

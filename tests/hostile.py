@@ -1,12 +1,16 @@
-"""Runs what reads a stranger's file in a process of its own, under the limits that are promised."""
+"""What strangers write in place of values; and what reads their files, in a process of its own under the limits that
+are promised."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SECONDS, BYTES = 5.0, 512 << 20  # of processor time, of memory
 
@@ -50,3 +54,38 @@ def recipe(path: Path) -> object:
     from rvdist.core.recipe import read_recipe
 
     return read_recipe(path, lambda source: ["a.weight"])
+
+
+NESTED: Any = []
+for _ in range(90):
+    NESTED = [NESTED]
+VALUES: list[Any] = [
+    None, True, 0, -1, 1.5, 2**64, 10**400, float("nan"), float("inf"), -0.0, "", "\0", "\ud800", "x" * 5000, "../x",
+    "a\nb\x1b[2J", [], {}, [[]], {"": {}}, NESTED, [1, 2, 3, 4, 5], {"a": 1, "\0": 2}, [None], "\u202e",
+]  # fmt: skip
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a document: at most two of each mapping or list."""
+    yield at
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in keys if at == () else keys[:2]:
+            yield from places(value[key], (*at, key))
+
+
+def mutants(document: Any) -> Iterator[Any]:
+    for at in places(document):
+        for value in VALUES:
+            if not at:
+                yield value
+                continue
+            other = copy.deepcopy(document)
+            inner = other
+            for key in at[:-1]:
+                inner = inner[key]
+            inner[at[-1]] = value
+            yield other
+            if isinstance(inner, dict) and isinstance(value, str):
+                inner[value] = inner.pop(at[-1])
+                yield other

@@ -100,7 +100,7 @@ def paragraphs(path: str, **_: object) -> dict[str, Any]:
     from datasets import Dataset
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_regular(Path(path), _MOST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as a text in UTF-8 ({error})") from None
     found = [paragraph for paragraph in (part.strip("\n") for part in re.split(r"\n\s*\n", text)) if paragraph.strip()]

@@ -190,7 +190,7 @@ def _find(what: str, repository: str, revision: str) -> tuple[Hub, dict[str, Hub
     its files are cached."""
     ref = _folder(repository) / "refs" / revision
     if constants.HF_HUB_OFFLINE:
-        commit = ref.read_text() if ref.is_file() else revision
+        commit = ref.read_text(errors="replace") if ref.is_file() else revision
         hub = Hub(repository, commit)
         if not re.fullmatch(r"[0-9a-f]{40}", commit) or not _snapshot(hub).is_dir():
             raise BadInput(_offline(what))
@@ -202,7 +202,7 @@ def _find(what: str, repository: str, revision: str) -> tuple[Hub, dict[str, Hub
     if not info.sha or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
         raise Failed(f"{what} not to be had from the Hub (it names no commit)")
     with suppress(OSError):  # a cache that is read-only serves as well
-        if revision != info.sha and not (ref.is_file() and ref.read_text() == info.sha):
+        if revision != info.sha and not (ref.is_file() and ref.read_text(errors="replace") == info.sha):
             ref.parent.mkdir(parents=True, exist_ok=True)
             temporary = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
             temporary.write_text(info.sha)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
-from hostile import refused
+from hostile import mutants, refused
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
@@ -20,40 +17,6 @@ from rvdist.inspect import inspect, tree
 from rvdist.verify import verify
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.store import Storage, save
-
-NESTED: Any = []
-for _ in range(90):
-    NESTED = [NESTED]
-VALUES: list[Any] = [
-    None, True, 0, -1, 1.5, 2**64, 10**400, float("nan"), float("inf"), -0.0, "", "\0", "\ud800", "x" * 5000, "../x",
-    "a\nb\x1b[2J", [], {}, [[]], {"": {}}, NESTED, [1, 2, 3, 4, 5], {"a": 1, "\0": 2}, [None], "\u202e",
-]  # fmt: skip
-
-
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a document: at most two of each mapping or list."""
-    yield at
-    if isinstance(value, dict | list):
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        for key in keys if at == () else keys[:2]:
-            yield from places(value[key], (*at, key))
-
-
-def mutants(document: Any) -> Iterator[Any]:
-    for at in places(document):
-        for value in VALUES:
-            if not at:
-                yield value
-                continue
-            other = copy.deepcopy(document)
-            inner = other
-            for key in at[:-1]:
-                inner = inner[key]
-            inner[at[-1]] = value
-            yield other
-            if isinstance(inner, dict) and isinstance(value, str):
-                inner[value] = inner.pop(at[-1])
-                yield other
 
 
 @pytest.fixture(scope="module")
