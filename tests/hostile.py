@@ -49,6 +49,13 @@ def refused(reader: str, path: Path) -> str:
     return str(said)
 
 
+def rows(path: Path) -> object:
+    """The rows of a benchmark in a file."""
+    from rvdist.evaluate.tasks.local import read
+
+    return read(path, ["a"])
+
+
 def recipe(path: Path) -> object:
     """What a recipe asks for of a base with one tensor."""
     from rvdist.core.recipe import read_recipe

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from checkpoints import tensors, write_checkpoint
 from hostile import recipe, refused
@@ -64,12 +65,20 @@ def test_only_files_are_read(make: object, tmp_path: Path) -> None:
     assert licence_of(tmp_path) is None
 
 
-def test_what_unpacks_to_more_than_any_benchmark_is_refused(tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wb", compresslevel=1) as file:
-        for _ in range(300):
-            file.write(bytes(1 << 20))
-    with pytest.raises(BadInput, match="unpacks to more than"):
-        read(tmp_path / "rows.jsonl.gz", ["a"])
+@pytest.mark.parametrize("kind", ["gzip", "parquet", "rows"])
+def test_what_unpacks_to_more_than_any_benchmark_is_refused(kind: str, tmp_path: Path) -> None:
+    name = {"gzip": "rows.jsonl.gz", "parquet": "rows.parquet", "rows": "rows.jsonl"}[kind]
+    if kind == "gzip":
+        with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+            for _ in range(300):
+                file.write(bytes(1 << 20))
+    elif kind == "rows":
+        (tmp_path / name).write_bytes(b"{}\n" * 3_000_000)
+    else:  # a value that stands once, in every row
+        value = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 9000, "int32"), pyarrow.array(["x" * 60_000]))
+        pyarrow.parquet.write_table(pyarrow.table({"a": value.cast("string")}), tmp_path / name)
+        assert (tmp_path / name).stat().st_size < 1 << 20
+    assert "unpacks to more than" in refused("hostile.rows", tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 32, b"\xff" * 32, b"../../etc", b"0" * 33, b"A" * 32])

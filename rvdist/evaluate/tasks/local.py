@@ -21,6 +21,8 @@ from rvdist.core.regular import read_regular
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
 _MOST = 256 << 20  # bytes of a file, packed and unpacked
+_ROWS, _BATCH = 1_000_000, 256
+_TOO_MUCH = f"it has more than {_ROWS:,} rows, or unpacks to more than {_MOST:,} bytes"
 _HUB = "-00000-of-00001"  # how the Hub names the only file of a split
 
 
@@ -117,7 +119,7 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
             with gzip.open(io.BytesIO(content)) as unpacked:
                 content = unpacked.read(_MOST + 1)
             if len(content) > _MOST:
-                raise ValueError(f"it unpacks to more than {_MOST:,} bytes")
+                raise ValueError(_TOO_MUCH)
         rows = _parquet(content) if ".parquet" in path.suffixes else _json(content.decode("utf-8-sig"))
     except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zlib.error, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -135,6 +137,8 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
 
 def _json(text: str) -> object:
     """A list of rows, an object that holds it as `examples` (BIG-Bench-Hard), or one row a line."""
+    if text.count("{") > _ROWS:
+        raise ValueError(_TOO_MUCH)
     try:
         document = json.loads(text)
     except ValueError:
@@ -152,4 +156,15 @@ def _line(number: int, line: str) -> object:
 def _parquet(content: bytes) -> object:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+    claimed = sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups))
+    if claimed > _MOST or file.metadata.num_rows > _ROWS:
+        raise ValueError(_TOO_MUCH)
+    rows: list[object] = []
+    seen = 0
+    for batch in file.iter_batches(batch_size=_BATCH):
+        seen += batch.nbytes
+        if seen > _MOST:  # a value that stands once in the file may stand in every row
+            raise ValueError(_TOO_MUCH)
+        rows += batch.to_pylist()
+    return rows
