@@ -33,7 +33,8 @@ from rvdist.evaluate.request import (
     Request,
     Rolling,
 )
-from rvdist.evaluate.suite import Document, document_hash, likelihood, shown_answers
+from rvdist.evaluate.suite import Document
+from rvdist.evaluate.transcript import document_hash, likelihood, shown_answers
 from rvdist.weights.checkpoint.digest import file_digest
 
 T = TypeVar("T")

@@ -6,10 +6,8 @@ weights, engines or Ray.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,15 +23,13 @@ from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglik
 from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
+from rvdist.evaluate.transcript import document_hash, show_answers
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
 
 POCKET_TASKS = Path(__file__).resolve().parent.parent / "pocket" / "tasks"
 _FEWSHOT_SEED = 1234  # lm-eval's own default
 _LOGARITHM = "log2_"  # before the name of a perplexity in records
-_SCORED = re.compile(r"(\S+) \((not )?greedy\) ")  # before a continuation in records
-_HEADING = re.compile(r"\[\d+ of \d+, (\d{1,9}) characters\]\n")  # before one of several answers
-_ELSE = "it shows answers to something else"
 
 
 class TemplateRefuses(Exception):
@@ -333,87 +329,13 @@ def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def document_hash(doc: Any) -> str:
-    """lm-eval's hash of a document."""
-    from lm_eval.utils import handle_non_serializable, hash_string
-
-    text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    return str(hash_string(text))
-
-
-def _shown(response: Any, arguments: Sequence[Any]) -> str:
-    """One answer as text, to the last digit; several answers to one request numbered, one after the other."""
-    if isinstance(response, list):
-        if len(response) == 1:
-            return _shown(response[0], arguments)
-        texts = [_shown(one, arguments) for one in response]
-        numbered = (f"{_heading(k, len(texts), len(text))}{text}" for k, text in enumerate(texts, start=1))
-        return "\n".join(numbered)
-    if isinstance(response, tuple):
-        return f"{float(response[0])!r} ({'' if response[1] else 'not '}greedy) {arguments[1]}"
-    return repr(float(response)) if isinstance(response, float) else str(response)
-
-
-def _heading(number: int, count: int, length: int) -> str:
-    return f"[{number} of {count}, {length} characters]\n"
-
-
-def shown_answers(response: str, requests: Sequence[Sequence[Request]]) -> list[Answer]:
-    """The answers that a record's `response` shows: to the repeats of each request of its document, without counts of
-    tokens. Raises ValueError where it shows something else."""
-    answers: list[Answer] = []
-    left = response
-    for repeats in requests:
-        for number, request in enumerate(repeats, start=1):
-            if answers:
-                left = _after("\n", left)
-            size = len(left)
-            if len(repeats) > 1:
-                heading = _HEADING.match(left)
-                size = int(heading[1]) if heading else 0
-                left = _after(_heading(number, len(repeats), size), left)
-            answer, rest = _read(left[:size], request)
-            answers.append(answer)
-            left = rest + left[size:]
-    if left:
-        raise ValueError(_ELSE)
-    return answers
-
-
-def _after(beginning: str, text: str) -> str:
-    if not text.startswith(beginning):
-        raise ValueError(_ELSE)
-    return text.removeprefix(beginning)
-
-
-def _read(text: str, request: Request) -> tuple[Answer, str]:
-    """The answer that a text begins with, and what follows."""
-    if isinstance(request, Generate):
-        return Completion(text, "stop", 0, 0), ""
-    if isinstance(request, Rolling):
-        number, line_end, rest = text.partition("\n")
-        return likelihood(number, False), line_end + rest
-    found = _SCORED.match(text)
-    if not found:
-        raise ValueError("it shows no log-likelihood, or one of 4 decimals, as older versions wrote it")
-    return likelihood(found[1], not found[2]), _after(request.continuation, text[found.end() :])
-
-
-def likelihood(logprob: str | float, greedy: bool) -> Loglikelihood:
-    """What was recorded of one, without the count of its tokens. Raises ValueError for what is no number."""
-    number = float(logprob)
-    if math.isnan(number):
-        raise ValueError("its log-likelihood is not a number")
-    return Loglikelihood(number, greedy, 0)
-
-
 def _record(
     arm: Arm, digest: str, task: str, together: Mapping[str, Any], entry: Mapping[str, Any], seed: int
 ) -> Record:
     arguments, responses = entry["arguments"], entry["resps"]
-    response = "\n".join(map(_shown, responses, arguments))
+    response = "\n".join(map(show_answers, responses, arguments))
     if len(arguments) == 1:
-        filtered = _shown(entry["filtered_resps"][0], arguments[0])
+        filtered = show_answers(entry["filtered_resps"][0], arguments[0])
     else:
         best = max(range(len(arguments)), key=lambda k: responses[k][0][0])
         filtered = str(arguments[best][1]).strip()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from rvdist.core.progress import Bar
-from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
+from rvdist.report.anatomy import anatomy_csv, anatomy_sentences, anatomy_tables
 from rvdist.report.findings import Anatomy, Exhibit
+from rvdist.report.pictures.anatomy import anatomy_plots
 from rvdist.stages.job import Prepared
 from rvdist.weights.anatomy.analyze import analyze
 from rvdist.weights.checkpoint.hub import download_weights

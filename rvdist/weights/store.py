@@ -18,23 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
-from rvdist.weights.arithmetic.method import Scratch, count_nonfinite, subtract, torch_threads, working_dtype
+from rvdist.weights.arithmetic.method import Scratch, subtract, torch_threads, working_dtype
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
-from rvdist.weights.checkpoint.journal import MANIFEST, Manifest, Written
+from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSION, as_vector, part_names
-from rvdist.weights.checkpoint.stream import TORCH_DTYPE, write_exactly
-from rvdist.weights.operand import Operand, open_operand, tell_nonfinite
+from rvdist.weights.checkpoint.stream import TORCH_DTYPE
+from rvdist.weights.operand import Operand, open_operand
+from rvdist.weights.writer import Writer
 
 _CHUNK = 128 * 1024  # elements
-_SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
 _SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
 _OVERSAMPLED, _POWER_ITERATIONS = 16, 4
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
@@ -100,7 +99,7 @@ def save(
             donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
             result = opened.enter_context(closing(open_operand(written)))
             differences = _Differences(donors, donor_operands)
-            writer = opened.enter_context(closing(_Writer(staging, donor_operands)))
+            writer = opened.enter_context(closing(Writer(staging, donor_operands)))
             for tensor in stored:
                 if not writer.has(tensor.parts):
                     _write(tensor, storage, differences, writer)
@@ -285,73 +284,7 @@ class _Differences:
         return found
 
 
-class _Writer:
-    """Parts of tensors into the files of a staging, digested on their way."""
-
-    def __init__(self, staging: Staging, donors: Sequence[Operand]) -> None:
-        self._staging, self._donors = staging, donors
-        self._open: dict[str, int] = {}
-        self._pending: list[Written] = []
-
-    def has(self, parts: Sequence[TensorSpec]) -> bool:
-        """Whether these parts are there from an earlier run."""
-        claims = [self._staging.claims.get((part.file, part.offset, part.nbytes)) for part in parts if part.nbytes]
-        return all(
-            claim is not None and claim.holds(self._staging.partial, self._staging.handle.opener) for claim in claims
-        )
-
-    def require_finite(self, name: str, values: torch.Tensor) -> None:
-        if count_nonfinite(values):
-            parts = ("plus", "minus") if len(self._donors) == 2 else ("the vector",)
-            found = [
-                tell_nonfinite(donor, name, part, 1 << 62)
-                for donor, part in zip(self._donors, parts, strict=True)
-                if name in donor.checkpoint.tensors  # a factor of one is not
-            ]
-            why = " and ".join(filter(None, found)) or "the donors are finite, and their difference overflows"
-            raise BadInput(
-                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number: {why}; get a "
-                "sound copy, or store it in a wider vector.dtype"
-            )
-
-    def write(self, part: TensorSpec, chunks: Iterator[torch.Tensor]) -> None:
-        """Writes the elements of a part, which come in its dtype, 1-d and in order. Raises BadInput, Failed."""
-        digest, offset = xxhash.xxh3_128(), part.offset
-        for chunk in chunks:
-            self.require_finite(part.name, chunk)
-            try:
-                written = write_exactly(self._descriptor(part.file), offset, chunk)
-            except OSError as error:
-                raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
-            digest.update(written)
-            offset += written.nbytes
-        if part.nbytes:
-            self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
-        if sum(written.nbytes for written in self._pending) > _SYNC_BYTES:
-            self.sync()
-
-    def sync(self) -> None:
-        """Makes durable what was written, and journals it. Raises Failed."""
-        try:
-            for descriptor in self._open.values():
-                os.fdatasync(descriptor)
-        except OSError as error:
-            raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
-        self._staging.journal(self._pending)
-        self._pending = []
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._open:
-            self._open[file] = self._staging.open(file, os.O_WRONLY)
-        return self._open[file]
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
-
-def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer: _Writer) -> None:
+def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer: Writer) -> None:
     dtypes = [TORCH_DTYPE[part.dtype] for part in tensor.parts]
     if tensor.form == "dense":
         writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken, _ in differences(tensor.name)))

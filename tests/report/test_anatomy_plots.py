@@ -11,7 +11,8 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from rvdist.core.point import Vector
-from rvdist.report.anatomy import anatomy_csv, anatomy_plots, anatomy_sentences, anatomy_tables
+from rvdist.report.anatomy import anatomy_csv, anatomy_sentences, anatomy_tables
+from rvdist.report.pictures.anatomy import anatomy_plots
 from rvdist.weights.anatomy.analyze import analyze
 from rvdist.weights.checkpoint.source import open_source
 

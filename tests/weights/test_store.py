@@ -246,7 +246,7 @@ def test_an_interrupted_save_goes_on(family, tmp_path, monkeypatch):
     paths = family()
     store(paths, tmp_path / "whole", Storage(rank=4))
     written = []
-    real = storing._Writer.write
+    real = storing.Writer.write
 
     def failing(self, part, chunks):
         if len(written) == 8:
@@ -255,7 +255,7 @@ def test_an_interrupted_save_goes_on(family, tmp_path, monkeypatch):
         real(self, part, chunks)
         self.sync()
 
-    monkeypatch.setattr(storing._Writer, "write", failing)
+    monkeypatch.setattr(storing.Writer, "write", failing)
     with pytest.raises(Failed):
         store(paths, tmp_path / "v", Storage(rank=4))
     assert not (tmp_path / "v").exists() and (tmp_path / "v.partial").is_dir()
@@ -266,7 +266,7 @@ def test_an_interrupted_save_goes_on(family, tmp_path, monkeypatch):
         written.append(part.name)
         real(self, part, chunks)
 
-    monkeypatch.setattr(storing._Writer, "write", counting)
+    monkeypatch.setattr(storing.Writer, "write", counting)
     said = store(paths, tmp_path / "v", Storage(rank=4))
     assert not set(first[:-1]) & set(written) and not (tmp_path / "v.partial").exists()
     assert said == json.loads((tmp_path / "whole" / "vector.json").read_text())

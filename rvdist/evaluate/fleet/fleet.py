@@ -7,105 +7,26 @@ wait for it to grow. A dead engine's slice goes back whole and another engine st
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rvdist.core.cluster import live_nodes
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.arguments import EngineSettings, versions
-from rvdist.evaluate.fleet.engine import Engine
+from rvdist.evaluate.fleet.actor import EngineActor
+from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.fleet.forecast import Forecast
 from rvdist.evaluate.fleet.schedule import LETHAL, Schedule, Slice
-from rvdist.evaluate.request import Answered, Completion, Progress, Refused, Request, Unscorable
+from rvdist.evaluate.fleet.status import EngineStatus, FleetStats, Status
+from rvdist.evaluate.request import Answered, Completion, Progress, Refused, Request
 
 _STARTS = 2  # in a row that may fail before a seat stays empty
 _TICK = 1.0  # seconds after which idle engines are asked again, and progress is shown
-
-
-@dataclass
-class FleetStats:
-    """What the engines did in one call of `answer`, summed over them; seconds. `lifetimes` count from when each was
-    up."""
-
-    swap: float = 0.0
-    generate: float = 0.0
-    lifetimes: float = 0.0
-    swaps: int = 0
-    requests: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    cpu_seconds: float = 0.0
-    bytes_read: int = 0
-    deaths: int = 0
-    by_engine: dict[int, int] = field(default_factory=dict)  # requests
-
-    @property
-    def utilisation(self) -> float:
-        """The share of the engines' time in which they swapped or answered."""
-        return (self.swap + self.generate) / self.lifetimes if self.lifetimes else 0.0
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """One engine now: whether it is up, what point it works at, its requests a second, and the slices that wait at
-    this point."""
-
-    number: int
-    up: bool
-    point: WeightPoint | None
-    rate: float
-    left: int
-
-
-@dataclass(frozen=True)
-class Status:
-    """The fleet now: what is done of this call's work, that within slices included, and how long the rest should take
-    (None: unknown). `prompt_tokens` are those read, `tokens` those made or scored. What is `in_flight`, requests of
-    slices that are not finished, would be asked again if all ended now; `finished` are those of slices that are."""
-
-    engines: tuple[EngineStatus, ...]
-    requests: int
-    tokens: int
-    seconds_left: float | None
-    prompt_tokens: int = 0
-    in_flight: int = 0
-    finished: int = 0
-
-
-class EngineActor(Engine):
-    """An engine as a Ray actor answers a whole slice in one call. Any class of these methods can be in its place; one
-    that does not tell how far it is returns what this one yields last."""
-
-    def __init__(self, base: str, settings: EngineSettings) -> None:
-        # Ray sets it to num_cpus. A runtime environment would too, but takes a process and two seconds more
-        os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
-        super().__init__(base, settings)
-
-    def answer(
-        self, piece: Slice, requests: Sequence[Request]
-    ) -> Iterator[Progress | tuple[Answered | Refused, float]]:
-        """How far it is, now and then; last the answers, or why there are none at this point, and the seconds that the
-        swap took (0: none was needed). Raises BadInput for a prompt that does not fit."""
-        begin, truncated, moved = time.perf_counter(), self.truncated, not self.is_at(piece.point)
-        swapped = begin
-        try:
-            self.swap(piece.point)
-            swapped = time.perf_counter()
-            answers = yield from self.answering(requests)
-        except Unscorable as error:
-            yield Refused(str(error)), (swapped - begin) * moved
-            return
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-        cut, seconds = self.truncated - truncated, time.perf_counter() - swapped
-        yield Answered(tuple(answers), cut, seconds, tuple(self.spoiled)), (swapped - begin) * moved
 
 
 @dataclass

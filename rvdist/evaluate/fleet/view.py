@@ -15,7 +15,7 @@ from rich.text import Text
 from rvdist.core.log import Log
 from rvdist.core.point import WeightPoint
 from rvdist.core.text import printable
-from rvdist.evaluate.fleet.fleet import Status
+from rvdist.evaluate.fleet.status import Status
 
 _LINE_EVERY = 10.0  # seconds
 _ROWS = 16  # engines shown one by one

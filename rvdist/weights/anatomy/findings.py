@@ -66,6 +66,11 @@ class Part:
     vectors: dict[str, Measures]
     cosines: tuple[tuple[float | None, ...], ...]
 
+    def percent(self, vector: str) -> float | None:
+        """‖v‖ of ‖θ‖, in percent."""
+        measures = self.vectors.get(vector)
+        return None if measures is None or measures.relative is None else 100 * measures.relative
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -80,6 +85,11 @@ class Anatomy:
     kinds: tuple[Part, ...]
     cells: tuple[Part, ...]
     tensors: tuple[Part, ...]
+
+    def spectra(self, vector: str, kind: str | None = None) -> list[Spectrum]:
+        """Of the vector's matrices of a kind, or of all."""
+        parts = [part for part in self.tensors if kind in (None, part.kind) and vector in part.vectors]
+        return [spectrum for part in parts if (spectrum := part.vectors[vector].spectrum)]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

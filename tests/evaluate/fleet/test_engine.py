@@ -27,7 +27,8 @@ from rvdist.evaluate.fleet.arguments import (
 )
 from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Choice, Generate, Request, Rolling
-from rvdist.evaluate.suite import Suite, shown_answers
+from rvdist.evaluate.suite import Suite
+from rvdist.evaluate.transcript import shown_answers
 from rvdist.report.statistics.compare import summarise
 
 PROMPTS = ["ab=12+34", "qu a a ", " ", "<|im_end|>what is", "9", "\nQ: 472+314=?\nA: ", "a" * 150, "=  ab"]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rvdist.core.log import Log
 from rvdist.core.point import WeightPoint
 from rvdist.evaluate.fleet import view
-from rvdist.evaluate.fleet.fleet import EngineStatus, Status
+from rvdist.evaluate.fleet.status import EngineStatus, Status
 from rvdist.evaluate.fleet.view import FleetView
 
 POINT = WeightPoint("base")
