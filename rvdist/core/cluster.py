@@ -107,7 +107,7 @@ def _init(address: str, namespace: str | None) -> None:
         more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK} | _short_directory()
     for start in range(1, _STARTS + 1):
         try:
-            with _taken_at_its_word() if address == "local" else nullcontext():
+            with _taken_at_its_word() if address == "local" or _is_on_loopback_alone(address) else nullcontext():
                 ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
             return
         except Exception as error:
@@ -134,6 +134,14 @@ def _taken_at_its_word() -> Iterator[None]:
         yield
     finally:
         services.resolve_ip_for_localhost = resolve
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Whether what answers at a loopback address does not at this machine's own, which Ray would ask instead."""
+    from ray._private import services
+
+    host, _, port = address.rpartition(":")
+    return host in (_LOOPBACK, "localhost") and not answers(f"{services.node_ip_address_from_perspective()}:{port}")
 
 
 def _guard_token(address: str) -> None:
