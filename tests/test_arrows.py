@@ -30,6 +30,7 @@ BORDERS = {
     "merge": {"vllm", "lm_eval"},
     "merge.plan": {"ray", "torch"},
     "merge.placement": {"ray", "torch"},
+    "merge.roster": {"ray", "torch"},
     "merge.worker": {"ray"},
     "evaluate.fleet": {"lm_eval", "rvdist.evaluate.suite", "rvdist.evaluate.tasks", "rvdist.evaluate.sandbox"},
     "evaluate.fleet.schedule": {"ray", "vllm", "torch"},

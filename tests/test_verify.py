@@ -10,7 +10,7 @@ from checkpoints import POCKET, load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge.crew import WorkerSettings
+from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify

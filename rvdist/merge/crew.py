@@ -1,28 +1,24 @@
-"""The workers of one merge on Ray: who does which unit, on which node, and what happens when one of them dies.
-
-A node owns the files it began, since pages that two nodes write in part would be lost on a network file system.
-It takes the largest file that is left whenever it has nothing to do, so that a slow node takes fewer.
-"""
+"""The workers of one merge on Ray: starts them, gives them what the roster says, replaces those that die, and tells
+the journals what is durable."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rvdist.core.cluster import live_nodes
 from rvdist.core.errors import BadInput, Failed
-from rvdist.merge.plan import Output, OutputFile, Plan, Unit, UnitDone
+from rvdist.merge.actor import Hello, WorkerActor, WorkerSettings
+from rvdist.merge.plan import Output, Plan, Unit, UnitDone
+from rvdist.merge.roster import ATTEMPTS, Need, Roster
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import Written
-from rvdist.weights.checkpoint.staging import DISCARD, Probe, Staging
+from rvdist.weights.checkpoint.staging import DISCARD, Staging
 
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
-_ATTEMPTS = 3  # of a unit whose worker died, and of a worker that dies before it has finished a unit
 _PATIENCE = 1.0  # seconds without an answer, after which it is seen again which nodes are alive
 _SYNC_BYTES = 1 << 30  # written by a worker before it is asked to make them durable and they are journalled
 
@@ -39,54 +35,6 @@ class MergeStats:
     began: float = math.inf
     phases: dict[str, float] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How many workers, and what each is: its CPU threads, its device (`cpu` or `cuda`), the share of a GPU it
-    takes, whether it writes past the page cache where it can, and how many seconds the cluster has to find room for
-    all of them, and the first of them to begin."""
-
-    workers: int
-    threads: int = 1
-    device: str = "cpu"
-    gpus: float = 0.0
-    direct_io: bool = True
-    timeout: float = 120.0
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a worker says first: its node, the source files (source, name) it cannot read, the outputs it cannot see."""
-
-    node: str
-    unreadable: frozenset[tuple[str, str]]
-    unseen: tuple[Path, ...]
-
-
-class WorkerActor:
-    """A worker as a Ray actor. Imports torch where it runs: the driver has no need of it."""
-
-    def __init__(
-        self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, settings: WorkerSettings
-    ) -> None:
-        self._made_of = outputs, sources, dtype, settings.threads, settings.device, settings.direct_io
-
-    def hello(self, needs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> Hello:
-        import ray
-
-        from rvdist.merge.worker import MergeWorker
-
-        self._worker = MergeWorker(*self._made_of)
-        node = ray.get_runtime_context().get_node_id()
-        unseen = tuple(probe.path for probe in probes if not self._worker.sees(probe))
-        return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)
-
-    def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
-        return self._worker.run(unit, claims)
-
-    def sync(self) -> None:
-        self._worker.sync()
 
 
 @dataclass(eq=False)
@@ -142,13 +90,8 @@ class Crew:
             for output, staged in zip(plan.outputs, stagings, strict=True)
         ]
         self._sources, self._dtype = dict(sources), plan.dtype
-        self._needs = sorted({key for file in plan.files for key in file.needs})
-        self._files = [file for file in plan.files if file.units]  # that no node has taken yet, largest first
-        self._needed_by = {(u.output, u.file): frozenset(file.needs) for file in plan.files for u in file.units}
-        self._queues: dict[str, deque[Unit]] = {}  # of each node, units of the files it has taken
-        self._deaths: Counter[tuple[int, str, int]] = Counter()  # of workers over a unit: (output, file, start)
+        self._roster = Roster(plan)
         self._workers: list[_Worker] = []
-        self._unreadable: dict[str, frozenset[tuple[str, str]]] = {}  # of each node that ever had a worker
         self._running: dict[Any, _Task] = {}  # in the order they were asked
         self._why_none_starts = ""
         self._met = math.inf  # when the first worker spoke
@@ -168,17 +111,12 @@ class Crew:
             for number in range(self._count):
                 self._start(number)
             self._heard = time.monotonic()
-            while self._is_left or any(not task.is_hello for task in self._running.values()):
+            while self._roster.is_left or any(not task.is_hello for task in self._running.values()):
                 self._step()
         finally:
             for worker in self._workers:
                 ray.kill(worker.actor)
             remove_placement_group(self._group)
-
-    @property
-    def _is_left(self) -> bool:
-        """Whether there are units that no worker was given."""
-        return bool(self._files) or any(self._queues.values())
 
     @property
     def _is_gathering(self) -> bool:
@@ -222,7 +160,7 @@ class Crew:
         worker = _Worker(actor_class.remote(*self._arguments), bundle, home, in_vain)
         self._workers.append(worker)
         probes = [staging.probe for staged in self._stagings for staging in staged if staging]
-        self._running[worker.actor.hello.remote(self._needs, probes)] = _Task(worker)
+        self._running[worker.actor.hello.remote(self._roster.needs, probes)] = _Task(worker)
 
     def _step(self) -> None:
         """Waits for the next answer and acts on it."""
@@ -251,7 +189,7 @@ class Crew:
             else:
                 self._journal(task.wrote)
             self._feed(task.worker)
-        if self._is_left and not self._running:
+        if self._roster.is_left and not self._running:
             self._rescue()
             if not self._running:
                 raise self._stuck()
@@ -265,24 +203,18 @@ class Crew:
             raise BadInput(sentence) if worker.home is None else Failed(sentence)
         self._met = min(self._met, time.monotonic())
         worker.node, worker.unreadable = hello.node, hello.unreadable
-        self._unreadable[hello.node] = hello.unreadable
-        self._queues.setdefault(hello.node, deque())
-        if all(worker.node for worker in self._workers):
-            for file in self._files:
-                if all(blind & file.needs.keys() for blind in self._unreadable.values()):
-                    raise BadInput(self._unreadable_everywhere(file))
+        self._roster.meet(hello.node, hello.unreadable)
+        if all(worker.node for worker in self._workers) and (lack := self._roster.unreadable()):
+            path = self._path(lack.need)
+            raise BadInput(
+                f"{path}: no node has it together with all else that {lack.file} is made of"
+                if lack.together
+                else f"{path}: it changed or was truncated, or no node can see it; run again when it is whole"
+            )
         if worker.home not in (None, worker.node):
             self._disown()
 
-    def _unreadable_everywhere(self, file: OutputFile) -> str:
-        blind = [unreadable & file.needs.keys() for unreadable in self._unreadable.values()]
-        if common := set.intersection(*map(set, blind)):
-            path = self._path(min(common))
-            return f"{path}: it changed or was truncated, or no node can see it; run again when it is whole"
-        path = self._path(min(blind[0]))
-        return f"{path}: no node has it together with all else that {file.units[0].file} is made of"
-
-    def _path(self, need: tuple[str, str]) -> str:
+    def _path(self, need: Need) -> str:
         source, name = need
         checkpoint = self._sources[source]
         return f"{checkpoint.hub}: {name}" if checkpoint.hub else str(checkpoint.path / name)
@@ -291,13 +223,8 @@ class Crew:
         """Keeps a worker busy; when there is nothing left for it, what it wrote is made durable."""
         if worker.node is None or self._is_gathering:
             return
-        queue = self._queues[worker.node]
-        while worker.running < _AHEAD:
-            if not queue and (file := self._next_file(worker)):
-                queue.extend(file.units)
-            if not queue:
-                break
-            unit = queue.popleft()
+        others = {w.node: w.unreadable for w in self._workers if w.node is not None and w.node != worker.node}
+        while worker.running < _AHEAD and (unit := self._roster.take(worker.node, worker.unreadable, others)):
             if not self._is_given:
                 self._is_given = True
                 self._progress(0)
@@ -309,16 +236,6 @@ class Crew:
         if pending > _SYNC_BYTES or (pending and not worker.running):
             wrote, worker.unsynced = worker.unsynced, []
             self._running[worker.actor.sync.remote()] = _Task(worker, wrote=wrote)
-
-    def _next_file(self, worker: _Worker) -> OutputFile | None:
-        """The largest file left whose sources the worker's node can read; of those, one that fewest nodes can."""
-        readable = [file for file in self._files if not worker.unreadable & file.needs.keys()]
-        if not readable:
-            return None
-        others = {w.node: w.unreadable for w in self._workers if w.node not in (None, worker.node)}
-        file = min(readable, key=lambda f: sum(not blind & f.needs.keys() for blind in others.values()))
-        self._files.remove(file)
-        return file
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:
         if any(done.nonfinite) and not self._allow_nonfinite:
@@ -360,18 +277,15 @@ class Crew:
         failed = getattr(error, "actor_init_failed", False) or isinstance(error, ray.exceptions.RuntimeEnvSetupError)
         self._why_none_starts = str(error).strip().splitlines()[-1] if failed else ""
         lost = [unit for task in asked for unit in ([task.unit] if task.unit else [unit for unit, _ in task.wrote])]
-        for unit in lost[: max(1, len(asked[0].wrote))]:  # what it was doing when it died
-            at = (unit.output, unit.file, unit.start)
-            self._deaths[at] += 1
-            if self._deaths[at] == _ATTEMPTS:
-                raise Failed(
-                    f"{unit.file}: {_ATTEMPTS} workers died while writing it, perhaps for want of memory; what is done "
-                    "is kept, and the same command goes on from there"
-                )
-        if worker.node is not None:  # what killed it comes first, so that it is soon known whether it always does
-            self._queues[worker.node].extendleft(reversed(lost + [unit for unit, _ in worker.unsynced]))
+        if lethal := self._roster.count_deaths(lost[: max(1, len(asked[0].wrote))]):  # what it was doing when it died
+            raise Failed(
+                f"{lethal.file}: {ATTEMPTS} workers died while writing it, perhaps for want of memory; what is done "
+                "is kept, and the same command goes on from there"
+            )
+        if worker.node is not None:
+            self._roster.give_back(worker.node, lost + [unit for unit, _ in worker.unsynced])
         home, in_vain = worker.node or worker.home, 0 if worker.finished else worker.in_vain + 1
-        patience = _ATTEMPTS - any(w.node for w in self._workers)
+        patience = ATTEMPTS - any(w.node for w in self._workers)
         self._say(
             f"a worker {f'on node {home[:8]} ' if home else ''}died{' before it could begin' if speechless else ''}; "
             + ("another takes its place" if in_vain < patience else "those that are left do its work")
@@ -389,7 +303,7 @@ class Crew:
         self._disown()
         for worker in self._workers:
             self._feed(worker)
-        if silent and self._is_left and all(task.is_hello for task in self._running.values()):
+        if silent and self._roster.is_left and all(task.is_hello for task in self._running.values()):
             raise self._stuck()
         if silent:
             nodes = sorted({str(task.worker.node)[:8] for task in self._running.values() if not task.is_hello})
@@ -399,33 +313,24 @@ class Crew:
     def _disown(self) -> None:
         """Files of a node are free for others when it has no worker left and, if it lives, none will come: another
         node must not write into a file of which this one may still hold pages."""
-        here = {worker.node for worker in self._workers}
-        orphaned = [node for node, queue in self._queues.items() if queue and node not in here]
+        orphaned = self._roster.orphaned({worker.node for worker in self._workers})
         if not orphaned:
             return
         coming = {worker.home for worker in self._workers if worker.node is None}
         alive = {node["NodeID"] for node in live_nodes()}
         for node in orphaned:
-            if node in coming and node in alive:
-                continue
-            by_file: dict[tuple[int, str], list[Unit]] = {}
-            for unit in self._queues[node]:
-                by_file.setdefault((unit.output, unit.file), []).append(unit)
-            self._queues[node].clear()
-            for key, units in by_file.items():
-                self._files.append(OutputFile(tuple(units), dict.fromkeys(self._needed_by[key], 0), 0))
+            if node not in coming or node not in alive:
+                self._roster.disown(node)
 
     def _stuck(self) -> Exception:
         """Why nobody can go on."""
         kept = "what is done is kept, and the same command goes on from there"
         here = [worker for worker in self._workers if worker.node]
-        if here and self._files:
-            file = self._files[0]
-            need = min(here[0].unreadable & file.needs.keys())
+        if here and (need := self._roster.missing(here[0].unreadable)):
             return Failed(f"{self._path(need)}: the node that could read it is gone; {kept} when it is back")
         if self._why_none_starts:
             return Failed(f"no worker could start: {self._why_none_starts}; {kept}")
-        if not self._unreadable:
+        if not self._roster.has_met_a_node:
             return Failed(f"no worker has begun in {self._settings.timeout:g} s; raise cluster.timeout; {kept}")
         return Failed(
             "every worker died, perhaps for want of memory or because its node is gone, and none could be started in "

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
-from rvdist.merge.crew import Crew, MergeStats, WorkerSettings
+from rvdist.merge.actor import WorkerSettings
+from rvdist.merge.crew import Crew, MergeStats
 from rvdist.merge.plan import Plan
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.staging import Staging, carry_over, discards, write_index

@@ -59,7 +59,7 @@ def sources_of(jobs: Sequence[Prepared]) -> dict[str, Checkpoint]:
 
 def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], warm: Warm) -> None:
     """Writes what these jobs have promised in one pass over their sources, with the `cards` of the points."""
-    from rvdist.merge.crew import WorkerSettings
+    from rvdist.merge.actor import WorkerSettings
     from rvdist.merge.driver import merge
 
     warm.cool()  # the workers need what engines of an earlier job hold

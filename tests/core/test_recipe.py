@@ -23,7 +23,7 @@ from rvdist.core.point import WeightPoint
 from rvdist.core.recipe import read_recipe
 from rvdist.core.timing import Timing
 from rvdist.launch import CONF
-from rvdist.merge.crew import WorkerSettings
+from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.report.card import card

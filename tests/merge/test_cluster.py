@@ -66,7 +66,7 @@ def family(tmp_path_factory):
 def right(family, ray_local, tmp_path_factory):
     """The digests of a merge by one worker on one node that nothing disturbed."""
     from rvdist.core.point import Term, Vector, WeightPoint
-    from rvdist.merge.crew import WorkerSettings
+    from rvdist.merge.actor import WorkerSettings
     from rvdist.merge.plan import build_plan
 
     out = tmp_path_factory.mktemp("right")

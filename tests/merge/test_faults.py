@@ -27,7 +27,7 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import crew
 from rvdist.merge import plan as planning
-from rvdist.merge.crew import WorkerSettings
+from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.source import open_source

@@ -11,7 +11,7 @@ from checkpoints import load_checkpoint, near, write_checkpoint
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
-from rvdist.merge.crew import WorkerSettings
+from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.source import open_source

@@ -15,7 +15,7 @@ from fp8 import dequantized, quantized, write_fp8
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge.crew import WorkerSettings
+from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify

@@ -1,0 +1,63 @@
+"""A merge worker as a Ray actor: what it says first, the units it is given, and when they are durable.
+
+Imports torch where it runs: the driver has no need of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rvdist.merge.plan import Output, Unit, UnitDone
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.journal import Written
+from rvdist.weights.checkpoint.staging import Probe
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How many workers, and what each is: its CPU threads, its device (`cpu` or `cuda`), the share of a GPU it
+    takes, whether it writes past the page cache where it can, and how many seconds the cluster has to find room for
+    all of them, and the first of them to begin."""
+
+    workers: int
+    threads: int = 1
+    device: str = "cpu"
+    gpus: float = 0.0
+    direct_io: bool = True
+    timeout: float = 120.0
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a worker says first: its node, the source files (source, name) it cannot read, the outputs it cannot see."""
+
+    node: str
+    unreadable: frozenset[tuple[str, str]]
+    unseen: tuple[Path, ...]
+
+
+class WorkerActor:
+    """A worker of these outputs, made of `sources` and stored as `dtype` (None: as the bases are)."""
+
+    def __init__(
+        self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, settings: WorkerSettings
+    ) -> None:
+        self._made_of = outputs, sources, dtype, settings.threads, settings.device, settings.direct_io
+
+    def hello(self, needs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> Hello:
+        import ray
+
+        from rvdist.merge.worker import MergeWorker
+
+        self._worker = MergeWorker(*self._made_of)
+        node = ray.get_runtime_context().get_node_id()
+        unseen = tuple(probe.path for probe in probes if not self._worker.sees(probe))
+        return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)
+
+    def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
+        return self._worker.run(unit, claims)
+
+    def sync(self) -> None:
+        self._worker.sync()
