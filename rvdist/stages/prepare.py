@@ -19,6 +19,7 @@ from rvdist.stages.job import Job, Prepared
 from rvdist.stages.merge import plan_of, vector_is_complete
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
@@ -171,7 +172,7 @@ class _Index:
         return [
             f"{plus} and {minus} hold the same weights: their vector is zero, and adding it changes nothing"
             for plus, minus in pairs
-            if minus and self.sources[plus].holds_the_same_as(self.sources[minus])
+            if minus and hold_the_same(self.sources[plus], self.sources[minus])
         ]
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
 from rvdist.weights.checkpoint.difference import Difference
-from rvdist.weights.checkpoint.directory import Checkpoint, read_elements, read_json
+from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
 from rvdist.weights.checkpoint.fp8 import Scaled, dequantize
 from rvdist.weights.checkpoint.header import TensorSpec

@@ -138,7 +138,8 @@ def detectable_effects(
                     if sizes.any() or (ours.shares and reference.shares):
                         size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
                         effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size)
-                        found[score.task, arm.name] = effect
+                        wider = _unseen(differences, ours.weights, ours.strata) if sizes.any() else 1.0
+                        found[score.task, arm.name] = effect * wider
     return found
 
 

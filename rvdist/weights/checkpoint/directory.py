@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from rvdist.core.errors import BadInput
 from rvdist.core.foreign import parse_json
 from rvdist.core.regular import read_regular
 from rvdist.weights.checkpoint.header import (
-    ITEMSIZE,
     Header,
     HubStamp,
     Stamp,
@@ -28,7 +26,6 @@ _MOST_JSON = 64 << 20  # bytes
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
-_BLOCK = 4 << 20
 _SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
 _FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them
     (r".+\.gguf", "GGUF weights, llama.cpp's and mostly quantised", _SAVE.format("'{path}', gguf_file='{file}'")),
@@ -88,20 +85,6 @@ class Checkpoint:
         path = self.path / "config.json"
         return read_json(path) if path.exists() else {}
 
-    def holds_the_same_as(self, other: Checkpoint) -> bool:
-        """Whether all tensors are the same to the byte, in whatever files; reads up to the first that differs, a little
-        of each tensor first. Of files that are still at the Hub it is known where these are the same."""
-        if self.path == other.path or list(self.stamps.values()) == list(other.stamps.values()):
-            return True
-        if type(self) is not Checkpoint or type(other) is not Checkpoint:  # what is computed or scaled is not looked at
-            return False
-        if self.hub or other.hub or self.tensors.keys() != other.tensors.keys():
-            return False
-        pairs = [(spec, other.tensors[name]) for name, spec in self.tensors.items()]
-        if any((one.dtype, one.shape) != (two.dtype, two.shape) for one, two in pairs):
-            return False
-        return all(equal_bytes(self, one, other, two, most) for most in (1024, None) for one, two in pairs)
-
     def require_unchanged(self) -> None:
         """Raises BadInput when a weight file is no longer the one whose header was read."""
         if self.hub:
@@ -113,20 +96,6 @@ class Checkpoint:
                 now = None
             if now != stamp:
                 raise BadInput(f"{self.path / name}: changed while it was being read; run again when it is at rest")
-
-
-def equal_bytes(
-    one: Checkpoint, spec: TensorSpec, other: Checkpoint, twin: TensorSpec, most: int | None = None
-) -> bool:
-    """Whether the middle `most` elements of two tensors of one dtype and shape are the same bytes, or all; reads up to
-    the first block that differs. Raises BadInput."""
-    count = spec.numel if most is None else min(most, spec.numel)
-    begin, block = (spec.numel - count) // 2, _BLOCK // ITEMSIZE[spec.dtype]
-    return all(
-        read_elements(one, spec, k, size) == read_elements(other, twin, k, size)
-        for k in range(begin, begin + count, block)
-        for size in [min(block, begin + count - k)]
-    )
 
 
 def reshard(
@@ -200,24 +169,6 @@ def assemble(
             name = min(unlisted)
             raise BadInput(f"{index}: does not list tensor {name}, which is in {tensors[name].file}")
     return Checkpoint(path, tensors, metadata, stamps, hub)
-
-
-def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: int) -> bytes:
-    """The bytes of `count` elements of a tensor as they are stored, from the flat index `start` on. Raises BadInput."""
-    itemsize = ITEMSIZE[spec.dtype]
-    offset = spec.offset + start * itemsize
-    if checkpoint.hub:
-        from rvdist.weights.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
-
-        return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
-    try:
-        with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-            found = os.pread(file.fileno(), count * itemsize, offset)
-    except OSError as error:
-        raise unreadable(checkpoint.path / spec.file, error) from None
-    if len(found) < count * itemsize:
-        raise BadInput(f"{checkpoint.path / spec.file}: was truncated while it was read; run again when it is at rest")
-    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

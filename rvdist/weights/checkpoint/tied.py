@@ -16,7 +16,8 @@ from typing import Any
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.difference import Dense, Difference
-from rvdist.weights.checkpoint.directory import Checkpoint, equal_bytes
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.elements import equal_bytes
 from rvdist.weights.checkpoint.header import TensorSpec
 
 KEY = "tie_word_embeddings"

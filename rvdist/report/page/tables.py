@@ -1,0 +1,127 @@
+"""Rows as what the page's template shows of them: numbers in words, classes of the style sheet, places in a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
+from rvdist.report.statistics.robustness import Change, Edited
+from rvdist.report.statistics.seeds import Spread
+from rvdist.report.summary import Row
+from rvdist.report.wording import (
+    Scale,
+    Tested,
+    mark,
+    metric_name,
+    p_text,
+    survives,
+    verdict_text,
+)
+
+_WIDTH = 120  # of the small picture of an interval, in its own units
+
+
+def _kind(tested: Tested) -> str:
+    """A class of the style sheet."""
+    kind = {"better": "better", "worse": "worse"}.get(tested.verdict or "", "none")
+    return f"{kind} firm" if survives(tested) else kind
+
+
+def paper_table(lines: Sequence[Line]) -> dict[str, Any]:
+    arms = paper_arms(lines)
+    asked = [line for line in lines if line.cells]
+    cells = [cell for line in asked for cell in line.cells.values()]
+    notes = [INSIDE_NOTE] if any(cell.inside is not None for cell in cells) else []
+    return {"arms": arms, "lines": lines, "kind": _kind, "notes": notes}
+
+
+def edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
+    def change(found: Change | None) -> dict[str, str] | None:
+        if found is None:
+            return None
+        text = scale.change(found.delta, found.ci_low, found.ci_high)
+        return {"text": text, "p": p_text(found.p_adjusted), "verdict": verdict_text(found), "kind": _kind(found)}
+
+    def line(row: Edited, value: float, gain: Change | None, own: bool) -> dict[str, Any]:
+        return {
+            "arm": row.arm,
+            "value": scale.number(value),
+            "change": change(row.change if own else None),
+            "gain": change(gain),
+            "kept": change(row.gain_change if own else None),
+            "persistence": (row.persistence or "") if own else "",
+            "persistence_p": p_text(row.persistence_p) if own else "",
+        }
+
+    edits = [
+        {"name": edit, "n": group[0].n, "rows": [line(row, row.value, row.gain, True) for row in group]}
+        for edit, group in ((edit, list(group)) for edit, group in groupby(rows, lambda row: row.edit))
+    ]
+    first = rows[0]
+    marked = any(mark(found) for row in rows for found in (row.change, row.gain, row.gain_original) if found)
+    asked = [line(row, row.original, row.gain_original, False) for row in rows if row.edit == first.edit]
+    return {
+        "task": first.task,
+        "metric": first.metric,
+        "unit": scale.unit,
+        "edits": [{"name": "as asked", "n": first.n, "rows": asked}, *edits],
+        "marked": marked,
+    }
+
+
+def spread_line(spread: Spread, scale: Scale) -> dict[str, Any]:
+    def interval(sd: float) -> str:
+        return f"{scale.number(sd)} [{scale.number(spread.sd_low)}, {scale.number(spread.sd_high)}]"
+
+    return {
+        "task": spread.task,
+        "arm": spread.arm,
+        "seeds": ", ".join(map(str, spread.seeds)),
+        "values": ", ".join(map(scale.number, spread.values)),
+        "sd": interval(spread.sd),
+        "deltas": ", ".join(scale.number(delta, sign=True) for delta in spread.deltas or ()),
+        "delta_sd": "" if spread.delta_sd is None else scale.number(spread.delta_sd),
+        "unit": scale.unit,
+    }
+
+
+def task_table(
+    rows: Sequence[Row],
+    dissent: Mapping[tuple[str, str], Sequence[Row]] | None = None,
+    detectable: Mapping[tuple[str, str], float] | None = None,
+) -> dict[str, Any]:
+    """The rows of one score, each followed by those of other filters that `dissent`. `detectable` are the minimal
+    detectable effects, by task and arm."""
+    first, scale = rows[0], Scale(rows)
+    effects = {} if detectable is None else {row.arm: detectable.get((row.task, row.arm)) for row in rows}
+    rows = [one for row in rows for one in (row, *(dissent or {}).get((row.task, row.arm), ()))]
+    reach = max((abs(end) for row in rows for end in (row.delta_ci_low, row.delta_ci_high) if end), default=1.0)
+
+    def place(x: float) -> float:
+        return round(_WIDTH / 2 * (1 + 0.96 * x / reach), 1)
+
+    lines = []
+    for row in rows:
+        drawn = row.delta is not None and row.delta_ci_low is not None and row.delta_ci_high is not None
+        ends = [place(x or 0.0) for x in (row.delta_ci_low, row.delta, row.delta_ci_high)] if drawn else None
+        lines.append(
+            {
+                "arm": row.arm if row.filter == first.filter else f"{row.arm}, by {row.filter}",
+                "score": scale.score(row),
+                "delta": scale.delta(row),
+                "interval": ends,
+                "detectable": _effect(effects.get(row.arm), scale) if row.filter == first.filter else "",
+                "p": p_text(row.p_value),
+                "p_adjusted": p_text(row.p_adjusted),
+                "verdict": verdict_text(row),
+                "kind": _kind(row),
+            }
+        )
+    metric = metric_name(first.metric, first.filter)
+    return {"task": first.task, "metric": metric, "unit": scale.unit, "n": first.n, "rows": lines, "width": _WIDTH}
+
+
+def _effect(effect: float | None, scale: Scale) -> str:
+    return "" if effect is None else scale.number(effect)
