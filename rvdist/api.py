@@ -34,6 +34,7 @@ from rvdist.core.method import MethodSpec
 from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint
 from rvdist.core.record import Record, read_records
 from rvdist.core.regular import read_regular
+from rvdist.core.text import reason
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.stages.job import Ended, Job
@@ -230,8 +231,7 @@ def _scored(directory: Path) -> list[str]:
             "samples/*.jsonl"
         ) from None
     except (ValueError, TypeError, LookupError, RecursionError, BadInput) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{file}: is not the summary of a run ({reason}); evaluate again") from None
+        raise BadInput(f"{file}: is not the summary of a run ({reason(error)}); evaluate again") from None
 
 
 def _kept(settings: Config) -> Config:

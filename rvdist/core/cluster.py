@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.text import reason
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has the cluster's"
@@ -116,10 +117,9 @@ def _init(address: str, namespace: str | None) -> None:
             disconnect()
             _leaving = False
             if start == _STARTS:
-                reason = " ".join(str(error).split())[:300]
                 raise Failed(
-                    f"Ray could not be started on this machine, though it was tried {_STARTS} times ({reason}); run "
-                    "the same command again when less else runs here"
+                    f"Ray could not be started on this machine, though it was tried {_STARTS} times "
+                    f"({reason(error, 300)}); run the same command again when less else runs here"
                 ) from None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.text import reason
 
 _TEXTS = ("arm", "point", "prompt", "task", "filter", "doc", "prompt_text", "target", "response", "filtered")
 
@@ -68,8 +69,7 @@ def read_records(path: Path) -> Iterator[Record]:
                 try:
                     yield _record(json.loads(line.decode("utf-8")))
                 except (ValueError, RecursionError) as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise BadInput(f"{path}: line {number} is no record ({reason}); evaluate again") from None
+                    raise BadInput(f"{path}: line {number} is no record ({reason(error)}); evaluate again") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); give a file of records") from None
 

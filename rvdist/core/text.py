@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
+def reason(error: object, most: int = 200) -> str:
+    """What an error says, on one line of at most so many characters; where it says nothing, its type."""
+    return printable(" ".join(str(error).split()))[:most] or type(error).__name__
+
+
 _PROGRAM = re.compile(r"\s*(=|[-+@].*[()!|'\"&=])")  # a name such as +Vector is none
 
 

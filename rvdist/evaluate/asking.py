@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.text import reason
 from rvdist.evaluate.request import Generate, Request
 from rvdist.evaluate.suite import Document, Suite
 
@@ -67,8 +68,7 @@ def load_tokenizer(path: Path, chat: bool) -> Any:
     except BaseException as error:  # transformers raises what it likes for files it cannot use, its Rust a panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: has a tokenizer that cannot be loaded ({reason})") from None
+        raise BadInput(f"{path}: has a tokenizer that cannot be loaded ({reason(error)})") from None
     if chat and not tokenizer.chat_template:
         raise BadInput(f"{path}: has no chat template; set benchmarks.apply_chat_template=false")
     return tokenizer

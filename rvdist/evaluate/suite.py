@@ -19,6 +19,7 @@ from typing import Any
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
+from rvdist.core.text import reason
 from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.tasks import catalogue
@@ -289,8 +290,7 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
                 )
             except Exception as error:  # a template is a program: it raises what it likes
                 roles = ", ".join(dict.fromkeys(message["role"] for message in chat_history))
-                reason = " ".join(str(error).split())[:200]
-                raise TemplateRefuses(f"{reason}; the messages are of {roles}") from None
+                raise TemplateRefuses(f"{reason(error)}; the messages are of {roles}") from None
             return text
 
         @property

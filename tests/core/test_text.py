@@ -14,7 +14,7 @@ import torch
 from checkpoints import tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput, Failed
-from rvdist.core.text import cell, printable
+from rvdist.core.text import cell, printable, reason
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07a\nrvdist: all is well\r\u202egnp\u2066\u2028\x9b31m\ud800"
 
@@ -37,6 +37,11 @@ def test_a_sentence_is_one_line_that_does_nothing_and_ends(kind: type[Exception]
 )  # fmt: skip
 def test_a_cell_is_no_formula(text: str, shown: str) -> None:
     assert cell(text) == shown
+
+
+def test_the_reason_of_an_error_is_one_short_line() -> None:
+    assert reason(ValueError("a\n  b\x1b[31m \u202ec")) == "a b�[31m �c"
+    assert reason(KeyError()) == "KeyError" and len(reason(ValueError("x" * 999), 300)) == 300
 
 
 def test_numbers_stay_numbers() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.text import reason
 from rvdist.evaluate.fleet.arguments import (
     ENVIRONMENT,
     ENVIRONMENT_CPU,
@@ -73,13 +74,13 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
         try:
             llm = LLM(**arguments)
         except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).replace(str(directory), base).split())[:300]
-            if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", reason):
+            said = reason(str(error).replace(str(directory), base), 300)
+            if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", said):
                 raise BadInput(
                     f"engine.max_model_len={settings.max_model_len}: {base} takes at most {most[1]} tokens; lower "
                     "it, or leave it out"
                 ) from None
-            raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({reason})") from None
+            raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({said})") from None
     if llm.llm_engine.model_config.quantization:
         raise BadInput(f"{base}: {_QUANTIZED}")
     seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}

@@ -18,6 +18,7 @@ from typing import Any
 
 from rvdist.core.errors import BadInput
 from rvdist.core.regular import read_regular
+from rvdist.core.text import reason
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
 _MOST = 256 << 20  # bytes of a file, packed and unpacked
@@ -122,8 +123,7 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
                 raise ValueError(_TOO_MUCH)
         rows = _parquet(content) if ".parquet" in path.suffixes else _json(content.decode("utf-8-sig"))
     except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zlib.error, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: cannot be read ({reason}); is it a whole file, named for its format?") from None
+        raise BadInput(f"{path}: cannot be read ({reason(error)}); is it a whole file, named for its format?") from None
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{path}: holds no rows; one JSON object a line, or a list of them, is expected")
     for number, row in enumerate(rows, 1):
