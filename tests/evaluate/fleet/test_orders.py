@@ -30,7 +30,7 @@ def test_without_clearing_the_caches_points_do_leave_traces(
     ("mode", "kind"), [("eager", "moe"), ("eager", "untied"), ("eager", "llama"), ("compiled", "tied")]
 )
 def test_every_order_of_other_models_and_in_compiled_mode(mode: str, kind: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("orders.py")
+    script = Path(__file__).parents[1] / "orders.py"
     done = subprocess.run(
         [sys.executable, str(script), mode, kind, str(tmp_path), "0", "1", "2"], capture_output=True, text=True
     )
