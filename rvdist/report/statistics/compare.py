@@ -138,8 +138,8 @@ def detectable_effects(
                     if sizes.any() or (ours.shares and reference.shares):
                         size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
                         effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size)
-                        wider = _unseen(differences, ours.weights, ours.strata) if sizes.any() else 1.0
-                        found[score.task, arm.name] = effect * wider
+                        more, _ = _unseen(differences, ours.weights, ours.strata)
+                        found[score.task, arm.name] = effect * math.sqrt(more)
     return found
 
 
@@ -237,17 +237,19 @@ def compare_differences(
         low = shifted_low(differences, weights, half, step)
         high = -shifted_low(-differences, weights, half, step)
     delta = float(min(max(differences.mean(), -most), most))
-    wider = _unseen(differences, weights, strata)
+    more, few = _unseen(differences, weights, strata)
+    wider = few * math.sqrt(more)
     low = max(delta - wider * (delta - low), low / wider if low > 0 else -math.inf)
     high = min(delta + wider * (high - delta), high / wider if high < 0 else math.inf)
     return Comparison(delta, min(max(low, -most), delta), max(min(high, most), delta), p_value)
 
 
-def _unseen(differences: Floats, weights: Floats, strata: Sequence[int]) -> float:
-    """By how much an interval is too narrow because small members of a group that weigh much show too little of how
-    their documents vary: 1 where all documents weigh the same."""
+def _unseen(differences: Floats, weights: Floats, strata: Sequence[int]) -> tuple[float, float]:
+    """What small members of a group that weigh much show too little of: how many times the variance that is seen is
+    likely, and by how much an interval is too narrow as that is known from few documents. Both are 1 where all
+    documents weigh the same."""
     if (weights == weights[0]).all():
-        return 1.0
+        return 1.0, 1.0
     own = differences / weights
     seen = likely = freedom = 0.0
     for part, weight in zip(split(own, strata), split(weights, strata), strict=True):
@@ -257,9 +259,9 @@ def _unseen(differences: Floats, weights: Floats, strata: Sequence[int]) -> floa
         likely += square * near
         freedom += (square * near) ** 2 / len(part)
     if not likely:
-        return 1.0
+        return 1.0, 1.0
     few = float(t.ppf(1 - LEVEL / 2, likely**2 / freedom) / norm.ppf(1 - LEVEL / 2))
-    return few * math.sqrt(max(1.0, likely / seen))
+    return max(1.0, likely / seen), few
 
 
 def _clopper_pearson(count: int, n: int) -> tuple[float, float]:
