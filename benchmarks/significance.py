@@ -7,7 +7,8 @@ that the report says it could have seen. Counted are verdicts on equal arms, int
 where there was something to see. N (2,000) rounds of 0/1 scores asked once, a fifth of it of all others; a Monte Carlo
 standard error is at most √(0.25/rounds). Then reports of seventeen equal arms, and the seconds of a whole report on
 100,000 records, beside reading their JSON and nothing else. CHECKOUT is a working tree of commit 932cee4, whose test
-was a bootstrap: its report on the same records. Seeds are fixed. The tables go to benchmarks/README.md.
+was a bootstrap: its report on the same records. Seeds are fixed. With CHECKOUT the tables
+go to benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -375,9 +376,10 @@ def main() -> None:
         trees = [ROOT, *([arguments.older.resolve()] if arguments.older else [])]
         lines += time_reports(trees, Path(place))
     print(*lines, sep="\n")
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(before + "\n".join([BEGIN, *lines, END]) + after, encoding="utf-8")
+    if arguments.older:  # else a row would be lost
+        text = README.read_text(encoding="utf-8")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        README.write_text(before + "\n".join([BEGIN, *lines, END]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

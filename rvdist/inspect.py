@@ -26,6 +26,7 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
 from rvdist.core.point import layer_count
 from rvdist.core.regular import open_regular, read_regular
+from rvdist.core.text import reason
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
@@ -200,7 +201,7 @@ def _settings(file: Path) -> Facts:
         if not isinstance(said, dict):
             raise ValueError("it is not a mapping")
     except (yaml.YAMLError, ValueError) as error:
-        raise BadInput(f"{file}: is not the configuration of a run ({' '.join(str(error).split())})") from None
+        raise BadInput(f"{file}: is not the configuration of a run ({reason(error)})") from None
     default = OmegaConf.to_container(OmegaConf.structured(Config))
     assert isinstance(default, dict)
     return _differences(said, default)

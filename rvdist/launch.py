@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from rvdist.core import text
 from rvdist.core.config import Config
 from rvdist.core.ends import Watch
 from rvdist.core.errors import BadInput, Failed
@@ -154,8 +155,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; give {error.full_key}=VALUE"
     if not isinstance(error, _BAD_INPUT):
-        reason = " ".join(str(error).split())[:500]
-        return f"failed: {type(error).__name__}: {reason} (RVDIST_TRACEBACK=1 shows where)"
+        return f"failed: {type(error).__name__}: {text.reason(error, 500)} (RVDIST_TRACEBACK=1 shows where)"
     first = str(error).strip().splitlines()[0].rstrip(".")
     reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
     if first.startswith("Ambiguous value"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rvdist.core.text import reason
+
 _DEAREST = 400 << 20  # bytes that what is parsed may take
 _DEEPEST = 64  # levels
 _TOO_DEEP = f"it nests more than {_DEEPEST} levels"
@@ -43,7 +45,7 @@ def parse_yaml(content: bytes) -> Any:
         _require_small(text)
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises what it likes for a value that is none of its tag
-        raise ValueError(" ".join(str(error).split())[:500] or type(error).__name__) from None
+        raise ValueError(reason(error, 500)) from None
 
 
 def _require_small(text: str) -> None:

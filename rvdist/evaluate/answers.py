@@ -42,7 +42,7 @@ class Answering:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Collected:
     """Every answer there is. `fleet` is what gave them, None where all were known; it had an engine after `start`
     seconds. `cached` counts the requests that were answered before."""
 
@@ -59,10 +59,11 @@ def answer(
     timing: Timing,
     log: Log,
     complete: Callable[[WeightPoint, Answers], None] = lambda point, answers: None,
-) -> Outcome:
+) -> Collected:
     """The requests, answered at every point; what the cache has is not asked again. `complete` is told of each point
     that is answered, and of all that is so far. A point that the fleet refuses has no answers."""
     requests = asking.requests
+    file = str(answering.cache / FILE) if answering.cache else None
     slices = [piece for point in points for piece in cut(point, requests, answering.slice_size)]
     with closing(SampleCache(answering.cache)) if answering.cache else nullcontext() as cache:
         keys: dict[Slice, str] = {}
@@ -78,8 +79,7 @@ def answer(
                     lacking = [piece for piece in slices if piece not in answered]
                     answered |= from_whole(asking.whole, lacking, requests, size, digests, identity, cache)
             if count := len(cache.damaged):
-                path = answering.cache / FILE if answering.cache else FILE
-                log.say("note", f"note: {path}: {count} slices in it are damaged and count as not answered", "warning")
+                log.say("note", f"note: {file}: {count} slices in it are damaged and count as not answered", "warning")
         todo = [piece for piece in slices if piece not in answered]
         left = Counter(piece.point for piece in todo)
 
@@ -100,13 +100,13 @@ def answer(
         timing.count("cached", cached)
         with timing.phase("evaluate"):
             if not todo:
-                return Outcome(answered, None, 0.0, cached)
+                return Collected(answered, None, 0.0, cached)
             fleet = answering.fleet()
             was_up = fleet.first_up is not None
             names = {point: asked.name for point, asked in points.items()}
-            with FleetView(total, cached, names, log, str(answering.cache / FILE) if answering.cache else None) as view:
+            with FleetView(total, cached, names, log, file) as view:
                 fleet.answer(todo, requests, keep, view.show)
-            return Outcome(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
+            return Collected(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
 
 
 def _asked(keys: Mapping[Slice, str], requests: Requests) -> dict[str, Sequence[Request]]:

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rvdist.core.config import spell
 from rvdist.core.point import WeightPoint, name_of
 from rvdist.core.text import printable as printable
 from rvdist.report.summary import LEVEL, Row, baseline_of
@@ -187,7 +188,7 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
 
 
 def _alpha(alpha: float | None) -> str:
-    return f"{alpha or 0.0:g}".replace("-", "−")
+    return spell(alpha or 0.0).replace("-", "−")
 
 
 def _listed(words: Sequence[str], last: str = "and") -> str:

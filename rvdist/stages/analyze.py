@@ -13,33 +13,33 @@ from rvdist.weights.anatomy.analyze import analyze
 from rvdist.weights.checkpoint.hub import download_weights
 
 
-def analyse(one: Prepared) -> Anatomy:
+def analyse(prepared: Prepared) -> Anatomy:
     """Measures every vector that the job examines beside its target, in one pass over their sources, and writes
     `anatomy.json`, `anatomy.csv` and a picture for each of `anatomy_plots`."""
-    vectors = {name: point.terms[0].vector for name, point in one.examined.items()}
-    target = next(iter(one.examined.values())).base
+    vectors = {name: point.terms[0].vector for name, point in prepared.examined.items()}
+    target = next(iter(prepared.examined.values())).base
     names = {target, *(source for vector in vectors.values() for source in vector.sources())}
-    sources = {name: one.sources[name] for name in names}
+    sources = {name: prepared.sources[name] for name in names}
     for source in sources.values():
         if source.hub:
             download_weights(source)
     nbytes = sum(spec.nbytes for spec in sources[target].tensors.values())
 
     def account(nbytes_read: int) -> None:
-        one.timing.bytes_read += nbytes_read
+        prepared.timing.bytes_read += nbytes_read
 
-    with one.timing.phase("analyze"), one.timing.computing():
-        with Bar("analyze", nbytes, one.job.log) as bar:
+    with prepared.timing.phase("analyze"), prepared.timing.computing():
+        with Bar("analyze", nbytes, prepared.job.log) as bar:
             anatomy = analyze(vectors, target, sources, progress=bar.advance, account=account)
-        (one.directory / "anatomy.json").write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
-        (one.directory / "anatomy.csv").write_text(anatomy_csv(anatomy))
+        (prepared.directory / "anatomy.json").write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
+        (prepared.directory / "anatomy.csv").write_text(anatomy_csv(anatomy))
         pictures = anatomy_plots(anatomy)
         for name, picture in pictures.items():
-            (one.directory / f"anatomy-{name}.png").write_bytes(picture)
+            (prepared.directory / f"anatomy-{name}.png").write_bytes(picture)
     sentences = anatomy_sentences(anatomy)
     for sentence in sentences:
-        one.say(sentence)
-    one.say(f"vector: {one.directory / 'anatomy.csv'}")
+        prepared.say(sentence)
+    prepared.say(f"vector: {prepared.directory / 'anatomy.csv'}")
     return Anatomy(
         sentences,
         [Exhibit(name, picture) for name, picture in pictures.items()],

@@ -19,7 +19,7 @@ from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, WeightPoint, name_of
-from rvdist.core.text import printable
+from rvdist.core.text import printable, reason
 from rvdist.stages.job import Job, Prepared, Scores
 
 FILE = "batch.json"
@@ -321,4 +321,4 @@ def _short(path: Path | None) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, BadInput | Failed):
         return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return f"{type(error).__name__}: {reason(error, 500)}"

@@ -48,31 +48,31 @@ class Line:
         )
 
 
-def reader(one: Prepared) -> Prepared:
+def reader(prepared: Prepared) -> Prepared:
     """A job of its own, below the directory of the first, whose arms read the text at every point of the lines. It
     shares what the first has found out of its sources."""
-    text = Path(one.settings.analyze.text or "").expanduser().absolute()
+    text = Path(prepared.settings.analyze.text or "").expanduser().absolute()
     asked = BenchmarksConfig(tasks=[f"text:{text}"], apply_chat_template=False)
-    settings = replace(one.settings, benchmarks=asked, arms=[], search=SearchConfig())
-    arms = [arm for line in one.lines.values() for arm in line]
-    job = replace(one.job, settings=settings, directory=one.directory / "connectivity")
-    return replace(one, job=job, settings=settings, arms=arms, examined={}, written={}, saved=None, lines={})
+    settings = replace(prepared.settings, benchmarks=asked, arms=[], search=SearchConfig())
+    arms = [arm for line in prepared.lines.values() for arm in line]
+    job = replace(prepared.job, settings=settings, directory=prepared.directory / "connectivity")
+    return replace(prepared, job=job, settings=settings, arms=arms, examined={}, written={}, saved=None, lines={})
 
 
-def measure(evaluator: Evaluator, one: Prepared, reading: Scoring) -> Anatomy:
+def measure(evaluator: Evaluator, prepared: Prepared, reading: Scoring) -> Anatomy:
     """Reads the text at every point of the job's lines. Writes FILE."""
     reading.prepared.directory.mkdir(exist_ok=True)
-    with one.timing.phase("connectivity"):
+    with prepared.timing.phase("connectivity"):
         evaluator.evaluate([reading])
     reading.require_scores()
-    found = [Line(name, _shares(arms), _bits(reading.prepared, arms)) for name, arms in one.lines.items()]
+    found = [Line(name, _shares(arms), _bits(reading.prepared, arms)) for name, arms in prepared.lines.items()]
     account = [asdict(line) | {"barrier": line.barrier, "rise": line.rise} for line in found]
-    (one.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
+    (prepared.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
     picture = connectivity_plot([(line.name, line.shares, line.bits) for line in found])
-    (one.directory / "anatomy-connectivity.png").write_bytes(picture)
+    (prepared.directory / "anatomy-connectivity.png").write_bytes(picture)
     sentences = [line.sentence() for line in found]
     for sentence in sentences:
-        one.say(sentence)
+        prepared.say(sentence)
     return Anatomy(sentences, [Exhibit("connectivity", picture)])
 
 
@@ -80,8 +80,8 @@ def _shares(arms: Sequence[Arm]) -> tuple[float, ...]:
     return tuple(step / (len(arms) - 1) for step in range(len(arms)))
 
 
-def _bits(one: Prepared, arms: Sequence[Arm]) -> tuple[float, ...]:
+def _bits(prepared: Prepared, arms: Sequence[Arm]) -> tuple[float, ...]:
     """lm-eval's own number, of all bytes together."""
-    (task,) = one.settings.benchmarks.tasks
-    files = [one.directory / "results" / f"{arm.name}.json" for arm in arms]
+    (task,) = prepared.settings.benchmarks.tasks
+    files = [prepared.directory / "results" / f"{arm.name}.json" for arm in arms]
     return tuple(json.loads(file.read_text())["results"][task]["bits_per_byte,none"] for file in files)

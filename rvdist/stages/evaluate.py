@@ -15,7 +15,7 @@ from rvdist.core import config
 from rvdist.core.cluster import Resources
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint, name_of
-from rvdist.evaluate.answers import Answering, Answers, Asked, Outcome, answer
+from rvdist.evaluate.answers import Answering, Answers, Asked, Collected, answer
 from rvdist.evaluate.asking import Asking, load_tokenizer
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
 from rvdist.evaluate.fleet.arguments import EngineSettings, further_arguments, identity
@@ -40,39 +40,39 @@ class Evaluator:
         self._askings: dict[str, Asking] = {}
         self._recordings: dict[Path, Recording] = {}
 
-    def join(self, one: Prepared) -> Scoring:
+    def join(self, prepared: Prepared) -> Scoring:
         """Makes ready what the job's arms are asked; what is asked already is shared. Raises BadInput for tasks that
         cannot be loaded, checkpoints that cannot be asked and a recording that lacks answers."""
-        settings = one.settings
-        _engine_settings(one)
+        settings = prepared.settings
+        _engine_settings(prepared)
         asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
         askings: dict[str, Asking] = {}
-        for arm in one.arms:
-            source = one.sources[arm.point.base]
-            serving = serving_digest(source.path, one.cache / "digests")
+        for arm in prepared.arms:
+            source = prepared.sources[arm.point.base]
+            serving = serving_digest(source.path, prepared.cache / "digests")
             tensors = json.dumps(sorted([spec.name, spec.dtype, spec.shape] for spec in source.tensors.values()))
             prompt = settings.prompts[arm.prompt]
             key = json.dumps([serving, tensors, prompt, *asked])
             if key not in self._askings:
                 if not self._askings:
-                    self._expect(one, source, serving, tensors)
-                with one.timing.phase("tasks"):
-                    suite = _suite(one, prompt)
+                    self._expect(prepared, source, serving, tensors)
+                with prepared.timing.phase("tasks"):
+                    suite = _suite(prepared, prompt)
                 self._warm.resources()  # importing transformers beside it, Ray takes half as long again to start
-                with one.timing.phase("tasks"):
+                with prepared.timing.phase("tasks"):
                     tokenizer = load_tokenizer(source.path, settings.benchmarks.apply_chat_template)
-                with one.timing.phase("requests"):
+                with prepared.timing.phase("requests"):
                     self._askings[key] = Asking(serving, tensors, suite, tokenizer, suite.requests(tokenizer))
             askings[arm.name] = self._askings[key]
-        scoring = Scoring(one, askings, dict(one.notes))
-        for sentence in askings[one.arms[0].name].suite.lacking.values():
-            scoring.add_note(one.arms[0], f"left out: {sentence}")
-            one.say(f"left out: {sentence}")
+        scoring = Scoring(prepared, askings, dict(prepared.notes))
+        for sentence in askings[prepared.arms[0].name].suite.lacking.values():
+            scoring.add_note(prepared.arms[0], f"left out: {sentence}")
+            prepared.say(f"left out: {sentence}")
         if settings.engine.replay is not None:
             self._join_replay(scoring)
         else:
             resources = self._warm.resources()
-            identity(_engine_settings(one), device_kind(resources.gpus > 0))
+            identity(_engine_settings(prepared), device_kind(resources.gpus > 0))
             config.engines(settings, resources.cpus, resources.gpus)
         return scoring
 
@@ -93,20 +93,20 @@ class Evaluator:
             scoring.add_note(scoring.arms[0], sentence)
             scoring.prepared.note(sentence)
 
-    def _recording(self, one: Prepared) -> Recording:
-        path = _path(one.settings.engine.replay)
+    def _recording(self, prepared: Prepared) -> Recording:
+        path = _path(prepared.settings.engine.replay)
         if not path:
             raise BadInput("engine.replay is not set; give a run directory of ours, or one of lm-eval's samples")
         if path not in self._recordings:
-            with one.timing.phase("replay"):
+            with prepared.timing.phase("replay"):
                 self._recordings[path] = Recording(path)
         return self._recordings[path]
 
     def _recorded(self, asking: Asking, scoring: Scoring, arm: Arm) -> tuple[dict[str, list[Answer]], int]:
-        one = scoring.prepared
-        with one.timing.phase("replay"):
-            seed = one.settings.engine.seed
-            return self._recording(one).answers(asking.documents, scoring.digest(arm), seed, arm.name)
+        prepared = scoring.prepared
+        with prepared.timing.phase("replay"):
+            seed = prepared.settings.engine.seed
+            return self._recording(prepared).answers(asking.documents, scoring.digest(arm), seed, arm.name)
 
     def evaluate(self, scorings: Sequence[Scoring], last: bool = False) -> None:
         """Scores every arm of these jobs, as one plan, the `last` that needs what is warm."""
@@ -141,7 +141,7 @@ class Evaluator:
         complete: Callable[[WeightPoint, Answers], None] = lambda point, answers: None,
     ) -> Answers:
         """The requests, answered at the point of every arm. Arms without answers are left out of their jobs."""
-        one = arms[0][0].prepared
+        prepared = arms[0][0].prepared
         several = len({scoring.prepared.settings.target for scoring, _ in arms}) > 1
         points = {
             scoring.located(arm): Asked(
@@ -151,32 +151,34 @@ class Evaluator:
             for scoring, arm in arms
         }
         try:
-            outcome = answer(asking, points, self._answering(asking, arms), one.timing, one.job.log, complete)
-            self._tell(arms, outcome)
+            collected = answer(
+                asking, points, self._answering(asking, arms), prepared.timing, prepared.job.log, complete
+            )
+            self._tell(arms, collected)
         except BaseException:
             self._warm.cool()
             raise
-        return outcome.answers
+        return collected.answers
 
     def _answering(self, asking: Asking, arms: Arms) -> Answering:
-        one = arms[0][0].prepared
+        prepared = arms[0][0].prepared
         fleet = partial(self._fleet, asking, arms)
-        if one.settings.engine.replay:
-            return Answering(one.settings.engine.slice_size, fleet)
+        if prepared.settings.engine.replay:
+            return Answering(prepared.settings.engine.slice_size, fleet)
         kind = device_kind(self._warm.resources().gpus > 0)
-        served_by = identity(_engine_settings(one), kind) | {"serving": asking.serving}
+        served_by = identity(_engine_settings(prepared), kind) | {"serving": asking.serving}
         for scoring, _ in arms:
             scoring.engine["device"] = served_by["device"]
-        cache = one.cache if one.settings.cache.samples else None
-        return Answering(one.settings.engine.slice_size, fleet, cache, served_by)
+        cache = prepared.cache if prepared.settings.cache.samples else None
+        return Answering(prepared.settings.engine.slice_size, fleet, cache, served_by)
 
     def _fleet(self, asking: Asking, arms: Arms) -> Fleet:
         """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped. Of a replay,
         one that has the answers."""
         scoring, arm = arms[0]
-        one = scoring.prepared
-        base, patience = str(one.sources[arm.point.base].path.absolute()), one.settings.cluster.timeout
-        if one.settings.engine.replay:
+        prepared = scoring.prepared
+        base, patience = str(prepared.sources[arm.point.base].path.absolute()), prepared.settings.cluster.timeout
+        if prepared.settings.engine.replay:
             answers = {
                 (owner.located(own), task): recorded
                 for owner, own in arms
@@ -190,42 +192,46 @@ class Evaluator:
                 from rvdist.weights.checkpoint.hub import download_weights
 
                 download_weights(source)
-        return self._warm.fleet(*self._wanted(one, base, asking.serving, asking.tensors, self._warm.resources()))
+        return self._warm.fleet(*self._wanted(prepared, base, asking.serving, asking.tensors, self._warm.resources()))
 
     def _wanted(
-        self, one: Prepared, base: str, serving: str, tensors: str, resources: Resources
+        self, prepared: Prepared, base: str, serving: str, tensors: str, resources: Resources
     ) -> tuple[Hashable, Callable[[], Fleet]]:
         """The key of the fleet that a job needs, and how it is started."""
-        settings, patience = _engine_settings(one), one.settings.cluster.timeout
-        count, need = config.engines(one.settings, resources.cpus, resources.gpus)
+        settings, patience = _engine_settings(prepared), prepared.settings.cluster.timeout
+        count, need = config.engines(prepared.settings, resources.cpus, resources.gpus)
         key = (serving, tensors, settings, count, need)
         return key, lambda: Fleet(base, settings, count, *need, patience=patience)
 
-    def _expect(self, one: Prepared, source: Checkpoint, serving: str, tensors: str) -> None:
+    def _expect(self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str) -> None:
         """Lets engines start while tasks are loaded, where they are sure to be needed and nothing else needs the cores
         or the network first."""
-        if one.settings.engine.replay or one.written or any(source.hub for source in one.sources.values()):
+        if (
+            prepared.settings.engine.replay
+            or prepared.written
+            or any(source.hub for source in prepared.sources.values())
+        ):
             return
-        if one.settings.cache.samples and (one.cache / FILE).exists():
-            with closing(SampleCache(one.cache)) as cache:
-                if all(cache.knows(one.digests[arm.point]) for arm in one.arms):
+        if prepared.settings.cache.samples and (prepared.cache / FILE).exists():
+            with closing(SampleCache(prepared.cache)) as cache:
+                if all(cache.knows(prepared.digests[arm.point]) for arm in prepared.arms):
                     return
-        self._warm.expect(partial(self._wanted, one, str(source.path.absolute()), serving, tensors))
+        self._warm.expect(partial(self._wanted, prepared, str(source.path.absolute()), serving, tensors))
 
-    def _tell(self, arms: Arms, outcome: Outcome) -> None:
+    def _tell(self, arms: Arms, collected: Collected) -> None:
         """What became of some arms, for the timing, the report and the reader of the log."""
-        one = arms[0][0].prepared
-        fleet = outcome.fleet
+        prepared = arms[0][0].prepared
+        fleet = collected.fleet
         if fleet is None:
             for phase in ("engine_start", "swap", "generate"):
-                one.timing.add(phase, 0.0)
+                prepared.timing.add(phase, 0.0)
             for scoring, _ in arms:
                 if "mode" not in scoring.engine:
                     scoring.engine["samples"] = "all from the cache: no engine was started"
-            one.say(f"evaluate: all {outcome.cached} requests were answered before: no engine is needed")
+            prepared.say(f"evaluate: all {collected.cached} requests were answered before: no engine is needed")
             return
-        _note_fleet(arms, fleet, outcome.start)
-        spoiled = {piece.point: found.spoiled for piece, found in outcome.answers.items() if found.spoiled}
+        _note_fleet(arms, fleet, collected.start)
+        spoiled = {piece.point: found.spoiled for piece, found in collected.answers.items() if found.spoiled}
         for scoring, arm in arms:
             if reason := fleet.refused.get(scoring.located(arm)):
                 scoring.leave_out(arm, reason)
@@ -235,15 +241,15 @@ class Evaluator:
                 scoring.prepared.note(sentence)
 
 
-def _suite(one: Prepared, prompt: str) -> Suite:
-    benchmarks = one.settings.benchmarks
+def _suite(prepared: Prepared, prompt: str) -> Suite:
+    benchmarks = prepared.settings.benchmarks
     return Suite.load(
         benchmarks.tasks,
         _path(benchmarks.include_path),
         benchmarks.limit,
         benchmarks.num_fewshot,
         benchmarks.apply_chat_template,
-        config.code_sandbox(one.settings),
+        config.code_sandbox(prepared.settings),
         _path(benchmarks.data_dir),
         benchmarks.allow_missing,
         prompt,
@@ -255,8 +261,8 @@ def _path(text: str | None) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
 
-def _engine_settings(one: Prepared) -> EngineSettings:
-    engine = one.settings.engine
+def _engine_settings(prepared: Prepared) -> EngineSettings:
+    engine = prepared.settings.engine
     return EngineSettings(
         tensor_parallel_size=engine.tensor_parallel_size,
         max_model_len=engine.max_model_len,
@@ -266,8 +272,8 @@ def _engine_settings(one: Prepared) -> EngineSettings:
         cpu_threads=engine.cpu_threads,
         enforce_eager=engine.enforce_eager,
         seed=engine.seed,
-        truncate=one.settings.benchmarks.allow_truncation,
-        allow_nonfinite=one.settings.allow_nonfinite,
+        truncate=prepared.settings.benchmarks.allow_truncation,
+        allow_nonfinite=prepared.settings.allow_nonfinite,
         args=further_arguments(engine.args),
     )
 
@@ -275,8 +281,8 @@ def _engine_settings(one: Prepared) -> EngineSettings:
 def _note_fleet(arms: Arms, fleet: Fleet, start: float) -> None:
     """What the fleet did in this call, for the timing, the report and the reader of the log; after `start` seconds it
     had an engine."""
-    one, stats = arms[0][0].prepared, fleet.stats
-    timing = one.timing
+    prepared, stats = arms[0][0].prepared, fleet.stats
+    timing = prepared.timing
     timing.add("engine_start", start)
     timing.add("swap", stats.swap)
     timing.add("generate", stats.generate)
@@ -292,9 +298,9 @@ def _note_fleet(arms: Arms, fleet: Fleet, start: float) -> None:
         scoring.engine.pop("samples", None)
         scoring.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe") if key in info}
         scoring.engine["utilisation"] = f"{timing.fleet['utilisation']:.0%}"
-    one.say(
+    prepared.say(
         f"fleet: {fleet.started} of {fleet.size} engines worked, {stats.utilisation:.0%} of their time; {stats.swaps} "
         f"swaps, {stats.deaths} engines died"
     )
     for number, reason in fleet.empty.items():
-        one.note(f"engine {number} could not start: {reason}")
+        prepared.note(f"engine {number} could not start: {reason}")

@@ -70,17 +70,16 @@ def run_jobs(jobs: Sequence[Job], warm: Warm, last: bool = False) -> list[Ended]
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a stage: the groups of jobs that take it together, and what a group does. Where a group fails, either
-    half takes the step by itself, so that one job does not lose the others."""
+    """The groups of jobs that take it together, and what a group does. Where a group fails, either half takes the step
+    by itself, so that one job does not lose the others."""
 
-    stage: str
     groups: Callable[[Group], Iterable[Group]]
     take: Callable[[Group], None]
 
 
-def _each(stage: str, takes_part: Callable[[Prepared], object], take: Callable[[Prepared], None]) -> Step:
+def _each(takes_part: Callable[[Prepared], object], take: Callable[[Prepared], None]) -> Step:
     """A step that each job takes alone."""
-    return Step(stage, lambda jobs: [[one] for one in jobs if takes_part(one)], lambda group: take(group[0]))
+    return Step(lambda jobs: [[one] for one in jobs if takes_part(one)], lambda group: take(group[0]))
 
 
 class _Command:
@@ -119,26 +118,27 @@ class _Command:
         """All steps, in their order; the imports of a stage are inside its step."""
         read = sources_of(list(self._prepared.values()))
         return [
-            _each("plan", lambda one: True, lambda one: require_no_source(one.settings, one.written, read)),
-            Step("plan", lambda jobs: alike([one for one in jobs if _in("plan", one)]), self._show_plan),
-            _each("plan", lambda one: not _in("merge", one), self._write_nothing),
-            _each("evaluate", _needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
-            _each("evaluate", lambda one: one.arms, self._join),
-            _each("analyze", lambda one: one.lines, self._join_reader),
-            Step("evaluate", lambda jobs: [jobs], self._refuse_batches),
-            _each("begin", _has_work, self._begin),
-            Step("begin", lambda jobs: [[one for one in jobs if _needs_ray(one)]], self._tell_who_is_blind),
-            _each("analyze", lambda one: one.examined, self._analyze),
-            _each("merge", lambda one: one.saved, self._save_vector),
-            Step("merge", lambda jobs: alike([one for one in jobs if one.written]), self._merge),
-            _each("analyze", lambda one: one.lines, self._measure),
-            Step("evaluate", lambda jobs: [[one for one in jobs if one.arms and not _races(one)]], self._evaluate),
-            _each("evaluate", lambda one: one.arms and _races(one), self._race),
-            Step("evaluate", lambda jobs: [jobs], lambda jobs: self._warm.finish() if self._last else None),
-            _each("report", _has_work, self._report),
-            _each("publish", lambda one: one.published and not self._unscored(one), self._publish),
-            _each("end", _has_work, self._write_timing),
-            _each("end", lambda one: one in self._scorings, lambda one: self._scorings[one].require_scores()),
+            _each(lambda one: True, lambda one: require_no_source(one.settings, one.written, read)),
+            Step(lambda jobs: alike([one for one in jobs if _in("plan", one)]), self._show_plan),
+            _each(lambda one: not _in("merge", one), self._write_nothing),
+            # Ray starts beside what is made ready to be asked; what can be refused is refused before anything begins.
+            _each(_needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
+            _each(lambda one: one.arms, self._join),
+            _each(lambda one: one.lines, self._join_reader),
+            Step(lambda jobs: [jobs], self._refuse_batches),
+            _each(_has_work, self._begin),
+            Step(lambda jobs: [[one for one in jobs if _needs_ray(one)]], self._tell_who_is_blind),
+            _each(lambda one: one.examined, self._analyze),
+            _each(lambda one: one.saved, self._save_vector),
+            Step(lambda jobs: alike([one for one in jobs if one.written]), self._merge),
+            _each(lambda one: one.lines, self._measure),
+            Step(lambda jobs: [[one for one in jobs if one.arms and not _races(one)]], self._evaluate),
+            _each(lambda one: one.arms and _races(one), self._race),
+            Step(lambda jobs: [jobs], lambda jobs: self._warm.finish() if self._last else None),
+            _each(_has_work, self._report),
+            _each(lambda one: one.published and not self._unscored(one), self._publish),
+            _each(_has_work, self._write_timing),
+            _each(lambda one: one in self._scorings, lambda one: self._scorings[one].require_scores()),
         ]
 
     def take(self, step: Step) -> None:
@@ -181,9 +181,8 @@ class _Command:
         return Failed(f"{error}; written before, and kept: {', '.join(map(str, self._kept[job]))}")
 
     def _end(self, job: Job, scores: Scores | None) -> Ended:
-        one, where = self._prepared.get(job), str(job.directory)
-        notes = dict.fromkeys(note for notes in self._notes(one).values() for note in notes) if one else ()
-        ended = Ended(self._failed.get(job), scores, tuple(notes))
+        prepared, where = self._prepared.get(job), str(job.directory)
+        ended = Ended(self._failed.get(job), scores, self._sentences(prepared) if prepared else ())
         if ended.error:
             sentence = f"failed: {type(ended.error).__name__}: {ended.error}"
             job.log.record("end", sentence, "error", directory=where)
@@ -191,27 +190,31 @@ class _Command:
             job.log.record("end", "done", directory=where, objective=ended.objective)
         return ended
 
-    def _notes(self, one: Prepared) -> Notes:
+    def _notes(self, prepared: Prepared) -> Notes:
         """What is to be known of each point of a job, as far as it was found out."""
-        return self._scorings[one].notes if one in self._scorings else one.notes
+        return self._scorings[prepared].notes if prepared in self._scorings else prepared.notes
 
-    def _unscored(self, one: Prepared) -> bool:
-        return one in self._scorings and bool(self._scorings[one].unscored)
+    def _sentences(self, prepared: Prepared) -> tuple[str, ...]:
+        """The same of all points, each once."""
+        return tuple(dict.fromkeys(note for notes in self._notes(prepared).values() for note in notes))
+
+    def _unscored(self, prepared: Prepared) -> bool:
+        return prepared in self._scorings and bool(self._scorings[prepared].unscored)
 
     def _show_plan(self, group: Group) -> None:
         """One plan for all that are merged as one."""
         print_plan(group[0], common_plan(group))
 
-    def _write_nothing(self, one: Prepared) -> None:
-        self._prepared[one.job] = replace(one, written={})
+    def _write_nothing(self, prepared: Prepared) -> None:
+        self._prepared[prepared.job] = replace(prepared, written={})
 
-    def _join(self, one: Prepared) -> None:
-        self._scorings[one] = self._evaluation().join(one)
+    def _join(self, prepared: Prepared) -> None:
+        self._scorings[prepared] = self._evaluation().join(prepared)
 
-    def _join_reader(self, one: Prepared) -> None:
+    def _join_reader(self, prepared: Prepared) -> None:
         from rvdist.stages.connectivity import reader
 
-        self._readings[one] = self._evaluation().join(reader(one))
+        self._readings[prepared] = self._evaluation().join(reader(prepared))
 
     def _evaluation(self) -> Evaluator:
         from rvdist.stages.evaluate import Evaluator
@@ -224,15 +227,15 @@ class _Command:
         for batch in self._batches.values():
             batch.refuse(self._failed)
 
-    def _begin(self, one: Prepared) -> None:
+    def _begin(self, prepared: Prepared) -> None:
         """Nothing is refused any more once Ray is there, with the devices that are asked for."""
-        if _needs_ray(one):
+        if _needs_ray(prepared):
             resources = self._warm.resources()
-            if one.written:
-                config.device(one.settings, resources.gpus)
-        if one.directory not in self._known.begun:
-            one.job.begin()
-            self._known.begun.add(one.directory)
+            if prepared.written:
+                config.device(prepared.settings, resources.gpus)
+        if prepared.directory not in self._known.begun:
+            prepared.job.begin()
+            self._known.begun.add(prepared.directory)
 
     def _tell_who_is_blind(self, group: Group) -> None:
         """Says so where run directories are not on a file system that all nodes share; those of one command are
@@ -243,15 +246,15 @@ class _Command:
                 f"({', '.join(blind)}); hydra.run.dir=DIRECTORY on a file system that all nodes share puts it there"
             )
 
-    def _analyze(self, one: Prepared) -> None:
+    def _analyze(self, prepared: Prepared) -> None:
         from rvdist.stages.analyze import analyse
 
-        self._anatomies[one] = analyse(one)
+        self._anatomies[prepared] = analyse(prepared)
 
-    def _save_vector(self, one: Prepared) -> None:
-        assert one.saved is not None
-        save_vector(one)
-        self._kept.setdefault(one.job, []).append(one.saved[0].directory)
+    def _save_vector(self, prepared: Prepared) -> None:
+        assert prepared.saved is not None
+        save_vector(prepared)
+        self._kept.setdefault(prepared.job, []).append(prepared.saved[0].directory)
 
     def _merge(self, group: Group) -> None:
         cards = {point: card(one, point, self._notes(one)) for one in group for point in one.written.values()}
@@ -260,11 +263,11 @@ class _Command:
             if kept := [directory for directory in one.written if not discards(directory)]:
                 self._kept.setdefault(one.job, []).extend(kept)
 
-    def _measure(self, one: Prepared) -> None:
+    def _measure(self, prepared: Prepared) -> None:
         from rvdist.stages.connectivity import measure
 
-        before, found = self._anatomies[one], measure(self._evaluation(), one, self._readings[one])
-        self._anatomies[one] = replace(
+        before, found = self._anatomies[prepared], measure(self._evaluation(), prepared, self._readings[prepared])
+        self._anatomies[prepared] = replace(
             before,
             sentences=[*before.sentences, *found.sentences],
             exhibits=[*before.exhibits, *found.exhibits],
@@ -274,81 +277,80 @@ class _Command:
         scored = [one for one in self._going() if one.arms]
         self._evaluation().evaluate([self._scorings[one] for one in group], last=self._last and len(scored) == 1)
 
-    def _race(self, one: Prepared) -> None:
+    def _race(self, prepared: Prepared) -> None:
         from rvdist.stages.race import race
 
-        race(self._evaluation(), self._scorings[one])
+        race(self._evaluation(), self._scorings[prepared])
 
-    def _report(self, one: Prepared) -> None:
-        scoring, anatomy = self._scorings.get(one), self._anatomies.get(one)
+    def _report(self, prepared: Prepared) -> None:
+        scoring, anatomy = self._scorings.get(prepared), self._anatomies.get(prepared)
         scores = scoring.scores if scoring else None
-        if not _in("report", one) or not (scores or anatomy):
+        if not _in("report", prepared) or not (scores or anatomy):
             return
         from rvdist.report.findings import Findings, Making
         from rvdist.report.report import print_findings, write_report
 
-        reported, race = one.settings.reported, scoring.race if scoring else None
+        reported, race = prepared.settings.reported, scoring.race if scoring else None
         scores = scores or Scores((), [], [], [])
         findings = Findings(
             scores.arms, scores.rows, scores.records, scores.tasks, scores.groups, reported, scores.lacking, race
         )
         named = ", ".join(dict.fromkeys(row.task for row in findings.benchmarks))
-        engine = scoring.engine if scoring else {}
+        engine = {f"engine {key}": value for key, value in scoring.engine.items()} if scoring else {}
         making = Making(
-            title=f"{name_of(one.settings.target)}: {named or 'its vectors'}",
-            command=one.job.command,
-            digests={arm.name: one.digests[arm.point] for arm in scores.arms},
-            versions=versions() | {f"engine {key}": value for key, value in engine.items()} | {"run": one.job.log.run},
-            timing=one.timing.phases,
-            notes=list(dict.fromkeys(note for notes in self._notes(one).values() for note in notes)),
+            title=f"{name_of(prepared.settings.target)}: {named or 'its vectors'}",
+            command=prepared.job.command,
+            digests={arm.name: prepared.digests[arm.point] for arm in scores.arms},
+            versions=versions() | engine | {"run": prepared.job.log.run},
+            timing=prepared.timing.phases,
+            notes=self._sentences(prepared),
         )
-        with one.timing.phase("report"):
-            print_findings(findings, one.job.console)
-            write_report(one.directory, findings, making, anatomy)
-        one.say(f"report: {one.directory / 'report.html'}")
+        with prepared.timing.phase("report"):
+            print_findings(findings, prepared.job.console)
+            write_report(prepared.directory, findings, making, anatomy)
+        prepared.say(f"report: {prepared.directory / 'report.html'}")
 
-    def _publish(self, one: Prepared) -> None:
+    def _publish(self, prepared: Prepared) -> None:
         from rvdist.stages.publish import publish, results
         from rvdist.weights.checkpoint.hub import download_card
 
-        for source in one.sources.values():
+        for source in prepared.sources.values():
             download_card(source)
-        scores = self._scorings[one].scores if one in self._scorings else None
-        for directory, what in one.published.items():
+        scores = self._scorings[prepared].scores if prepared in self._scorings else None
+        for directory, what in prepared.published.items():
             repository = self._known.repositories[directory]
             if isinstance(what, Vector):
-                text = _vector_card(one, what, directory, repository)
+                text = _vector_card(prepared, what, directory, repository)
             else:
-                text = card(
-                    one, what, self._notes(one), repository, results(one.directory, scores, one.digests.get(what))
-                )
-            publish(one.job, directory, repository, text)
+                found = results(prepared.directory, scores, prepared.digests.get(what))
+                text = card(prepared, what, self._notes(prepared), repository, found)
+            publish(prepared.job, directory, repository, text)
 
-    def _write_timing(self, one: Prepared) -> None:
-        one.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
-        one.timing.write(one.directory / "timing.json")
-
-
-def _in(stage: str, one: Prepared) -> bool:
-    return stage in config.stages(one.settings)
+    def _write_timing(self, prepared: Prepared) -> None:
+        prepared.timing.peak_anonymous_bytes["driver"] = anonymous_bytes()
+        prepared.timing.write(prepared.directory / "timing.json")
 
 
-def _needs_ray(one: Prepared) -> bool:
-    return bool(one.written or one.arms or one.lines)
+def _in(stage: str, prepared: Prepared) -> bool:
+    return stage in config.stages(prepared.settings)
 
 
-def _has_work(one: Prepared) -> bool:
-    return bool(one.written or one.saved or one.arms or one.examined or one.published)
+def _needs_ray(prepared: Prepared) -> bool:
+    return bool(prepared.written or prepared.arms or prepared.lines)
 
 
-def _races(one: Prepared) -> bool:
-    return one.settings.search.method is not None
+def _has_work(prepared: Prepared) -> bool:
+    return bool(prepared.written or prepared.saved or prepared.arms or prepared.examined or prepared.published)
 
 
-def _vector_card(one: Prepared, vector: Vector, directory: Path, name: str) -> str:
+def _races(prepared: Prepared) -> bool:
+    return prepared.settings.search.method is not None
+
+
+def _vector_card(prepared: Prepared, vector: Vector, directory: Path, name: str) -> str:
     from rvdist.report.card.card import vector_card
 
     description = read_json(directory / DESCRIPTION)
     of = zip(description["donors"], vector.sources(), strict=True)
-    licences = {part: licence_of(one.sources[source].path) for part, source in of}
+    licences = {part: licence_of(prepared.sources[source].path) for part, source in of}
     return vector_card(description, versions=versions(), licences=licences, name=name)

@@ -113,19 +113,21 @@ def _by_ranges(sources: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Check
 
 
 def card(
-    one: Prepared, point: WeightPoint, notes: Notes, name: str | None = None, results: Sequence[Result] = ()
+    prepared: Prepared, point: WeightPoint, notes: Notes, name: str | None = None, results: Sequence[Result] = ()
 ) -> str:
     """The model card of a point: on disk without, on the Hub with the `name` of its repository and what was scored."""
     from rvdist.report.card.card import model_card
 
     return model_card(
         point,
-        digest=one.digests.get(point),
-        sources={source: str(one.sources[source].hub or one.sources[source].path) for source in point.sources()},
-        dtype=one.settings.dtype or "the target's own dtypes",
+        digest=prepared.digests.get(point),
+        sources={
+            source: str(prepared.sources[source].hub or prepared.sources[source].path) for source in point.sources()
+        },
+        dtype=prepared.settings.dtype or "the target's own dtypes",
         notes=notes[point],
         versions=versions(),
-        licences={source: licence_of(one.sources[source].path) for source in point.sources()},
+        licences={source: licence_of(prepared.sources[source].path) for source in point.sources()},
         name=name,
         results=results,
     )
@@ -145,24 +147,24 @@ def vector_is_complete(
     return complete
 
 
-def save_vector(one: Prepared) -> None:
+def save_vector(prepared: Prepared) -> None:
     """Stores what `vector.save` asks for, in this process: it needs neither a target nor a cluster."""
     from rvdist.weights.store import save
 
-    assert one.saved is not None
-    saved, vector = one.saved
-    nbytes = sum(spec.nbytes for spec in one.sources[vector.plus].tensors.values())
-    with one.timing.phase("vector"), Bar("vector", nbytes, one.job.log) as bar:
+    assert prepared.saved is not None
+    saved, vector = prepared.saved
+    nbytes = sum(spec.nbytes for spec in prepared.sources[vector.plus].tensors.values())
+    with prepared.timing.phase("vector"), Bar("vector", nbytes, prepared.job.log) as bar:
         save(
             vector,
-            one.sources,
+            prepared.sources,
             saved.directory,
-            _storage(one.settings, saved),
-            overwrite=one.settings.overwrite,
-            key=owner_key(one.cache),
-            digests=one.cache / "digests",
+            _storage(prepared.settings, saved),
+            overwrite=prepared.settings.overwrite,
+            key=owner_key(prepared.cache),
+            digests=prepared.cache / "digests",
             progress=bar.advance,
-            say=one.say,
+            say=prepared.say,
         )
 
 

@@ -13,39 +13,39 @@ from rvdist.merge.plan import Plan
 from rvdist.stages.job import Prepared
 
 
-def print_plan(one: Prepared, plan: Plan) -> None:
+def print_plan(prepared: Prepared, plan: Plan) -> None:
     for output, layout in zip(plan.outputs, plan.layouts, strict=True):
         for point, directory in zip(output.points, output.directories, strict=True):
             terms = " ".join(
                 f"{t.alpha:+g}·({' − '.join(name_of(source) for source in t.vector.sources())})" for t in point.terms
             )
-            one.say(f"{directory}: {name_of(point.base)} {terms}")
-        one.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
-    one.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
+            prepared.say(f"{directory}: {name_of(point.base)} {terms}")
+        prepared.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
+    prepared.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
     if plan.outputs:
-        _print_placement(one, plan)
+        _print_placement(prepared, plan)
 
 
-def _print_placement(one: Prepared, plan: Plan) -> None:
+def _print_placement(prepared: Prepared, plan: Plan) -> None:
     """What falls to each node and worker, and how long it takes at the rate this engine was last measured at."""
-    resources = _foreseen(one.settings)
-    device = config.device(one.settings, resources.gpus)
+    resources = _foreseen(prepared.settings)
+    device = config.device(prepared.settings, resources.gpus)
     names = [node.name[:8] for node in resources.nodes]
-    shares = place(plan, list(zip(names, config.workers(one.settings, resources.counts), strict=True)))
+    shares = place(plan, list(zip(names, config.workers(prepared.settings, resources.counts), strict=True)))
     table = Table("node", "workers", "files", "reads", "writes", "each worker reads", "writes", box=None)
     for share in shares:
         each = (share.bytes_read / share.workers, share.bytes_written / share.workers)
         cells = (f"{nbytes / 1e9:,.2f} GB" for nbytes in (share.bytes_read, share.bytes_written, *each))
         table.add_row(share.name, str(share.workers), str(share.files), *cells)
-    one.job.console.print(table)
-    if rate := remembered_rate(rates(one.cache), device):
+    prepared.job.console.print(table)
+    if rate := remembered_rate(rates(prepared.cache), device):
         seconds = max(share.bytes_moved / share.workers for share in shares) / rate.bytes_per_second
-        one.say(
+        prepared.say(
             f"a worker holds {rate.anonymous_bytes / 2**20:.0f} MiB, whatever the size of the model, and moves "
             f"{rate.bytes_per_second / 1e9:.2f} GB/s, as last measured on {device}: about {seconds:,.0f} s"
         )
     else:
-        one.say(f"no merge of some size was measured on {device} yet, so its time is not foretold")
+        prepared.say(f"no merge of some size was measured on {device} yet, so its time is not foretold")
 
 
 def _foreseen(settings: config.Config) -> cluster.Resources:

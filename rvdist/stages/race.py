@@ -30,9 +30,9 @@ def race(evaluator: Evaluator, scoring: Scoring) -> None:
     The run directory gets FILE, an account of the race. Raises BadInput for a task whose primary score is not a
     number from 0 to 1 for each document.
     """
-    one = scoring.prepared
-    search = one.settings.search
-    names = [arm.name for arm in config.candidates(one.settings)]
+    prepared = scoring.prepared
+    search = prepared.settings.search
+    names = [arm.name for arm in config.candidates(prepared.settings)]
     arms = {arm.name: arm for arm in scoring.arms}
     baseline = scoring.arms[0]
     asking = scoring.askings[baseline.name]
@@ -48,7 +48,7 @@ def race(evaluator: Evaluator, scoring: Scoring) -> None:
         tolerance=search.tolerance,
         seed=search.seed,
     )
-    with one.timing.phase("search"):
+    with prepared.timing.phase("search"):
         while turn := running.next():
             documents, racing = turn
             scores = _round(evaluator, asking, scoring, [arms[name] for name in racing], documents)
@@ -58,13 +58,13 @@ def race(evaluator: Evaluator, scoring: Scoring) -> None:
                 running.withdraw(name)
             if running.next():
                 running.tell(scores)
-            one.say(_sentence(running.outcome))
+            prepared.say(_sentence(running.outcome))
     outcome = running.outcome
-    _write(one.directory, outcome, seen, held)
+    _write(prepared.directory, outcome, seen, held)
     scoring.race = _account(outcome, arms, sum(map(len, seen.values())))
     claim = _claim(outcome, sum(map(len, held.values())))
     scoring.add_note(baseline, claim)
-    one.say(claim)
+    prepared.say(claim)
     confirmed = asking.restricted(held)
     chosen = list(dict.fromkeys([baseline, arms[outcome.best]]))
     answered = evaluator.answer(confirmed, [(scoring, arm) for arm in chosen])

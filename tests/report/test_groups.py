@@ -131,6 +131,25 @@ def test_what_a_group_can_detect():
         assert found["g", "α=1"] == pytest.approx(minimal_detectable_effect(100, 0.2))
 
 
+def test_what_a_group_can_detect_allows_for_a_member_of_two_documents():
+    """In a mean of means it weighs as much as hundreds, and shows nothing of how its documents vary: each member is
+    taken to vary as if four documents of the whole group's were added."""
+    sizes, changes = (2, 50, 200), (0, 10, 30)
+    tasks, records = [make_task(name) for name in "abc"], []
+    for task, n, k in zip(tasks, sizes, changes, strict=True):
+        records += make_records("baseline", [1.0] * n, task.name)
+        records += make_records("α=1", [0.0] * k + [1.0] * (n - k), task.name)
+    groups = [GroupInfo("g", ("a", "b", "c"), (PAIR,), False)]
+    found = detectable_effects([BASE, ARM], records, tasks, "baseline", groups)["g", "α=1"]
+    n, mean = sum(sizes), sum(changes) / sum(sizes)
+    weights = [n / (3 * size) for size in sizes]
+    seen = [w**2 * k for w, k in zip(weights, changes, strict=True)]  # squared, of each member
+    likely = [w**2 * m * (k + 4 * mean) / (m + 4) for w, m, k in zip(weights, sizes, changes, strict=True)]
+    size = sum(seen) / sum(w * k for w, k in zip(weights, changes, strict=True))
+    narrow = minimal_detectable_effect(n, sum(seen) / n, size)
+    assert found == pytest.approx(narrow * (sum(likely) / sum(seen)) ** 0.5) and found > 2 * narrow
+
+
 def simulate(sizes, changed, tilt, by_size, rounds, seed=0):
     """How often the test calls the difference real, and how often the interval holds the true one."""
     rng = np.random.default_rng(seed)

@@ -5,22 +5,19 @@ Knows findings and matplotlib's object interface; measures nothing. Names are as
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations, cycle
 from statistics import median
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rvdist.report.pictures.drawing import QUIET, STYLE, label
+from rvdist.report.pictures.drawing import QUIET, empty, label, render
 from rvdist.weights.anatomy.findings import Anatomy
 
 # Okabe and Ito's palette, told apart without colour by shape and dashes too.
@@ -43,26 +40,14 @@ def anatomy_plots(anatomy: Anatomy) -> dict[str, bytes]:
         wanted["spectra"] = _spectra
     if len(anatomy.vectors) > 1:
         wanted["cosines"] = _cosines
-    with rc_context(STYLE):
-        return {name: _png(draw(anatomy)) for name, draw in wanted.items()}
-
-
-def _png(figure: Figure) -> bytes:
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
-    return Figure(figsize=(width, height), dpi=200, layout=layout)
+    return {name: png for name, draw in wanted.items() for png in render(partial(draw, anatomy), "png")}
 
 
 def _layers(anatomy: Anatomy) -> Figure:
     """‖v‖ / ‖θ‖ along the layers, a line for each kind of module; what is outside of all layers beside them."""
     styles = dict(zip(_kinds_of_layers(anatomy), _LINES, strict=False))
     outside = [cell for cell in anatomy.cells if cell.layer is None]
-    figure = _figure(7.2, 0.7 + 3.1 * len(anatomy.vectors))
+    figure = empty(7.2, 0.7 + 3.1 * len(anatomy.vectors))
     shown = [cell for cell in anatomy.cells if cell.kind in styles or cell.layer is None]
     scale = _scale([x for vector in anatomy.vectors for cell in shown if (x := cell.percent(vector))])
     ticks = _ticks(anatomy.layers[0].layer or 0, anatomy.layers[-1].layer or 0)
@@ -114,7 +99,7 @@ def _modules(anatomy: Anatomy) -> Figure:
         grids.append(grid)
     scale = _scale([float(x) for grid in grids for x in grid[grid > 0]])
     width = min(11.0, max(5.2, 2.6 + 0.34 * len(columns) + 0.4 * len(columns) * (len(columns) <= _NUMBERED)))
-    figure = _figure(width, 0.5 + len(grids) * (0.9 + 0.26 * len(kinds)))
+    figure = empty(width, 0.5 + len(grids) * (0.9 + 0.26 * len(kinds)))
     for row, (vector, grid) in enumerate(zip(anatomy.vectors, grids, strict=True)):
         axes = figure.add_subplot(len(grids), 1, row + 1)
         image = axes.imshow(grid, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
@@ -147,7 +132,7 @@ def _spectra(anatomy: Anatomy) -> Figure:
     columns = min(len(vectors), 2)
     rows = math.ceil(len(vectors) / columns)
     width = 4.2 * columns + (2.0 if columns == 1 else 0.4)
-    figure = _figure(width, 3.4 * rows + 0.7)
+    figure = empty(width, 3.4 * rows + 0.7)
     legend: dict[str, Any] = {}
     for place, vector in enumerate(vectors):
         axes = figure.add_subplot(rows, columns, place + 1)
@@ -179,7 +164,7 @@ def _cosines(anatomy: Anatomy) -> Figure:
     count = len(anatomy.vectors)
     names = [label(vector) for vector in anatomy.vectors]
     side = 1.2 + 0.62 * count
-    figure = _figure(side + 1.2 + (4.4 if anatomy.layers else 0), max(3.2, side + 0.6))
+    figure = empty(side + 1.2 + (4.4 if anatomy.layers else 0), max(3.2, side + 0.6))
     grid_spec = figure.add_gridspec(1, 2, width_ratios=[side, 4.0]) if anatomy.layers else figure.add_gridspec(1, 1)
     axes = figure.add_subplot(grid_spec[0])
     grid = np.array([[math.nan if x is None else x for x in row] for row in anatomy.whole.cosines])
