@@ -163,7 +163,8 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
         return f"{text}every α scores {value}."
     text += f"α = {_alpha(best.alpha)} is best with {value}"
     if sweep.level:
-        text += f", as is α = {_listed([_alpha(own[arm].alpha) for arm in sweep.level])}"
+        verb = "are" if len(sweep.level) > 1 else "is"
+        text += f", as {verb} α = {_listed([_alpha(own[arm].alpha) for arm in sweep.level])}"
     if sweep.best == baseline:
         text += ": no α improved on the target."
     elif significant(best):

@@ -83,6 +83,8 @@ def test_the_nearest_to_the_target_of_those_that_score_alike():
     (sweep,) = sweeps(arms, records, tasks)
     assert (sweep.best, sweep.level) == ("α=0.5", ("α=1",))
     assert "α = 0.5 is best with 70.0 %, as is α = 1." in claimed(arms, records, tasks)[1]
+    said = claimed(*run({0.0: right(50), 0.5: right(70), 0.123456789: right(70), 1.0: right(70)}))[1]
+    assert "α = 0.123456789 is best with 70.0 %, as are α = 0.5 and 1." in said
     said = claimed(*run({alpha: right(50) for alpha in (0.0, 0.5, 1.0)}))
     assert said[1] == "gsm8k along α (3 points from 0 to 1): every α scores 50.0 %."
 
