@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import functools
 import gc
 import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,8 +113,11 @@ def run(composed: DictConfig, log: Log) -> float | None:
 
 
 def _quoted(argument: str) -> str:
-    """`output=out/{alpha}` as Hydra's grammar wants it: braces of a placeholder would open a dictionary there."""
+    """`output=out/{alpha}` and `engine.args={seed: 1}` as Hydra wants them. In its grammar the braces of a placeholder
+    would open a dictionary."""
     key, _, value = argument.partition("=")
+    if any(key == mapping or key.startswith(f"{mapping}.") for mapping in _keys(mappings=True)):
+        return f"++{argument}"  # what has any keys; Hydra would change only those that are there
     return f"{key}='{value}'" if key in ("output", "publish") and "{" in value and value[0] not in "'\"" else argument
 
 
@@ -176,16 +181,19 @@ def _sentence(error: Exception) -> str:
     return first if first == reason else f"{first}: {reason}"
 
 
-def _keys() -> list[str]:
-    def walk(node: Any, prefix: str) -> list[str]:
-        found = []
-        for key in node:
-            found.append(prefix + str(key))
-            if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-                found += walk(node[key], f"{prefix}{key}.")
-        return found
+@functools.cache
+def _keys(mappings: bool = False) -> list[str]:
+    """All keys there are, or those alone that are mappings of names which the user chooses."""
 
-    return walk(OmegaConf.structured(Config), "")
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            free = OmegaConf.get_type(node, key) is dict
+            if free or not mappings:
+                yield prefix + str(key)
+            if not free and not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+                yield from walk(node[key], f"{prefix}{key}.")
+
+    return list(walk(OmegaConf.structured(Config), ""))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rvdist.core.config import Config
 from rvdist.evaluate.tasks import catalogue, perturb
@@ -170,6 +170,13 @@ def test_a_command_with_a_wrong_key_is_found(composed):
     assert list(launches(nested)) == [["alpha=2"]]
 
 
+@pytest.mark.parametrize("wanted", ["={gsm8k: flexible-extract}", ".gsm8k=flexible-extract"])
+@pytest.mark.parametrize("key", ["benchmarks.primary", "engine.args", "prompts"])
+def test_a_mapping_takes_any_name_with_no_plus_before_it(key, wanted, composed):
+    config = composed([key + wanted])
+    assert OmegaConf.select(config, key)["gsm8k"] == "flexible-extract"
+
+
 def test_every_module_and_file_of_a_command_exists():
     for block in BLOCKS:
         for file in re.findall(r"\b(?:docs|tests)/[\w/.]*\w", block.reason or ""):
@@ -193,6 +200,22 @@ def test_every_key_in_the_text_exists(composed):
                 for part in parts:
                     assert part in node, f"{page.name}:{number}: there is no key {key}"
                     node = node[part]
+
+
+def test_every_setting_in_the_text_can_be_typed(composed):
+    known, typed, refused = composed([]), 0, []
+    for page in PAGES:
+        for number, line in read(page)[1]:
+            for setting in re.findall(r"`([a-z_.]+=[^`]+)`", line):
+                if setting.partition("=")[0].partition(".")[0] not in known or re.search(r"…|=[A-Z]+$", setting):
+                    continue
+                typed += 1
+                try:
+                    composed(re.split(r" (?=[a-z_.]+=)", setting))
+                except Exception as error:
+                    refused.append(f"{page.name}:{number}: {setting}: {str(error).splitlines()[0]}")
+    assert not refused, "\n".join(refused)
+    assert typed > 100
 
 
 def anchors(page: Path) -> set[str]:
