@@ -178,17 +178,6 @@ _TYPES = {  # what the schema cannot say
     (config.BatchConfig, "target"): "text, or a list of them",
     (config.Config, "max_shard_size"): "bytes, or a text like 5GB or 512MiB",
 }
-_CHOICES = {
-    (config.Config, "stages"): config.STAGES,
-    (config.Config, "device"): config.DEVICES,
-    (config.Config, "log"): config.LOGS,
-    (config.Config, "dtype"): config.DTYPES,
-    (config.VectorConfig, "dtype"): config.DTYPES,
-    (config.MergeConfig, "method"): METHODS,
-    (config.SearchConfig, "method"): config.SEARCHES,
-    (config.BenchmarksConfig, "sandbox"): config.SANDBOXES,
-    (config.CompatConfig, "extra_rows"): config.EXTRA_ROWS,
-}
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything"}
 
 _HEAD = """\
@@ -209,7 +198,7 @@ def reference() -> str:
     sections = [_HEAD, "## Groups\nChosen with `group=option`; each is a file of `conf/`.\n\n" + _groups()]
     for block, paths in _places(config.Config).items():
         where = ", ".join(f"`{path}`" for path in paths)
-        sections.append(f"## {where or 'At the top'}\n" + _table(block))
+        sections.append(f"## {where or 'At the top'}\n" + _table(block, paths))
     return "\n".join(sections)
 
 
@@ -242,7 +231,7 @@ def _places(block: type, path: str = "") -> dict[type, list[str]]:
     return found
 
 
-def _table(block: Any) -> str:
+def _table(block: Any, paths: list[str]) -> str:
     meanings = {key: text for base in reversed(block.__mro__) for key, text in MEANINGS.get(base, {}).items()}
     names = [field.name for field in fields(block)]
     if wrong := set(names) ^ meanings.keys():
@@ -255,7 +244,8 @@ def _table(block: Any) -> str:
         hint, value = hints[name], getattr(default, name)
         shown = "" if is_dataclass(value) else f"`{json.dumps(value, ensure_ascii=False)}`"
         meaning = meanings[name]
-        if choices := _CHOICES.get((block, name)):
+        keys = [f"{path}.{name}" for path in paths] or [name]
+        if choices := next((config.CHOICES[key] for key in keys if key in config.CHOICES), None):
             meaning += f"; one of {', '.join(choices)}" if not _is_list(hint) else f"; of {', '.join(choices)}"
         lines.append(f"| `{name}` | {_TYPES.get((block, name)) or _type(hint)} | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rvdist.core.config.schema import DTYPES
 from rvdist.core.errors import BadInput
 from rvdist.core.foreign import parse_yaml
 from rvdist.core.method import MethodSpec
@@ -21,7 +22,6 @@ from rvdist.core.regular import read_regular
 
 _MOST = 1 << 20  # bytes of a file that is read
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
-DTYPES = ("bfloat16", "float16", "float32")
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer",

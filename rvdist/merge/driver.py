@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from rvdist.core.config import DTYPES
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
 from rvdist.merge.actor import WorkerSettings
@@ -13,7 +14,7 @@ from rvdist.merge.plan import Plan
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.staging import Staging, carry_over, discards, write_index
 
-CONFIG_DTYPE = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+CONFIG_DTYPE = {stored: name for name, stored in DTYPES.items()}
 
 
 def merge(

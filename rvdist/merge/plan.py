@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint, layer_count
 from rvdist.weights.checkpoint.direct import BLOCK
@@ -16,6 +17,7 @@ from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 
+AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
 _MOST_UNITS = 4096
 
@@ -129,22 +131,15 @@ class Plan:
 
 
 def build_plan(
-    written: Mapping[Path, WeightPoint],
-    sources: Mapping[str, Checkpoint],
-    dtype: str | None = None,
-    max_shard_size: int | None = None,
+    written: Mapping[Path, WeightPoint], sources: Mapping[str, Checkpoint], form: OutputFormat = AS_THE_BASE
 ) -> Plan:
-    """Plans one pass that writes each point to its directory. Points whose files are laid out alike, whatever
-    their bases, make one output and share every byte they read.
-
-    `dtype`: the safetensors dtype of floating-point outputs, None to keep the base's; `max_shard_size` in
-    bytes, None to keep the base's own sharding.
-    """
+    """Plans one pass that writes each point to its directory, all stored in one `form`. Points whose files are laid
+    out alike, whatever their bases, make one output and share every byte they read."""
     laid_out: dict[str, Layout] = {}
     groups: dict[tuple[object, ...], dict[Path, WeightPoint]] = {}
     for directory, point in written.items():
         if point.base not in laid_out:
-            laid_out[point.base] = _layout(sources[point.base], dtype, max_shard_size)
+            laid_out[point.base] = _layout(sources[point.base], form)
         alike = (point.method.facts.whole_tensors, *laid_out[point.base].files.items())
         groups.setdefault(alike, {})[directory] = point
     outputs = [Output(tuple(group.values()), tuple(group)) for group in groups.values()]
@@ -167,7 +162,7 @@ def build_plan(
         tuple(_digest(point, layout, sources) for point in output.points)
         for output, layout in zip(outputs, layouts, strict=True)
     )
-    return Plan(tuple(outputs), dtype, tuple(layouts), digests, tuple(files))
+    return Plan(tuple(outputs), form.dtype, tuple(layouts), digests, tuple(files))
 
 
 def unit_bytes(layout: Layout) -> int:
@@ -209,23 +204,23 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
-def _layout(base: Checkpoint, dtype: str | None, max_shard_size: int | None) -> Layout:
-    if isinstance(base, Scaled) and dtype is None:
+def _layout(base: Checkpoint, form: OutputFormat) -> Layout:
+    if isinstance(base, Scaled) and form.dtype is None:
         raise BadInput(
             f"{base.path}: is stored in fp8 with a scale for each block, and fp8 is read but not written; "
             "set dtype=bfloat16 to write a plain checkpoint"
         )
 
     def stored(spec: TensorSpec) -> str:
-        return dtype if dtype and spec.is_floating_point else spec.dtype
+        return form.dtype if form.dtype and spec.is_floating_point else spec.dtype
 
     by_file: dict[str, list[TensorSpec]] = {file: [] for file in base.files}
     for spec in base.tensors.values():
         by_file[spec.file].append(spec)
     by_file = {file: specs for file, specs in by_file.items() if specs}  # one may hold nothing but a tied head
-    if max_shard_size is not None:
+    if form.max_shard_size is not None:
         specs = list(base.tensors.values())
-        shards = reshard(specs, lambda spec: spec.numel * ITEMSIZE[stored(spec)], max_shard_size)
+        shards = reshard(specs, lambda spec: spec.numel * ITEMSIZE[stored(spec)], form.max_shard_size)
         by_file = dict(zip(shard_names(len(shards)), shards, strict=True))
     files = {}
     tensors: dict[str, TensorSpec] = {}

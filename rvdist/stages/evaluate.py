@@ -249,7 +249,7 @@ def _suite(prepared: Prepared, prompt: str) -> Suite:
         benchmarks.limit,
         benchmarks.num_fewshot,
         benchmarks.apply_chat_template,
-        config.code_sandbox(prepared.settings),
+        benchmarks.sandbox if benchmarks.allow_code_execution else None,
         _path(benchmarks.data_dir),
         benchmarks.allow_missing,
         prompt,

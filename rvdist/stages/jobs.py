@@ -45,7 +45,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str], log: L
     before Ray is waited for.
     """
     log = log or Log()
-    log.as_json = config.logs_json(settings)
+    log.as_json = settings.log == "json"
     timing = LoggedTiming(log)
     timing.add("imports", seconds_since_process_start())
     job = Job(settings, directory, " ".join(["python -m rvdist.launch", *command]), timing, log)

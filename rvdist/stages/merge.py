@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rvdist.core import config
 from rvdist.core.config import Config
@@ -22,9 +21,6 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.staging import discards
 
-if TYPE_CHECKING:
-    from rvdist.weights.store import Storage
-
 
 def alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
     """The jobs by what must be equal for their merges to be one plan."""
@@ -32,16 +28,10 @@ def alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
     for one in jobs:
         settings = one.settings
         merge = asdict(settings.merge) | dict.fromkeys(("method", "density", "seed"))  # these are the points' own
-        stored = (settings.dtype, settings.max_shard_size, settings.overwrite, settings.allow_nonfinite)
+        stored = (astuple(settings.output_format), settings.overwrite, settings.allow_nonfinite)
         renamed = [pair for point in one.written.values() for pair in point.renames() if pair[1]]
         groups.setdefault(json.dumps([merge, settings.device, stored, renamed]), []).append(one)
     return list(groups.values())
-
-
-def plan_of(settings: Config, sources: Mapping[str, Checkpoint], written: Mapping[Path, WeightPoint]) -> Plan:
-    """One plan for what is stored as `settings` say."""
-    max_shard_size = config.size(settings.max_shard_size, "max_shard_size")
-    return build_plan(written, sources, config.output_dtype(settings), max_shard_size)
 
 
 def common_plan(jobs: Sequence[Prepared]) -> Plan:
@@ -49,7 +39,7 @@ def common_plan(jobs: Sequence[Prepared]) -> Plan:
     outputs: dict[Path, WeightPoint] = {}
     for output, point in (pair for one in jobs for pair in one.written.items()):
         outputs[output / str(len(outputs)) if output in outputs and discards(output) else output] = point
-    return plan_of(jobs[0].settings, sources_of(jobs), outputs)
+    return build_plan(outputs, sources_of(jobs), jobs[0].settings.output_format)
 
 
 def sources_of(jobs: Sequence[Prepared]) -> dict[str, Checkpoint]:
@@ -141,7 +131,7 @@ def vector_is_complete(
 
     with job.timing.phase("digest"):
         digests = config.cache_directory(settings) / "digests"
-        complete = is_complete(vector, sources, saved.directory, _storage(settings, saved), digests)
+        complete = is_complete(vector, sources, saved.directory, saved.storage, digests)
     if complete := complete and not settings.overwrite:
         job.say(f"{saved.directory}: already complete")
     return complete
@@ -159,16 +149,10 @@ def save_vector(prepared: Prepared) -> None:
             vector,
             prepared.sources,
             saved.directory,
-            _storage(prepared.settings, saved),
+            saved.storage,
             overwrite=prepared.settings.overwrite,
             key=owner_key(prepared.cache),
             digests=prepared.cache / "digests",
             progress=bar.advance,
             say=prepared.say,
         )
-
-
-def _storage(settings: Config, saved: config.Saved) -> Storage:
-    from rvdist.weights.store import Storage
-
-    return Storage(saved.dtype, saved.rank, saved.density, config.size(settings.max_shard_size, "max_shard_size"))

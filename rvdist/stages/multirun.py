@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.table import Table
 from rich.text import Text
 
-from rvdist.core.config import Config, logs_json
+from rvdist.core.config import Config
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.text import printable
 from rvdist.core.timing import Timing, seconds_since_process_start
@@ -108,7 +108,7 @@ class RayLauncher(Launcher):
         def collect(composed: DictConfig) -> None:
             settings = OmegaConf.to_object(composed)
             assert isinstance(settings, Config)
-            RayLauncher.log.as_json = logs_json(settings)
+            RayLauncher.log.as_json = settings.log == "json"
             command = " ".join(["python -m rvdist.launch", *overrides])
             directory = Path(HydraConfig.get().runtime.output_dir)
             jobs.append(Job(settings, directory, command, timing, RayLauncher.log))

@@ -14,9 +14,9 @@ from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Rename, Term, Vector, WeightPoint
 from rvdist.core.recipe import read_recipe
-from rvdist.merge.plan import Plan
+from rvdist.merge.plan import Plan, build_plan
 from rvdist.stages.job import Job, Prepared
-from rvdist.stages.merge import plan_of, vector_is_complete
+from rvdist.stages.merge import vector_is_complete
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
@@ -45,7 +45,7 @@ class Known:
     def check(self, settings: Config, sources: Mapping[str, Checkpoint], point: WeightPoint) -> compat.Compatibility:
         """Raises BadInput where the point must not be computed."""
         line = WeightPoint(point.base, tuple(replace(term, alpha=1.0) for term in point.terms))
-        key = (line, settings.compat.force, config.keeps_extra_rows(settings))
+        key = (line, settings.compat.force, settings.compat.extra_rows == "keep")
         if key not in self._reports:
             self._reports[key] = compat.check(line, sources, *key[1:])
         return self._reports[key]
@@ -196,7 +196,7 @@ def _unfinished(
 ) -> dict[Path, WeightPoint]:
     """What of the outputs is still to be written: not what an earlier run of the same plan has finished, nor what
     another job has promised."""
-    plan = plan_of(settings, sources, outputs)
+    plan = build_plan(outputs, sources, settings.output_format)
     done = _complete(job, settings, plan) | _promised_already(outputs, known.promised)
     return {output: point for output, point in outputs.items() if output not in done}
 

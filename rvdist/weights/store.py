@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rvdist.core.config import Storage
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.method import Scratch, subtract, torch_threads, working_dtype
@@ -37,17 +38,6 @@ _CHUNK = 128 * 1024  # elements
 _SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
 _OVERSAMPLED, _POWER_ITERATIONS = 16, 4
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
-    `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest."""
-
-    dtype: str | None = None
-    rank: int | None = None
-    density: float | None = None
-    max_shard_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from rvdist.core.config import Config
+from rvdist.core.config import Config, OutputFormat
 from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import WeightPoint
@@ -257,7 +257,7 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
         assert not compat.check(point, sources).refusals
         assert card._method(point)
     merge(
-        build_plan(points, sources, "F32"),
+        build_plan(points, sources, OutputFormat("F32")),
         sources,
         {point: formula(point) for point in points.values()},
         WorkerSettings(1),

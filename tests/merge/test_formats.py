@@ -15,6 +15,7 @@ import whole_tensors
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8
 
+from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -45,7 +46,7 @@ def write(points, workers=1, dtype=None, extra_rows=False):
     for point in points.values():
         sources |= opened(point)
         compat.check(point, sources, extra_rows=extra_rows)
-    plan = build_plan(points, sources, dtype)
+    plan = build_plan(points, sources, OutputFormat(dtype))
     stats = merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers))
     return plan, stats
 

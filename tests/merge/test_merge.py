@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint, write_family
 
+from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.merge import driver
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 def run(points, outputs, workers=1, dtype=None, max_shard_size=None, **options):
     sources = {s: open_source(s) for point in points for s in point.sources()}
-    plan = build_plan(dict(zip(outputs, points, strict=True)), sources, dtype, max_shard_size)
+    plan = build_plan(dict(zip(outputs, points, strict=True)), sources, OutputFormat(dtype, max_shard_size))
     return merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers), **options)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoints import tensors, write_checkpoint
 
+from rvdist.core.config import OutputFormat
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
 from rvdist.merge.plan import build_plan
@@ -45,7 +46,9 @@ def test_sharding_follows_the_base_unless_a_size_is_set(tmp_path):
     assert list(plan.layouts[0].files) == base.files
     limit = 20_000
     plan = build_plan(
-        {tmp_path / "a": plan.outputs[0].points[0]}, {"t": base, "p": base, "m": base}, max_shard_size=limit
+        {tmp_path / "a": plan.outputs[0].points[0]},
+        {"t": base, "p": base, "m": base},
+        OutputFormat(max_shard_size=limit),
     )
     (layout,) = plan.layouts
     names = list(layout.files)
@@ -58,6 +61,6 @@ def test_sharding_follows_the_base_unless_a_size_is_set(tmp_path):
 def test_output_dtype_changes_floating_point_tensors_alone(tmp_path):
     weights = tensors(0) | {"ids": torch.arange(5)}
     base = open_checkpoint(write_checkpoint(tmp_path / "t", weights))
-    plan = build_plan({tmp_path / "o": WeightPoint("t")}, {"t": base}, dtype="F32")
+    plan = build_plan({tmp_path / "o": WeightPoint("t")}, {"t": base}, OutputFormat("F32"))
     dtypes = {spec.name: spec.dtype for spec in plan.layouts[0].tensors.values()}
     assert dtypes.pop("ids") == "I64" and set(dtypes.values()) == {"F32"}

@@ -27,10 +27,9 @@ from rvdist.core.config.schema import (
     WeightedVectorConfig,
 )
 from rvdist.core.errors import BadInput
-from rvdist.core.method import METHODS, MethodSpec
+from rvdist.core.method import MethodSpec
 from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint, name_of
 
-SEARCHES = ("racing",)
 BASELINE = "baseline"
 RECIPE = "recipe"
 PLACEHOLDERS = "{alpha}, {target}, {vector} or {recipe}"
@@ -78,8 +77,6 @@ def point(config: Config, alpha: float) -> WeightPoint:
 
 def method(merge: MergeConfig) -> MethodSpec:
     """What it has no use for stays at its default: points that are computed alike are equal. Raises BadInput."""
-    if merge.method not in METHODS:
-        raise BadInput(f"merge.method: {merge.method!r} is not one of {', '.join(METHODS)}")
     if not 0 < merge.density <= 1:
         raise BadInput(
             f"merge.density: {merge.density:g} is not a share of each vector; give a number above 0 and at most 1"
@@ -336,8 +333,6 @@ def _grouped(config: Config, choice: Sequence[float]) -> WeightPoint:
 
 
 def _require_search(search: SearchConfig) -> None:
-    if search.method not in SEARCHES:
-        raise BadInput(f"search.method: {search.method!r} is not one of {', '.join(SEARCHES)}")
     for key in ("confidence", "holdout"):
         if not 0 < getattr(search, key) < 1:
             raise BadInput(f"search.{key}: {getattr(search, key):g} is not a share; give a number above 0, below 1")
@@ -348,15 +343,24 @@ def _require_search(search: SearchConfig) -> None:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
+    `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest.
+    `max_shard_size`: of a file, in bytes; None keeps the donors' own files."""
+
+    dtype: str | None = None
+    rank: int | None = None
+    density: float | None = None
+    max_shard_size: int | None = None
+
+
+@dataclass(frozen=True)
 class Saved:
-    """A vector that is stored, where, and how: a safetensors dtype (None where it must be exact), the rank of its
-    matrices or the share of its elements that is kept."""
+    """A vector that is stored, where, and how."""
 
     vector: Vector
     directory: Path
-    dtype: str | None
-    rank: int | None
-    density: float | None
+    storage: Storage
 
 
 def saved(config: Config) -> Saved | None:
@@ -371,14 +375,12 @@ def saved(config: Config) -> Saved | None:
         raise BadInput("vector.save stores one vector, and batch is set; save it by a run of its own")
     if config.vectors:
         raise BadInput("vector.save stores one vector, and vectors=[…] is set; name it as vector.plus and vector.minus")
-    if own.dtype is not None and own.dtype not in DTYPES:
-        raise BadInput(f"vector.dtype: {own.dtype!r} is not one of {', '.join(DTYPES)}")
     if own.rank is not None and own.rank < 1:
         raise BadInput(f"vector.rank: {own.rank} is not a rank; give a number of at least 1")
     if own.density is not None and not 0 < own.density <= 1:
         raise BadInput(f"vector.density: {own.density} is not a share; give a number above 0, at most 1")
     if own.rank is not None and own.density is not None:
         raise BadInput("vector.rank and vector.density are two ways to store a vector; set one of them")
-    directory = Path(own.save).absolute()
     dtype = DTYPES[own.dtype] if own.dtype else None
-    return Saved(_named(own, "vector"), directory, dtype, own.rank, own.density)
+    storage = Storage(dtype, own.rank, own.density, config.output_format.max_shard_size)
+    return Saved(_named(own, "vector"), Path(own.save).absolute(), storage)

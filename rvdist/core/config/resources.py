@@ -8,8 +8,6 @@ from pathlib import Path
 from rvdist.core.config.schema import Config
 from rvdist.core.errors import BadInput
 
-DEVICES = ("cpu", "cuda")
-
 
 def cache_directory(config: Config) -> Path:
     """`cache.dir`."""
@@ -27,8 +25,6 @@ def require_resources(config: Config) -> None:
     ):
         if count is not None and count < 1:
             raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
-    if config.device not in DEVICES:
-        raise BadInput(f"device: {config.device!r} is not one of {', '.join(DEVICES)}")
     if not 0 < share <= 1:
         raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
     if not 0 < part <= 1:

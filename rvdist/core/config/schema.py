@@ -1,20 +1,32 @@
-"""The schema of a run: every key, its type and its default, and what Hydra cannot check by itself.
+"""The schema of a run: every key, its type, its default and its choices.
 
-`conf/` holds the same tree as YAML, for people; this module refuses what does not fit it.
+`conf/` holds the same tree as YAML, for people. A Config with a value that is none of its key's choices cannot be made,
+so nobody asks for that again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.method import METHODS
 
 STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-EXTRA_ROWS = ("refuse", "keep")
-SANDBOXES = ("strict", "degraded")
-LOGS = ("text", "json")
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # our word: that of safetensors
+CHOICES: dict[str, Collection[str]] = {
+    "stages": STAGES,
+    "dtype": DTYPES,
+    "vector.dtype": DTYPES,
+    "device": ("cpu", "cuda"),
+    "log": ("text", "json"),
+    "merge.method": METHODS,
+    "search.method": ("racing",),
+    "benchmarks.sandbox": ("strict", "degraded"),
+    "compat.extra_rows": ("refuse", "keep"),
+}
 PLAIN = "plain"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -168,8 +180,19 @@ class BatchConfig:
     output: str | None = None
 
 
+@dataclass(frozen=True)
+class OutputFormat:
+    """How a checkpoint is stored: `dtype` of its floating-point tensors, as safetensors names it, and `max_shard_size`
+    of its files in bytes. None keeps the base's own."""
+
+    dtype: str | None = None
+    max_shard_size: int | None = None
+
+
 @dataclass
 class Config:
+    """All keys. Raises BadInput for a value that is none of its key's choices."""
+
     target: str = ""
     vector: VectorConfig = field(default_factory=VectorConfig)
     vectors: list[WeightedVectorConfig] = field(default_factory=list)
@@ -199,6 +222,19 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     log: str = "text"
 
+    def __post_init__(self) -> None:
+        for key, choices in CHOICES.items():
+            given = attrgetter(key)(self)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and value not in choices:
+                    raise BadInput(f"{key}: {value!r} is not one of {', '.join(choices)}")
+        _ = self.output_format
+
+    @property
+    def output_format(self) -> OutputFormat:
+        """`dtype` and `max_shard_size`."""
+        return OutputFormat(DTYPES[self.dtype] if self.dtype else None, size(self.max_shard_size, "max_shard_size"))
+
 
 def stages(config: Config) -> list[str]:
     """The stages to run, in their order. Raises BadInput."""
@@ -209,9 +245,6 @@ def stages(config: Config) -> list[str]:
         if not chosen:
             raise BadInput("nothing to do; set output=DIRECTORY to merge, or benchmarks=… to evaluate")
         return chosen
-    for stage in config.stages:
-        if stage not in STAGES:
-            raise BadInput(f"stages: {stage!r} is not one of {', '.join(STAGES)}")
     chosen = [stage for stage in STAGES if stage in config.stages]
     if "merge" in chosen and config.output is None and config.vector.save is None and not config.batch:
         raise BadInput("output is not set; the merge stage needs output=DIRECTORY or vector.save=DIRECTORY")
@@ -237,33 +270,3 @@ def size(value: Any, key: str) -> int | None:
     if text.isdigit() and int(text) > 0:
         return int(text)
     raise BadInput(f"{key}: {value!r} is not a size; write it as 5GB or 512MiB")
-
-
-def output_dtype(config: Config) -> str | None:
-    """The safetensors dtype of the output, None to keep the target's. Raises BadInput."""
-    if config.dtype is not None and config.dtype not in DTYPES:
-        raise BadInput(f"dtype: {config.dtype!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[config.dtype] if config.dtype else None
-
-
-def logs_json(config: Config) -> bool:
-    """Whether the command prints JSON Lines. Raises BadInput."""
-    if config.log not in LOGS:
-        raise BadInput(f"log: {config.log!r} is not one of {', '.join(LOGS)}")
-    return config.log == "json"
-
-
-def keeps_extra_rows(config: Config) -> bool:
-    """Whether a vector may have fewer or more rows than the target, as a padded vocabulary has. Raises BadInput."""
-    policy = config.compat.extra_rows
-    if policy not in EXTRA_ROWS:
-        raise BadInput(f"compat.extra_rows: {policy!r} is not one of {', '.join(EXTRA_ROWS)}")
-    return policy == "keep"
-
-
-def code_sandbox(config: Config) -> str | None:
-    """The sandbox for code that a model wrote: strict, degraded, None where none may run. Raises BadInput."""
-    benchmarks = config.benchmarks
-    if benchmarks.sandbox not in SANDBOXES:
-        raise BadInput(f"benchmarks.sandbox: {benchmarks.sandbox!r} is not one of {', '.join(SANDBOXES)}")
-    return benchmarks.sandbox if benchmarks.allow_code_execution else None

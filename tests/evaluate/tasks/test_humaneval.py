@@ -8,7 +8,6 @@ import pytest
 from checkpoints import POCKET
 from transformers import AutoTokenizer
 
-from rvdist.core.config import BenchmarksConfig, Config, code_sandbox
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint
 from rvdist.evaluate.request import Completion
@@ -64,10 +63,6 @@ def test_code_is_refused_unless_it_is_allowed(local):
         BadInput, match="humaneval_5 runs what the model wrote; set benchmarks.allow_code_execution=true"
     ):
         Suite.load(["humaneval_5"], local)
-    assert code_sandbox(Config()) is None
-    assert code_sandbox(Config(benchmarks=BenchmarksConfig(allow_code_execution=True))) == "strict"
-    with pytest.raises(BadInput, match="benchmarks.sandbox: 'no' is not one of strict, degraded"):
-        code_sandbox(Config(benchmarks=BenchmarksConfig(sandbox="no")))
 
 
 def test_code_that_would_run_outside_is_refused_before_it_is_loaded(tmp_path):
