@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 from rvdist.report.findings import Anatomy, Findings, Making
-from rvdist.report.grids import print_paper_table, print_robustness
 from rvdist.report.page.page import write_page
 from rvdist.report.paper import write_paper_table
 from rvdist.report.pictures.alpha import alpha_figure
@@ -27,7 +26,7 @@ from rvdist.report.pictures.forest import changes_figure, robustness_figure
 from rvdist.report.pictures.race import race_figure
 from rvdist.report.statistics.robustness import write_robustness
 from rvdist.report.statistics.seeds import write_seeds
-from rvdist.report.terminal import print_scores
+from rvdist.report.terminal import print_paper_table, print_robustness, print_scores
 from rvdist.report.wording import printable, spread_sentences
 
 

@@ -1,46 +1,66 @@
-"""The table on the terminal: one line for each primary score of each arm.
+"""What a report says on the terminal: every primary score, edited questions, and the paper's layout.
 
-Knows rows and rich; computes nothing. Off the terminal the same lines are printed without box or colour.
+Knows lines and rows; computes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from rvdist.core.table import Cells, print_table
+from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
+from rvdist.report.statistics.robustness import Change, Edited
 from rvdist.report.summary import Row
-from rvdist.report.wording import Scale, by_task, metric_name, p_text, printable, survives, verdict_text
+from rvdist.report.wording import (
+    MARK,
+    MARK_NOTE,
+    Scale,
+    by_task,
+    mark,
+    metric_name,
+    p_text,
+    printable,
+    survives,
+    verdict_text,
+)
 
 _STYLES = {"better": "green", "worse": "red"}
+_HEAD = ("score [95 %]", "change [95 %]", "p (Holm)", "verdict")
 
 Dissent = Mapping[tuple[str, str], Sequence[Row]]  # by task and arm, scores through other filters
 
 
-def summary_table(rows: Sequence[Row], dissent: Dissent) -> Table:
-    # Text, never str: rich reads markup in str cells, and names may come from anywhere.
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column("task / arm", overflow="fold")
-    table.add_column("score [95 %]", justify="right", no_wrap=True)
-    table.add_column("change [95 %]", justify="right", no_wrap=True)
-    table.add_column("p (Holm)", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+def _grouped(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]:
+    """Head and rows for a terminal: the arms of a task below its name."""
+    table: list[Cells] = []
     for task, group in by_task(rows):
         scale = Scale(group)
-        table.add_section()
-        table.add_row(Text(printable(task), style="bold"), Text(_metric(group[0], scale)))
+        table.append([Text(printable(task), style="bold"), _metric(group[0], scale)])
         for row in _with(dissent, group):
-            style = _STYLES.get(row.verdict or "", "dim") + (" bold" if survives(row) else "")
-            table.add_row(
-                Text("  " + _arm(row)),
-                Text(scale.score(row)),
-                Text(scale.delta(row)),
-                Text(p_text(row.p_adjusted)),
-                Text(verdict_text(row), style=style),
-            )
-    return table
+            table.append([f"  {_arm(row)}", *_numbers(row, scale), _verdict(row, verdict_text(row))])
+    return ("task / arm", *_HEAD), table
+
+
+def _flat(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]:
+    """Head and rows elsewhere: each row by itself."""
+    table: list[Cells] = []
+    for task, group in by_task(rows):
+        scale = Scale(group)
+        for row in _with(dissent, group):
+            table.append([task, _arm(row), _metric(row, scale), *_numbers(row, scale), verdict_text(row)])
+    return ("task", "arm", "metric", *_HEAD), table
+
+
+def _numbers(row: Row, scale: Scale) -> list[str]:
+    return [scale.score(row), scale.delta(row), p_text(row.p_adjusted)]
+
+
+def _verdict(judged: Row | Change, text: str) -> Text:
+    return Text(text, style=_STYLES.get(judged.verdict or "", "dim") + (" bold" if survives(judged) else ""))
 
 
 def _with(dissent: Dissent, rows: Sequence[Row]) -> list[Row]:
@@ -49,22 +69,11 @@ def _with(dissent: Dissent, rows: Sequence[Row]) -> list[Row]:
 
 
 def _arm(row: Row) -> str:
-    return printable(row.arm if row.primary else f"{row.arm}, by {row.filter}")
+    return row.arm if row.primary else f"{row.arm}, by {row.filter}"
 
 
 def _metric(row: Row, scale: Scale) -> str:
-    return f"{printable(metric_name(row.metric, row.filter))} {scale.unit}".strip()
-
-
-def plain_lines(rows: Sequence[Row], dissent: Dissent) -> list[str]:
-    cells = [("task", "arm", "metric", "score [95 %]", "change [95 %]", "p (Holm)", "verdict")]
-    for task, group in by_task(rows):
-        scale = Scale(group)
-        for row in _with(dissent, group):
-            names = printable(task), _arm(row), _metric(row, scale)
-            cells.append((*names, scale.score(row), scale.delta(row), p_text(row.p_adjusted), verdict_text(row)))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return f"{metric_name(row.metric, row.filter)} {scale.unit}".strip()
 
 
 def print_scores(
@@ -75,10 +84,69 @@ def print_scores(
         console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
     console.print()
     if console.is_terminal:
-        console.print(summary_table(rows, dissent or {}))
+        print_table(*_grouped(rows, dissent or {}), console, right=(1, 2, 3))
     else:
-        for line in plain_lines(rows, dissent or {}):
-            console.print(Text(line), soft_wrap=True)
+        print_table(*_flat(rows, dissent or {}), console)
     console.print()
     for note in notes:
-        console.print(Text(printable(note), style="dim"), soft_wrap=not console.is_terminal)
+        _say(note, console)
+
+
+def print_paper_table(lines: Sequence[Line], console: Console) -> None:
+    """A row for each benchmark, a column for each arm; what is wider than the terminal goes on beneath."""
+    asked = [line for line in lines if line.cells]
+    arms, table = paper_arms(asked), list[Cells]()
+    for line in asked:
+        cells = [line.cells[arm] for arm in arms]
+        table.append([Text(printable(line.task), style="bold"), *(cell.score for cell in cells)])
+        table.append([f"{line.metric} {line.unit}".strip(), *(cell.change for cell in cells)])
+        verdicts = (_verdict(cell.row, "" if cell.row.delta is None else cell.verdict) for cell in cells)
+        table.append([Text(f"{line.n} documents", style="dim"), *verdicts])
+        table.append(["", *(cell.comparison for cell in cells)])
+        table.append([])
+    print_table(["benchmark", *arms], table, console)
+    for line in lines:
+        if not line.cells:
+            _say(f"{line.task}: not asked: {line.lacking}", console)
+    notes = [MARK_NOTE] if any(MARK in cell.verdict for line in asked for cell in line.cells.values()) else []
+    if any(cell.inside is not None for line in asked for cell in line.cells.values()):
+        notes.append(INSIDE_NOTE)
+    for note in notes:
+        _say(note, console)
+
+
+def print_robustness(
+    rows: Sequence[Edited], scales: Mapping[str, Scale], baseline: str | None, console: Console
+) -> None:
+    """For each task and edit a line for each arm. `scales` are the tasks'."""
+    for task, group in groupby(rows, lambda row: row.task):
+        edited, scale = list(group), scales[task]
+        head = [f"{task}, edited", f"score {scale.unit}".strip(), "edited − as asked [95 %]"]
+        if any(row.gain for row in edited):
+            head += [f"against {baseline or ''}", "the difference"]
+        table: list[Cells] = []
+        for edit, of_edit in groupby(edited, lambda row: row.edit):
+            table.append([f" {edit}"])
+            for row in of_edit:
+                cells: list[str | Text] = [f"  {row.arm}", scale.number(row.value), _change(row.change, scale, True)]
+                if row.gain:
+                    style = "dim" if row.persistence_p is None else ""
+                    p = f", p {p_text(row.persistence_p)}" if row.persistence_p is not None else ""
+                    cells += [_change(row.gain, scale, False), Text(row.persistence or "", style=style).append(p)]
+                table.append(cells)
+        print_table(head, table, console)
+    note = "Where no word follows a difference, none was detected. What is said of it holds after correction."
+    if any(mark(row.change) for row in rows):
+        note += f" {MARK} significant alone, but not after Holm's correction over this table."
+    _say(note, console)
+
+
+def _say(sentence: str, console: Console) -> None:
+    console.print(Text(printable(sentence), style="dim"), soft_wrap=not console.is_terminal)
+
+
+def _change(change: Change, scale: Scale, with_verdict: bool) -> Text:
+    text = Text(scale.change(change.delta, change.ci_low, change.ci_high))
+    if with_verdict and change.verdict in _STYLES:
+        text.append(" ").append_text(_verdict(change, verdict_text(change)))
+    return text

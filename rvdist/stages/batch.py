@@ -12,14 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, WeightPoint, name_of
-from rvdist.core.text import printable, reason
+from rvdist.core.table import print_table
+from rvdist.core.text import reason
 from rvdist.stages.job import Job, Prepared, Scores
 
 FILE = "batch.json"
@@ -200,21 +198,14 @@ class Batch:
 
     def _print(self, rows: Sequence[Mapping[str, Any]]) -> None:
         scored = ["mean score"] if self._scored else []
-        table = Table("output", "α", "vector", "target", *scored, "status", box=None)
+        table = []
         for row in rows:
             alpha = "" if row["alpha"] is None else config.spell(row["alpha"])
             score = "" if row.get("score") is None else f"{row['score']:.4f}"
             output = _short(Path(row["output"])) if row["output"] else ""
-            cells = (
-                output,
-                alpha,
-                row["vector"],
-                name_of(row["target"]),
-                *([score] if scored else []),
-                row["status"],
-            )
-            table.add_row(*(Text(printable(cell)) for cell in cells))
-        self._job.console.print(table)
+            own = [score] if scored else []
+            table.append([output, alpha, row["vector"], name_of(row["target"]), *own, row["status"]])
+        print_table(("output", "α", "vector", "target", *scored, "status"), table, self._job.console)
 
 
 def _arms(made: Sequence[Part]) -> dict[WeightPoint, Arm]:

@@ -21,12 +21,10 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.table import Table
-from rich.text import Text
 
 from rvdist.core.config import Config
 from rvdist.core.log import Log, LoggedTiming
-from rvdist.core.text import printable
+from rvdist.core.table import Cells, print_table
 from rvdist.core.timing import Timing, seconds_since_process_start
 from rvdist.stages.job import Job, remove_empty
 
@@ -84,7 +82,7 @@ class RayLauncher(Launcher):
             for run in runs:
                 remove_empty(run.directory)
         everywhere = set.intersection(*(set(overrides) for overrides in job_overrides))
-        table = Table("job", "", "mean score", "directory", box=None)
+        rows: list[Cells] = []
         jobs = zip(job_overrides, composed, directories, strict=True)
         for number, (overrides, (returned, job), directory) in enumerate(jobs, initial_job_idx):
             returned.status = JobStatus.COMPLETED
@@ -92,13 +90,13 @@ class RayLauncher(Launcher):
             match job if isinstance(job, Exception) else ended[job].error or ended[job].objective:
                 case Exception() as failure:
                     RayLauncher.failures.append((f"job {number} ({own}): ", failure))
-                    table.add_row(str(number), Text(printable(own)), "failed")
+                    rows.append([str(number), own, "failed"])
                 case score:
                     RayLauncher.done += 1
                     returned.return_value = score
                     shown = "" if score is None else f"{score:.4f}"
-                    table.add_row(str(number), Text(printable(own)), shown, Text(printable(str(directory))))
-        RayLauncher.log.console.print(table)
+                    rows.append([str(number), own, shown, str(directory)])
+        print_table(("job", "", "mean score", "directory"), rows, RayLauncher.log.console)
         return [returned for returned, _ in composed]
 
     def _compose(self, number: int, overrides: Sequence[str], timing: Timing) -> tuple[JobReturn, Job | Exception]:

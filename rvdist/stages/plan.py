@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from rich.table import Table
-
 from rvdist.core import cluster, config
 from rvdist.core.point import name_of
+from rvdist.core.table import print_table
 from rvdist.merge.placement import place, rates, remembered_rate
 from rvdist.merge.plan import Plan
 from rvdist.stages.job import Prepared
@@ -32,12 +31,13 @@ def _print_placement(prepared: Prepared, plan: Plan) -> None:
     device = config.device(prepared.settings, resources.gpus)
     names = [node.name[:8] for node in resources.nodes]
     shares = place(plan, list(zip(names, config.workers(prepared.settings, resources.counts), strict=True)))
-    table = Table("node", "workers", "files", "reads", "writes", "each worker reads", "writes", box=None)
+    head = ("node", "workers", "files", "reads", "writes", "each worker reads", "writes")
+    rows = []
     for share in shares:
         each = (share.bytes_read / share.workers, share.bytes_written / share.workers)
         cells = (f"{nbytes / 1e9:,.2f} GB" for nbytes in (share.bytes_read, share.bytes_written, *each))
-        table.add_row(share.name, str(share.workers), str(share.files), *cells)
-    prepared.job.console.print(table)
+        rows.append((share.name, str(share.workers), str(share.files), *cells))
+    print_table(head, rows, prepared.job.console)
     if rate := remembered_rate(rates(prepared.cache), device):
         seconds = max(share.bytes_moved / share.workers for share in shares) / rate.bytes_per_second
         prepared.say(

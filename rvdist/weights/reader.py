@@ -21,7 +21,6 @@ from rvdist.weights.arithmetic.method import (
     Scratch,
     combine,
     count_nonfinite,
-    subtract,
     unify_nans,
     working_dtype,
 )
@@ -32,7 +31,8 @@ from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.lanes import CHUNK, Lane, open_lanes
-from rvdist.weights.operand import open_operand, tell_nonfinite
+from rvdist.weights.operand import tell_nonfinite
+from rvdist.weights.values import AT_ONCE, Values
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
 
@@ -62,10 +62,8 @@ class PointReader:
         self._dtype = dtype
         self._sources = sources
         self._layers = layer_count(self.base.tensors)
-        self._files = {
-            source: open_operand(sources[source])
-            for source in dict.fromkeys(s for point in points for s in point.sources())
-        }
+        used = dict.fromkeys(source for point in points for source in point.sources())
+        self._values = Values({source: sources[source] for source in used})
         self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
         self._lanes = lanes or open_lanes(device, buffers_of(points))
         self._scratch = Scratch(CHUNK)
@@ -73,7 +71,8 @@ class PointReader:
 
     @property
     def bytes_read(self) -> int:
-        return sum(files.bytes_read for files in self._files.values())
+        """Of all sources so far."""
+        return self._values.bytes_read
 
     def output_dtype(self, spec: TensorSpec) -> torch.dtype:
         stored = TORCH_DTYPE[spec.dtype]
@@ -108,7 +107,7 @@ class PointReader:
         (point,), stop = self.points, start + out.numel()
         recipes, works, (copied,) = self._prepare(name)
         if copied:
-            self._files[point.base].read(name, start, stop, out.view(torch.uint8))
+            self._values.operands[point.base].read(name, start, stop, out.view(torch.uint8))
             for begin in range(0, out.numel(), CHUNK):
                 self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
             return
@@ -214,7 +213,7 @@ class PointReader:
 
     def _read(self, sources: Iterable[str], name: str, begin: int, end: int, lane: Lane) -> dict[str, torch.Tensor]:
         return {
-            source: self._files[source].read(name, begin, end, lane.buffer(f"in {k}"))
+            source: self._values.operands[source].read(name, begin, end, lane.buffer(f"in {k}"))
             for k, source in enumerate(dict.fromkeys(sources))
         }
 
@@ -223,19 +222,17 @@ class PointReader:
     ) -> Iterator[list[torch.Tensor]]:
         """Streams a whole tensor: for each chunk the base, if it is asked for, and the difference of every term, in
         working precision, on the CPU."""
-        numel, lane = self.base.tensors[name].numel, self._lanes[0]
-        cuts = self._cuts(name, 0, numel, [vector for _, vector in terms], min(CHUNK, lane.chunk))
-        for begin, end, present in cuts:
-            operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
-            subtrahend, *taken = (self._scratch(1 + k, end - begin, work) for k in range(1 + len(terms)))
-            own = [self._scratch(2 + len(terms), end - begin, work).copy_(operand[base]) for base in bases]
-            for difference, (_, vector) in zip(taken, terms, strict=True):
+        numel = self.base.tensors[name].numel
+        for begin, end, present in self._cuts(name, 0, numel, [vector for _, vector in terms], AT_ONCE):
+            outs = [self._scratch(k, end - begin, work) for k in range(len(bases) + len(terms))]
+            for out, base in zip(outs, bases, strict=False):
+                self._values.difference(name, begin, base, None, out)
+            for out, (_, vector) in zip(outs[len(bases) :], terms, strict=True):
                 if vector in present:
-                    minus = operand[vector.minus] if vector.minus else None
-                    subtract(difference, operand[vector.plus], minus, subtrahend)
+                    self._values.difference(name, begin, vector.plus, vector.minus, out)
                 else:
-                    difference.zero_()
-            yield own + taken
+                    out.zero_()
+            yield outs
 
     def blame(self, name: str) -> str:
         """Where results of tensor `name` come from that are infinite or not a number, and what to do: in a sentence."""
@@ -247,7 +244,10 @@ class PointReader:
                 if vector.minus:
                     parts.setdefault(vector.minus, {})["minus"] = None
         rows = self.base.tensors[name].numel
-        found = [tell_nonfinite(self._files[source], name, " and ".join(own), rows) for source, own in parts.items()]
+        found = [
+            tell_nonfinite(self._values.operands[source], name, " and ".join(own), rows)
+            for source, own in parts.items()
+        ]
         if any(found):
             stays = any("the target" in own and odd for own, odd in zip(parts.values(), found, strict=True))
             mask = "" if stays else " keep the vector from this tensor (vector.mask.exclude),"
@@ -262,8 +262,8 @@ class PointReader:
         )
 
     def close(self) -> None:
-        for files in self._files.values():
-            files.close()
+        """Closes the files."""
+        self._values.close()
 
 
 def _donors(vectors: Iterable[Vector]) -> dict[str, None]:

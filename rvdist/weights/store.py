@@ -22,7 +22,7 @@ import torch
 from rvdist.core.config import Storage
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
-from rvdist.weights.arithmetic.method import Scratch, subtract, torch_threads, working_dtype
+from rvdist.weights.arithmetic.method import Scratch, torch_threads, working_dtype
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
@@ -32,9 +32,9 @@ from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, w
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSION, as_vector, part_names
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.operand import Operand, open_operand
+from rvdist.weights.values import AT_ONCE, Values
 from rvdist.weights.writer import Writer
 
-_CHUNK = 128 * 1024  # elements
 _SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
 _OVERSAMPLED, _POWER_ITERATIONS = 16, 4
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
@@ -86,10 +86,10 @@ def save(
         staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
         written = as_vector(_reopen(staging.partial, list(files)))
         with ExitStack() as opened, torch_threads(1):
-            donor_operands = [opened.enter_context(closing(open_operand(donor))) for donor in donors]
+            values = opened.enter_context(closing(Values(dict(zip(("plus", "minus"), donors, strict=False)))))
             result = opened.enter_context(closing(open_operand(written)))
-            differences = _Differences(donors, donor_operands)
-            writer = opened.enter_context(closing(Writer(staging, donor_operands)))
+            differences = _Differences(donors, values)
+            writer = opened.enter_context(closing(Writer(staging, list(values.operands.values()))))
             for tensor in stored:
                 if not writer.has(tensor.parts):
                     _write(tensor, storage, differences, writer)
@@ -244,34 +244,27 @@ def _work(specs: Sequence[TensorSpec]) -> torch.dtype:
 class _Differences:
     """v by chunks: in the working precision as a merge computes it, and in fp64. Valid until the next chunk."""
 
-    def __init__(self, donors: Sequence[Checkpoint], operands: Sequence[Operand]) -> None:
-        self._donors, self._operands = donors, operands
-        self._buffers = [torch.empty(_CHUNK * 8, dtype=torch.uint8) for _ in operands]
-        self._scratch = Scratch(_CHUNK)
+    def __init__(self, donors: Sequence[Checkpoint], values: Values) -> None:
+        self._donors, self._values, self._scratch = donors, values, Scratch(AT_ONCE)
 
     def __call__(self, name: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first element, in working precision, in fp64) for each chunk of a tensor."""
-        specs = [donor.tensors[name] for donor in self._donors]
-        work = _work(specs)
-        for begin in range(0, specs[0].numel, _CHUNK):
-            end = min(begin + _CHUNK, specs[0].numel)
-            read = [o.read(name, begin, end, b) for o, b in zip(self._operands, self._buffers, strict=True)]
-            plus, minus = read[0], read[1] if len(read) == 2 else None
-            n = end - begin
-            taken = subtract(self._scratch(0, n, work), plus, minus, self._scratch(2, n, work))
-            yield (
-                begin,
-                taken,
-                subtract(self._scratch(1, n, torch.float64), plus, minus, self._scratch(2, n, torch.float64)),
-            )
+        numel, work = self._donors[0].tensors[name].numel, self._work(name)
+        for begin in range(0, numel, AT_ONCE):
+            count = min(AT_ONCE, numel - begin)
+            taken = self._fill(name, begin, self._scratch(0, count, work))
+            yield begin, taken, self._fill(name, begin, self._scratch(1, count, torch.float64))
 
     def whole(self, name: str) -> torch.Tensor:
         """All of a tensor in working precision, 1-d."""
-        specs = [donor.tensors[name] for donor in self._donors]
-        found = torch.empty(specs[0].numel, dtype=_work(specs))
-        for begin, taken, _ in self(name):
-            found[begin : begin + taken.numel()] = taken
-        return found
+        return self._fill(name, 0, torch.empty(self._donors[0].tensors[name].numel, dtype=self._work(name)))
+
+    def _work(self, name: str) -> torch.dtype:
+        return _work([donor.tensors[name] for donor in self._donors])
+
+    def _fill(self, name: str, begin: int, out: torch.Tensor) -> torch.Tensor:
+        plus, *minus = self._values.operands
+        return self._values.difference(name, begin, plus, minus[0] if minus else None, out)
 
 
 def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer: Writer) -> None:
@@ -315,7 +308,7 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 def _measure(name: str, differences: _Differences, result: Operand) -> dict[str, Any]:
     """How what was written differs from v: `exact` is against what a merge takes, the rest against v in fp64."""
-    buffer = torch.empty(_CHUNK * 8, dtype=torch.uint8)
+    buffer = torch.empty(AT_ONCE * 8, dtype=torch.uint8)
     exact, worst, error, norm = True, 0.0, 0.0, 0.0
     for begin, taken, wide in differences(name):
         stored = result.read(name, begin, begin + taken.numel(), buffer)

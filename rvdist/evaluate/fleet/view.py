@@ -9,12 +9,11 @@ from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from rvdist.core.log import Log
 from rvdist.core.point import WeightPoint
-from rvdist.core.text import printable
+from rvdist.core.table import table_lines
 from rvdist.evaluate.fleet.status import Status
 
 _LINE_EVERY = 10.0  # seconds
@@ -74,15 +73,15 @@ class FleetView:
 
     def _table(self) -> RenderableType:
         engines = self._status.engines
-        table = Table("engine", "point", "requests/s", "slices left there", box=None)
+        rows = []
         for engine in engines[:_ROWS]:
             if engine.point is None:
-                table.add_row(str(engine.number), "idle" if engine.up else "starting", "", "")
+                rows.append([str(engine.number), "idle" if engine.up else "starting"])
             else:
-                name = Text(printable(self._names[engine.point]))
-                table.add_row(str(engine.number), name, f"{engine.rate:.1f}", str(engine.left))
+                rows.append([str(engine.number), self._names[engine.point], f"{engine.rate:.1f}", str(engine.left)])
         more = [Text(f"and {len(engines) - _ROWS} more engines")] if len(engines) > _ROWS else []
-        return Group(Text(self._sentence()), table, *more)
+        lines = table_lines(("engine", "point", "requests/s", "slices left there"), rows)
+        return Group(Text(self._sentence()), *lines, *more)
 
     def _sentence(self) -> str:
         seconds, (made, read) = time.monotonic() - self._started, self._rates

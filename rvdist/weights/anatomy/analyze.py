@@ -7,7 +7,7 @@ is wanted are read again, right after, by rows (see `spectrum`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -20,13 +20,13 @@ from rvdist.weights.anatomy.findings import Anatomy, Measures, Part, Spectrum
 from rvdist.weights.anatomy.kind import in_order, kind_of
 from rvdist.weights.anatomy.spectrum import spectrum
 from rvdist.weights.anatomy.sums import BLOCK, Dot, Floats
-from rvdist.weights.arithmetic.method import Scratch, subtract, torch_threads
+from rvdist.weights.arithmetic.method import torch_threads
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.operand import open_operand
+from rvdist.weights.values import AT_ONCE, Values
 
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
-_CHUNK = 8 * BLOCK  # elements
+assert AT_ONCE % BLOCK == 0
 
 
 def analyze(
@@ -53,7 +53,7 @@ def analyze(
     displacements = [_displacement(vector, sources) for vector in vectors.values()]
     used = {target, *(s for one in displacements for s in one.sources())}
     tensors: list[_Tensor] = []
-    opened = closing(_Values({source: sources[source] for source in used}))
+    opened = closing(Values({source: sources[source] for source in used}))
     with torch_threads(1), np.errstate(over="ignore", invalid="ignore"), opened as values:
         for spec in base.tensors.values():
             if spec.is_floating_point:
@@ -95,47 +95,6 @@ def _displacement(vector: Vector, sources: Mapping[str, Checkpoint]) -> _Displac
     return _Displacement(vector.plus, None if begins and difference else minus, minus if begins else None)
 
 
-class _Values:
-    """Ranges of tensors of opened sources in fp64. Not thread-safe."""
-
-    def __init__(self, sources: Mapping[str, Checkpoint]) -> None:
-        self._sources = sources
-        self._operands = {source: open_operand(checkpoint) for source, checkpoint in sources.items()}
-        self._buffers = {source: torch.empty(_CHUNK * 8, dtype=torch.uint8) for source in sources}
-        self._held: dict[str, tuple[tuple[str, int, int], torch.Tensor]] = {}  # what each buffer holds
-        self._scratch = Scratch(_CHUNK)
-
-    def numel(self, name: str, sources: Iterable[str]) -> int:
-        """How many elements of a tensor all of these have."""
-        specs = [self._sources[source].tensors.get(name) for source in sources]
-        return min(spec.numel if spec and spec.is_floating_point else 0 for spec in specs)
-
-    def difference(self, name: str, begin: int, plus: str, minus: str | None, out: Floats) -> Floats:
-        """Fills `out`, 1-d, with elements from `begin` on of plus − minus, or of plus."""
-        for start in range(0, len(out), _CHUNK):
-            part = torch.from_numpy(out[start : start + _CHUNK])
-            first, last = begin + start, begin + start + len(part)
-            taken = self._read(plus, name, first, last)
-            less = self._read(minus, name, first, last) if minus is not None else None
-            subtract(part, taken, less, self._scratch(0, len(part), torch.float64))
-        return out
-
-    def _read(self, source: str, name: str, first: int, last: int) -> torch.Tensor:
-        """Elements as they are stored; what several vectors have in common is read once."""
-        wanted = (name, first, last)
-        if source not in self._held or self._held[source][0] != wanted:
-            self._held[source] = wanted, self._operands[source].read(*wanted, self._buffers[source])
-        return self._held[source][1]
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(operand.bytes_read for operand in self._operands.values())
-
-    def close(self) -> None:
-        for operand in self._operands.values():
-            operand.close()
-
-
 @dataclass
 class _Sums:
     """Of one vector on one tensor. `shared`: ‖θ‖² where the origin is too, `distance`: ‖θ − origin‖² there."""
@@ -163,7 +122,7 @@ class _Tensor:
 
 
 def _survey(
-    name: str, target: str, displacements: Sequence[_Displacement], values: _Values, thresholds: Sequence[float]
+    name: str, target: str, displacements: Sequence[_Displacement], values: Values, thresholds: Sequence[float]
 ) -> _Tensor:
     count = len(displacements)
     numel = values.numel(name, [target])
@@ -173,20 +132,24 @@ def _survey(
     square = Dot()
     own, common, distance, toward = ([Dot() for _ in displacements] for _ in range(4))
     dots = {(i, j): Dot() for i in range(count) for j in range(i + 1, count)}
-    room = np.empty((count + 4, _CHUNK))
+    room = np.empty((count + 4, AT_ONCE))
 
-    for begin in range(0, numel, _CHUNK):
-        end = min(begin + _CHUNK, numel)
+    def fill(plus: str, minus: str | None, out: Floats) -> Floats:
+        values.difference(name, begin, plus, minus, torch.from_numpy(out))
+        return out
+
+    for begin in range(0, numel, AT_ONCE):
+        end = min(begin + AT_ONCE, numel)
         theta, size, apart, scratch = (row[: end - begin] for row in room[count:])
-        values.difference(name, begin, target, None, theta)
+        fill(target, None, theta)
         square.add(theta, theta, scratch)
         taken = []
         for k, one in enumerate(displacements):
             v = room[k, : max(0, min(end, covered[k]) - begin)]
-            taken.append(values.difference(name, begin, one.plus, one.minus, v))
+            taken.append(fill(one.plus, one.minus, v))
             if one.origin is not None:
                 ours = theta[: max(0, shared[k] - begin)]
-                d = values.difference(name, begin, one.origin, None, apart[: len(ours)])
+                d = fill(one.origin, None, apart[: len(ours)])
                 np.subtract(ours, d, out=d)
                 common[k].add(ours, ours, scratch)
                 distance[k].add(d, d, scratch)
@@ -234,12 +197,13 @@ def _require_finite(
             )
 
 
-def _add_spectra(found: _Tensor, columns: int, displacements: Sequence[_Displacement], values: _Values) -> None:
+def _add_spectra(found: _Tensor, columns: int, displacements: Sequence[_Displacement], values: Values) -> None:
     for one, sums in zip(displacements, found.vectors, strict=True):
         if sums.square:
 
             def read(first: int, rows: Floats, one: _Displacement = one) -> None:
-                values.difference(found.name, first * columns, one.plus, one.minus, rows.reshape(-1))
+                flat = torch.from_numpy(rows.reshape(-1))
+                values.difference(found.name, first * columns, one.plus, one.minus, flat)
 
             sums.spectrum = spectrum(read, (sums.elements // columns, columns), sums.square)
 

@@ -1,0 +1,61 @@
+"""Ranges of tensors of several opened sources, and the difference of two of them: the one stream of plus − minus.
+
+Holds a chunk of each source, and nothing else of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from rvdist.weights.arithmetic.method import Scratch, subtract
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.operand import Operand, open_operand
+
+AT_ONCE = 128 * 1024  # elements of a source that are held
+
+
+class Values:
+    """The tensors of `sources`, each opened under its name. Not thread-safe."""
+
+    def __init__(self, sources: Mapping[str, Checkpoint]) -> None:
+        self.operands: Mapping[str, Operand] = {name: open_operand(source) for name, source in sources.items()}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._held: dict[str, tuple[tuple[str, int, int], torch.Tensor]] = {}  # what each buffer holds
+        self._scratch = Scratch(AT_ONCE)
+
+    def numel(self, name: str, sources: Iterable[str]) -> int:
+        """How many elements of a floating-point tensor all of these have."""
+        specs = [self.operands[source].checkpoint.tensors.get(name) for source in sources]
+        return min(spec.numel if spec and spec.is_floating_point else 0 for spec in specs)
+
+    def difference(self, name: str, begin: int, plus: str, minus: str | None, out: torch.Tensor) -> torch.Tensor:
+        """Fills `out`, 1-d, fp32 or fp64, with elements from `begin` on of plus − minus, or of plus, rounded to its
+        dtype. Raises BadInput where a file cannot be used, Failed where the Hub does not answer."""
+        for start in range(0, out.numel(), AT_ONCE):
+            part = out[start : start + AT_ONCE]
+            first, last = begin + start, begin + start + part.numel()
+            taken = self._read(plus, name, first, last)
+            less = self._read(minus, name, first, last) if minus is not None else None
+            subtract(part, taken, less, self._scratch(0, part.numel(), part.dtype))
+        return out
+
+    def _read(self, source: str, name: str, first: int, last: int) -> torch.Tensor:
+        """Elements as they are stored; what several differences have in common is read once."""
+        wanted = (name, first, last)
+        if source not in self._held or self._held[source][0] != wanted:
+            if source not in self._buffers:
+                self._buffers[source] = torch.empty(AT_ONCE * 8, dtype=torch.uint8)
+            self._held[source] = wanted, self.operands[source].read(*wanted, self._buffers[source])
+        return self._held[source][1]
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all sources so far."""
+        return sum(operand.bytes_read for operand in self.operands.values())
+
+    def close(self) -> None:
+        """Closes the files."""
+        for operand in self.operands.values():
+            operand.close()
