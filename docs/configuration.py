@@ -140,6 +140,9 @@ MEANINGS: dict[type, dict[str, str]] = {
         "enforce_eager": "no compilation and no graphs; the text of the two differs",
         "seed": "of sampling, with the number of the sample and its prompt",
         "slice_size": "requests of one call to an engine, at most",
+        "timeout": "seconds without a word after which an engine at work is replaced; 15 minutes unless given, or 20 "
+        "times as long as its slice should take or as its start took",
+        "start_timeout": "seconds that an engine may take to start; half an hour and 10 s a GB of weights unless given",
         "args": "further arguments of `vllm.LLM`, as they are",
         "replay": "a run directory or lm-eval's log of samples that answers instead of engines; null: none",
     },

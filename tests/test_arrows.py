@@ -35,6 +35,7 @@ BORDERS = {
     "evaluate.fleet": {"lm_eval", "rvdist.evaluate.suite", "rvdist.evaluate.tasks", "rvdist.evaluate.sandbox"},
     "evaluate.fleet.schedule": {"ray", "vllm", "torch"},
     "evaluate.fleet.forecast": {"ray", "vllm", "torch"},
+    "evaluate.fleet.failures": {"ray", "vllm", "torch"},
     "evaluate.fleet.engine": {"ray"},
     "evaluate.fleet.swap": {"ray"},
     "evaluate.tasks": {"ray", "vllm", "rvdist.evaluate.fleet"},

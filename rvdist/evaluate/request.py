@@ -107,6 +107,10 @@ class Unscorable(Exception):
     without the point's name."""
 
 
+class Unusable(RuntimeError):
+    """An engine cannot serve, and another like it could not either: why, in a sentence."""
+
+
 @dataclass(frozen=True)
 class Refused:
     """A slice that got no answers, since its point is `Unscorable`: the `reason`."""

@@ -192,16 +192,19 @@ class Evaluator:
                 from rvdist.weights.checkpoint.hub import download_weights
 
                 download_weights(source)
-        return self._warm.fleet(*self._wanted(prepared, base, asking.serving, asking.tensors, self._warm.resources()))
+        source = prepared.sources[arm.point.base]
+        return self._warm.fleet(*self._wanted(prepared, source, asking.serving, asking.tensors, self._warm.resources()))
 
     def _wanted(
-        self, prepared: Prepared, base: str, serving: str, tensors: str, resources: Resources
+        self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str, resources: Resources
     ) -> tuple[Hashable, Callable[[], Fleet]]:
         """The key of the fleet that a job needs, and how it is started."""
         settings, patience = _engine_settings(prepared), prepared.settings.cluster.timeout
         count, need = config.engines(prepared.settings, resources.cpus, resources.gpus)
-        key = (serving, tensors, settings, count, need)
-        return key, lambda: Fleet(base, settings, count, *need, patience=patience)
+        limits = config.engine_timeouts(prepared.settings, sum(spec.nbytes for spec in source.tensors.values()))
+        base = str(source.path.absolute())
+        key = (serving, tensors, settings, count, need, limits)
+        return key, lambda: Fleet(base, settings, count, *need, patience, timeout=limits[0], start_timeout=limits[1])
 
     def _expect(self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str) -> None:
         """Lets engines start while tasks are loaded, where they are sure to be needed and nothing else needs the cores
@@ -216,7 +219,7 @@ class Evaluator:
             with closing(SampleCache(prepared.cache)) as cache:
                 if all(cache.knows(prepared.digests[arm.point]) for arm in prepared.arms):
                     return
-        self._warm.expect(partial(self._wanted, prepared, str(source.path.absolute()), serving, tensors))
+        self._warm.expect(partial(self._wanted, prepared, source, serving, tensors))
 
     def _tell(self, arms: Arms, collected: Collected) -> None:
         """What became of some arms, for the timing, the report and the reader of the log."""

@@ -28,6 +28,7 @@ from rvdist.core.config.points import (
 from rvdist.core.config.resources import (
     cache_directory,
     device,
+    engine_timeouts,
     engines,
     require_resources,
     workers,
@@ -65,7 +66,7 @@ __all__ = [
     "AnalyzeConfig", "ArmConfig", "BatchConfig", "BenchmarksConfig", "CacheConfig", "ClusterConfig", "CompatConfig",
     "Config", "DonorsConfig", "EachConfig", "EngineConfig", "HubConfig", "MaskConfig", "MergeConfig",
     "OutputFormat", "Saved", "SearchConfig", "Storage", "SweepConfig", "VectorConfig", "WeightedVectorConfig",
-    "alphas", "arms", "cache_directory", "called", "candidates", "device", "engines", "examined", "lines", "method",
-    "outputs", "point", "published", "require_name", "require_recipe_alone", "require_resources", "saved", "size",
-    "spell", "stages", "workers",
+    "alphas", "arms", "cache_directory", "called", "candidates", "device", "engine_timeouts", "engines", "examined",
+    "lines", "method", "outputs", "point", "published", "require_name", "require_recipe_alone", "require_resources",
+    "saved", "size", "spell", "stages", "workers",
 ]  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rvdist.core.config.schema import Config
 from rvdist.core.errors import BadInput
+
+_START, _SLOWEST = 1800.0, 1e8  # seconds for a start, and bytes a second of weights at least
 
 
 def cache_directory(config: Config) -> Path:
@@ -25,6 +28,12 @@ def require_resources(config: Config) -> None:
     ):
         if count is not None and count < 1:
             raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
+    for key, seconds in (
+        ("engine.timeout", config.engine.timeout),
+        ("engine.start_timeout", config.engine.start_timeout),
+    ):
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise BadInput(f"{key}: {seconds:g} is not a time; give seconds above 0, or leave it out")
     if not 0 < share <= 1:
         raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
     if not 0 < part <= 1:
@@ -70,3 +79,9 @@ def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, flo
     count = engine.count or max(1, cpus // (ranks * engine.cpu_threads))
     cores = float(ranks * engine.cpu_threads)
     return count, (min(cores, int(cpus / count * 1000) / 1000) if local else cores, 0.0)
+
+
+def engine_timeouts(config: Config, checkpoint_bytes: int) -> tuple[float | None, float]:
+    """How many seconds an engine may be silent at its work (None: by what that should take), and how many its start may
+    take on a checkpoint of so many bytes."""
+    return config.engine.timeout, config.engine.start_timeout or _START + checkpoint_bytes / _SLOWEST

@@ -134,6 +134,8 @@ class EngineConfig:
     enforce_eager: bool = True
     seed: int = 0
     slice_size: int = 256
+    timeout: float | None = None
+    start_timeout: float | None = None
     args: dict[str, Any] = field(default_factory=dict)
     replay: str | None = None
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import operator
+import re
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from rvdist.evaluate.request import (
     Request,
     Rolling,
     Unscorable,
+    Unusable,
 )
 from rvdist.weights.checkpoint.source import open_source
 
@@ -112,8 +114,8 @@ class Engine:
         """Takes on the weights of `point`; does nothing when they are there already. The first swap of an engine
         also runs the probe.
 
-        Raises RuntimeError when tensors do not arrive (naming them) or the probe fails: the engine is then
-        unusable. Raises Unscorable for weights that are infinite or NaN, and are not allowed to be.
+        Raises Unusable when tensors do not arrive (naming them) or the probe fails.
+        Raises Unscorable for weights that are infinite or NaN, and are not allowed to be.
         """
         self._require_weights()
         if not self.is_at(point):
@@ -131,7 +133,14 @@ class Engine:
 
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
         self._at = None  # undefined, should the next line fail
-        spoiled = self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
+        from rvdist.evaluate.fleet.swap import LACKS, LEFT
+
+        try:
+            spoiled = self._llm.collective_rpc("rvdist_swap", args=(json.dumps(point.to_json()), list(exchanged)))
+        except RuntimeError as error:  # of ranks in other processes vLLM hands on the words alone
+            if found := re.search(f"(?:{LACKS}|{LEFT}).*", str(error)):
+                raise Unusable(found[0].rstrip("'\"")) from None
+            raise
         self.spoiled = {name: why for rank in spoiled for name, why in rank.items()}
         self._llm.reset_prefix_cache()
 
@@ -178,7 +187,7 @@ class Engine:
     def _require_own(self, found: Sequence[float], tolerance: float, otherwise: str) -> None:
         off = max(0.0 if a == b else abs(a - b) for a, b in zip(found, self._own, strict=True))
         if not off <= tolerance:
-            raise RuntimeError(f"{otherwise} (a log-probability is {off:.3g} nats from what it must be)")
+            raise Unusable(f"{otherwise} (a log-probability is {off:.3g} nats from what it must be)")
 
     def generate(self, requests: Sequence[Generate]) -> list[Completion]:
         """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
@@ -332,7 +341,7 @@ class Engine:
             raise
         rows, bad = map(sum, zip(*self._llm.collective_rpc("rvdist_rows"), strict=True))
         if prompts and not rows:
-            raise RuntimeError("this vLLM takes no logits from where they are watched; install another version")
+            raise Unusable("this vLLM takes no logits from where they are watched; install another version")
         if bad:
             raise Unscorable(
                 f"of {rows:,} distributions over the next token {bad:,} are not a number; choose a smaller alpha, or "

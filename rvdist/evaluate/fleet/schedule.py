@@ -158,6 +158,10 @@ class Schedule:
         self._busy[engine] = (piece, now + seconds)
         return piece
 
+    def due(self, engine: int) -> float:
+        """When the engine should have answered its slice."""
+        return self._busy[engine][1]
+
     def finish(self, engine: int, swap: float, seconds: float) -> None:
         """The engine has answered its slice in so many seconds, after a `swap` of so many."""
         piece, _ = self._busy.pop(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rvdist.core.point import WeightPoint
@@ -22,6 +23,7 @@ class FleetStats:
     cpu_seconds: float = 0.0
     bytes_read: int = 0
     deaths: int = 0
+    failures: Sequence[str] = ()  # a sentence for each engine that failed
     by_engine: dict[int, int] = field(default_factory=dict)  # requests
 
     @property
@@ -46,7 +48,8 @@ class EngineStatus:
 class Status:
     """The fleet now: what is done of this call's work, that within slices included, and how long the rest should take
     (None: unknown). `prompt_tokens` are those read, `tokens` those made or scored. What is `in_flight`, requests of
-    slices that are not finished, would be asked again if all ended now; `finished` are those of slices that are."""
+    slices that are not finished, would be asked again if all ended now; `finished` are those of slices that are.
+    `failures` has a sentence for each engine that failed."""
 
     engines: tuple[EngineStatus, ...]
     requests: int
@@ -55,3 +58,4 @@ class Status:
     prompt_tokens: int = 0
     in_flight: int = 0
     finished: int = 0
+    failures: Sequence[str] = ()

@@ -21,6 +21,9 @@ from rvdist.core.point import WeightPoint
 from rvdist.evaluate.fleet.deferred import deferred
 from rvdist.weights.reader import open_point
 
+LACKS = "the weight point lacks tensors that the engine needs"
+LEFT = "vLLM did not load these parameters of the weight point"
+
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -97,9 +100,9 @@ class SwapExtension:
             spoiled = {name: "" if number else reader.blame(name) for number, name in enumerate(reader.spoiled)}
             self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:
-            raise RuntimeError(f"the weight point lacks tensors that the engine needs: {_some(missing)}")
+            raise RuntimeError(f"{LACKS}: {_some(missing)}")
         if stale := {name for name, _ in self.model_runner.get_model().named_parameters()} - loaded:
-            raise RuntimeError(f"vLLM did not load these parameters of the weight point: {_some(stale)}")
+            raise RuntimeError(f"{LEFT}: {_some(stale)}")
         _repair_packed_copies(self.model_runner.get_model())
         _clear_caches(self.model_runner.kv_caches)
         return spoiled

@@ -64,6 +64,8 @@ class FleetView:
         self._log.say("note", f"evaluate: {kept}; {asked} by the same command", kept=bool(self._kept), lost=lost)
 
     def show(self, status: Status) -> None:
+        for sentence in status.failures[len(self._status.failures) :]:
+            self._log.say("note", f"evaluate: {sentence}", "warning")
         self._status, now = status, time.monotonic()
         self._recent.append((now, status.tokens, status.prompt_tokens))
         while self._recent[1][0] < now - _RECENT:

@@ -125,7 +125,10 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alo
 
     warm.cool()
     fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
-    ray.wait(list(fleet._starting), num_returns=2)
+    while fleet._seats.pending and len(fleet._seats.unsure) < 2:
+        ready, _ = ray.wait(fleet._seats.pending, num_returns=1)
+        fleet._seats.hear(ready[0])
+    ray.wait([ref for ref, seat in fleet._seats._starting.items()], num_returns=2)
     kept, seen, killed = {}, [], []
 
     def keep(piece, answered):
@@ -199,7 +202,7 @@ def test_engines_that_cannot_be_had_or_start_are_reported(ray_local):
         fleet.answer(cut(TARGET, requests, 4), requests)
     fleet.stop()
     fleet = Fleet("/nowhere", SETTINGS, count=2, cpus=0.5)
-    with pytest.raises(Failed, match="an engine could not start: .*nowhere"):
+    with pytest.raises(BadInput, match="^/nowhere"):
         fleet.answer(cut(TARGET, requests, 4), requests)
     fleet.stop()
 
@@ -235,7 +238,7 @@ def test_requests_that_kill_every_engine_are_reported_after_all_else_is_answered
         at[:] = [engine.point for engine in status.engines if engine.point is not None]
 
     try:
-        with pytest.raises(Failed, match="2 engines died on each of these slices of requests: pocket_sums 0 to 39"):
+        with pytest.raises(Failed, match="2 engines failed on each of these slices of requests: pocket_sums 0 to 39"):
             fleet.answer(slices, requests, lambda piece, answered: kept.update({piece: answered}), watch)
         assert kept.keys() == {slices[0]} and fleet.stats.deaths == 2
     finally:
