@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import socket
@@ -17,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.session import SessionDirectory
 from rvdist.core.text import reason
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has the cluster's"
 _PATIENCE = 60.0  # seconds for a node to say what it sees
 _STARTS = 2  # of a Ray of our own, which times out where much else runs
-_SOCKET = len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
-_LONGEST = 107 - _SOCKET  # bytes of the directory under which Ray can have its sockets
 _LOOPBACK = "127.0.0.1"
 _leaving = False
+_session: SessionDirectory | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ def _init(address: str, namespace: str | None) -> None:
     """Raises Failed where a Ray of our own does not start."""
     import ray
 
-    global _leaving
-    _leaving = False
+    global _leaving, _session
     more: dict[str, Any] = {}
-    if address == "local":
-        more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK} | _short_directory()
     for start in range(1, _STARTS + 1):
+        _leaving = False
+        if address == "local":
+            _session = SessionDirectory()
+            more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK, "_temp_dir": _session.path}
         try:
             with _taken_at_its_word() if address == "local" or _is_on_loopback_alone(address) else nullcontext():
                 ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
@@ -115,7 +117,6 @@ def _init(address: str, namespace: str | None) -> None:
             if address != "local":
                 raise
             disconnect()
-            _leaving = False
             if start == _STARTS:
                 raise Failed(
                     f"Ray could not be started on this machine, though it was tried {_STARTS} times "
@@ -181,21 +182,6 @@ def _write_token(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _short_directory() -> dict[str, str]:
-    """Where Ray puts its sockets, if its own choice is too long for their names. Raises BadInput where the user chose
-    it."""
-    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    chosen = os.environ.get(variable, "")
-    if not chosen or len(os.fsencode(os.path.abspath(chosen))) <= _LONGEST:
-        return {}
-    if variable == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK | os.X_OK):
-        raise BadInput(
-            f"{variable}={chosen}: is too long for the names of Ray's sockets, which leave room for {_LONGEST} bytes; "
-            "set RAY_TMPDIR to a shorter directory, such as /tmp"
-        )
-    return {"_temp_dir": "/tmp/ray"}
 
 
 @dataclass(frozen=True)
@@ -318,3 +304,19 @@ def disconnect() -> None:
     global _leaving
     _leaving = True
     ray.shutdown()
+    clean()
+
+
+def clean() -> None:
+    """Removes what a Ray of our own, which has ended or is about to, kept in files."""
+    global _session
+    if _session is not None:
+        _session.remove()
+        _session = None
+
+
+@atexit.register
+def _end() -> None:
+    """Of who connects and does not disconnect."""
+    if _session is not None:
+        disconnect()

@@ -121,6 +121,7 @@ class Watch:
 
 def _leave(status: int) -> NoReturn:
     """Ends the process: Ray's own, where we started it, end with the thread that did."""
+    cluster.clean()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -14,7 +14,7 @@ from checkpoints import SCORING, launch
 
 from rvdist.core import cluster
 from rvdist.core.ends import KEPT
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import Failed
 
 
 def descendants(pid):
@@ -81,15 +81,3 @@ def test_a_start_that_times_out_is_tried_again(monkeypatch):
     starts, failing = [], 3
     with pytest.raises(Failed, match=r"tried 2 times \(The current node timed out.*same command again"):
         cluster._init("local", None)
-
-
-def test_ray_has_room_for_its_sockets(monkeypatch, tmp_path):
-    long = str(tmp_path / ("a" * 60))
-    monkeypatch.setenv("TMPDIR", long)
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    assert cluster._short_directory() == {"_temp_dir": "/tmp/ray"}
-    monkeypatch.setenv("RAY_TMPDIR", long)
-    with pytest.raises(BadInput, match=f"RAY_TMPDIR={long}: is too long .* set RAY_TMPDIR to a shorter directory"):
-        cluster._short_directory()
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    assert cluster._short_directory() == {}

@@ -1,0 +1,94 @@
+"""The directory in which a Ray of our own keeps its sockets and logs: closed to others, and gone when it ends.
+
+Ray lets everybody write in the directory that it is given (mode 0777), so that stands in one of mode 0700.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from rvdist.core.errors import BadInput
+
+_PREFIX, _INNER, _LOCK = "ray", "r", "lock"
+_NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
+_SOCKET = len(f"/{_PREFIX}12345678/{_INNER}/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+_LONGEST = 107 - _SOCKET  # bytes of the directory under which Ray can have its sockets
+_NEW = 60.0  # seconds for which one without a holder may be about to get one
+_PATIENCE = 1.0  # seconds in which what still writes in it ends
+
+
+class SessionDirectory:
+    """Made for one start of Ray; removed by `remove`, or, where its process was killed, by a later one's. Raises
+    BadInput where none can be made."""
+
+    def __init__(self) -> None:
+        above = _above()
+        _sweep(above)
+        try:
+            above.mkdir(parents=True, exist_ok=True)
+            self._path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
+            self._lock = open(self._path / _LOCK, "wb")  # noqa: SIM115  # held as long as it is ours
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise BadInput(
+                f"{above}: cannot hold Ray's files ({error.strerror}); set RAY_TMPDIR to a directory that can"
+            ) from None
+        self._owner = os.getpid()
+
+    @property
+    def path(self) -> str:
+        """What Ray is given."""
+        return str(self._path / _INNER)
+
+    def remove(self) -> None:
+        if self._owner != os.getpid():
+            return  # a fork's
+        until = time.monotonic() + _PATIENCE
+        while self._path.exists():  # Ray's last processes may still write in it
+            shutil.rmtree(self._path, ignore_errors=True)
+            if time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        self._lock.close()
+
+
+def _above() -> Path:
+    """Where Ray's own choice would be, if that is not too long for the names of its sockets. Raises BadInput where the
+    user chose it."""
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    chosen = os.path.abspath(os.environ.get(variable) or "/tmp")
+    if len(os.fsencode(chosen)) <= _LONGEST:
+        return Path(chosen)
+    if variable == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK | os.X_OK):
+        raise BadInput(
+            f"{variable}={chosen}: is too long for the names of Ray's sockets, which leave room for {_LONGEST} bytes; "
+            "set RAY_TMPDIR to a shorter directory, such as /tmp"
+        )
+    return Path("/tmp")
+
+
+def _sweep(above: Path) -> None:
+    """Removes those of this user's whose processes were killed."""
+    with suppress(OSError), os.scandir(above) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                if _NAME.fullmatch(entry.name) and _is_left(entry):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _is_left(entry: os.DirEntry[str]) -> bool:
+    found = entry.stat(follow_symlinks=False)
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
+    if not ours or time.time() - found.st_mtime < _NEW:
+        return False
+    with open(os.open(Path(entry.path) / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held
+    return True

@@ -1,0 +1,98 @@
+"""A Ray of our own keeps its files where nobody else reads or writes, and leaves none."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rvdist.core import session
+from rvdist.core.errors import BadInput
+from rvdist.core.session import SessionDirectory
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A directory with a name that has room for sockets' names."""
+    import shutil
+    import tempfile
+
+    place = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    monkeypatch.setenv("RAY_TMPDIR", str(place))
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def test_ray_has_room_for_its_sockets(monkeypatch, tmp_path):
+    long = str(tmp_path / ("a" * 60))
+    monkeypatch.setenv("TMPDIR", long)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    passed_over = SessionDirectory()
+    assert Path(passed_over.path).parent.parent == Path("/tmp")
+    passed_over.remove()
+    monkeypatch.setenv("RAY_TMPDIR", long)
+    with pytest.raises(BadInput, match=f"RAY_TMPDIR={long}: is too long .* set RAY_TMPDIR to a shorter directory"):
+        SessionDirectory()
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
+    with pytest.raises(BadInput, match="/proc/none: cannot hold Ray's files"):
+        SessionDirectory()
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next(short, monkeypatch):
+    names = {}
+    for name, mode in (("left", 0o700), ("young", 0o700), ("held", 0o700), ("open", 0o755)):
+        made = SessionDirectory()
+        made._lock.close()
+        names[name] = made._path
+        os.mkdir(made.path)
+        made._path.chmod(mode)
+    for name in ("left", "held", "open"):
+        os.utime(names[name], (0, 0))
+    (short / "ray_not_ours").mkdir()
+    os.symlink("/", short / "ray12345678")
+    with open(names["held"] / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        one = SessionDirectory()
+    assert {name for name, path in names.items() if path.exists()} == {"young", "held", "open"}
+    assert (short / "ray_not_ours").exists() and (short / "ray12345678").exists()
+    assert one._path.stat().st_mode & 0o777 == 0o700
+    one.remove()
+    assert not one._path.exists()
+    assert session._LONGEST > 25
+
+
+COMMAND = """
+import json, os, sys
+os.umask(0)
+from rvdist.core import cluster
+cluster.connect("local")
+import ray
+ray.get(ray.remote(lambda: 7).remote())
+print(json.dumps([oct(os.stat(e.path).st_mode) for e in os.scandir(os.environ["RAY_TMPDIR"])]), flush=True)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), 9)
+if sys.argv[1] == "leave":
+    cluster.disconnect()
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("how", ["leave", "end", "kill"])
+def test_no_command_leaves_files_of_ray_s(how, short):
+    run = [sys.executable, "-c", COMMAND]
+    done = subprocess.run([*run, how], capture_output=True, text=True, timeout=180)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["0o40700"], done.stderr
+    assert done.returncode == (-signal.SIGKILL if how == "kill" else 0)
+    left = list(short.iterdir())
+    assert bool(left) == (how == "kill")
+    for one in left:
+        os.utime(one, (0, 0))  # as after a minute
+        later = SessionDirectory()
+        later.remove()
+    assert list(short.iterdir()) == []
