@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import quote
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: the transport's, httpx or httpx2
     GatedRepoError,
     HfHubHTTPError,
@@ -35,6 +36,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads it
 )
 
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.foreign import parse_json
+from rvdist.core.text import reason
+from rvdist.weights.checkpoint import guard
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, Hub, assemble
 from rvdist.weights.checkpoint.header import Header, HubStamp, TensorSpec, header_end, parse_header, read_header
 
@@ -42,10 +46,13 @@ BLOCK = 8 << 20  # bytes fetched at a time by ranges
 _PREFIX = 128 << 10  # bytes in which most headers end
 _PARALLEL = 8  # requests at a time for what is small
 _SMALL_ARE_IN = (Path("."), Path("additional_chat_templates"))
+_MOST_SMALL, _SMALL_FILES = 1 << 30, 1000  # bytes, of one and of all together; how many
+_MOST_LISTING, _LONGEST_NAME = 32 << 20, 1000  # bytes; characters
 _ATTEMPTS = 5
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 300.0  # seconds; the Hub counts requests over five minutes
+_FIRST_WAIT = 1.0  # seconds
 
 T = TypeVar("T")
+guard.install()
 
 
 def open_repository(repository: str, revision: str | None) -> Checkpoint:
@@ -64,19 +71,30 @@ def open_repository(repository: str, revision: str | None) -> Checkpoint:
 
     if constants.HF_HUB_OFFLINE and not any(name == INDEX or name.endswith(".safetensors") for name in files):
         raise BadInput(_offline(f"{hub}: model.safetensors is"))
+    nbytes = sum(files[name].size for name in small)
+    if len(small) > _SMALL_FILES or nbytes > _MOST_SMALL:
+        raise BadInput(
+            f"{hub}: has {len(small):,} files beside its weights, {nbytes:,} bytes; at most {_SMALL_FILES:,} and "
+            f"{_MOST_SMALL:,} bytes are fetched; give a directory with those that it needs"
+        )
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        list(pool.map(lambda file: download(hub, file), small))
+        list(pool.map(lambda file: download(hub, file, files[file]), small))
         _snapshot(hub).mkdir(parents=True, exist_ok=True)
         return assemble(_snapshot(hub), files, lambda weights: pool.map(header, weights), hub)
 
 
-def download(hub: Hub, file: str) -> Path:
-    """Where a file lies in this node's cache; downloads it if it is not there yet. Processes of one node that want
-    the same file download it once. Raises BadInput, Failed."""
+def download(hub: Hub, file: str, stamp: HubStamp | None = None) -> Path:
+    """Where a file lies in this node's cache; downloads it if it is not there yet: no more than was announced of it in
+    `stamp`. Processes of one node that want the same file download it once. Raises BadInput, Failed."""
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
-    path = _persistently(f"{hub}: {file} is", lambda: hf_hub_download(hub.repository, file, revision=hub.commit))
-    return Path(path)
+    what, most = f"{hub}: {file} is", stamp.size if stamp else _MOST_SMALL
+    path = Path(_persistently(what, lambda: hf_hub_download(hub.repository, file, revision=hub.commit), most))
+    if stamp and (
+        path.stat().st_size != stamp.size or _cached_stamp(hub, path).etag not in (stamp.etag, _named(hub, path))
+    ):
+        raise Failed(f"{what} not what the Hub announced; delete {path} and run again")
+    return path
 
 
 def download_weights(checkpoint: Checkpoint) -> None:
@@ -85,7 +103,14 @@ def download_weights(checkpoint: Checkpoint) -> None:
     hub = checkpoint.hub
     assert hub is not None
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        list(pool.map(lambda file: download(hub, file), checkpoint.files))
+        list(pool.map(lambda file: download(hub, file, hub_stamp(checkpoint, file)), checkpoint.files))
+
+
+def hub_stamp(checkpoint: Checkpoint, file: str) -> HubStamp:
+    """What the Hub announced of a weight file."""
+    stamp = checkpoint.stamps[file]
+    assert isinstance(stamp, HubStamp)
+    return stamp
 
 
 def download_card(checkpoint: Checkpoint) -> None:
@@ -121,7 +146,7 @@ def read_bytes(checkpoint: Checkpoint, file: str, start: int, stop: int) -> byte
         with open(path, "rb", buffering=0) as opened:
             return os.pread(opened.fileno(), stop - start, start)
     fetch = _remembered_range if stop - start <= _REMEMBERED_BYTES else fetch_range
-    return bytes(fetch(hub, file, checkpoint.stamps[file].size, start, stop))
+    return bytes(fetch(hub, file, hub_stamp(checkpoint, file), start, stop))
 
 
 class RangeReader:
@@ -132,7 +157,7 @@ class RangeReader:
         assert checkpoint.hub is not None
         self.files = checkpoint.hub.ranged
         self._hub = checkpoint.hub
-        self._sizes = {file: stamp.size for file, stamp in checkpoint.stamps.items()}
+        self._stamps = {file: hub_stamp(checkpoint, file) for file in self.files}
         self._blocks: dict[tuple[str, int], memoryview] = {}  # by file and first byte, the older one first
 
     def read(self, spec: TensorSpec, offset: int, view: memoryview) -> None:
@@ -152,33 +177,47 @@ class RangeReader:
         if len(self._blocks) == 2:
             del self._blocks[next(iter(self._blocks))]
         stop = min(offset + BLOCK, spec.offset + spec.nbytes)
-        block = memoryview(fetch_range(self._hub, spec.file, self._sizes[spec.file], offset, stop))
+        block = memoryview(fetch_range(self._hub, spec.file, self._stamps[spec.file], offset, stop))
         self._blocks[spec.file, offset] = block
         return offset, block
 
 
-def fetch_range(hub: Hub, file: str, size: int, start: int, stop: int) -> bytearray:
-    """Bytes [start, stop) of a file of `size` bytes, from the network. What has come when a connection breaks is kept.
-    Raises BadInput, Failed."""
+def fetch_range(hub: Hub, file: str, stamp: HubStamp, start: int, stop: int) -> bytearray:
+    """Bytes [start, stop) of a file, from the network. What has come when a connection breaks is kept.
+    Raises BadInput, Failed, also where the Hub gives another file than it announced."""
     url = hf_hub_url(hub.repository, file, revision=hub.commit)
     found = bytearray()
 
     def go_on() -> bytearray:
         begin = start + len(found)
-        headers = build_hf_headers() | {"Range": f"bytes={begin}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = build_hf_headers() | {"Range": f"bytes={begin}-{stop - 1}"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
             got = response.headers.get("Content-Range", "no range")
-            if response.status_code != 206 or not re.fullmatch(rf"bytes {begin}-\d+/{size}", got):
-                raise Failed(f"{hub}: {file}: asked for a range from {begin} of {size} bytes, the Hub gave {got}")
+            if response.status_code != 206 or not got.endswith(f"/{stamp.size}"):
+                asked = f"asked for a range from {begin} of {stamp.size} bytes"
+                raise guard.Refused(f"{asked}, it gives {got[:50]} of another file or none")
+            _require_announced(hub, stamp, [*response.history, response])
             for piece in response.iter_raw():
                 found.extend(piece[: stop - start - len(found)])
         if len(found) < stop - start:
             raise EOFError("the answer ended too early")
         return found
 
-    return _persistently(f"{hub}: {file} is", go_on) if start < stop else found
+    return _persistently(f"{hub}: {file} is", go_on, stop - start) if start < stop else found
+
+
+def _require_announced(hub: Hub, stamp: HubStamp, answers: list[Any]) -> None:
+    """Raises Refused where the Hub does not say that what it gives is the file of this commit. The last answer may be
+    of a warehouse, which has names of its own."""
+    for answer in answers:
+        if commit := answer.headers.get("X-Repo-Commit"):
+            etag = answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "none")
+            if (commit, etag.removeprefix("W/").strip('"')) == (hub.commit, stamp.etag):
+                return
+            raise guard.Refused(f"it gives the file {etag[:80]} of commit {commit[:40]}, and announced {stamp.etag}")
+    raise guard.Refused("it does not say of which commit its answer is")
 
 
 _REMEMBERED_BYTES = 1 << 20  # at most, of one range: samples are small
@@ -195,22 +234,47 @@ def _find(what: str, repository: str, revision: str) -> tuple[Hub, dict[str, Hub
         if not re.fullmatch(r"[0-9a-f]{40}", commit) or not _snapshot(hub).is_dir():
             raise BadInput(_offline(what))
         return hub, {path.name: _cached_stamp(hub, path) for path in _snapshot(hub).iterdir() if path.is_file()}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = _persistently(
-        what, lambda: HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=timeout)
-    )
-    if not info.sha or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
-        raise Failed(f"{what} not to be had from the Hub (it names no commit)")
+    commit, files = _persistently(what, lambda: _listing(repository, revision), _MOST_LISTING)
     with suppress(OSError):  # a cache that is read-only serves as well
-        if revision != info.sha and not (ref.is_file() and ref.read_text(errors="replace") == info.sha):
+        if revision != commit and not (ref.is_file() and ref.read_text(errors="replace") == commit):
             ref.parent.mkdir(parents=True, exist_ok=True)
             temporary = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-            temporary.write_text(info.sha)
+            temporary.write_text(commit)
             temporary.replace(ref)
-    return Hub(repository, info.sha), {
-        file.rfilename: HubStamp(file.lfs.sha256 if file.lfs else str(file.blob_id), file.size or 0)
-        for file in info.siblings or []
-    }
+    return Hub(repository, commit), files
+
+
+def _listing(repository: str, revision: str) -> tuple[str, dict[str, HubStamp]]:
+    """The commit that a revision is, and its files."""
+    url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision, safe='')}"
+    response = get_session().get(
+        url, params={"blobs": True}, headers=build_hf_headers(), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
+    hf_raise_for_status(response)
+    try:
+        listing = parse_json(response.content)
+        commit, siblings = listing["sha"], listing["siblings"]
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise ValueError(f"its commit is {str(commit)[:50]!r}")
+        return commit, {_file_name(file["rfilename"]): _announced(file) for file in siblings}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise guard.Refused(f"it lists its files wrongly: {reason(error)}") from None
+
+
+def _file_name(name: str) -> str:
+    if not name or name != PurePosixPath(name).as_posix() or name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"a file is called {name[:100]!r}")
+    if "\0" in name or len(name) > _LONGEST_NAME:
+        raise ValueError("a file has a name that none can have")
+    return name
+
+
+def _announced(file: dict[str, Any]) -> HubStamp:
+    """Raises ValueError, KeyError, TypeError where no size or hash is announced."""
+    size, etag = file["size"], file["lfs"]["sha256"] if file.get("lfs") else file["blobId"]
+    if type(size) is not int or not 0 <= size < 1 << 60 or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        raise ValueError(f"{file['rfilename'][:100]} has the size {str(size)[:30]} and the hash {str(etag)[:80]}")
+    return HubStamp(etag, size)
 
 
 def _header(hub: Hub, file: str, stamp: HubStamp) -> Header:
@@ -218,8 +282,8 @@ def _header(hub: Hub, file: str, stamp: HubStamp) -> Header:
         tensors, metadata, _ = read_header(path)
         return tensors, metadata, stamp
     where = f"{hub}: {file}"
-    prefix = bytes(fetch_range(hub, file, stamp.size, 0, min(_PREFIX, stamp.size)))
-    prefix += fetch_range(hub, file, stamp.size, len(prefix), header_end(where, prefix, stamp.size))
+    prefix = bytes(fetch_range(hub, file, stamp, 0, min(_PREFIX, stamp.size)))
+    prefix += fetch_range(hub, file, stamp, len(prefix), header_end(where, prefix, stamp.size))
     return *parse_header(where, file, prefix, stamp.size), stamp
 
 
@@ -239,18 +303,23 @@ def _cached(hub: Hub, file: str) -> Path | None:
 def _cached_stamp(hub: Hub, path: Path) -> HubStamp:
     """What `_find` says of the file online: the cache names contents by their etag, and snapshots link to them.
     A cache without links has forgotten the etag; the commit and the name say as much, if only of this commit."""
-    etag = os.path.basename(os.readlink(path)) if path.is_symlink() else f"{hub.commit}/{path.name}"
+    etag = os.path.basename(os.readlink(path)) if path.is_symlink() else _named(hub, path)
     return HubStamp(etag, path.stat().st_size)
 
 
-def _persistently(what: str, act: Callable[[], T]) -> T:
-    """Acts again, after a while, where it failed for a reason that passes. Raises Failed when it does not pass, and
-    BadInput when the Hub refuses."""
+def _named(hub: Hub, path: Path) -> str:
+    return f"{hub.commit}/{path.name}"
+
+
+def _persistently(what: str, act: Callable[[], T], most: int) -> T:
+    """Acts again, after a while, where it failed for a reason that passes. Raises Failed when it does not pass, or an
+    answer is not what was asked for or has more than `most` bytes, and BadInput when the Hub refuses."""
     for attempt in range(_ATTEMPTS):
         try:
-            return act()
-        except Failed:
-            raise
+            with guard.at_most(most):
+                return act()
+        except guard.Refused as error:
+            raise Failed(f"{what} not to be had from the Hub ({error}); choose another revision or endpoint") from None
         except Exception as error:  # the client's errors share no base class with those of its transports
             if constants.HF_HUB_OFFLINE:
                 raise BadInput(_offline(what)) from None
@@ -276,9 +345,9 @@ def _wait(error: Exception, attempt: int) -> float:
     if isinstance(error, HfHubHTTPError):
         asked = error.response.headers.get("Retry-After", "")
         if asked.isdigit():
-            return min(float(asked), _LONGEST_WAIT)
+            return float(asked)
         if limit := parse_ratelimit_headers(error.response.headers):
-            return min(float(limit.reset_in_seconds), _LONGEST_WAIT)
+            return float(limit.reset_in_seconds)
     return _FIRST_WAIT * 2.0**attempt
 
 

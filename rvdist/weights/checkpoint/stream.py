@@ -66,9 +66,9 @@ class TensorFiles:
         if file not in self._descriptors:
             path = self.checkpoint.path / file
             if self.checkpoint.hub:
-                from rvdist.weights.checkpoint.hub import download
+                from rvdist.weights.checkpoint.hub import download, hub_stamp
 
-                path = download(self.checkpoint.hub, file)
+                path = download(self.checkpoint.hub, file, hub_stamp(self.checkpoint, file))
             self._descriptors[file] = os.open(path, os.O_RDONLY)
         return self._descriptors[file]
 

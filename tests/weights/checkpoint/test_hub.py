@@ -1,7 +1,7 @@
 import json
 import multiprocessing
 import pickle
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -223,10 +223,9 @@ def test_reading_ahead_is_bounded(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["stall", "reset", "truncate", "500", "503", "429", "408"])
 def test_a_range_is_had_in_spite_of_failures(hub, published, kind):
     checkpoint = open_source("org/name")
-    size = checkpoint.stamps[SHARD].size
     hub.fail(SHARD, kind, times=2)
     before = hub.sent(SHARD)
-    found = fetch_range(checkpoint.hub, SHARD, size, 1000, 501_000)
+    found = fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD], 1000, 501_000)
     assert found == (published / SHARD).read_bytes()[1000:501_000]
     if kind in ("stall", "truncate"):
         assert [request.range for request in hub.asked(SHARD)[-2:]] == ["bytes=251000-500999", "bytes=376000-500999"]
@@ -241,7 +240,7 @@ def test_the_hub_says_how_long_to_wait(hub, published, monkeypatch):
     hub.fail(SHARD, "429", RateLimit='"api";r=0;t=55')
     hub.fail(SHARD, "429", Retry_After="86400")
     hub.fail(SHARD, "503")
-    fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD].size, 0, 10)
+    fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD], 0, 10)
     assert waits == [7, 55, 300, 0.08]
 
 
@@ -255,7 +254,7 @@ def test_patience_ends_in_one_sentence_that_invites_to_go_on(hub, published, kin
     with pytest.raises(
         Failed, match=rf"^org/name@\w+: {SHARD} is not .* in 5 attempts \(.*{reason}.*\); run"
     ) as caught:
-        fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD].size, 0, 500_000)
+        fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD], 0, 500_000)
     assert "\n" not in str(caught.value)
     with pytest.raises(Failed, match="org/name@main|org/name: no such directory, and not to be had.*5 attempts"):
         hub.fail("/api/models", "500", times=99)
@@ -266,10 +265,14 @@ def test_other_bytes_than_asked_for_are_never_taken(hub, published):
     checkpoint = open_source("org/name")
     size = checkpoint.stamps[SHARD].size
     hub.fail(SHARD, "whole")
-    with pytest.raises(Failed, match=f"{SHARD}: asked for a range from 5 of {size} bytes, the Hub gave no range"):
-        fetch_range(checkpoint.hub, SHARD, size, 5, 10)
-    with pytest.raises(Failed, match=f"{SHARD}: asked for a range from 5 of {size + 1} bytes"):
-        fetch_range(checkpoint.hub, SHARD, size + 1, 5, 10)
+    with pytest.raises(Failed, match=f"{SHARD} is not .*it announces {size} bytes where 5 are due"):
+        fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD], 5, 10)
+    hub.fail(SHARD, "whole")
+    with pytest.raises(Failed, match=f"asked for a range from 0 of {size} bytes, it gives no range"):
+        fetch_range(checkpoint.hub, SHARD, checkpoint.stamps[SHARD], 0, size)
+    larger = replace(checkpoint.stamps[SHARD], size=size + 1)
+    with pytest.raises(Failed, match=f"{SHARD} is not .*asked for a range from 5 of {size + 1} bytes"):
+        fetch_range(checkpoint.hub, SHARD, larger, 5, 10)
 
 
 @pytest.mark.parametrize("kind", ["stall", "reset", "truncate", "500", "429"])
