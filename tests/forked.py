@@ -39,11 +39,15 @@ def _settings() -> dict[str, str]:
 
 @cache
 def _server(light: bool) -> socket.socket:
-    """Our end of the line to a process that forks."""
+    return serve(LIGHT if light else MODULES, _settings())
+
+
+def serve(modules: Sequence[str], environment: Mapping[str, str]) -> socket.socket:
+    """Our end of the line to a process that has imported these and forks; it ends when that is closed."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
-        command = [sys.executable, __file__, str(its.fileno()), *(LIGHT if light else MODULES)]
-        subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL, env=_settings())
+        command = [sys.executable, __file__, str(its.fileno()), *modules]
+        subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL, env=environment)
     return ours
 
 
@@ -55,7 +59,18 @@ def run(
     if any(key.startswith(_BY_ANY) for key in other):
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
-    line = _server(any(key.startswith(_BY_OTHERS) for key in other))
+    return ask(_server(any(key.startswith(_BY_OTHERS) for key in other)), module, arguments, cwd, environment, timeout)
+
+
+def ask(
+    line: socket.socket,
+    module: str,
+    arguments: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
+    """The same of a process at the other end of a `line`."""
     asked = {"module": module, "arguments": arguments, "cwd": str(cwd), "environment": dict(environment)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         line.settimeout(timeout)
@@ -72,7 +87,7 @@ def run(
         return subprocess.CompletedProcess([module, *arguments], status, out.read(), errors.read())
 
 
-def _serve(line: socket.socket) -> None:
+def _answer(line: socket.socket) -> None:
     """Ends with whoever asks. A forked process comes back from here as well, and goes on to be the command."""
     while True:
         message, descriptors, *_ = socket.recv_fds(line, 1 << 20, 2)
@@ -107,5 +122,5 @@ if __name__ == "__main__":
         if "needs no" not in str(error):  # tests/without
             raise
     gc.freeze()
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _answer(socket.socket(fileno=int(sys.argv[1])))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -49,6 +49,18 @@ def read_regular(path: Path, most: int) -> bytes:
     return content
 
 
+def write_regular(path: Path, text: str) -> None:
+    """Writes a small file and the directories that it needs, never through a link. Not at once: whoever reads it must
+    tell a part of it from the whole, and nothing else is left where this ends in the middle. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = Handle(path.parent.resolve())
+    try:
+        with open(handle.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
+            file.write(text)
+    finally:
+        handle.close()
+
+
 def own_places(directory: Path) -> list[Path]:
     """Where the files of a checkpoint may lie: its own directory; and where that is a snapshot in a Hub cache, its
     repository's blobs."""

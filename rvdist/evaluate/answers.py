@@ -83,13 +83,16 @@ def answer(
         todo = [piece for piece in slices if piece not in answered]
         left = Counter(piece.point for piece in todo)
 
-        def keep(piece: Slice, found: Answered) -> None:
+        def keep(came: Mapping[Slice, Answered]) -> None:
             if cache:
-                cache.write(keys[piece], points[piece.point].digest, piece.task, found)
-            answered[piece] = found
-            left[piece.point] -= 1
-            if not left[piece.point]:
-                complete(piece.point, answered)
+                cache.write(
+                    (keys[piece], points[piece.point].digest, piece.task, found) for piece, found in came.items()
+                )
+            answered.update(came)
+            for piece in came:
+                left[piece.point] -= 1
+                if not left[piece.point]:
+                    complete(piece.point, answered)
 
         for point in points:
             if not left[point]:

@@ -1,8 +1,9 @@
 """The sample cache: every answered slice, durable at once, under a key of all that decides what is answered.
 
-One SQLite file in `cache.dir`, shared by any number of runs. A slice is one row and one transaction, in SQLite's
-rollback journal and fully synchronous: what was written survives a killed process and a power cut. Not its
-write-ahead log, which is unsafe on network file systems, where a cache may well lie. Knows nothing of Ray or vLLM.
+One SQLite file in `cache.dir`, shared by any number of runs. A slice is one row; those that come together are one
+transaction, in SQLite's rollback journal and fully synchronous: what was written survives a killed process and a power
+cut. Not its write-ahead log, which is unsafe on network file systems, where a cache may well lie. Knows nothing of Ray
+or vLLM.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
@@ -25,6 +26,10 @@ from rvdist.evaluate.fleet.served import companions
 from rvdist.evaluate.request import Answer, Answered, Completion, Generate, Loglikelihood, Request
 from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.journal import MANIFEST
+
+Kept: TypeAlias = tuple[
+    str, str, str, Answered
+]  # a slice's key; for people its point's digest and its task; its answers
 
 FILE = "samples.sqlite"
 _APPLICATION = 0x72766473  # marks the file as ours
@@ -117,18 +122,27 @@ class SampleCache:
             found = self._connection.execute("SELECT 1 FROM slices WHERE point = ? LIMIT 1", (point,)).fetchone()
         return found is not None
 
-    def write(self, key: str, point: str, task: str, answered: Answered) -> None:
-        """Keeps a slice; `point` (its digest) and `task` only tell people what it is. When this returns, it is on
-        disk; of two runs that write the same slice the first is kept."""
-        answers = json.dumps([_to_json(answer) for answer in answered.answers])
-        with self._saying(), self._transaction():
-            if key in self.damaged:
-                self._connection.execute("DELETE FROM slices WHERE key = ?", (key,))
-            self._connection.execute(
-                "INSERT OR IGNORE INTO slices (key, point, task, answers, truncated, seconds) VALUES (?,?,?,?,?,?)",
-                (key, point, task, answers, answered.truncated, answered.seconds),
+    def write(self, kept: Iterable[Kept]) -> None:
+        """Keeps slices. When this returns, they are on disk; of two runs that write the same one the first is kept."""
+        rows = [
+            (
+                key,
+                point,
+                task,
+                json.dumps([_to_json(answer) for answer in found.answers]),
+                found.truncated,
+                found.seconds,
             )
-        self.damaged.discard(key)
+            for key, point, task, found in kept
+        ]
+        again = [(key,) for key, *_ in rows if key in self.damaged]
+        with self._saying(), self._transaction():
+            self._connection.executemany("DELETE FROM slices WHERE key = ?", again)
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO slices (key, point, task, answers, truncated, seconds) VALUES (?,?,?,?,?,?)",
+                rows,
+            )
+        self.damaged.difference_update(key for (key,) in again)
 
     def close(self) -> None:
         self._connection.close()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rvdist.core.foreign import parse_json
-from rvdist.core.regular import read_regular
+from rvdist.core.regular import read_regular, write_regular
 from rvdist.merge.plan import Plan
 
 _WORTH_REMEMBERING = 256 << 20  # bytes moved by a merge whose rate says something
@@ -60,15 +61,13 @@ def rates(cache: Path) -> Path:
 
 
 def remember_rate(path: Path, device: str, bytes_moved: int, worker_seconds: float, anonymous_bytes: int) -> None:
-    """Keeps the rate of a merge on `device` in a JSON file; forgets nothing about other devices."""
+    """Keeps the rate of a merge on `device` in a JSON file, if that can be written, and what is there of others."""
     if bytes_moved < _WORTH_REMEMBERING or worker_seconds <= 0:
         return
     rates = {d: asdict(rate) for d in ("cpu", "cuda") if (rate := remembered_rate(path, d))}
     rates[device] = asdict(Rate(bytes_moved / worker_seconds, anonymous_bytes))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(rates))
-    temporary.replace(path)
+    with suppress(OSError):  # it is no part of the merge, which is done; what is written in part says nothing
+        write_regular(path, json.dumps(rates))
 
 
 def remembered_rate(path: Path, device: str) -> Rate | None:

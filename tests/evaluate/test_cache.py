@@ -41,9 +41,9 @@ def keys(requests=REQUESTS, digests=DIGESTS, versions=VERSIONS, engine=ENGINE, s
 
 
 def test_what_was_written_is_read_to_the_bit(tmp_path):
-    SampleCache(tmp_path / "new/place").write("a", "point", "task", COMPLETIONS)
+    SampleCache(tmp_path / "new/place").write([("a", "point", "task", COMPLETIONS)])
     cache = SampleCache(tmp_path / "new/place")
-    cache.write("b", "point", "task", SCORES)
+    cache.write([("b", "point", "task", SCORES)])
     assert cache.read(["a", "b", "c"]) == {"a": COMPLETIONS, "b": SCORES}
     many = [str(k) for k in range(2000)]
     assert cache.read([*many, "a"]) == {"a": COMPLETIONS}
@@ -51,8 +51,8 @@ def test_what_was_written_is_read_to_the_bit(tmp_path):
 
 def test_the_first_of_two_is_kept(tmp_path):
     one, two = SampleCache(tmp_path), SampleCache(tmp_path)
-    one.write("k", "p", "t", COMPLETIONS)
-    two.write("k", "p", "t", SCORES)
+    one.write([("k", "p", "t", COMPLETIONS)])
+    two.write([("k", "p", "t", SCORES)])
     assert two.read(["k"]) == {"k": COMPLETIONS}
 
 
@@ -131,7 +131,7 @@ from rvdist.evaluate.cache import SampleCache
 from rvdist.evaluate.request import Answered, Completion
 cache = SampleCache(Path(sys.argv[1]))
 for k in range(int(sys.argv[3])):
-    cache.write(f"{sys.argv[2]}-{k}", "p", "t", Answered((Completion("x" * 5000, "stop", 1, k),), 0, 0.0))
+    cache.write([(f"{sys.argv[2]}-{k}", "p", "t", Answered((Completion("x" * 5000, "stop", 1, k),), 0, 0.0))])
     print(k, flush=True)
 """
 
@@ -152,6 +152,14 @@ def test_two_processes_write_at_once(tmp_path):
     assert [found[f"b-{k}"].answers[0].tokens for k in range(100)] == list(range(100)) and len(found) == 200
 
 
+def test_slices_that_come_together_are_one_transaction(tmp_path):
+    cache, said = SampleCache(tmp_path), []
+    cache._connection.set_trace_callback(said.append)
+    cache.write((str(k), "p", "t", COMPLETIONS) for k in range(8))
+    assert [line.split()[0] for line in said if not line.startswith("INSERT")] == ["BEGIN", "COMMIT"]
+    assert len(cache.read([str(k) for k in range(8)])) == 8
+
+
 def test_what_was_written_survives_a_kill(tmp_path):
     """Killed while it writes, five times over; all it had said it wrote is there, and the file is sound."""
     for turn in range(5):
@@ -163,7 +171,7 @@ def test_what_was_written_survives_a_kill(tmp_path):
         written = [f"turn{turn}-{line.strip()}" for line in said if line.endswith("\n")]
         cache = SampleCache(tmp_path)
         assert cache.read(written).keys() == set(written)
-        cache.write(f"after {turn}", "p", "t", SCORES)
+        cache.write([(f"after {turn}", "p", "t", SCORES)])
         cache.close()
     assert sqlite3.connect(tmp_path / FILE).execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -212,7 +220,7 @@ def add_a_trigger(path):
 def test_a_file_that_cannot_be_used_is_one_sentence(spoil, tmp_path):
     cache = SampleCache(tmp_path)
     for k in range(20):
-        cache.write(str(k), "p", "t", COMPLETIONS)
+        cache.write([(str(k), "p", "t", COMPLETIONS)])
     cache.close()
     spoil(tmp_path / FILE)
     with pytest.raises(
@@ -238,13 +246,13 @@ def test_a_file_that_cannot_be_used_is_one_sentence(spoil, tmp_path):
 def test_a_row_that_is_no_answer_is_a_miss_and_is_replaced(change, tmp_path):
     cache = SampleCache(tmp_path)
     for key in "ab":
-        cache.write(key, "p", "t", COMPLETIONS)
+        cache.write([(key, "p", "t", COMPLETIONS)])
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.execute(f"UPDATE slices SET {change} WHERE key = 'a'")
     asked = {key: [Generate("x", 1)] * len(COMPLETIONS.answers) for key in "ab"}
     cache = SampleCache(tmp_path)
     assert cache.read(["a", "b"], asked) == {"b": COMPLETIONS} and cache.damaged == {"a"}
-    cache.write("a", "p", "t", COMPLETIONS)
+    cache.write([("a", "p", "t", COMPLETIONS)])
     assert cache.read(["a", "b"], asked) == {"a": COMPLETIONS, "b": COMPLETIONS} and not cache.damaged
     assert cache.read(["a"], {"a": [Choice("a", "b")] * 2}) == {} and cache.damaged == {"a"}
 
@@ -267,13 +275,13 @@ def test_a_file_that_another_run_holds_is_waited_for(tmp_path, monkeypatch):
     other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(Failed, match="locked"):
-        cache.write("k", "p", "t", SCORES)
+        cache.write([("k", "p", "t", SCORES)])
     other.execute("COMMIT")
-    cache.write("k", "p", "t", SCORES)
+    cache.write([("k", "p", "t", SCORES)])
     assert cache.read(["k"]) == {"k": SCORES}
 
 
 def test_people_can_ask_it(tmp_path):
-    SampleCache(tmp_path).write("k", "digest", "sums", COMPLETIONS)
+    SampleCache(tmp_path).write([("k", "digest", "sums", COMPLETIONS)])
     row = sqlite3.connect(Path(tmp_path) / FILE).execute("SELECT point, task, json_array_length(answers) FROM slices")
     assert row.fetchone() == ("digest", "sums", 2)

@@ -26,7 +26,7 @@ def reused(tmp_path, wanted, *, cached=(0, 1, 2), truncated=0, point=POINT, serv
     for number, piece in enumerate(pieces):
         if number in cached:
             texts = [Completion(f"a{k}", "stop", 1, 1) for k in range(piece.begin, piece.end)]
-            cache.write(keys[piece], "p", "t", Answered(tuple(texts), truncated, 1.0))
+            cache.write([(keys[piece], "p", "t", Answered(tuple(texts), truncated, 1.0))])
     part = {"t": wanted}
     found = from_whole(whole, cut(point, part, SIZE), part, SIZE, DIGESTS, {"engine": served_by}, cache)
     cache.close()

@@ -107,11 +107,11 @@ class Fleet:
         self,
         slices: Iterable[Slice],
         requests: Mapping[str, Sequence[Request]],
-        keep: Callable[[Slice, Answered], None] = lambda piece, answered: None,
+        keep: Callable[[Mapping[Slice, Answered]], None] = lambda came: None,
         watch: Callable[[Status], None] = lambda status: None,
     ) -> dict[Slice, Answered]:
-        """Every slice answered, but for those of points that are `refused` from there on. `keep` is given each as it
-        comes; `watch` what goes on, once a second or oftener.
+        """Every slice answered, but for those of points that are `refused` from there on. `keep` is given them as they
+        come, those that came at once together; `watch` what goes on, once a second or oftener.
 
         Raises BadInput for what no engine takes; Failed where no engine starts, where two engines say that none of
         them can serve, or, after all else is answered, for slices on which engines failed again and again."""
@@ -123,7 +123,7 @@ class Fleet:
         schedule, forecast = Schedule(slices, self._home), Forecast(slices, requests)
         answers: dict[Slice, Answered] = {}
         running: dict[Any, tuple[Seat, Slice]] = {}
-        came: list[tuple[Slice, Answered]] = []
+        came: dict[Slice, Answered] = {}
         self._begin = time.monotonic()
         for seat in self._seats:
             if seat.up is not None and seat.number not in self._seats.unsure:
@@ -131,13 +131,13 @@ class Fleet:
         while True:
             self._seats.tend()
             self._feed(schedule, forecast, requests, running)
-            for piece, answered in came:  # after the engines were fed: keeping takes its time
-                keep(piece, answered)
+            if came:  # after the engines were fed: keeping takes its time
+                keep(came)
             watch(self._status(schedule, forecast, running))
             if schedule.over:
                 break
             self._require_engines(running)
-            came = []
+            came = {}
             for ready in _ready([*running, *self._seats.pending]):
                 if ready not in running:
                     if up := self._seats.hear(ready):
@@ -154,9 +154,8 @@ class Fleet:
                     del running[ready]
                     answered, swap = found
                 except ray.exceptions.RayError as error:
-                    for done in came:
-                        keep(*done)
-                    came = []
+                    keep(came)
+                    came = {}
                     del running[ready]
                     forecast.drop(piece)
                     self._fail(seat, schedule, {busy.number for busy, _ in running.values()}, error, piece)
@@ -171,7 +170,7 @@ class Fleet:
                 forecast.finish(piece, answered, time.monotonic())
                 self._count(seat, answered, swap)
                 answers[piece] = answered
-                came.append((piece, answered))
+                came[piece] = answered
             now = time.monotonic()
             for late, (seat, piece) in list(running.items()):
                 if seat.until is not None and now > seat.until:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 import xxhash
 
-from rvdist.core.regular import read_regular
+from rvdist.core.regular import read_regular, write_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
 
@@ -38,7 +36,8 @@ def file_digest(path: Path, cache: Path | None = None) -> str:
         while read := file.readinto(block):
             digest.update(memoryview(block)[:read])
     if remembered and Stamp.of(path) == stamp:
-        _write_atomically(remembered, digest.hexdigest())
+        with suppress(OSError):  # what is not remembered is read again; what is written in part is no digest
+            write_regular(remembered, digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -53,11 +52,3 @@ def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
         files = sorted(file_digest(checkpoint.path / name, cache) for name in checkpoint.files)
     made_of = json.dumps([files, checkpoint.config], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(made_of.encode())
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    Path(temporary).replace(path)

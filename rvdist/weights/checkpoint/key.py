@@ -38,11 +38,18 @@ def _read(handle: Handle, name: str) -> bytes:
 def _made(handle: Handle, name: str) -> bytes:
     temporary, key = f".{name}-{secrets.token_hex(8)}", secrets.token_bytes(_BYTES)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=handle.descriptor)
-    with open(descriptor, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(descriptor)
-    os.rename(temporary, name, src_dir_fd=handle.descriptor, dst_dir_fd=handle.descriptor)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(descriptor)
+        with suppress(FileNotFoundError):  # another process was faster
+            os.rename(temporary, name, src_dir_fd=handle.descriptor, dst_dir_fd=handle.descriptor)
+    finally:
+        for other in os.listdir(handle.descriptor):  # of processes that were killed, or come too late
+            if other.startswith(f".{name}-"):
+                with suppress(FileNotFoundError):
+                    os.unlink(other, dir_fd=handle.descriptor)
     return _read(handle, name) or _OF_THIS_PROCESS  # a file system may know no modes; another process may be later
 
 

@@ -37,6 +37,7 @@ _TEMPLATES = "additional_chat_templates"
 _AWAY = "remove it, or choose another output"
 _IN_THE_WAY = "is in the way and not ours to clear; move it or choose another output"
 _MOST_BESIDE = 1 << 30  # bytes of a file that is copied from beside weights
+_REPLACED = "replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -106,6 +107,7 @@ class Staging:
             raise
         try:
             with _writing(self.partial):
+                self._restore()
                 self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
                 self.restarted = not self.claims and (self.partial / JOURNAL).exists()
                 if not self.claims:
@@ -114,7 +116,7 @@ class Staging:
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, self.probe.content.encode(), 0)
                 self._journal = Journal(self.handle, plan, self.claims.values(), key)
-        except Failed:
+        except (BadInput, Failed):
             os.close(self._lock)
             self.handle.close()
             raise
@@ -132,10 +134,23 @@ class Staging:
             if found.st_mode & ~made.st_mode & 0o022:
                 raise BadInput(f"{self.partial}: others can write in it, so nothing there can be relied upon; {_AWAY}")
         names = os.listdir(self.handle.descriptor)
-        if names and not {_LOCK, MANIFEST} & {*names}:  # a commit removes the lock last
+        if names and not {_LOCK, MANIFEST} & {*names} and not self._has_replaced():  # a commit removes the lock last
             raise BadInput(f"{self.partial}: {_IN_THE_WAY}")
         with suppress(OSError):
             os.fchmod(self.handle.descriptor, 0o700)
+
+    def _has_replaced(self) -> bool:
+        """Whether what stands there is what a commit of ours has replaced and was killed before it had removed it."""
+        with suppress(BadInput):
+            return (self.output / _LOCK).exists() and Manifest.read(self.output).is_sealed(self._key)
+        return False
+
+    def _restore(self) -> None:
+        """Gives back its name to what a commit was about to replace when it was killed."""
+        with suppress(FileNotFoundError):
+            if not self.output.exists():
+                os.rename(_REPLACED, self.output, src_dir_fd=self.handle.descriptor)
+                require_free(self.output, self._overwrite)
 
     def _clear(self) -> None:
         with os.scandir(self.handle.descriptor) as entries:
@@ -207,21 +222,42 @@ class Staging:
                     _sync(name, directory)
                 if above != ".":
                     os.fsync(directory)
-            for name in (JOURNAL, _LOCK):
-                os.unlink(name, dir_fd=self.handle.descriptor)
-            with suppress(OSError):  # as if it had been made with the umask's mode
-                mode = os.fstat(self.handle.descriptor).st_mode & stat.S_ISGID
-                os.fchmod(self.handle.descriptor, mode | 0o777 & ~_umask())
-            os.fsync(self.handle.descriptor)
+            os.unlink(JOURNAL, dir_fd=self.handle.descriptor)
             require_free(self.output, self._overwrite)
-            if self.output.exists():
-                _exchange(self.partial, self.output)
-                shutil.rmtree(self.partial)
+            if replaces := self.output.exists():  # the lock goes last, so that it is known what was replaced
+                self._permit(0o755)
+                self._replace()
             else:
+                os.unlink(_LOCK, dir_fd=self.handle.descriptor)
+                self._permit(0o755)
                 self.partial.rename(self.output)
             self._require_in_place(self.output)
+            if replaces:
+                os.unlink(_LOCK, dir_fd=self.handle.descriptor)
+            self._permit(0o777)  # others may write in it only now that it is no partial directory any more
             _sync(self.output.parent)
         self.release()
+
+    def _permit(self, most: int) -> None:
+        """Gives it the mode that it would have been made with by the umask, as far as `most` goes."""
+        with suppress(OSError):
+            mode = os.fstat(self.handle.descriptor).st_mode & stat.S_ISGID
+            os.fchmod(self.handle.descriptor, mode | most & ~_umask())
+        os.fsync(self.handle.descriptor)
+
+    def _replace(self) -> None:
+        """Gives it the output's name and removes what had it: in one step where the file system can, else there is a
+        moment without an output, and the other is in the new one until it is removed."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        paths = os.fsencode(self.partial), os.fsencode(self.output)
+        if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+            shutil.rmtree(self.partial)
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), f"{self.output}: could not be replaced")
+        os.rename(self.output, _REPLACED, dst_dir_fd=self.handle.descriptor)
+        self.partial.rename(self.output)
+        shutil.rmtree(_REPLACED, dir_fd=self.handle.descriptor)
 
     def _require_in_place(self, path: Path) -> None:
         if not self.handle.is_at(path):
@@ -231,7 +267,10 @@ class Staging:
         """Removes what was staged, if it was not committed; but not what an earlier run had journalled."""
         if self._lock is not None:
             if not self.claims and self.handle.is_at(self.partial):
-                shutil.rmtree(self.partial, ignore_errors=True)
+                with suppress(OSError):
+                    self._clear()
+                    os.unlink(_LOCK, dir_fd=self.handle.descriptor)
+                    self.partial.rmdir()
             self.release()
 
     def release(self) -> None:
@@ -339,17 +378,3 @@ def _sync(path: Path | str, directory: int | None = None) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swaps two directories in one step where the file system can; else there is a moment without `other`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    done = libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    if done == 0:
-        return
-    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(ctypes.get_errno(), f"{other}: could not be replaced")
-    aside = other.with_name(other.name + ".old")
-    other.rename(aside)
-    one.rename(other)
-    aside.rename(one)

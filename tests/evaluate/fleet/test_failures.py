@@ -113,7 +113,9 @@ def test_every_request_is_answered_whatever_an_engine_does(kind, where, ray_loca
 def test_a_slice_on_which_two_engines_raise_is_named_after_all_else_is_answered(ray_local, tmp_path):
     fleet, kept = Fleet("base", (str(tmp_path), {"at8": ("raise", 2)}), 2, cpus=0.1, actor=Fake), {}
     with pytest.raises(Failed, match=r"2 engines failed on each .*: t 8 to 11; the last of t 8: .*out of memory"):
-        fleet.answer(SLICES, REQUESTS, lambda piece, found: kept.update({piece: found.answers}))
+        fleet.answer(
+            SLICES, REQUESTS, lambda came: kept.update({piece: found.answers for piece, found in came.items()})
+        )
     fleet.stop()
     assert len(kept) == len(SLICES) - 1 and all(UNDISTURBED[piece] == found for piece, found in kept.items())
 

@@ -111,7 +111,7 @@ def test_a_point_without_numbers_has_no_answers_and_leaves_all_others_theirs(
     settings = dataclasses.replace(SETTINGS, allow_nonfinite=True)
     fleet = Fleet(TARGET.base, settings, count=1, cpus=0.5) if allowed else fleet_of_one(warm)
     kept = {}
-    answered = fleet.answer([*slices, *good], requests, lambda piece, found: kept.update({piece: found}))
+    answered = fleet.answer([*slices, *good], requests, kept.update)
     assert texts(answered) == good and texts(kept) == good
     assert fleet.refused.keys() == {refused, large} and fleet.stats.deaths == 0
     assert re.search(reason, fleet.refused[refused]) and "are not a number" in fleet.refused[large]
@@ -131,9 +131,9 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alo
     ray.wait([ref for ref, seat in fleet._seats._starting.items()], num_returns=2)
     kept, seen, killed = {}, [], []
 
-    def keep(piece, answered):
-        assert piece not in kept
-        kept[piece] = answered
+    def keep(came):
+        assert not kept.keys() & came.keys()
+        kept.update(came)
 
     def watch(status):
         seen.append(status)
@@ -239,7 +239,7 @@ def test_requests_that_kill_every_engine_are_reported_after_all_else_is_answered
 
     try:
         with pytest.raises(Failed, match="2 engines failed on each of these slices of requests: pocket_sums 0 to 39"):
-            fleet.answer(slices, requests, lambda piece, answered: kept.update({piece: answered}), watch)
+            fleet.answer(slices, requests, kept.update, watch)
         assert kept.keys() == {slices[0]} and fleet.stats.deaths == 2
     finally:
         over.set()

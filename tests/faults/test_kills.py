@@ -1,0 +1,181 @@
+"""Killed at every operation on files, one after the other, and started again: the end is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import forked
+import pytest
+from checkpoints import POCKET
+from shim import Fault, build
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["rvdist.weights.checkpoint.staging", "rvdist.evaluate.cache", "rvdist.merge.placement"]
+FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+def serving(place: Path, *modules: str) -> tuple[socket.socket, dict[str, str]]:
+    """A process that forks others which meet faults."""
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(build(place)),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+    }
+    return forked.serve(modules, environment), environment
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`small(work, fault, what)`: tests/faults/small.py."""
+    line, environment = serving(tmp_path_factory.mktemp("small"), *SMALL)
+
+    def run(work: Path, fault: Fault, *arguments: str) -> tuple[int, str]:
+        done = forked.ask(line, "small", arguments, work, environment | fault.environment, 60)
+        return done.returncode, done.stderr
+
+    yield run
+    line.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`whole(work, fault, arguments…)`: the command, with workers and engines in its own process."""
+    line, environment = serving(tmp_path_factory.mktemp("whole"), *forked.MODULES, "inline")
+
+    def run(work: Path, fault: Fault, *arguments: str) -> tuple[int, str]:
+        done = forked.ask(line, "rvdist.launch", arguments, work, environment | fault.environment, 300)
+        return done.returncode, done.stderr
+
+    yield run
+    line.close()
+
+
+def outcome(work: Path) -> dict[str, str]:
+    """What a run made, by path: digests of files, and modes of directories. A seal is of whoever has the key, and logs
+    and timings are of one run."""
+    found = {}
+    for path in sorted(work.rglob("*")):
+        name = str(path.relative_to(work))
+        if (
+            name.startswith("cache/")
+            or path.name in ("log.jsonl", "timing.json", "report.html")
+            or path.suffix == ".pdf"
+        ):
+            continue
+        if path.is_dir():
+            found[name] = oct(path.stat().st_mode & 0o755)  # killed at its very end, a commit leaves others no writing
+            continue
+        content = path.read_bytes()
+        if path.name == "rvdist.json":
+            content = json.dumps(json.loads(content) | {"seal": None}).encode()
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def require_clean(work: Path) -> None:
+    """Nothing is left in `cache.dir` that nobody will read."""
+    for path in (work / "cache").rglob("*"):
+        name = path.name
+        assert path.is_dir() or name in ("key-0", "rates.json", "samples.sqlite") or path.parent.name == "digests", path
+        assert path.parent.name != "digests" or len(name) == 64, path
+    if (work / "cache/samples.sqlite").exists():
+        with sqlite3.connect(work / "cache/samples.sqlite") as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def enumerate_kills(run: Run, place: Path, start: Path, arguments: tuple[str, ...], fault: Fault) -> int:
+    """Kills the run at each of its operations, each time from what is in `start`; returns how many there were."""
+    work = place / "work"
+
+    def begin() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(start, work)
+
+    begin()
+    status, errors = run(work, fault.at(-1), *arguments)
+    assert status == 0, errors
+    right, count, told = outcome(work), fault.count, fault.told
+    require_clean(work)
+    number = 0
+    while True:
+        begin()
+        status, errors = run(work, fault.at(number), *arguments)
+        if not fault.happened:
+            break
+        assert status == -9, (told[number], errors)
+        before = (told[number] if number < len(told) else "?", sorted(map(str, work.rglob("*"))))
+        status, errors = run(work, fault.at(-1), *arguments)
+        assert status == 0, (before, errors)
+        assert outcome(work) == right, before
+        require_clean(work)
+        number += 1
+    assert number >= count * 0.9
+    return number
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A directory with what tests/faults/small.py begins with."""
+    start = tmp_path / "start"
+    (start / "base").mkdir(parents=True)
+    (start / "base/config.json").write_text("{}")
+    (start / "base/tokenizer.json").write_text("{}")
+    return start
+
+
+def foreign(start: Path) -> None:
+    """A checkpoint that somebody else has made stands where the output will."""
+    (start / "out").mkdir()
+    for name in ("config.json", "model.safetensors", "notes.txt"):
+        (start / "out" / name).write_text("theirs")
+
+
+def unfinished(start: Path) -> None:
+    """What a run of another plan has left, killed."""
+    foreign(start)
+    (start / "out/lock").write_text("")
+    (start / "out/journal.jsonl").write_text("[]\n")
+    (start / "out").rename(start / "out.partial")
+    (start / "out.partial").chmod(0o700)
+
+
+ENDS = [(action, umask) for action in ("kill", "torn") for umask in (0o022, 0o002)]
+SMALL_RUNS = [
+    ("output", None),
+    ("overwrite", foreign),
+    ("cache", None),
+    ("output", unfinished),
+    ("overwrite-in-steps", foreign),
+    ("memory", None),
+]
+AT_ONCE = [(*SMALL_RUNS[k], "torn", 0o002) for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("what", "before", "action", "umask"),
+    AT_ONCE
+    + [
+        pytest.param(*run, *end, marks=pytest.mark.slow)
+        for run in SMALL_RUNS
+        for end in ENDS
+        if (*run, *end) not in AT_ONCE
+    ],
+)
+def test_a_kill_at_every_boundary(small, base, tmp_path, what, before, action, umask):
+    """Of an output's staging, journal and commit, of the sample cache's transactions, and of all that is remembered. A
+    torn write is half of one, and the end."""
+    if before:
+        before(base)
+    fault = Fault(tmp_path, tmp_path / "work", action=action)
+    count = enumerate_kills(small, tmp_path, base, (what, str(umask)), fault)
+    assert count > 10
