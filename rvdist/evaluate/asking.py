@@ -10,6 +10,7 @@ from typing import Any
 
 from rvdist.core.errors import BadInput
 from rvdist.core.text import reason
+from rvdist.evaluate import templates
 from rvdist.evaluate.request import Generate, Request
 from rvdist.evaluate.suite import Document, Suite
 
@@ -59,6 +60,8 @@ def with_repeat(request: Request) -> tuple[Request, int]:
 
 def load_tokenizer(path: Path, chat: bool) -> Any:
     """The checkpoint's tokenizer. Raises BadInput where it has none, or no chat template and one is asked for."""
+    if chat:
+        templates.expect()
     from transformers import AutoTokenizer
 
     if not any((path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one

@@ -24,6 +24,7 @@ from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglik
 from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
+from rvdist.evaluate.templates import apply_template
 from rvdist.evaluate.transcript import document_hash, show_answers
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
@@ -282,16 +283,10 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             try:
-                text: str = tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
+                return apply_template(tokenizer, chat_history, add_generation_prompt)
             except Exception as error:  # a template is a program: it raises what it likes
                 roles = ", ".join(dict.fromkeys(message["role"] for message in chat_history))
                 raise TemplateRefuses(f"{reason(error)}; the messages are of {roles}") from None
-            return text
 
         @property
         def tokenizer_name(self) -> str:

@@ -39,6 +39,7 @@ class Evaluator:
         self._warm = warm
         self._askings: dict[str, Asking] = {}
         self._recordings: dict[Path, Recording] = {}
+        self._named: set[Path] = set()  # directories with tasks whose code runs
 
     def join(self, prepared: Prepared) -> Scoring:
         """Makes ready what the job's arms are asked; what is asked already is shared. Raises BadInput for tasks that
@@ -64,6 +65,10 @@ class Evaluator:
                 with prepared.timing.phase("requests"):
                     self._askings[key] = Asking(serving, tensors, suite, tokenizer, suite.requests(tokenizer))
             askings[arm.name] = self._askings[key]
+        folder = _path(settings.benchmarks.include_path)
+        if folder and folder not in self._named:
+            self._named.add(folder)
+            prepared.say(f"benchmarks.include_path: you named {folder}; code of its tasks (!function) runs as you do")
         scoring = Scoring(prepared, askings, dict(prepared.notes))
         for sentence in askings[prepared.arms[0].name].suite.lacking.values():
             scoring.add_note(prepared.arms[0], f"left out: {sentence}")

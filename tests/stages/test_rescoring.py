@@ -121,6 +121,11 @@ def run(place, logged):
     return rescored(place, "logged", "run")
 
 
+def test_code_of_tasks_that_the_user_named_is_said_once(run):
+    said = [json.loads(line)["message"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert sum("code of its tasks (!function) runs as you do" in message for message in said) == 1
+
+
 @pytest.mark.slow
 def test_lm_evals_own_run_scores_as_lm_eval_scored_it(run, logged):
     results = json.loads((run / "results/baseline.json").read_text())
