@@ -19,10 +19,7 @@ _LONGEST_YAML, _MOST_YAML = 256 << 10, 100_000  # bytes; values, once aliases ar
 def parse_json(content: bytes) -> Any:
     """What JSON in UTF-8 says. Raises ValueError, before much memory is taken, also for what could not be written
     again: values nested too deep, and halves of surrogates."""
-    width = 1 if content.isascii() else 4  # bytes of a character, at most
-    values = 60 * content.count(b",") + 80 * content.count(b"[") + 250 * content.count(b"{")
-    if len(content) * (1 + 2 * width) + values > _DEAREST:
-        raise ValueError("reading it would take too much memory")
+    require_light(content)
     try:
         found = json.loads(content.decode("utf-8"))
     except RecursionError:
@@ -32,6 +29,14 @@ def parse_json(content: bytes) -> Any:
     if b"\\ud" in content or b"\\uD" in content:
         json.dumps(found, ensure_ascii=False).encode()  # raises for half a surrogate
     return found
+
+
+def require_light(content: bytes) -> None:
+    """Raises ValueError for JSON that takes much memory, once parsed."""
+    width = 1 if content.isascii() else 4  # bytes of a character, at most
+    values = 60 * content.count(b",") + 80 * content.count(b"[") + 250 * content.count(b"{")
+    if len(content) * (1 + 2 * width) + values > _DEAREST:
+        raise ValueError("reading it would take too much memory")
 
 
 def parse_yaml(content: bytes) -> Any:

@@ -16,13 +16,14 @@ from rvdist.core.cluster import Resources
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.evaluate.answers import Answering, Answers, Asked, Collected, answer
-from rvdist.evaluate.asking import Asking, load_tokenizer
+from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
 from rvdist.evaluate.fleet.arguments import EngineSettings, further_arguments, identity
 from rvdist.evaluate.fleet.fleet import Fleet, device_kind
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer
 from rvdist.evaluate.suite import Suite
+from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.stages.job import Prepared
 from rvdist.stages.score import Known, Scoring, score, score_arm
 from rvdist.stages.warm import Warm

@@ -14,8 +14,8 @@ from hostile import recipe, refused
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_yaml
-from rvdist.evaluate.asking import load_tokenizer
 from rvdist.evaluate.tasks.local import read
+from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.merge.placement import remember_rate, remembered_rate
 from rvdist.report.card.metadata import licence_of
 from rvdist.weights.checkpoint.digest import file_digest

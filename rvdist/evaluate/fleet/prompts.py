@@ -5,13 +5,60 @@ Knows a tokenizer; nothing of vLLM or weights.
 
 from __future__ import annotations
 
+import queue
+import threading
 from array import array
 from collections.abc import Iterator
 from typing import Any
 
+from rvdist.core.text import reason
 from rvdist.evaluate.request import Choice
 
 _REMEMBERED = 2**24  # tokens of prompts, so that no prompt is cut into tokens again for every point
+_PATIENCE, _SLOWEST = 10.0, 20_000  # seconds for a text, and one more for so many characters
+
+
+class _Cutter:
+    """Cuts texts into tokens in a thread beside, which a stranger's regular expressions can keep for ever: Python's
+    lock is free meanwhile, and who asks waits no longer than is due."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._begin()
+
+    def _begin(self) -> None:
+        self._asked: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[array[int] | BaseException] = queue.SimpleQueue()
+        threading.Thread(target=_cut, args=(self._tokenizer, self._asked, self._answers), daemon=True).start()
+
+    def cut(self, text: str, keywords: dict[str, Any]) -> array[int]:
+        """Raises ValueError where it takes too long, or the tokenizer gives up."""
+        self._asked.put((text, keywords))
+        seconds = _PATIENCE + len(text) / _SLOWEST
+        try:
+            found = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            self._begin()  # another, for that one is lost
+            raise ValueError(
+                f"the tokenizer takes more than {seconds:.0f} s for a prompt of {len(text):,} characters: its file has "
+                "regular expressions that do not end; take the model's own tokenizer"
+            ) from None
+        if isinstance(found, array):
+            return found
+        if isinstance(found, Exception):
+            raise found
+        raise ValueError(
+            f"the tokenizer fails at a prompt of {len(text):,} characters ({reason(found)})"
+        )  # Rust's panic
+
+
+def _cut(tokenizer: Any, asked: queue.SimpleQueue[Any], answers: queue.SimpleQueue[Any]) -> None:
+    while True:
+        text, keywords = asked.get()
+        try:
+            answers.put(array("i", tokenizer(text, verbose=False, **keywords).input_ids))
+        except BaseException as error:
+            answers.put(error)
 
 
 class Prompts:
@@ -19,7 +66,7 @@ class Prompts:
     not fit is cut from the left, and counted in `truncated`, not refused."""
 
     def __init__(self, tokenizer: Any, max_len: int, truncate: bool) -> None:
-        self._tokenizer, self._max_len, self._truncate = tokenizer, max_len, truncate
+        self._cutter, self._max_len, self._truncate = _Cutter(tokenizer), max_len, truncate
         self.truncated = 0
         self.eos: str = tokenizer.decode(tokenizer.eos_token_id) or tokenizer.eos_token
         bos = tokenizer.bos_token_id
@@ -52,7 +99,7 @@ class Prompts:
         keywords = {} if special is None else {"add_special_tokens": special}
         known = self._tokens.get((text, special))
         if known is None:
-            known = array("i", self._tokenizer(text, verbose=False, **keywords).input_ids)
+            known = self._cutter.cut(text, keywords)
             if self._memory >= len(known):  # the next point is asked the same
                 self._memory -= len(known)
                 self._tokens[text, special] = known
