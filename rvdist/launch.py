@@ -31,7 +31,7 @@ from rvdist.core.config import Config
 from rvdist.core.ends import Watch
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log
-from rvdist.stages import multirun
+from rvdist.stages import multirun, private_hydra
 from rvdist.stages.job import remove_empty
 
 _HERE = Path(__file__).resolve().parent
@@ -48,18 +48,19 @@ def main() -> None:
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
     watch = Watch(log.fail)
     watch.begin()
-    multirun.register()
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on
     if unfinished:
         os.environ["COMP_LINE"] = " ".join(_quoted(argument) for argument in unfinished.split(" "))
     failures: list[tuple[str, Exception]] = []
     interrupted = False
-    if not unfinished:
-        try:
+    try:
+        multirun.register()
+        if not unfinished:
             sys.argv[1:] = [_readable(_quoted(argument)) for argument in sys.argv[1:]]
-        except BadInput as error:
-            log.fail(str(error), 2)
-            sys.exit(2)
+    except (BadInput, Failed) as error:
+        status = 2 if isinstance(error, BadInput) else 1
+        log.fail(str(error), status)
+        sys.exit(status)
 
     def job(composed: DictConfig) -> float | None:
         """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
@@ -124,21 +125,18 @@ def _quoted(argument: str) -> str:
 def _readable(argument: str) -> str:
     """A key with a value in quotes where Hydra's grammar, which knows no `=` and few letters in a word, cannot read it
     without. Raises BadInput where it cannot read it at all."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals:
         return argument
-    parser = OverridesParser.create()
     quote = '"' if "'" in value else "'"
     quoted = f"{key}={quote}{value}{quote}"
     try:
-        parser.parse_override(argument)
+        private_hydra.parse_override(argument)
         return argument
     except HydraException as error:
         if value[:1] not in "[{('\"" and not {",", quote} & {*value}:
             with suppress(HydraException):
-                parser.parse_override(quoted)
+                private_hydra.parse_override(quoted)
                 return quoted
         reason = str(error).strip().splitlines()[0]
     raise BadInput(

@@ -20,6 +20,7 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.text import printable
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
+from rvdist.weights.checkpoint.private_transformers import tied_names
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 _CHUNK = 1 << 20  # elements
@@ -144,7 +145,7 @@ def _compared(checkpoint: Checkpoint) -> Iterator[str]:
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = tied_names(model)
     for name, parameter in model.named_parameters():
         spec = checkpoint.tensors.get(name)
         if spec is None and name not in tied:

@@ -38,6 +38,7 @@ BORDERS = {
     "evaluate.fleet.failures": {"ray", "vllm", "torch"},
     "evaluate.fleet.engine": {"ray"},
     "evaluate.fleet.swap": {"ray"},
+    "evaluate.fleet.mirror": {"ray", "vllm"},
     "evaluate.tasks": {"ray", "vllm", "rvdist.evaluate.fleet"},
     "evaluate.sandbox": {"ray", "vllm", "torch", "lm_eval", "rvdist.evaluate"},
     "report": {"torch", "ray", "vllm", "lm_eval"},
@@ -96,6 +97,15 @@ def test_a_part_does_not_know_what_lies_across_its_border(place: str):
             own = is_within(other, f"rvdist.{place}")
             crossed = {border for border in BORDERS[place] if is_within(other, border)}
             assert own or not crossed, f"rvdist.{name} must not import {other}"
+
+
+def test_private_interfaces_of_a_library_stand_in_a_module_of_their_own():
+    for name, file in modules():
+        for other in imported(file):
+            library, *parts = other.split(".")
+            inside = library not in ("torch", "rvdist") and any(part[0] == "_" and part[1:2] != "_" for part in parts)
+            inside |= other.startswith(("vllm.v1", "vllm.model_executor", "vllm.platforms"))
+            assert not inside or "private_" in name, f"rvdist.{name} must not import {other}: see rvdist.core.private"
 
 
 def test_no_module_imports_itself_in_a_circle():

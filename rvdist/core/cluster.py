@@ -7,17 +7,16 @@ import os
 import secrets
 import socket
 import stat
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rvdist.core import private_ray
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.private_ray import Vital
 from rvdist.core.session import SessionDirectory
 from rvdist.core.text import reason
 
@@ -103,6 +102,7 @@ def _init(address: str, namespace: str | None) -> None:
     import ray
 
     global _leaving, _session
+    private_ray.require()
     more: dict[str, Any] = {}
     for start in range(1, _STARTS + 1):
         _leaving = False
@@ -110,7 +110,8 @@ def _init(address: str, namespace: str | None) -> None:
             _session = SessionDirectory()
             more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK, "_temp_dir": _session.path}
         try:
-            with _taken_at_its_word() if address == "local" or _is_on_loopback_alone(address) else nullcontext():
+            here = address == "local" or _is_on_loopback_alone(address)
+            with private_ray.loopback_taken_at_its_word() if here else nullcontext():
                 ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
             return
         except Exception as error:
@@ -124,25 +125,10 @@ def _init(address: str, namespace: str | None) -> None:
                 ) from None
 
 
-@contextmanager
-def _taken_at_its_word() -> Iterator[None]:
-    """Ray replaces the loopback address it is told by the machine's own, and then listens on all."""
-    from ray._private import services
-
-    resolve = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = resolve
-
-
 def _is_on_loopback_alone(address: str) -> bool:
     """Whether what answers at a loopback address does not at this machine's own, which Ray would ask instead."""
-    from ray._private import services
-
     host, _, port = address.rpartition(":")
-    return host in (_LOOPBACK, "localhost") and not answers(f"{services.node_ip_address_from_perspective()}:{port}")
+    return host in (_LOOPBACK, "localhost") and not answers(f"{private_ray.own_address()}:{port}")
 
 
 def _guard_token(address: str) -> None:
@@ -184,40 +170,9 @@ def _write_token(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Vital:
-    """Without what the connected cluster is lost: processes of this machine, by id and name, and the address of a GCS
-    that is not one of them."""
-
-    processes: tuple[tuple[int, str], ...]
-    gcs: str | None
-
-
 def vital() -> Vital | None:
-    """None where no cluster is connected, or we are about to leave it. Ray has no public word for these processes."""
-    worker: Any = sys.modules.get("ray._private.worker")
-    node = getattr(worker, "_global_node", None)
-    if not node or _leaving or not worker.global_worker.connected:
-        return None
-    own = [
-        (started[0].process.pid, name)
-        for kind, name in (("gcs_server", "GCS"), ("raylet", "raylet"))
-        if (started := node.all_processes.get(kind))
-    ]
-    if own:
-        return Vital(tuple(own), None)
-    raylet = _listener(node.raylet_socket_name)
-    return Vital(((raylet, "raylet"),) if raylet else (), str(node.gcs_address))
-
-
-@lru_cache(maxsize=1)
-def _listener(path: str) -> int | None:
-    """The process that listens at a socket of this machine."""
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as asking:
-        asking.settimeout(1.0)
-        asking.connect(path)
-        return int.from_bytes(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
-    return None
+    """None where no cluster is connected, or we are about to leave it."""
+    return None if _leaving else private_ray.vital()
 
 
 def answers(address: str) -> bool:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rvdist.core import cluster
+from rvdist.core.private_ray import Vital
 
 KEPT = "what is done is kept, and the same command goes on from there"
 _SAID = {
@@ -44,7 +45,7 @@ class Watch:
         self.status: int | None = None
         self._tell, self._deadline = tell, 0.0
         self._vital: dict[int, str] = {}  # a pidfd of each process that must live: what it is
-        self._cluster: cluster.Vital | None = None
+        self._cluster: Vital | None = None
         self._asked = self._answered = 0.0  # when the GCS was
 
     def begin(self) -> None:

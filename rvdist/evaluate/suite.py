@@ -24,6 +24,7 @@ from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglik
 from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
+from rvdist.evaluate.tasks.private_lm_eval import templates_compiled_once
 from rvdist.evaluate.templates import apply_template
 from rvdist.evaluate.transcript import document_hash, show_answers
 
@@ -142,14 +143,15 @@ class Suite:
         model = _lm(tokenizer, {})
         for name, task in self.tasks.items():
             try:
-                task.build_all_requests(
-                    limit=self.limit,
-                    samples=self.chosen and self.chosen[name],
-                    apply_chat_template=self.chat,
-                    fewshot_as_multiturn=self.chat,
-                    chat_template=model.apply_chat_template if self.chat else None,
-                    tokenizer_name=model.tokenizer_name if self.chat else "",
-                )
+                with templates_compiled_once():
+                    task.build_all_requests(
+                        limit=self.limit,
+                        samples=self.chosen and self.chosen[name],
+                        apply_chat_template=self.chat,
+                        fewshot_as_multiturn=self.chat,
+                        chat_template=model.apply_chat_template if self.chat else None,
+                        tokenizer_name=model.tokenizer_name if self.chat else "",
+                    )
             except TemplateRefuses as error:
                 raise BadInput(
                     f"task {name}: the chat template of {tokenizer.name_or_path} refuses its prompts ({error}); set "
@@ -174,7 +176,7 @@ class Suite:
             for request, answer in zip(asked, answers[task], strict=True):
                 given[self.tasks[task].task_name, request].append(answer)
         self._reseed()
-        with verdicts.running_code(self.walls):
+        with verdicts.running_code(self.walls), templates_compiled_once():
             results = evaluate(
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,

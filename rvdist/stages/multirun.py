@@ -7,16 +7,12 @@ engines stay up; `close` ends them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hydra._internal import core_plugins
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -26,32 +22,29 @@ from rvdist.core.config import Config
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.table import Cells, print_table
 from rvdist.core.timing import Timing, seconds_since_process_start
+from rvdist.stages import private_hydra
 from rvdist.stages.job import Job, remove_empty
 
 if TYPE_CHECKING:
     from rvdist.stages.warm import Warm
 
 NAME = "rvdist_ray"
-_MODULE = f"{core_plugins.__name__}.{NAME}"  # Hydra takes a plugin from its own packages only: see `register`
 
 
 @dataclass
 class LauncherConfig:
-    _target_: str = f"{_MODULE}.RayLauncher"
+    _target_: str = f"{private_hydra.PLUGINS}.{NAME}.RayLauncher"
 
 
 def register() -> None:
-    """Makes the launcher known to Hydra, under the name of a module of Hydra's, which is this one."""
-    setattr(core_plugins, NAME, sys.modules[__name__])
-    ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=LauncherConfig)
-    Plugins.instance().register(RayLauncher)
+    """Makes the launcher known to Hydra."""
+    private_hydra.register(NAME, __name__, RayLauncher, LauncherConfig)
 
 
 class RayLauncher(Launcher):
     """Of all jobs so far `failures` are those of some, by name, which Hydra is not told: it would end the sweep. What
     happens is told in `log`, the command's."""
 
-    __module__ = _MODULE
     log: ClassVar[Log]
     failures: ClassVar[list[tuple[str, Exception]]] = []
     done: ClassVar[int] = 0
@@ -121,7 +114,7 @@ class RayLauncher(Launcher):
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        return returned, jobs[0] if jobs else returned._return_value
+        return returned, jobs[0] if jobs else private_hydra.returned(returned)
 
     @classmethod
     def close(cls) -> None:

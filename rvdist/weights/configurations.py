@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rvdist.weights.checkpoint.private_transformers import configuration_classes
+
 # What changes no number that a forward pass computes, or is compared elsewhere (shapes, token ids, tying).
 _IRRELEVANT = re.compile(
     r"_name_or_path|name_or_path|transformers_version|architectures|auto_map|torch_dtype|dtype|use_cache|vocab_size"
@@ -100,19 +102,20 @@ def _rotary(rope_theta: Any, rope_scaling: Any, rope_parameters: Any) -> Any:
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The configuration with all defaults, by transformers' class for its kind of model; None where it has none, or
-    none that takes it. Raises nothing: strangers write configurations."""
+    none that takes it. Strangers write configurations: whatever one makes transformers raise counts as none."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or _largest(config) > _MOST_LAYERS:
         return None
+    with warnings.catch_warnings(action="ignore"):
+        classes = configuration_classes()
     try:
         with warnings.catch_warnings(action="ignore"):
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
             from transformers.utils import logging
 
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()
             try:
-                made = CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(config)))
+                made = classes[model_type].from_dict(json.loads(json.dumps(config)))
                 return _written(json.loads(made.to_json_string(use_diff=False)))
             finally:
                 logging.set_verbosity(verbosity)

@@ -13,6 +13,7 @@ import operator
 import re
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from rvdist.evaluate.fleet.arguments import (
     EngineSettings,
     versions,
 )
+from rvdist.evaluate.fleet.private_vllm import begun, steps
 from rvdist.evaluate.fleet.prompts import Prompts
 from rvdist.evaluate.fleet.start import start_vllm
 from rvdist.evaluate.request import (
@@ -120,7 +122,7 @@ class Engine:
         self._require_weights()
         if not self.is_at(point):
             if self._probe is None:
-                from rvdist.evaluate.fleet.swap import mirror_obstacle
+                from rvdist.evaluate.fleet.mirror import mirror_obstacle
 
                 self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
             self._load(point)
@@ -321,22 +323,17 @@ class Engine:
         return [answer.prompt_logprobs for answer in answers]
 
     def _run(self, prompts: Sequence[list[int]], parameters: Any) -> Running[list[Any]]:
-        """vLLM's answers, in order. It is asked what its own LLM.generate asks it, so that batches are the same."""
-        from vllm import TokensPrompt
-
-        vllm, answers, steps, told = self._llm.llm_engine, [], 0, time.monotonic()
-        named = self._llm.enqueue(
-            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=False
-        )
+        """vLLM's answers, in order."""
+        answers: list[Any] = []
+        told, number = time.monotonic(), 0
         try:
-            while vllm.has_unfinished_requests():
-                answers += [answer for answer in vllm.step() if answer.finished]
-                steps += 1
-                if time.monotonic() - told > _TELL_EVERY:
-                    yield self._progress(prompts, answers, steps)
-                    told = time.monotonic()
+            with closing(steps(self._llm, prompts, parameters)) as stepping:
+                for number, finished in enumerate(stepping, 1):
+                    answers += finished
+                    if time.monotonic() - told > _TELL_EVERY:
+                        yield self._progress(prompts, answers, number)
+                        told = time.monotonic()
         except BaseException:  # nothing of it may be left for the next batch
-            vllm.abort_request(named, internal=True)
             self._llm.collective_rpc("rvdist_rows")
             raise
         rows, bad = map(sum, zip(*self._llm.collective_rpc("rvdist_rows"), strict=True))
@@ -347,23 +344,18 @@ class Engine:
                 f"of {rows:,} distributions over the next token {bad:,} are not a number; choose a smaller alpha, or "
                 "leave the arm out"
             )
-        yield self._progress(prompts, answers, steps)
+        yield self._progress(prompts, answers, number)
         return sorted(answers, key=lambda answer: int(answer.request_id))
 
-    def _progress(self, prompts: Sequence[list[int]], answers: Sequence[Any], steps: int) -> Progress:
+    def _progress(self, prompts: Sequence[list[int]], answers: Sequence[Any], number: int) -> Progress:
         """How far a batch is: counted, not guessed, but for prompts of which vLLM has read a part."""
-        begun = [
-            state
-            for state in self._llm.llm_engine.output_processor.request_states.values()
-            if not state.is_prefilling and state.detokenizer
-        ]
+        going = begun(self._llm)
         return Progress(
             len(answers),
             sum(map(len, prompts)),
-            sum(len(answer.prompt_token_ids) for answer in answers) + sum(state.prompt_len for state in begun),
-            sum(len(answer.outputs[0].token_ids) for answer in answers)
-            + sum(state.detokenizer.num_output_tokens() for state in begun),
-            steps,
+            sum(len(answer.prompt_token_ids) for answer in answers) + sum(read for read, _ in going),
+            sum(len(answer.outputs[0].token_ids) for answer in answers) + sum(made for _, made in going),
+            number,
         )
 
     def _require_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Starts vLLM on just the files that were opened, in this process; its private interfaces at the start stand here."""
+"""Starts vLLM on just the files that were opened, in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 from rvdist.core.errors import BadInput
 from rvdist.core.text import reason
+from rvdist.evaluate.fleet import private_vllm
 from rvdist.evaluate.fleet.arguments import (
     ENVIRONMENT,
     ENVIRONMENT_CPU,
@@ -51,8 +51,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
     os.environ.update(ENVIRONMENT | os.environ)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses what is of no use on CPUs
-    # transformers imports scikit-learn where there is one, for a way to generate that is not vLLM's: half a second
-    with _paused_collector(), _hidden("sklearn"), warnings.catch_warnings(action="ignore"):
+    with _paused_collector(), private_vllm.without_sklearn(), warnings.catch_warnings(action="ignore"):
         import torch
 
         on_cpu = not torch.cuda.is_available()
@@ -63,7 +62,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
         from vllm import LLM
         from vllm.engine.arg_utils import EngineArgs
 
-        import rvdist.evaluate.fleet.swap  # noqa: F401  which hides llvmlite
+        import rvdist.evaluate.fleet.swap  # noqa: F401  before vLLM starts it in a rank
     imported = time.perf_counter()
     if on_cpu and settings.cpu_threads != torch.get_num_threads():
         torch.set_num_threads(settings.cpu_threads)
@@ -81,6 +80,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
                     "it, or leave it out"
                 ) from None
             raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({said})") from None
+    private_vllm.require_in_engine()
     if llm.llm_engine.model_config.quantization:
         raise BadInput(f"{base}: {_QUANTIZED}")
     seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
@@ -111,16 +111,3 @@ def _paused_collector() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """`module` is not to be found meanwhile, unless it is loaded."""
-    hides = module not in sys.modules
-    if hides:
-        sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hides:
-            del sys.modules[module]

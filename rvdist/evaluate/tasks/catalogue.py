@@ -12,12 +12,11 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
-from rvdist.evaluate.tasks import local, perturb
+from rvdist.evaluate.tasks import local, perturb, private_lm_eval
 
 OURS = Path(__file__).resolve().parent
 TEXT = "text"  # followed by a colon and a file: a task of ours
@@ -58,11 +57,9 @@ class Prompted:
 
 def _text(doc_to_text: str | Callable[[Mapping[str, Any]], str | int], doc: Mapping[str, Any]) -> str | int:
     """What lm-eval makes of a document."""
-    from lm_eval.utils import apply_template
-
     if callable(doc_to_text):
         return doc_to_text(doc)
-    return str(doc[doc_to_text] if doc_to_text in doc else apply_template(doc_to_text, doc))
+    return str(doc[doc_to_text]) if doc_to_text in doc else private_lm_eval.render(doc_to_text, doc)
 
 
 def load(
@@ -83,7 +80,7 @@ def load(
     cannot be had, code that may not be run (`code` is None) or would run outside our sandbox.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    _compile_templates_once()
+    private_lm_eval.require()
     if data_dir is not None and not data_dir.is_dir():
         raise BadInput(f"benchmarks.data_dir: {data_dir} is not a directory")
     parsed = {name: (TEXT, None) if name.startswith(f"{TEXT}:") else perturb.parse(name) for name in names}
@@ -172,14 +169,6 @@ def _prompt(task: Any, prompt: str) -> None:
     task.config.doc_to_text = Prompted(prompt, original)
 
 
-def _compile_templates_once() -> None:
-    """lm-eval compiles a task's templates anew for every document, which takes most of the time of scoring."""
-    from lm_eval.utils import env
-
-    if not hasattr(env.from_string, "cache_info"):
-        env.from_string = lru_cache(env.from_string)
-
-
 def _manager(names: Sequence[str], include_paths: Sequence[Path]) -> Any:
     """A TaskManager that knows all of these names, if there are such."""
     import lm_eval.tasks
@@ -250,7 +239,7 @@ def _require_sandbox(name: str, metadata: Mapping[str, Any] | None, code: str | 
 def _localise(index: dict[str, Any], name: str, data_dir: Path, num_fewshot: int | None) -> None:
     """Let the tasks that a name stands for read their documents from files."""
     for leaf in _leaves(index, name):
-        config = _config(index[leaf])
+        config = private_lm_eval.definition(index[leaf])
         dataset = str(config.get("dataset_path"))
         if dataset in local.LAYOUTS and "custom_dataset" not in config:
             shots = _shots(config.get("num_fewshot"), num_fewshot)
@@ -276,14 +265,13 @@ def _splits(config: Mapping[str, Any], shots: int) -> dict[str, bool]:
 def _text_file(entry: Any, name: str) -> Any:
     """The entry of the task that is the perplexity of a file."""
     path = Path(name.removeprefix(f"{TEXT}:")).expanduser().absolute()
-    return replace(
-        entry, name=name, cfg=_config(entry) | {"task": name, "dataset_kwargs": {"path": str(path)}}, yaml_path=None
-    )
+    config = private_lm_eval.definition(entry) | {"task": name, "dataset_kwargs": {"path": str(path)}}
+    return replace(entry, name=name, cfg=config, yaml_path=None)
 
 
 def _perturbed(entry: Any, name: str, perturbation: perturb.Perturbation) -> Any:
     """The entry of a perturbed task. Examples are shown as they are: only the question asked is edited."""
-    config = _config(entry)
+    config = private_lm_eval.definition(entry)
     original = config["doc_to_text"]
     metadata = config.get("metadata") or {}
     config |= {
@@ -293,13 +281,6 @@ def _perturbed(entry: Any, name: str, perturbation: perturb.Perturbation) -> Any
         "metadata": metadata | {"version": f"{metadata.get('version', 0)}+{perturb.VERSION}"},
     }
     return replace(entry, name=name, cfg=config, yaml_path=None)
-
-
-def _config(entry: Any) -> dict[str, Any]:
-    """A task's definition, with its functions."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return load_yaml(entry.yaml_path) if entry.yaml_path else dict(entry.cfg)
 
 
 def _shots(own: int | None, override: int | None) -> int:

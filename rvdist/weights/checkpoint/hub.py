@@ -26,7 +26,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads its names lazily
     build_hf_headers,
     disable_progress_bars,
@@ -37,11 +36,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads it
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
+from rvdist.core.private import Library
 from rvdist.core.text import reason
 from rvdist.weights.checkpoint import guard
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, Hub, assemble
 from rvdist.weights.checkpoint.header import Header, HubStamp, TensorSpec, header_end, parse_header, read_header
 
+HUB = Library("huggingface_hub", "2.4.0")
 BLOCK = 8 << 20  # bytes fetched at a time by ranges
 _PREFIX = 128 << 10  # bytes in which most headers end
 _PARALLEL = 8  # requests at a time for what is small
@@ -288,7 +289,8 @@ def _header(hub: Hub, file: str, stamp: HubStamp) -> Header:
 
 
 def _folder(repository: str) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    folder: str = HUB.get("huggingface_hub.file_download:repo_folder_name")(repo_id=repository, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / folder
 
 
 def _snapshot(hub: Hub) -> Path:

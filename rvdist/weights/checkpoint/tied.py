@@ -19,6 +19,7 @@ from rvdist.weights.checkpoint.difference import Dense, Difference
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import equal_bytes
 from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.private_transformers import configuration_classes
 
 KEY = "tie_word_embeddings"
 _HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
@@ -54,10 +55,9 @@ def _said(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 @lru_cache
 def _default(model_type: str) -> bool:
+    classes = configuration_classes()
     with contextlib.suppress(Exception):  # whatever transformers raises for what it does not know
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        return bool(getattr(CONFIG_MAPPING[model_type](), KEY, False))
+        return bool(getattr(classes[model_type](), KEY, False))
     return False
 
 

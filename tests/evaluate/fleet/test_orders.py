@@ -21,7 +21,7 @@ def test_without_clearing_the_caches_points_do_leave_traces(
     families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the test above would notice."""
-    monkeypatch.setattr(swap, "_clear_caches", lambda caches: None)
+    monkeypatch.setattr(swap, "clear_caches", lambda caches: None)
     assert traces(families["tied"], tmp_path, range(1)) != []
 
 

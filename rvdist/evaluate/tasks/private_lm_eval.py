@@ -1,0 +1,59 @@
+"""What we take from lm-eval beyond its public interface, in the process that asks and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from rvdist.core.private import Library
+
+LM_EVAL = Library("lm-eval", "0.4.13")
+NEEDED = (
+    "lm_eval.utils:env.from_string",
+    "lm_eval.utils:apply_template",
+    "lm_eval.tasks._yaml_loader:load_yaml",
+    "lm_eval.tasks._index:Entry(yaml_path)",
+    "lm_eval.tasks._index:Entry(cfg)",
+    "lm_eval.tasks._index:Entry(tags)",
+    "lm_eval.tasks:TaskManager.task_index",
+)
+
+
+def require() -> None:
+    """Raises Failed where something of this is gone."""
+    LM_EVAL.require(*NEEDED)
+
+
+@contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """A patch while a task builds its requests or scores: lm-eval compiles a task's templates anew for every document,
+    which takes most of that time. What is compiled is kept for the next time."""
+    from lm_eval.utils import env
+
+    compile_template = env.from_string
+    env.from_string = _keeping(compile_template)
+    try:
+        yield
+    finally:
+        env.from_string = compile_template
+
+
+@lru_cache(maxsize=1)
+def _keeping(compile_template: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lru_cache(compile_template)
+
+
+def definition(entry: Any) -> dict[str, Any]:
+    """A task's definition, with its functions, by its entry in a TaskManager's index."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(entry.yaml_path) if entry.yaml_path else dict(entry.cfg)
+
+
+def render(template: str, document: Mapping[str, Any]) -> str:
+    """What lm-eval makes of a document by a template."""
+    from lm_eval.utils import apply_template
+
+    return str(apply_template(template, document))
