@@ -126,13 +126,13 @@ def merge(
         directory = Path(place).absolute()
         if directory in found:
             raise BadInput(f"points: two of them would be written to {directory}; give each its own directory")
-        found[directory] = _checked(point, place)
+        found[directory] = _check(point, place)
     if not found:
         raise BadInput("points is empty; give at least one directory and its weight point")
     with TemporaryDirectory(prefix="rvdist-") as place_of_run:
         job = _job(
             replace(
-                _kept(given),
+                _without_points(given),
                 stages=["merge"],
                 output=str(next(iter(found))),
                 dtype=dtype or given.dtype,
@@ -182,14 +182,14 @@ def evaluate(
         raise BadInput("points is empty; give at least one name and its weight point")
     for name in points:
         config.require_name(name, "points")
-    arms = _arms({name: _checked(point, name) for name, point in points.items()})
+    arms = _arms({name: _check(point, name) for name, point in points.items()})
     kept = Path(directory).absolute() if directory is not None else None
     if kept is not None and kept.exists() and not kept.is_dir():
         raise BadInput(f"directory: {kept} is a file; choose another")
     with TemporaryDirectory(prefix="rvdist-") as scratch:
         job = _job(
             replace(
-                _kept(given),
+                _without_points(given),
                 stages=["evaluate", "report"] if kept else ["evaluate"],
                 target=arms[0].point.base,
                 benchmarks=_with(
@@ -213,11 +213,11 @@ def load_records(path: str | Path) -> list[Record]:
     """The scored samples of a run directory, the baseline first, or of one file of its samples/. Raises BadInput where
     there are none, and for a damaged line, which it names."""
     found = Path(path)
-    files = [found / "samples" / f"{arm}.jsonl" for arm in _scored(found)] if found.is_dir() else [found]
+    files = [found / "samples" / f"{arm}.jsonl" for arm in _scored_arms(found)] if found.is_dir() else [found]
     return [record for file in files for record in read_records(file)]
 
 
-def _scored(directory: Path) -> list[str]:
+def _scored_arms(directory: Path) -> list[str]:
     """The arms of a run by its summary: samples/ may have those of an earlier run, too."""
     file = directory / "summary.json"
     try:
@@ -234,7 +234,7 @@ def _scored(directory: Path) -> list[str]:
         raise BadInput(f"{file}: is not the summary of a run ({reason(error)}); evaluate again") from None
 
 
-def _kept(settings: Config) -> Config:
+def _without_points(settings: Config) -> Config:
     """Without what says which points there are, and what is done with them."""
     return replace(
         Config(),
@@ -271,7 +271,7 @@ def _do(job: Job) -> Ended:
     return ended
 
 
-def _checked(point: WeightPoint, name: str | Path) -> WeightPoint:
+def _check(point: WeightPoint, name: str | Path) -> WeightPoint:
     """Raises BadInput for what the type alone does not rule out."""
     for source in point.sources():
         if not isinstance(source, str):

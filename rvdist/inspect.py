@@ -59,7 +59,7 @@ def inspect(source: str) -> Facts:
         if path.is_dir():
             names = {entry.name for entry in path.iterdir()}
             if JOURNAL in names or path.name.endswith(".partial"):
-                return _unfinished(path)
+                return _partial_output(path)
             if names.intersection(_RUN_FILES) and not any(name.endswith(".safetensors") for name in names):
                 return _run(path)
         elif path.exists():
@@ -74,7 +74,7 @@ def inspect(source: str) -> Facts:
 
 
 def _weights(found: Checkpoint) -> Facts:
-    stored = list(_stored(found))
+    stored = list(_stored_tensors(found))
     kind = found.kind if isinstance(found, Difference) else "checkpoint"
     made_of: Facts = {"hub": str(found.hub)} if found.hub else {}
     if isinstance(found, Difference):
@@ -97,7 +97,7 @@ def _weights(found: Checkpoint) -> Facts:
     }
 
 
-def _stored(found: Checkpoint) -> Iterable[TensorSpec]:
+def _stored_tensors(found: Checkpoint) -> Iterable[TensorSpec]:
     """The tensors as the files hold them: factors, indices and scales are tensors of their own."""
     if not isinstance(found, Difference):
         yield from found.tensors.values()
@@ -257,7 +257,7 @@ def _plain(mapping: Mapping[str, Any]) -> Facts:
     return mapping
 
 
-def _unfinished(path: Path) -> Facts:
+def _partial_output(path: Path) -> Facts:
     """How much of its weight files the journal claims. Their headers are written first, so the whole is known."""
     plan, claims = _claims(path)
     files: dict[str, Facts] = {}

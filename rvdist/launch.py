@@ -50,13 +50,13 @@ def main() -> None:
     watch.begin()
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on
     if unfinished:
-        os.environ["COMP_LINE"] = " ".join(_quoted(argument) for argument in unfinished.split(" "))
+        os.environ["COMP_LINE"] = " ".join(_quote(argument) for argument in unfinished.split(" "))
     failures: list[tuple[str, Exception]] = []
     interrupted = False
     try:
         multirun.register()
         if not unfinished:
-            sys.argv[1:] = [_readable(_quoted(argument)) for argument in sys.argv[1:]]
+            sys.argv[1:] = [_quote_for_hydra(_quote(argument)) for argument in sys.argv[1:]]
     except (BadInput, Failed) as error:
         status = 2 if isinstance(error, BadInput) else 1
         log.fail(str(error), status)
@@ -113,7 +113,7 @@ def run(composed: DictConfig, log: Log) -> float | None:
         remove_empty(directory)
 
 
-def _quoted(argument: str) -> str:
+def _quote(argument: str) -> str:
     """`output=out/{alpha}` and `engine.args={seed: 1}` as Hydra wants them. In its grammar the braces of a placeholder
     would open a dictionary."""
     key, _, value = argument.partition("=")
@@ -122,7 +122,7 @@ def _quoted(argument: str) -> str:
     return f"{key}='{value}'" if key in ("output", "publish") and "{" in value and value[0] not in "'\"" else argument
 
 
-def _readable(argument: str) -> str:
+def _quote_for_hydra(argument: str) -> str:
     """A key with a value in quotes where Hydra's grammar, which knows no `=` and few letters in a word, cannot read it
     without. Raises BadInput where it cannot read it at all."""
     key, equals, value = argument.partition("=")
@@ -141,11 +141,11 @@ def _readable(argument: str) -> str:
         reason = str(error).strip().splitlines()[0]
     raise BadInput(
         f"{key}: Hydra cannot read {value} ({reason}); a value with spaces, commas, '=', braces, '#' or quotes in it "
-        f"is put in quotes for Hydra, within those of the shell: {_typed(key, value)}"
+        f"is put in quotes for Hydra, within those of the shell: {_as_typed(key, value)}"
     )
 
 
-def _typed(key: str, value: str) -> str:
+def _as_typed(key: str, value: str) -> str:
     """How a value is given so that neither the shell nor Hydra takes it apart."""
     value = value.strip("'\"")
     return shlex.quote(f"{key}='{value}'") if '"' in value or "$" in value else f"\"{key}='{value}'\""
@@ -164,7 +164,7 @@ def _sentence(error: Exception) -> str:
     if first.startswith("Ambiguous value"):
         key, _, value = first.split("'")[1].partition("=")
         return (
-            f"{key}: {value} is several values; put it in quotes for one of this name: {_typed(key, value)}, "
+            f"{key}: {value} is several values; put it in quotes for one of this name: {_as_typed(key, value)}, "
             f"into brackets for a list: {key}=[{value}], or add -m to run each"
         )
     if first.startswith("Error parsing override") and "=" not in first:

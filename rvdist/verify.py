@@ -60,7 +60,7 @@ def verify(path: Path, model: bool = False) -> Verdict:
     if not model:
         return verdict
     try:
-        verdict.problems += [problem for problem in _compared(checkpoint) if problem not in verdict.problems]
+        verdict.problems += [problem for problem in _compare_with_model(checkpoint) if problem not in verdict.problems]
     except Exception as error:  # transformers raises what it likes for a config it does not know
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         verdict.unchecked.append(f"transformers has no model for its config.json, names were not compared ({reason})")
@@ -137,7 +137,7 @@ def _layout(checkpoint: Checkpoint) -> Iterator[str]:
                 yield f"tensor model.layers.{lacking[0]}.{part} is missing, which every other layer has"
 
 
-def _compared(checkpoint: Checkpoint) -> Iterator[str]:
+def _compare_with_model(checkpoint: Checkpoint) -> Iterator[str]:
     """What differs from the names and shapes of the model that transformers builds for the config, on no device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rvdist.core.config import Config
 from rvdist.evaluate.tasks import catalogue, perturb
-from rvdist.launch import CONF, _quoted
+from rvdist.launch import CONF, _quote
 from rvdist.stages import multirun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def composed():
 
     def one(arguments: list[str]) -> DictConfig:
         own = [argument for argument in arguments if not (argument.endswith("=…") and (CONF / argument[:-2]).is_dir())]
-        given = [_quoted(argument.replace("…", "mine")) for argument in own if not argument.startswith("-")]
+        given = [_quote(argument.replace("…", "mine")) for argument in own if not argument.startswith("-")]
         overrides = []
         for override in OverridesParser.create().parse_overrides(given):
             if override.is_sweep_override():

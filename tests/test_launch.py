@@ -12,7 +12,7 @@ import torch
 from checkpoints import POCKET, launch, load_checkpoint
 from safetensors.torch import load_file, save_file
 
-from rvdist.launch import _readable as readable
+from rvdist.launch import _quote_for_hydra as readable
 
 pytestmark = pytest.mark.heavy
 

@@ -41,7 +41,7 @@ def layer_count(names: Iterable[str]) -> int:
     return max((layer for name in names if (layer := layer_of(name)) is not None), default=-1) + 1
 
 
-def _between(numbers: tuple[float, ...], at: float) -> float:
+def _interpolate(numbers: tuple[float, ...], at: float) -> float:
     """Of numbers that stand at 0, 1, 2, … the one at `at`, linearly between two."""
     low = min(int(at), len(numbers) - 1)
     high = min(low + 1, len(numbers) - 1)
@@ -89,7 +89,7 @@ class Mask:
         if not self.depth or layer is None:
             return 1.0
         at = layer / max(1, layers - 1) * (len(self.depth) - 1)
-        return _between(self.depth, at)
+        return _interpolate(self.depth, at)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class WeightPoint:
             return ()
         at = (layer_of(name) or 0) / max(1, layers - 1)
         return tuple(
-            _between(term.density, at * (len(term.density) - 1)) if term.density else self.method.density
+            _interpolate(term.density, at * (len(term.density) - 1)) if term.density else self.method.density
             for term in self.active_terms
             if term.mask.coefficient(name, layers) != 0 and has(term.vector.plus)
         )
@@ -174,7 +174,7 @@ class WeightPoint:
             found |= dict.fromkeys((source, term.vector.rename) for source in term.vector.sources())
         return found
 
-    def relocated(self, places: Mapping[str, str]) -> WeightPoint:
+    def relocate(self, places: Mapping[str, str]) -> WeightPoint:
         """The same point with each source replaced by the place where it was found."""
         terms = tuple(
             replace(term, vector=Vector(places[v.plus], places[v.minus] if v.minus else None, v.rename))

@@ -28,10 +28,10 @@ def table_lines(
     head: Cells, rows: Sequence[Cells], width: int | None = None, right: Collection[int] = ()
 ) -> list[Text]:
     """The same as lines of at most `width` cells, where every column fits beside the first."""
-    columns = [[_shown(cell, "bold")] for cell in head]
+    columns = [[_as_text(cell, "bold")] for cell in head]
     for row in rows:
         for number, column in enumerate(columns):
-            column.append(_shown(row[number] if number < len(row) else ""))
+            column.append(_as_text(row[number] if number < len(row) else ""))
     for number, column in enumerate(columns):
         widest = max(cell_len(cell.plain) for cell in column)
         for cell in column:
@@ -40,7 +40,7 @@ def table_lines(
     return [_line(cells) for block in _blocks(columns, width) for cells in zip(*block, strict=True)]
 
 
-def _shown(cell: str | Text, style: str = "") -> Text:
+def _as_text(cell: str | Text, style: str = "") -> Text:
     return cell.copy() if isinstance(cell, Text) else Text(printable(cell), style=style)
 
 

@@ -34,7 +34,7 @@ class Timing:
             self.add(name, time.perf_counter() - started)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def count_cpu(self) -> Iterator[None]:
         """Counts this process's CPU seconds."""
         started = time.process_time()
         try:

@@ -73,7 +73,7 @@ def answer(
             digests = {point: asked.digest for point, asked in points.items()}
             with timing.phase("cache"):
                 keys = slice_keys(slices, requests, digests, asking.suite.versions, identity)
-                known = cache.read(list(keys.values()), _asked(keys, requests))
+                known = cache.read(list(keys.values()), _requests_by_key(keys, requests))
                 answered = {piece: known[key] for piece, key in keys.items() if key in known}
                 if asking.whole:
                     lacking = [piece for piece in slices if piece not in answered]
@@ -112,7 +112,7 @@ def answer(
             return Collected(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
 
 
-def _asked(keys: Mapping[Slice, str], requests: Requests) -> dict[str, Sequence[Request]]:
+def _requests_by_key(keys: Mapping[Slice, str], requests: Requests) -> dict[str, Sequence[Request]]:
     """What was asked in the slice with each key."""
     return {key: requests[piece.task][piece.begin : piece.end] for piece, key in keys.items()}
 
@@ -132,7 +132,7 @@ def from_whole(
     for point in dict.fromkeys(piece.point for piece in lacking):
         pieces = cut(point, whole.requests, slice_size)
         keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, identity)
-        known = cache.read(list(keys.values()), _asked(keys, whole.requests))
+        known = cache.read(list(keys.values()), _requests_by_key(keys, whole.requests))
         answers = {
             (piece.task, piece.begin + place): answer
             for piece, key in keys.items()

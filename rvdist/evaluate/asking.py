@@ -30,11 +30,11 @@ class Asking:
     @cached_property
     def documents(self) -> dict[str, list[Document]]:
         """The requests by document."""
-        return self.suite.asked(self.tokenizer)
+        return self.suite.documents_asked(self.tokenizer)
 
-    def restricted(self, documents: Mapping[str, Sequence[int]]) -> Asking:
+    def restrict(self, documents: Mapping[str, Sequence[int]]) -> Asking:
         """The same, of these documents alone."""
-        suite = self.suite.restricted(documents)
+        suite = self.suite.restrict(documents)
         return replace(self, suite=suite, requests=suite.requests(self.tokenizer), whole=self)
 
     @cached_property

@@ -86,7 +86,7 @@ class SampleCache:
         self._path = directory / FILE
         self.damaged: set[str] = set()
         self._until = math.inf
-        with self._saying():
+        with self._explain_errors():
             directory.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and not self._path.is_file():
                 raise OSError("it is no file")
@@ -103,7 +103,7 @@ class SampleCache:
         found = {}
         for k in range(0, len(keys), _AT_ONCE):
             some = keys[k : k + _AT_ONCE]
-            with self._saying():
+            with self._explain_errors():
                 rows = self._connection.execute(
                     f"SELECT key, CASE WHEN length(CAST(answers AS BLOB)) < {_LARGEST} THEN answers END, truncated, "
                     f"seconds FROM slices WHERE key IN ({','.join('?' * len(some))})",
@@ -111,14 +111,14 @@ class SampleCache:
                 )
                 for key, answers, truncated, seconds in rows:
                     try:
-                        found[key] = _answered(answers, truncated, seconds, asked[key] if asked else None)
+                        found[key] = _parse_answers(answers, truncated, seconds, asked[key] if asked else None)
                     except (ValueError, TypeError, LookupError, RecursionError):
                         self.damaged.add(key)
         return found
 
     def knows(self, point: str) -> bool:
         """Whether there is anything of the point with this digest."""
-        with self._saying():
+        with self._explain_errors():
             found = self._connection.execute("SELECT 1 FROM slices WHERE point = ? LIMIT 1", (point,)).fetchone()
         return found is not None
 
@@ -136,7 +136,7 @@ class SampleCache:
             for key, point, task, found in kept
         ]
         again = [(key,) for key, *_ in rows if key in self.damaged]
-        with self._saying(), self._transaction():
+        with self._explain_errors(), self._transaction():
             self._connection.executemany("DELETE FROM slices WHERE key = ?", again)
             self._connection.executemany(
                 "INSERT OR IGNORE INTO slices (key, point, task, answers, truncated, seconds) VALUES (?,?,?,?,?,?)",
@@ -174,7 +174,7 @@ class SampleCache:
             raise
 
     @contextmanager
-    def _saying(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         self._until = time.monotonic() + _LONGEST
         try:
             yield
@@ -191,7 +191,7 @@ def _to_json(answer: Answer) -> list[Any]:
     return [answer.logprob, answer.greedy, answer.tokens]
 
 
-def _answered(answers: Any, truncated: Any, seconds: Any, asked: Sequence[Request] | None) -> Answered:
+def _parse_answers(answers: Any, truncated: Any, seconds: Any, asked: Sequence[Request] | None) -> Answered:
     """Raises ValueError, TypeError, LookupError, RecursionError for what is no answer to what was asked."""
     found = tuple(map(_from_json, json.loads(answers)))
     _require(_is_count(truncated) and isinstance(seconds, int | float) and 0 <= seconds < math.inf)

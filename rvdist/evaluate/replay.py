@@ -34,7 +34,7 @@ from rvdist.evaluate.request import (
     Rolling,
 )
 from rvdist.evaluate.suite import Document
-from rvdist.evaluate.transcript import document_hash, likelihood, shown_answers
+from rvdist.evaluate.transcript import document_hash, likelihood, parse_answers
 from rvdist.weights.checkpoint.digest import file_digest
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class _Kept:
     response: str
 
     def answers(self, document: Document) -> list[Answer]:
-        return shown_answers(self.response, document.requests)
+        return parse_answers(self.response, document.requests)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Suite:
         """The documents that are asked of each task, by lm-eval's doc_id."""
         return {name: range(len(task.eval_docs))[: self.limit] for name, task in self.tasks.items()}
 
-    def restricted(self, documents: Mapping[str, Sequence[int]]) -> Suite:
+    def restrict(self, documents: Mapping[str, Sequence[int]]) -> Suite:
         """The same with these documents alone; without tasks and, if there are such, groups that have none."""
         chosen = {name: sorted(own) for name, own in documents.items() if own}
         tasks = {name: task for name, task in self.tasks.items() if name in chosen}
@@ -125,7 +125,7 @@ class Suite:
             for name, instances in self._instances(tokenizer)
         }
 
-    def asked(self, tokenizer: Any) -> dict[str, list[Document]]:
+    def documents_asked(self, tokenizer: Any) -> dict[str, list[Document]]:
         """The same by document."""
         found: dict[str, list[Document]] = {}
         for name, instances in self._instances(tokenizer):
@@ -176,7 +176,7 @@ class Suite:
             for request, answer in zip(asked, answers[task], strict=True):
                 given[self.tasks[task].task_name, request].append(answer)
         self._reseed()
-        with verdicts.running_code(self.walls), templates_compiled_once():
+        with verdicts.allow_code(self.walls), templates_compiled_once():
             results = evaluate(
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,
@@ -216,7 +216,7 @@ class Suite:
                 found.append(TaskInfo(name, self.versions[name], metrics, primary, better))
         return found
 
-    def left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:
+    def metrics_left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:
         """A sentence for each metric that is in an arm's results and not in its records, whose `infos` are given."""
         recorded = {(info.name, metric.removeprefix(_LOGARITHM)) for info in infos for metric, _ in info.metrics}
         metrics = dict.fromkeys(

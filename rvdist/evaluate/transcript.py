@@ -43,7 +43,7 @@ def _heading(number: int, count: int, length: int) -> str:
     return f"[{number} of {count}, {length} characters]\n"
 
 
-def shown_answers(response: str, requests: Sequence[Sequence[Request]]) -> list[Answer]:
+def parse_answers(response: str, requests: Sequence[Sequence[Request]]) -> list[Answer]:
     """The answers that a record's `response` shows: to the repeats of each request of its document, without counts of
     tokens. Raises ValueError where it shows something else."""
     answers: list[Answer] = []

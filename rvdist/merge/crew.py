@@ -177,7 +177,7 @@ class Crew:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError as error:
-            self._bury(task.worker, error)
+            self._count_death(task.worker, error)
         else:
             del self._running[ready[0]]
             if isinstance(answer, Hello):
@@ -265,7 +265,7 @@ class Crew:
         for staging, written in durable.items():
             staging.journal(written)
 
-    def _bury(self, worker: _Worker, error: Exception) -> None:
+    def _count_death(self, worker: _Worker, error: Exception) -> None:
         """A worker died: what it was doing, and what it wrote without making it durable, is done again by another."""
         import ray
 
@@ -313,14 +313,14 @@ class Crew:
     def _disown(self) -> None:
         """Files of a node are free for others when it has no worker left and, if it lives, none will come: another
         node must not write into a file of which this one may still hold pages."""
-        orphaned = self._roster.orphaned({worker.node for worker in self._workers})
+        orphaned = self._roster.orphans({worker.node for worker in self._workers})
         if not orphaned:
             return
         coming = {worker.home for worker in self._workers if worker.node is None}
         alive = {node["NodeID"] for node in live_nodes()}
         for node in orphaned:
             if node not in coming or node not in alive:
-                self._roster.disown(node)
+                self._roster.free(node)
 
     def _stuck(self) -> Exception:
         """Why nobody can go on."""

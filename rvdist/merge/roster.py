@@ -95,11 +95,11 @@ class Roster:
         """A worker of `node` will not do these; they come first, so that what killed it is soon known to, or not."""
         self._queues[node].extendleft(reversed(units))
 
-    def orphaned(self, here: Collection[str | None]) -> list[str]:
+    def orphans(self, here: Collection[str | None]) -> list[str]:
         """Nodes that own units and are not `here`."""
         return [node for node, queue in self._queues.items() if queue and node not in here]
 
-    def disown(self, node: str) -> None:
+    def free(self, node: str) -> None:
         """What is left of the node's files is free for other nodes."""
         by_file: dict[tuple[int, str], list[Unit]] = {}
         for unit in self._queues[node]:

@@ -18,7 +18,7 @@ from rvdist.report.statistics.compare import detectable_effects
 from rvdist.report.statistics.robustness import Edited, robustness
 from rvdist.report.statistics.seeds import Spread, seed_spread
 from rvdist.report.statistics.sweep import limits, sweeps
-from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting
+from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting_rows
 from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, limit_sentences, persistence_claims
 
 
@@ -65,7 +65,7 @@ class Findings:
 
     @cached_property
     def dissent(self) -> dict[tuple[str, str], list[Row]]:
-        return dissenting(self.rows)
+        return dissenting_rows(self.rows)
 
     @cached_property
     def lines(self) -> list[Line]:

@@ -90,7 +90,7 @@ def baseline_of(rows: Sequence[Row]) -> str | None:
     return next(row.arm for row in rows if row.p_value is None)
 
 
-def dissenting(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+def dissenting_rows(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """By task and arm, the scores through other filters than the primary one whose verdict is another."""
     primary = {(row.task, row.arm, row.metric): row for row in rows if row.primary}
     found: dict[tuple[str, str], list[Row]] = {}

@@ -34,7 +34,7 @@ _HEAD = ("score [95 %]", "change [95 %]", "p (Holm)", "verdict")
 Dissent = Mapping[tuple[str, str], Sequence[Row]]  # by task and arm, scores through other filters
 
 
-def _grouped(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]:
+def _grouped_rows(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]:
     """Head and rows for a terminal: the arms of a task below its name."""
     table: list[Cells] = []
     for task, group in by_task(rows):
@@ -45,7 +45,7 @@ def _grouped(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]
     return ("task / arm", *_HEAD), table
 
 
-def _flat(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]:
+def _flat_rows(rows: Sequence[Row], dissent: Dissent) -> tuple[Cells, list[Cells]]:
     """Head and rows elsewhere: each row by itself."""
     table: list[Cells] = []
     for task, group in by_task(rows):
@@ -84,9 +84,9 @@ def print_scores(
         console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
     console.print()
     if console.is_terminal:
-        print_table(*_grouped(rows, dissent or {}), console, right=(1, 2, 3))
+        print_table(*_grouped_rows(rows, dissent or {}), console, right=(1, 2, 3))
     else:
-        print_table(*_flat(rows, dissent or {}), console)
+        print_table(*_flat_rows(rows, dissent or {}), console)
     console.print()
     for note in notes:
         _say(note, console)

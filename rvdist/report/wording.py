@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rvdist.core.config import spell
+from rvdist.core.config import alpha_text
 from rvdist.core.point import WeightPoint, name_of
 from rvdist.core.text import printable as printable
 from rvdist.report.summary import LEVEL, Row, baseline_of
@@ -164,7 +164,7 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
     text += f"α = {_alpha(best.alpha)} is best with {value}"
     if sweep.level:
         verb = "are" if len(sweep.level) > 1 else "is"
-        text += f", as {verb} α = {_listed([_alpha(own[arm].alpha) for arm in sweep.level])}"
+        text += f", as {verb} α = {_join_names([_alpha(own[arm].alpha) for arm in sweep.level])}"
     if sweep.best == baseline:
         text += ": no α improved on the target."
     elif significant(best):
@@ -178,9 +178,9 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
     if worse:
         numbers = [f"by {scale.amount(one.gain)}, adjusted p {p_text(one.p_adjusted)}" for one in worse]
         than = [f"α = {_alpha(one.alpha)} ({number})" for one, number in zip(worse, numbers, strict=True)]
-        text += f" It is better than {_listed(than)}."
+        text += f" It is better than {_join_names(than)}."
     if equal:
-        text += f" It cannot be told from α = {_listed(equal, 'or')}."
+        text += f" It cannot be told from α = {_join_names(equal, 'or')}."
     if not sweep.level and sweep.best in (sweep.arms[0], sweep.arms[-1]):
         text += f" No {'smaller' if sweep.best == sweep.arms[0] else 'larger'} α was tried."
     if worst is not best and significant(worst) and worst.verdict == "worse":
@@ -189,10 +189,10 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
 
 
 def _alpha(alpha: float | None) -> str:
-    return spell(alpha or 0.0).replace("-", "−")
+    return alpha_text(alpha or 0.0).replace("-", "−")
 
 
-def _listed(words: Sequence[str], last: str = "and") -> str:
+def _join_names(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

@@ -28,7 +28,7 @@ def analyse(prepared: Prepared) -> Anatomy:
     def account(nbytes_read: int) -> None:
         prepared.timing.bytes_read += nbytes_read
 
-    with prepared.timing.phase("analyze"), prepared.timing.computing():
+    with prepared.timing.phase("analyze"), prepared.timing.count_cpu():
         with Bar("analyze", nbytes, prepared.job.log) as bar:
             anatomy = analyze(vectors, target, sources, progress=bar.advance, account=account)
         (prepared.directory / "anatomy.json").write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")

@@ -49,7 +49,7 @@ class Batch:
         self._job, settings = job, job.settings
         if settings.recipe:
             config.require_recipe_alone(settings)
-        config.saved(settings)
+        config.vector_to_save(settings)
         config.method(settings.merge)
         chosen = config.stages(settings)
         if others := [stage for stage in chosen if stage not in _MERGING + _SCORING]:
@@ -124,7 +124,7 @@ class Batch:
                     )
                     ((directory, point),) = config.outputs(named).items()
                     job = replace(self._job, settings=named, asked=settings, outputs={directory: point})
-                    yield Part(directory, alpha, own.name or config.called(point), target, point, job)
+                    yield Part(directory, alpha, own.name or config.vector_name(point), target, point, job)
             except BadInput as error:
                 yield Part(None, None, own.name or "", listed, None, BadInput(f"{key}{error}"))
 
@@ -200,7 +200,7 @@ class Batch:
         scored = ["mean score"] if self._scored else []
         table = []
         for row in rows:
-            alpha = "" if row["alpha"] is None else config.spell(row["alpha"])
+            alpha = "" if row["alpha"] is None else config.alpha_text(row["alpha"])
             score = "" if row.get("score") is None else f"{row['score']:.4f}"
             output = _short(Path(row["output"])) if row["output"] else ""
             own = [score] if scored else []
@@ -213,7 +213,7 @@ def _arms(made: Sequence[Part]) -> dict[WeightPoint, Arm]:
     points = {part.point: part for part in made if part.point and part.alpha}
     along = {(term.vector, term.mask) for point in points for term in point.terms}
     single = len(along) == 1 and all(len(point.terms) == 1 for point in points)
-    names = _apart(f"{part.vector} alpha={config.spell(part.alpha or 0.0)}" for part in points.values())
+    names = _apart(f"{part.vector} alpha={config.alpha_text(part.alpha or 0.0)}" for part in points.values())
     return {
         point: Arm(name, point, alpha=point.terms[0].alpha if single else None)
         for name, point in zip(names, points, strict=True)

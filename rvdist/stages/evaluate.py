@@ -83,7 +83,7 @@ class Evaluator:
         return scoring
 
     def _join_replay(self, scoring: Scoring) -> None:
-        recording = self._recording(scoring.prepared)
+        recording = self._open_recording(scoring.prepared)
         if recording.logged and len(scoring.arms) > 1:
             raise BadInput(
                 f"engine.replay: {recording.path} has samples of lm-eval's, which are of one model, and there are "
@@ -91,7 +91,7 @@ class Evaluator:
             )
         reworded = 0
         for arm in scoring.arms:
-            _, own = self._recorded(scoring.askings[arm.name], scoring, arm)
+            _, own = self._recorded_answers(scoring.askings[arm.name], scoring, arm)
             reworded += own
         scoring.engine |= {"replay": str(recording.path), "replay digest": recording.digest}
         if reworded:
@@ -99,7 +99,7 @@ class Evaluator:
             scoring.add_note(scoring.arms[0], sentence)
             scoring.prepared.note(sentence)
 
-    def _recording(self, prepared: Prepared) -> Recording:
+    def _open_recording(self, prepared: Prepared) -> Recording:
         path = _path(prepared.settings.engine.replay)
         if not path:
             raise BadInput("engine.replay is not set; give a run directory of ours, or one of lm-eval's samples")
@@ -108,11 +108,11 @@ class Evaluator:
                 self._recordings[path] = Recording(path)
         return self._recordings[path]
 
-    def _recorded(self, asking: Asking, scoring: Scoring, arm: Arm) -> tuple[dict[str, list[Answer]], int]:
+    def _recorded_answers(self, asking: Asking, scoring: Scoring, arm: Arm) -> tuple[dict[str, list[Answer]], int]:
         prepared = scoring.prepared
         with prepared.timing.phase("replay"):
             seed = prepared.settings.engine.seed
-            return self._recording(prepared).answers(asking.documents, scoring.digest(arm), seed, arm.name)
+            return self._open_recording(prepared).answers(asking.documents, scoring.digest(arm), seed, arm.name)
 
     def evaluate(self, scorings: Sequence[Scoring], last: bool = False) -> None:
         """Scores every arm of these jobs, as one plan, the `last` that needs what is warm."""
@@ -128,7 +128,7 @@ class Evaluator:
             def complete(asking: Asking, point: WeightPoint, answers: Answers) -> None:
                 for scoring, arm in arms[asking]:
                     key = (arm, scoring.digest(arm), asking)
-                    if key not in known and scoring.located(arm) == point:
+                    if key not in known and scoring.locate(arm) == point:
                         known[key] = scorer.submit(score_arm, scoring, arm, asking, answers)
 
             for asking in sorted(arms, key=lambda asking: (asking.serving, asking.tensors)):  # a fleet after the other
@@ -150,7 +150,7 @@ class Evaluator:
         prepared = arms[0][0].prepared
         several = len({scoring.prepared.settings.target for scoring, _ in arms}) > 1
         points = {
-            scoring.located(arm): Asked(
+            scoring.locate(arm): Asked(
                 scoring.digest(arm),
                 f"{name_of(scoring.prepared.settings.target)} {arm.name}" if several else arm.name,
             )
@@ -158,7 +158,7 @@ class Evaluator:
         }
         try:
             collected = answer(
-                asking, points, self._answering(asking, arms), prepared.timing, prepared.job.log, complete
+                asking, points, self._make_answering(asking, arms), prepared.timing, prepared.job.log, complete
             )
             self._tell(arms, collected)
         except BaseException:
@@ -166,7 +166,7 @@ class Evaluator:
             raise
         return collected.answers
 
-    def _answering(self, asking: Asking, arms: Arms) -> Answering:
+    def _make_answering(self, asking: Asking, arms: Arms) -> Answering:
         prepared = arms[0][0].prepared
         fleet = partial(self._fleet, asking, arms)
         if prepared.settings.engine.replay:
@@ -186,9 +186,9 @@ class Evaluator:
         base, patience = str(prepared.sources[arm.point.base].path.absolute()), prepared.settings.cluster.timeout
         if prepared.settings.engine.replay:
             answers = {
-                (owner.located(own), task): recorded
+                (owner.locate(own), task): recorded
                 for owner, own in arms
-                for task, recorded in self._recorded(asking, owner, own)[0].items()
+                for task, recorded in self._recorded_answers(asking, owner, own)[0].items()
             }
             return self._warm.fleet(
                 object(), lambda: Fleet(base, answers, 1, cpus=0.0, patience=patience, actor=ReplayActor)
@@ -199,9 +199,11 @@ class Evaluator:
 
                 download_weights(source)
         source = prepared.sources[arm.point.base]
-        return self._warm.fleet(*self._wanted(prepared, source, asking.serving, asking.tensors, self._warm.resources()))
+        return self._warm.fleet(
+            *self._needed_fleet(prepared, source, asking.serving, asking.tensors, self._warm.resources())
+        )
 
-    def _wanted(
+    def _needed_fleet(
         self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str, resources: Resources
     ) -> tuple[Hashable, Callable[[], Fleet]]:
         """The key of the fleet that a job needs, and how it is started."""
@@ -225,7 +227,7 @@ class Evaluator:
             with closing(SampleCache(prepared.cache)) as cache:
                 if all(cache.knows(prepared.digests[arm.point]) for arm in prepared.arms):
                     return
-        self._warm.expect(partial(self._wanted, prepared, source, serving, tensors))
+        self._warm.expect(partial(self._needed_fleet, prepared, source, serving, tensors))
 
     def _tell(self, arms: Arms, collected: Collected) -> None:
         """What became of some arms, for the timing, the report and the reader of the log."""
@@ -242,9 +244,9 @@ class Evaluator:
         _note_fleet(arms, fleet, collected.start)
         spoiled = {piece.point: found.spoiled for piece, found in collected.answers.items() if found.spoiled}
         for scoring, arm in arms:
-            if reason := fleet.refused.get(scoring.located(arm)):
+            if reason := fleet.refused.get(scoring.locate(arm)):
                 scoring.leave_out(arm, reason)
-            if tensors := spoiled.get(scoring.located(arm)):
+            if tensors := spoiled.get(scoring.locate(arm)):
                 sentence = f"{arm.name} is scored although {', '.join(tensors[:3])} hold infinities or NaNs"
                 scoring.add_note(arm, sentence)
                 scoring.prepared.note(sentence)

@@ -22,7 +22,7 @@ from rvdist.core.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.report.card.metadata import licence_of
 from rvdist.stages.batch import Batch, is_batch
 from rvdist.stages.job import Ended, Job, Notes, Prepared, Scores, versions
-from rvdist.stages.merge import alike, card, common_plan, merge_together, save_vector, sources_of
+from rvdist.stages.merge import card, common_plan, group_alike, merge_together, save_vector, sources_of
 from rvdist.stages.plan import print_plan
 from rvdist.stages.prepare import Known, prepare, require_no_source
 from rvdist.stages.warm import Warm
@@ -119,7 +119,7 @@ class _Command:
         read = sources_of(list(self._prepared.values()))
         return [
             _each(lambda one: True, lambda one: require_no_source(one.settings, one.written, read)),
-            Step(lambda jobs: alike([one for one in jobs if _in("plan", one)]), self._show_plan),
+            Step(lambda jobs: group_alike([one for one in jobs if _in("plan", one)]), self._show_plan),
             _each(lambda one: not _in("merge", one), self._write_nothing),
             # Ray starts beside what is made ready to be asked; what can be refused is refused before anything begins.
             _each(_needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
@@ -130,20 +130,20 @@ class _Command:
             Step(lambda jobs: [[one for one in jobs if _needs_ray(one)]], self._tell_who_is_blind),
             _each(lambda one: one.examined, self._analyze),
             _each(lambda one: one.saved, self._save_vector),
-            Step(lambda jobs: alike([one for one in jobs if one.written]), self._merge),
+            Step(lambda jobs: group_alike([one for one in jobs if one.written]), self._merge),
             _each(lambda one: one.lines, self._measure),
             Step(lambda jobs: [[one for one in jobs if one.arms and not _races(one)]], self._evaluate),
             _each(lambda one: one.arms and _races(one), self._race),
             Step(lambda jobs: [jobs], lambda jobs: self._warm.finish() if self._last else None),
             _each(_has_work, self._report),
-            _each(lambda one: one.published and not self._unscored(one), self._publish),
+            _each(lambda one: one.published and not self._lacks_scores(one), self._publish),
             _each(_has_work, self._write_timing),
             _each(lambda one: one in self._scorings, lambda one: self._scorings[one].require_scores()),
         ]
 
     def take(self, step: Step) -> None:
         """Takes a step with all jobs that have not failed."""
-        for group in step.groups(self._going()):
+        for group in step.groups(self._unfailed()):
             self._take_together(step, group)
 
     def conclude(self) -> list[Ended]:
@@ -155,7 +155,7 @@ class _Command:
             self._try(job, lambda job: self._batches[job].conclude(self._failed, self._prepared, scores))
         return [self._end(job, scores.get(job)) for job in self._jobs]
 
-    def _going(self) -> Group:
+    def _unfailed(self) -> Group:
         return [one for job, one in self._prepared.items() if job not in self._failed]
 
     def _try(self, job: Job, take: Callable[[Job], object]) -> None:
@@ -198,7 +198,7 @@ class _Command:
         """The same of all points, each once."""
         return tuple(dict.fromkeys(note for notes in self._notes(prepared).values() for note in notes))
 
-    def _unscored(self, prepared: Prepared) -> bool:
+    def _lacks_scores(self, prepared: Prepared) -> bool:
         return prepared in self._scorings and bool(self._scorings[prepared].unscored)
 
     def _show_plan(self, group: Group) -> None:
@@ -274,7 +274,7 @@ class _Command:
         )
 
     def _evaluate(self, group: Group) -> None:
-        scored = [one for one in self._going() if one.arms]
+        scored = [one for one in self._unfailed() if one.arms]
         self._evaluation().evaluate([self._scorings[one] for one in group], last=self._last and len(scored) == 1)
 
     def _race(self, prepared: Prepared) -> None:

@@ -22,7 +22,7 @@ from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.staging import discards
 
 
-def alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
+def group_alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
     """The jobs by what must be equal for their merges to be one plan."""
     groups: dict[str, list[Prepared]] = {}
     for one in jobs:

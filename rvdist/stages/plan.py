@@ -27,7 +27,7 @@ def print_plan(prepared: Prepared, plan: Plan) -> None:
 
 def _print_placement(prepared: Prepared, plan: Plan) -> None:
     """What falls to each node and worker, and how long it takes at the rate this engine was last measured at."""
-    resources = _foreseen(prepared.settings)
+    resources = _foresee(prepared.settings)
     device = config.device(prepared.settings, resources.gpus)
     names = [node.name[:8] for node in resources.nodes]
     shares = place(plan, list(zip(names, config.workers(prepared.settings, resources.counts), strict=True)))
@@ -48,7 +48,7 @@ def _print_placement(prepared: Prepared, plan: Plan) -> None:
         prepared.say(f"no merge of some size was measured on {device} yet, so its time is not foretold")
 
 
-def _foreseen(settings: config.Config) -> cluster.Resources:
+def _foresee(settings: config.Config) -> cluster.Resources:
     """The nodes a merge would have: the cluster's, or of a cluster that is not there `cluster.nodes` like this one."""
     if settings.cluster.address != "local" and not settings.cluster.nodes:
         return cluster.connect(settings.cluster.address)

@@ -58,15 +58,15 @@ def prepare(job: Job, known: Known) -> Prepared:
     merges = settings.output and {"plan", "merge"} & set(stages)
     asked = job.outputs or (config.outputs(settings, recipe) if merges else {})
     listed = job.arms or (config.arms(settings, recipe) if "evaluate" in stages else [])
-    stored = config.saved(settings)
-    examined = config.examined(settings) if "analyze" in stages else {}
+    stored = config.vector_to_save(settings)
+    examined = config.vector_points(settings) if "analyze" in stages else {}
     lines = config.lines(settings) if examined and settings.analyze.text else {}
     if stages != ["plan"]:
         _require_kept(job, asked, stored)
     if "publish" in stages:
         from rvdist.stages.publish import require
 
-        repositories = config.published(settings, recipe)
+        repositories = config.repositories(settings, recipe)
         require(job, repositories, known.repositories)
         known.repositories |= repositories
     with job.timing.phase("index"):
@@ -74,12 +74,12 @@ def prepare(job: Job, known: Known) -> Prepared:
         index = _Index(job, settings, known)
         vector = index.add_vector(stored, asked) if stored and "merge" in stages else None
         index.add([*asked.values(), *(arm.point for arm in listed), *examined.values(), *on_lines])
-        outputs = {output: index.settled(point) for output, point in asked.items()}
+        outputs = {output: index.settle(point) for output, point in asked.items()}
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
     with job.timing.phase("plan"):
         config.require_resources(settings)
-        written = _unfinished(job, settings, sources, outputs, known)
+        written = _to_write(job, settings, sources, outputs, known)
         require_no_source(settings, written, sources)
         for output in {output for output in written if not discards(output)}:
             require_free(output, settings.overwrite)
@@ -107,9 +107,9 @@ def prepare(job: Job, known: Known) -> Prepared:
         written=written,
         saved=saved,
         published=outputs | ({stored.directory: vector} if stored and vector else {}) if "publish" in stages else {},
-        arms=[replace(arm, point=index.settled(arm.point)) for arm in listed],
-        examined={name: index.settled(point) for name, point in examined.items()},
-        lines={name: [replace(arm, point=index.settled(arm.point)) for arm in line] for name, line in lines.items()},
+        arms=[replace(arm, point=index.settle(arm.point)) for arm in listed],
+        examined={name: index.settle(point) for name, point in examined.items()},
+        lines={name: [replace(arm, point=index.settle(arm.point)) for arm in line] for name, line in lines.items()},
     )
 
 
@@ -133,7 +133,7 @@ class _Index:
         self.sources: dict[str, Checkpoint] = {}
         self.notes: dict[WeightPoint, tuple[str, ...]] = {}
 
-    def settled(self, point: WeightPoint) -> WeightPoint:
+    def settle(self, point: WeightPoint) -> WeightPoint:
         """The point as what its sources are decides it."""
         return compat.settle(point, self.sources)
 
@@ -150,7 +150,7 @@ class _Index:
                 if source not in self.sources:
                     self.sources[source] = self._known.open(source, rename)
             report = self._known.check(self._settings, self.sources, point)
-            self.notes[self.settled(point)] = (*report.refusals, *report.exceptions, *self._zeros(point))
+            self.notes[self.settle(point)] = (*report.refusals, *report.exceptions, *self._zeros(point))
         for note in dict.fromkeys(note for notes in self.notes.values() for note in notes):
             if (job.directory, note) not in self._known.told:
                 job.note(note)
@@ -187,7 +187,7 @@ def _digests(
     return {point: point.digest(contents) for point in points}
 
 
-def _unfinished(
+def _to_write(
     job: Job,
     settings: Config,
     sources: Mapping[str, Checkpoint],
@@ -197,11 +197,11 @@ def _unfinished(
     """What of the outputs is still to be written: not what an earlier run of the same plan has finished, nor what
     another job has promised."""
     plan = build_plan(outputs, sources, settings.output_format)
-    done = _complete(job, settings, plan) | _promised_already(outputs, known.promised)
+    done = _finished_before(job, settings, plan) | _promised_by_others(outputs, known.promised)
     return {output: point for output, point in outputs.items() if output not in done}
 
 
-def _complete(job: Job, settings: Config, plan: Plan) -> set[Path]:
+def _finished_before(job: Job, settings: Config, plan: Plan) -> set[Path]:
     """The outputs that an earlier run of the same plan has finished; overwriting does them again."""
     found = set()
     for output, digests in zip(plan.outputs, plan.digests, strict=True):
@@ -213,7 +213,7 @@ def _complete(job: Job, settings: Config, plan: Plan) -> set[Path]:
     return found
 
 
-def _promised_already(written: Mapping[Path, WeightPoint], promised: Mapping[Path, WeightPoint]) -> set[Path]:
+def _promised_by_others(written: Mapping[Path, WeightPoint], promised: Mapping[Path, WeightPoint]) -> set[Path]:
     shared = {output for output in written if output in promised and not discards(output)}
     for output in shared:
         if written[output] != promised[output]:

@@ -20,7 +20,7 @@ from rvdist.core.config import PLACEHOLDERS
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
 from rvdist.report.card.metadata import Result
-from rvdist.report.summary import Outline, dissenting
+from rvdist.report.summary import Outline, dissenting_rows
 from rvdist.report.wording import printable
 from rvdist.stages.job import Job, Scores
 from rvdist.weights.checkpoint.directory import open_checkpoint, read_json
@@ -75,21 +75,21 @@ def results(directory: Path, scores: Scores | None, digest: str | None) -> list[
         return []
     rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
     baseline = scores.arms[0].name
-    dissent = dissenting(scores.rows)
+    dissent = dissenting_rows(scores.rows)
     reference = {row.task: row for row in rows if row.arm == baseline}
     members = {group.name: group.tasks for group in scores.groups}
     said = read_json(directory / "results" / f"{baseline}.json")
     found = []
     for row in rows:
         if row.point == digest:
-            asked = {json.dumps(_asked(said, task)) for task in members.get(row.task, (row.task,))}
+            asked = {json.dumps(_ask(said, task)) for task in members.get(row.task, (row.task,))}
             what = json.loads(asked.pop()) if len(asked) == 1 else {}
             other = reference.get(row.task) if row.arm != baseline else None
             found.append(Result(row, other, dissent=dissent.get((row.task, row.arm), ()), **what))
     return found
 
 
-def _asked(said: Mapping[str, Any], task: str) -> dict[str, Any]:
+def _ask(said: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Data set, configuration, split and number of examples of a task in lm-eval's results; of a data set that is not
     from the Hub only the last."""
     given = said.get("configs", {}).get(task, {})
@@ -109,7 +109,7 @@ def publish(job: Job, directory: Path, repository: str, card: str) -> None:
     _show(job, directory, repository, contents, notes)
     _require_consent(job, repository)
     with job.timing.phase("publish"):
-        commit = _sent(repository, job.settings.hub.private, contents, job.console.is_terminal)
+        commit = _send(repository, job.settings.hub.private, contents, job.console.is_terminal)
     job.say(f"published {repository.partition('@')[0]}@{commit}")
 
 
@@ -204,7 +204,7 @@ def _require_consent(job: Job, repository: str) -> None:
         raise Failed(f"publish: nothing was uploaded to {repository}, as was answered; {CARD} and weights stay here")
 
 
-def _sent(repository: str, private: bool, contents: Contents, bars: bool) -> str:
+def _send(repository: str, private: bool, contents: Contents, bars: bool) -> str:
     """Uploads, and returns the commit. Raises BadInput where the repository is no place for it, Failed."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads its names lazily

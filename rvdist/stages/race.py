@@ -65,7 +65,7 @@ def race(evaluator: Evaluator, scoring: Scoring) -> None:
     claim = _claim(outcome, sum(map(len, held.values())))
     scoring.add_note(baseline, claim)
     prepared.say(claim)
-    confirmed = asking.restricted(held)
+    confirmed = asking.restrict(held)
     chosen = list(dict.fromkeys([baseline, arms[outcome.best]]))
     answered = evaluator.answer(confirmed, [(scoring, arm) for arm in chosen])
     if scored := [(arm, confirmed, answered) for arm in chosen if arm.name not in scoring.unscored]:
@@ -79,7 +79,7 @@ def _round(
     wanted: dict[str, list[int]] = defaultdict(list)
     for task, document in documents:
         wanted[task].append(document)
-    part = asking.restricted(wanted)
+    part = asking.restrict(wanted)
     answered = evaluator.answer(part, [(scoring, arm) for arm in arms])
     found = {}
     for arm in [arm for arm in arms if arm.name not in scoring.unscored]:

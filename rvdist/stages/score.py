@@ -48,9 +48,9 @@ class Scoring:
         """Those that have a score, or are still to get one."""
         return [arm for arm in self.arms if arm.name not in self.unscored]
 
-    def located(self, arm: Arm) -> WeightPoint:
+    def locate(self, arm: Arm) -> WeightPoint:
         """The point with paths that hold wherever an engine runs."""
-        return arm.point.relocated({name: str(one.path.absolute()) for name, one in self.prepared.sources.items()})
+        return arm.point.relocate({name: str(one.path.absolute()) for name, one in self.prepared.sources.items()})
 
     def digest(self, arm: Arm) -> str:
         """That of the arm's point."""
@@ -77,7 +77,7 @@ class Scoring:
 def score_arm(scoring: Scoring, arm: Arm, asking: Asking, answered: Answers) -> Scored:
     """lm-eval's results of one arm, and its records."""
     slice_size, seed = scoring.prepared.settings.engine.slice_size, scoring.prepared.settings.engine.seed
-    answers, _ = answers_of(scoring.located(arm), asking.requests, slice_size, answered)
+    answers, _ = answers_of(scoring.locate(arm), asking.requests, slice_size, answered)
     with scoring.prepared.timing.phase("score"):
         return asking.suite.score(arm, scoring.digest(arm), asking.tokenizer, asking.requests, answers, seed)
 
@@ -96,7 +96,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
         for part in ("results", "samples"):
             (directory / part).mkdir(exist_ok=True)
         for arm, asking, answered in arms:
-            truncated += answers_of(scoring.located(arm), asking.requests, settings.engine.slice_size, answered)[1]
+            truncated += answers_of(scoring.locate(arm), asking.requests, settings.engine.slice_size, answered)[1]
             found = known.get((arm, scoring.digest(arm), asking))
             results, scored = found.result() if found else score_arm(scoring, arm, asking, answered)
             reported.setdefault(asking, results)
@@ -108,7 +108,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
         if truncated:
             scoring.add_note(first, f"{truncated} prompts did not fit and were cut from the left")
         tasks = asking.suite.infos([record for record in records if record.arm == first.name])
-        for sentence in asking.suite.left_out(reported[asking], tasks):
+        for sentence in asking.suite.metrics_left_out(reported[asking], tasks):
             scoring.add_note(first, sentence)
         scored_arms = [arm for arm, _, _ in arms]
         groups = _groups(asking.suite, tasks)

@@ -97,7 +97,7 @@ def check(
                 refusals += finding.refusals
                 exceptions += finding.exceptions
         if isinstance(minus, Difference):
-            exceptions.append(_unsampled(minus))
+            exceptions.append(_why_not_sampled(minus))
         elif term.vector not in distances:
             distance = distances[term.vector] = sampled_distance(base, minus)
             if REFUSED_DISTANCE < distance < math.inf:  # what is not finite is for whoever computes to name
@@ -149,7 +149,7 @@ def check_vector(
     return [
         f"{plus.path.name} is an adapter: {minus.path.name} is taken to be what it was trained on{trained_on}, so that "
         "the vector is the adapter's own difference",
-        *_listed("{} of the adapter's tensors are not in what it was trained on", plus, minus),
+        *_list_names("{} of the adapter's tensors are not in what it was trained on", plus, minus),
     ]
 
 
@@ -227,7 +227,7 @@ def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, ex
         )
 
 
-def _unsampled(difference: Difference) -> str:
+def _why_not_sampled(difference: Difference) -> str:
     name = difference.path.name
     if difference.kind == "vector":
         return f"{name} is a stored vector: whether its donors and the target share a pre-training was not sampled"
@@ -241,7 +241,7 @@ def _compare_tensors(
     base: Checkpoint, plus: Checkpoint, minus: Checkpoint, extra_rows: bool, coefficient: Coefficient
 ) -> Iterator[str]:
     if not base.tensors.keys() & plus.tensors.keys():
-        way_out = _renaming(base, plus.tensors) or "it belongs to another architecture"
+        way_out = _rename_hint(base, plus.tensors) or "it belongs to another architecture"
         raise BadInput(f"{plus.path}: has no tensor in common with {base.path}; {way_out}")
     for name in base.tensors:
         if name not in plus.tensors or not coefficient(name):
@@ -262,8 +262,8 @@ def _compare_tensors(
         if len(set(rows.values())) > 1:
             counts = ", ".join(f"{role} has {count}" for role, count in rows.items())
             yield f"tensor {name}: its first {min(rows.values())} rows get the vector ({counts})"
-    yield from _listed("the vector lacks {} of the target's tensors, which stay as they are", base, plus)
-    yield from _listed("{} of the vector's tensors are not in the target and were skipped", plus, base)
+    yield from _list_names("the vector lacks {} of the target's tensors, which stay as they are", base, plus)
+    yield from _list_names("{} of the vector's tensors are not in the target and were skipped", plus, base)
 
 
 def _judge_coverage(
@@ -277,18 +277,18 @@ def _judge_coverage(
     if coverage.size is None or coverage.size >= LEAST:
         return [str(coverage)], []
     left = {n: spec for n, spec in plus.tensors.items() if coefficient(n) and n not in base.tensors}
-    renaming = _renaming(base, left)
+    renaming = _rename_hint(base, left)
     way_out = f"; {renaming}" if renaming else ""
     return [str(coverage)], [f"{plus.path}: little of it fits {base.path}: {coverage}{way_out}"]
 
 
-def _renaming(base: Checkpoint, left: Mapping[str, TensorSpec]) -> str:
+def _rename_hint(base: Checkpoint, left: Mapping[str, TensorSpec]) -> str:
     """The vector.rename that would make tensors of these names the base's, if one prefix explains it."""
     found = fitting_rename(base, left)
     return f'their names differ by a prefix: set vector.rename=\'[["{found[0]}","{found[1]}"]]\'' if found else ""
 
 
-def _listed(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[str]:
+def _list_names(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[str]:
     names = sorted(have.tensors.keys() - lack.tensors.keys())
     if names:
         shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
@@ -308,12 +308,12 @@ def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
             found.refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
         else:
             found.exceptions.append(
-                f"{key} is {_spelled(ours)} in the target and {_spelled(theirs)} in {donor.path.name}"
+                f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}"
             )
     return found
 
 
-def _spelled(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "not set" if value is None else str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
@@ -378,16 +378,16 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     count = min(numel, _SAMPLED_BYTES // 8)
     start = (numel - count) // 2
     if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
-        return _widened(read_elements(checkpoint, spec, start, count), spec.dtype)
+        return _widen(read_elements(checkpoint, spec, start, count), spec.dtype)
     scale = checkpoint.scales[spec.name]
-    scales = _widened(read_elements(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32)
+    scales = _widen(read_elements(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32)
     values = np.empty(count, np.float32)
     codes = np.frombuffer(read_elements(checkpoint, spec, start, count), np.uint8)
     dequantize(codes, scales.reshape(scale.shape), checkpoint.block, spec.shape, start, values)
     return values.astype(np.float64)
 
 
-def _widened(raw: bytes, dtype: str) -> Floats:
+def _widen(raw: bytes, dtype: str) -> Floats:
     if dtype == "BF16":
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float64)

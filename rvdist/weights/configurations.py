@@ -36,24 +36,24 @@ Differing = tuple[str, Any, Any]
 def compare_configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Differing]:
     """(key, of one, of the other) for all that changes the forward pass; keys of parts have dots. A key that either
     leaves out counts as what transformers makes of that, and not at all where it does not know the kind of model."""
-    if not _differing(_written(one), _written(other)):
+    if not _differences(_flatten(one), _flatten(other)):
         return []
     ours, theirs = _read(one), _read(other)
     if ours is None or theirs is None:
-        both = _written(one).keys() & _written(other).keys()
-        return [found for found in _differing(_written(one), _written(other)) if found[0] in both]
-    return _differing(ours, theirs)
+        both = _flatten(one).keys() & _flatten(other).keys()
+        return [found for found in _differences(_flatten(one), _flatten(other)) if found[0] in both]
+    return _differences(ours, theirs)
 
 
-def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Differing]:
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Differing]:
     keys = dict.fromkeys([*ours, *theirs])
-    return [(key, ours.get(key), theirs.get(key)) for key in keys if not _alike(ours.get(key), theirs.get(key))]
+    return [(key, ours.get(key), theirs.get(key)) for key in keys if not _equal(ours.get(key), theirs.get(key))]
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     """1 and 1.0 are the same number; true is none."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     return (type(one) is type(other) and one == other) or (_is_number(one) and _is_number(other) and one == other)
 
 
@@ -61,7 +61,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _written(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as it is written, flat, with one spelling for rotary embeddings."""
     return dict(_flat(config, ""))
 
@@ -116,7 +116,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any] | None:
             logging.set_verbosity_error()
             try:
                 made = classes[model_type].from_dict(json.loads(json.dumps(config)))
-                return _written(json.loads(made.to_json_string(use_diff=False)))
+                return _flatten(json.loads(made.to_json_string(use_diff=False)))
             finally:
                 logging.set_verbosity(verbosity)
     except Exception:

@@ -127,11 +127,11 @@ def fitting_rename(base: Checkpoint, names: Mapping[str, TensorSpec]) -> tuple[s
     if 2 * count <= len(names):
         return None
     firsts = sorted({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
-    firsts = [first for first in firsts if any(_renamed(base, n, prefix, its, first) for n in names)]
+    firsts = [first for first in firsts if any(_rename(base, n, prefix, its, first) for n in names)]
     return f"^{re.escape(prefix)}({'|'.join(map(re.escape, firsts))})\\.", its + "\\1."
 
 
-def _renamed(base: Checkpoint, name: str, prefix: str, its: str, first: str) -> bool:
+def _rename(base: Checkpoint, name: str, prefix: str, its: str, first: str) -> bool:
     rest = name.removeprefix(prefix)
     return name.startswith(prefix) and rest.startswith(first + ".") and its + rest in base.tensors
 

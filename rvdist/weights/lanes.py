@@ -108,7 +108,7 @@ class CardLane:
         self._counts = torch.empty(0, dtype=torch.int64)
 
     def buffer(self, key: str) -> torch.Tensor:
-        return self._pinned(key, self.chunk * WIDEST)
+        return self._pinned_memory(key, self.chunk * WIDEST)
 
     def launch(
         self, operands: Mapping[str, torch.Tensor], results: int, numel: int, dtype: torch.dtype, compute: Compute
@@ -129,7 +129,7 @@ class CardLane:
             self._results = [
                 part(self.buffer(f"out {k}"), numel, dtype).copy_(out, non_blocking=True) for k, out in enumerate(outs)
             ]
-            self._counts = self._pinned(f"{results} counts", results * 8).view(torch.int64)
+            self._counts = self._pinned_memory(f"{results} counts", results * 8).view(torch.int64)
             self._counts.copy_(counts, non_blocking=True)
             self._left.record(outbound)
 
@@ -142,7 +142,7 @@ class CardLane:
         there = part(self._on_card(key, self.chunk * WIDEST), operand.numel(), operand.dtype)
         return there.copy_(operand, non_blocking=True)
 
-    def _pinned(self, key: str, nbytes: int) -> torch.Tensor:
+    def _pinned_memory(self, key: str, nbytes: int) -> torch.Tensor:
         if key not in self._host:
             self._host[key] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return self._host[key]

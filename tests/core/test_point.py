@@ -62,14 +62,14 @@ def test_alpha_must_be_finite(alpha):
 def test_json_round_trip_and_sources():
     assert WeightPoint.from_json(POINT.to_json()) == POINT
     assert list(POINT.sources()) == ["t", "p", "m", "q"]
-    moved = POINT.relocated({s: f"/x/{s}" for s in POINT.sources()})
+    moved = POINT.relocate({s: f"/x/{s}" for s in POINT.sources()})
     assert list(moved.sources()) == ["/x/t", "/x/p", "/x/m", "/x/q"]
     assert moved.terms[0].mask == POINT.terms[0].mask
 
 
 def test_digest_follows_contents_not_paths():
     contents = {"t": "1", "p": "2", "m": "3", "q": "4"}
-    moved = POINT.relocated({s: f"/x/{s}" for s in POINT.sources()})
+    moved = POINT.relocate({s: f"/x/{s}" for s in POINT.sources()})
     assert POINT.digest(contents) == moved.digest({f"/x/{s}": d for s, d in contents.items()})
     assert POINT.digest(contents) != POINT.digest(contents | {"q": "5"})
     reversed_terms = WeightPoint("t", POINT.terms[::-1])

@@ -249,7 +249,7 @@ def test_bytes_do_not_depend_on_chunks(recipe, here):
 def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
     recipes = {tmp_path / name: read_recipe(HERE / f"{name}.yml", names).point for name in ("slerp", "ties")}
     points = {  # workers have directories of their own
-        where: point.relocated({source: str(here / source) for source in point.sources()})
+        where: point.relocate({source: str(here / source) for source in point.sources()})
         for where, point in recipes.items()
     }
     sources = {source: open_source(source) for point in points.values() for source in point.sources()}

@@ -48,7 +48,7 @@ def scored(suite, outputs, directory):
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         (directory / f"samples_{task}_2025-01-01T00-00-00.jsonl").write_text(lines)
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "target")
-    answers, _ = Recording(directory).answers(suite.asked(tokenizer), "", 0, "baseline")
+    answers, _ = Recording(directory).answers(suite.documents_asked(tokenizer), "", 0, "baseline")
     results, records = suite.score(ARM, "", tokenizer, suite.requests(tokenizer), answers, 0)
     return results["results"], records
 

@@ -107,7 +107,7 @@ def recorded(suite, tokenizer, tmp_path_factory):
 def test_what_a_record_shows_is_read_again_to_the_last_digit(suite, tokenizer, recorded):
     run, answers, _ = recorded
     for path in (run, run / "samples", run / "samples" / "baseline.jsonl"):
-        assert Recording(path).answers(suite.asked(tokenizer), "digest", 0, "baseline") == (answers, 0)
+        assert Recording(path).answers(suite.documents_asked(tokenizer), "digest", 0, "baseline") == (answers, 0)
     responses = [json.loads(line) for line in lines_of(run / "samples/baseline.jsonl")]
     shown = next(sample["response"] for sample in responses if sample["task"] == "chosen")
     first = answers["chosen"][0]
@@ -116,7 +116,7 @@ def test_what_a_record_shows_is_read_again_to_the_last_digit(suite, tokenizer, r
 
 def test_some_documents_alone_are_found(suite, tokenizer, recorded):
     run, answers, _ = recorded
-    some = suite.restricted({"said": [1, 4], "chosen": [3]})
+    some = suite.restrict({"said": [1, 4], "chosen": [3]})
     found, _ = Recording(run).answers(some.asked(tokenizer), "digest", 0, "baseline")
     assert found == {"said": answers["said"][2:4] + answers["said"][8:], "chosen": answers["chosen"][18:24]}
 
@@ -149,7 +149,7 @@ def test_what_lacks_is_said_in_one_sentence(suite, tokenizer, recorded, tmp_path
     lines = map(json.loads, lines_of(run / "samples/baseline.jsonl"))
     (tmp_path / "changed.jsonl").write_text("".join(json.dumps(line | change) + "\n" for line in lines))
     with pytest.raises(BadInput) as error:
-        Recording(tmp_path).answers(suite.asked(tokenizer), "digest", 0, "alpha=1")
+        Recording(tmp_path).answers(suite.documents_asked(tokenizer), "digest", 0, "alpha=1")
     sentence = str(error.value)
     assert said in sentence and "\n" not in sentence and "benchmarks.limit and num_fewshot" in sentence
 
@@ -165,7 +165,7 @@ def test_what_lacks_is_said_in_one_sentence(suite, tokenizer, recorded, tmp_path
     ],
 )
 def test_what_is_no_answer_to_the_choices_is_said_so(suite, tokenizer, tmp_path, response, said):
-    asked = suite.restricted({"asked_twice": [0]}).asked(tokenizer)
+    asked = suite.restrict({"asked_twice": [0]}).asked(tokenizer)
     (document,) = asked["asked_twice"]
     once = {"asked_twice": [replace(document, requests=tuple(repeats[:1] for repeats in document.requests))]}
     line = LINE | {"task": "asked_twice", "prompt_text": "what is 0?", "response": response}
@@ -179,7 +179,7 @@ def test_a_smaller_run_lacks_the_rest(suite, tokenizer, recorded, tmp_path):
     lines = lines_of(run / "samples/baseline.jsonl")
     (tmp_path / "some.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["doc_id"] < 2))
     with pytest.raises(BadInput, match=r"15 of the 25 documents .* first to said 2 \(nothing with this prompt\)"):
-        Recording(tmp_path).answers(suite.asked(tokenizer), "digest", 0, "baseline")
+        Recording(tmp_path).answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ def test_a_line_that_is_no_sample_is_said_so(tmp_path, line, name):
 
 @pytest.mark.parametrize("response", [None, [], ["r", "s"], {}, "\ud800", ["-1", "maybe"], ["x", "True"], [[], []]])
 def test_a_response_of_another_kind_is_lacking(suite, tokenizer, tmp_path, response):
-    for task, document in suite.asked(tokenizer).items():
+    for task, document in suite.documents_asked(tokenizer).items():
         sample = {"doc_id": 0, "doc_hash": document[0].doc, "resps": [[response] * 2] * len(document[0].requests)}
         (tmp_path / f"samples_{task}_{DATE}.jsonl").write_text(json.dumps(sample))
     with pytest.raises(BadInput, match="lacks answers to 25 of the 25"):
-        Recording(tmp_path).answers(suite.asked(tokenizer), "digest", 0, "baseline")
+        Recording(tmp_path).answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
 
 
 def test_a_place_without_samples_is_said_so(tmp_path):
@@ -219,7 +219,7 @@ def test_a_place_without_samples_is_said_so(tmp_path):
 
 
 def test_of_lm_evals_files_the_newest_counts_and_of_models_one_is_to_be_given(suite, tokenizer, tmp_path):
-    only = replace(suite, limit=1).restricted({"said": [0]})
+    only = replace(suite, limit=1).restrict({"said": [0]})
     (document,) = only.asked(tokenizer)["said"]
     for model in ("one", "other"):
         for day, text in ((3, "new"), (2, "old")):
@@ -256,7 +256,7 @@ def test_lm_evals_samples_score_as_lm_eval_scored_them(folder, suite, tokenizer,
         kept = [{key: value for key, value in line.items() if key not in change} for line in lines]
         file.write_text("".join(json.dumps(line) + "\n" for line in kept))
     recording = Recording(tmp_path)
-    answers, reworded = recording.answers(suite.asked(tokenizer), "digest", 0, "baseline")
+    answers, reworded = recording.answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
     ours, records = samples_of(suite, tokenizer, answers)
     assert ours["results"] == results["results"]
     assert recording.logged and reworded == (25 if "arguments" in change else 0)
@@ -296,7 +296,7 @@ def test_gsm8k_scores_as_lm_eval_scored_it(tokenizer, tmp_path, rows):
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(line + "\n" for line in lines_of(rows)[:40]))
     results = gsm8k_by_lm_eval(tmp_path / "out", tmp_path / "gsm8k_test.jsonl", tmp_path / "cache")
     suite = Suite.load(["gsm8k_cot_zeroshot"], chat=False, data_dir=tmp_path)
-    answers, reworded = Recording(tmp_path / "out").answers(suite.asked(tokenizer), "digest", 0, "baseline")
+    answers, reworded = Recording(tmp_path / "out").answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
     ours, _ = samples_of(suite, tokenizer, answers)
     names = ("exact_match,strict-match", "exact_match,flexible-extract")
     both = [{name: one["results"]["gsm8k_cot_zeroshot"][name] for name in names} for one in (ours, results)]

@@ -109,7 +109,7 @@ def test_some_documents_alone(suite, tokenizer):
     answers = oracle(suite, requests, wrong=[2])
     _, whole = suite.score(ARM, "digest", tokenizer, requests, answers, seed=0)
     assert suite.documents == dict.fromkeys(TASKS, range(20))
-    some = suite.restricted({"pocket_sums": [7, 2], "pocket_choice": [5], "pocket_control": []})
+    some = suite.restrict({"pocket_sums": [7, 2], "pocket_choice": [5], "pocket_control": []})
     asked = some.requests(tokenizer)
     places = {"pocket_sums": [2, 7], "pocket_choice": [20, 21, 22, 23]}
     assert asked == {task: [requests[task][k] for k in own] for task, own in places.items()}
@@ -163,7 +163,7 @@ def test_a_perplexity_is_the_other_way_round(tmp_path, tokenizer):
     assert records[1].response == records[1].filtered == f"{-3 * math.log(2)} (not greedy) 2"
     (info,) = suite.infos(records)
     assert info.higher_is_better == {"log2_perplexity": False, "acc": True}
-    assert suite.left_out(results, [info]) == []
+    assert suite.metrics_left_out(results, [info]) == []
 
 
 def test_what_only_all_documents_together_have_is_said_to_be_left_out(tmp_path, tokenizer):
@@ -180,7 +180,7 @@ def test_what_only_all_documents_together_have_is_said_to_be_left_out(tmp_path, 
     assert [record.metrics for record in records] == [{"acc": 1.0}, {"acc": 0.0}]
     shown = ["[1 of 2, 20 characters]", "-1.0 (not greedy)  a", "[2 of 2, 20 characters]", "-1.0 (not greedy)  a"]
     assert records[0].response.splitlines()[:4] == shown
-    (sentence,) = suite.left_out(results, suite.infos(records))
+    (sentence,) = suite.metrics_left_out(results, suite.infos(records))
     assert sentence == "mine: mcc is one number for all documents together and not a mean over them: see results/"
 
 

@@ -366,7 +366,7 @@ def test_a_vector_of_a_text_model_for_the_tower_of_another(tmp_path, in_fp8):
     assert all(torch.equal(tensor, base[name]) for name, tensor in found.items()) and len(found) == 2
 
     again = WeightPoint.from_json(json.loads(json.dumps(point.to_json())))
-    assert again == point and again.relocated({s: f"/x{s}" for s in point.sources()}).terms[0].vector.rename == RENAME
+    assert again == point and again.relocate({s: f"/x{s}" for s in point.sources()}).terms[0].vector.rename == RENAME
     contents = dict.fromkeys(point.sources(), "c")
     assert point.digest(contents) != shifted(paths, 0.6).digest(contents)
 

@@ -64,8 +64,8 @@ def test_what_a_death_frees_goes_back_whole_and_first():
     roster.give_back("x", [first, second])
     assert drain(roster, "x")[:2] == [("f", 0), ("f", 1)]
     roster.give_back("x", [second])
-    assert roster.orphaned({"x"}) == [] and roster.orphaned({None, "y"}) == ["x"]
-    roster.disown("x")
+    assert roster.orphans({"x"}) == [] and roster.orphans({None, "y"}) == ["x"]
+    roster.free("x")
     roster.meet("y", frozenset())
     assert drain(roster, "y") == [("f", 1)] and not roster.is_left
 

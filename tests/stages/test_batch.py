@@ -273,6 +273,6 @@ def test_what_a_batch_makes_of_each_target_is_scored_beside_it(tmp_path):
         own = [row for row in rows if row["target"].endswith(target) and row["score"] is not None]
         assert len(own) == 4
         for row in own:
-            values = by_arm[f"{row['vector']} alpha={config.spell(row['alpha'])}"]
+            values = by_arm[f"{row['vector']} alpha={config.alpha_text(row['alpha'])}"]
             assert row["score"] == pytest.approx(sum(values) / len(values))
     assert len({row["score"] for row in rows}) > 2

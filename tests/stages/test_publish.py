@@ -268,7 +268,7 @@ def test_each_output_may_have_a_repository_of_its_own():
         target="dir/target", vector=VectorConfig("p", "m"), alpha=[0.5, 1], output="o-{alpha}",
         publish="org/{target}@alpha-{alpha}",
     )  # fmt: skip
-    assert list(config.published(settings).values()) == ["org/target@alpha-0.5", "org/target@alpha-1"]
+    assert list(config.repositories(settings).values()) == ["org/target@alpha-0.5", "org/target@alpha-1"]
 
 
 def test_several_jobs_do_not_share_a_repository(hub, tmp_path):

@@ -82,12 +82,12 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
 )
 def test_settings_that_cannot_be_saved(changes, reason):
     with pytest.raises(BadInput, match=reason):
-        config.saved(Config(target="t", **changes))
+        config.vector_to_save(Config(target="t", **changes))
 
 
 def test_saving_is_part_of_the_merge_stage():
     assert config.stages(Config(vector=VectorConfig("p", "m", save="v"))) == ["merge"]
-    assert config.saved(Config(vector=VectorConfig("p", "m"))) is None
+    assert config.vector_to_save(Config(vector=VectorConfig("p", "m"))) is None
 
 
 def test_donors_that_make_no_vector(family, tmp_path):

@@ -49,7 +49,7 @@ def alphas(value: Any, key: str = "alpha") -> list[float]:
     return [float(number) for number in numbers]
 
 
-def spell(alpha: float) -> str:
+def alpha_text(alpha: float) -> str:
     """The shortest spelling of α: 1, −1, 0.25."""
     return str(int(alpha)) if alpha.is_integer() else repr(alpha)
 
@@ -67,7 +67,7 @@ def point(config: Config, alpha: float) -> WeightPoint:
     terms = []
     for number, vector in enumerate(weighted):
         key = f"vectors[{number}]" if config.vectors else "vector"
-        named, mask = _named(vector, key), _mask(vector.mask, f"{key}.mask")
+        named, mask = _vector(vector, key), _mask(vector.mask, f"{key}.mask")
         try:
             terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
@@ -84,18 +84,18 @@ def method(merge: MergeConfig) -> MethodSpec:
     return MethodSpec(merge.method, merge.density, merge.seed).without_unused()
 
 
-def _named(vector: DonorsConfig, key: str) -> Vector:
+def _vector(vector: DonorsConfig, key: str) -> Vector:
     if vector.path and (vector.plus or vector.minus):
         raise BadInput(f"{key}.path is a vector by itself; set it, or plus and minus, but not both")
     if vector.path:
-        return _renamed(Vector(vector.path), vector, key)
+        return _with_rename(Vector(vector.path), vector, key)
     if vector.plus is None or vector.minus is None:
         lacking = "plus" if vector.plus is None else "minus"
         raise BadInput(f"{key}.{lacking} is not set; a vector needs both donors, plus and minus")
-    return _renamed(Vector(vector.plus, vector.minus), vector, key)
+    return _with_rename(Vector(vector.plus, vector.minus), vector, key)
 
 
-def _renamed(named: Vector, vector: DonorsConfig, key: str) -> Vector:
+def _with_rename(named: Vector, vector: DonorsConfig, key: str) -> Vector:
     for pair in vector.rename:
         if len(pair) != 2:
             raise BadInput(f"{key}.rename: {list(pair)} is not a pair [regular expression, replacement]")
@@ -135,23 +135,23 @@ def _merges(config: Config, recipe: WeightPoint | None) -> Iterator[tuple[Path, 
         return
     for alpha in alphas(config.alpha):
         merged = recipe or point(config, alpha)
-        yield Path(_filled(config, config.output, merged, alpha)).absolute(), alpha, merged
+        yield Path(_fill(config, config.output, merged, alpha)).absolute(), alpha, merged
 
 
-def _filled(config: Config, text: str, merged: WeightPoint, alpha: float) -> str:
-    named = {"{alpha}": spell(alpha), "{target}": name_of(merged.base), "{vector}": called(merged)}
+def _fill(config: Config, text: str, merged: WeightPoint, alpha: float) -> str:
+    named = {"{alpha}": alpha_text(alpha), "{target}": name_of(merged.base), "{vector}": vector_name(merged)}
     for placeholder, name in (named | {"{recipe}": Path(config.recipe or "").stem}).items():
         text = text.replace(placeholder, name)
     return text
 
 
-def published(config: Config, recipe: WeightPoint | None = None) -> dict[Path, str]:
+def repositories(config: Config, recipe: WeightPoint | None = None) -> dict[Path, str]:
     """What the publish stage uploads, and where to: directory → `org/name` or `org/name@branch`. Raises BadInput."""
     assert config.publish is not None
-    own = saved(config)
+    own = vector_to_save(config)
     found = {own.directory: config.publish} if own else {}
     for directory, alpha, merged in _merges(config, recipe):
-        found[directory] = _filled(config, config.publish, merged, alpha)
+        found[directory] = _fill(config, config.publish, merged, alpha)
     if not found:
         raise BadInput("publish uploads what was written; set output=DIRECTORY or vector.save=DIRECTORY")
     for repository in found.values():
@@ -169,7 +169,7 @@ def published(config: Config, recipe: WeightPoint | None = None) -> dict[Path, s
     return found
 
 
-def called(merged: WeightPoint) -> str:
+def vector_name(merged: WeightPoint) -> str:
     """What `{vector}` stands for: the name of what each vector leads to."""
     return "+".join(dict.fromkeys(name_of(term.vector.plus) for term in merged.terms))
 
@@ -186,7 +186,7 @@ def require_recipe_alone(config: Config) -> None:
             raise BadInput(f"recipe and {key} are both set, and a recipe says what is merged; leave {key} out")
 
 
-def examined(config: Config) -> dict[str, WeightPoint]:
+def vector_points(config: Config) -> dict[str, WeightPoint]:
     """What the analyze stage looks at: every vector of the configuration and of its arms, by what it is called, as the
     target plus that vector. Raises BadInput."""
     whole = point(config, 1.0)
@@ -194,7 +194,7 @@ def examined(config: Config) -> dict[str, WeightPoint]:
     found = {name: replace(whole, terms=(term,)) for name, term in zip(names, whole.terms, strict=True)}
     for number, entry in enumerate(config.arms):
         if entry.vector is not None:
-            (term,) = _listed(config, entry, number).point.terms
+            (term,) = _entry_arm(config, entry, number).point.terms
             found[entry.name] = replace(whole, terms=(term,))
     if not found:
         raise BadInput("stages: analyze needs a vector; give vector.plus and vector.minus, or vector.path")
@@ -240,7 +240,7 @@ def arms(config: Config, recipe: WeightPoint | None = None) -> list[Arm]:
     if config.arms and searched:
         raise BadInput("arms and search.method are both set; a search makes its own arms, so leave one out")
     if config.arms:
-        listed = [_listed(config, entry, number) for number, entry in enumerate(config.arms)]
+        listed = [_entry_arm(config, entry, number) for number, entry in enumerate(config.arms)]
     else:
         listed = [Arm(BASELINE, WeightPoint(config.target), alpha=0.0)]
     listed += [Arm(RECIPE, recipe)] if recipe else []
@@ -251,7 +251,7 @@ def arms(config: Config, recipe: WeightPoint | None = None) -> list[Arm]:
         listed += [arm for arm in candidates(config) if arm.name != BASELINE]
     elif has_vector and (swept is not None or not config.arms):
         values = alphas(config.alpha) if swept is None else alphas(swept, "sweep.alphas")
-        listed += [_arm(config, alpha) for alpha in sorted(set(values) - {0.0})]
+        listed += [_alpha_arm(config, alpha) for alpha in sorted(set(values) - {0.0})]
     names = [arm.name for arm in listed]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInput(f"arms: {twice[0]!r} is the name of two of them; give each its own")
@@ -267,7 +267,7 @@ def require_name(name: str, key: str) -> None:
         raise BadInput(f"{key}: {name!r} cannot be the name of a file; give a short one without / or \\")
 
 
-def _listed(config: Config, entry: ArmConfig, number: int) -> Arm:
+def _entry_arm(config: Config, entry: ArmConfig, number: int) -> Arm:
     key = f"arms[{number}]"
     require_name(entry.name, f"{key}.name")
     if (entry.weights is None) == (entry.alpha is None):
@@ -287,10 +287,10 @@ def _listed(config: Config, entry: ArmConfig, number: int) -> Arm:
     return Arm(entry.name, scaled, entry.prompt, scaled.terms[0].alpha if own else None)
 
 
-def _arm(config: Config, alpha: float) -> Arm:
+def _alpha_arm(config: Config, alpha: float) -> Arm:
     scaled = point(config, alpha)
     single = scaled.terms[0].alpha if len(scaled.terms) == 1 else None
-    return Arm(f"alpha={spell(alpha)}", scaled, alpha=single)
+    return Arm(f"alpha={alpha_text(alpha)}", scaled, alpha=single)
 
 
 def candidates(config: Config) -> list[Arm]:
@@ -315,13 +315,13 @@ def candidates(config: Config) -> list[Arm]:
         if not any(choice):
             found.append(Arm(BASELINE, WeightPoint(config.target), alpha=0.0))
         elif search.groups:
-            found.append(Arm(f"alpha={','.join(map(spell, choice))}", _grouped(config, choice)))
+            found.append(Arm(f"alpha={','.join(map(alpha_text, choice))}", _grouped_point(config, choice)))
         else:
-            found.append(_arm(config, choice[0]))
+            found.append(_alpha_arm(config, choice[0]))
     return found
 
 
-def _grouped(config: Config, choice: Sequence[float]) -> WeightPoint:
+def _grouped_point(config: Config, choice: Sequence[float]) -> WeightPoint:
     """target + Σ α_g · (m_g ⊙ v)."""
     whole = point(config, 1.0)
     if len(whole.terms) != 1 or whole.terms[0].mask != Mask():
@@ -363,7 +363,7 @@ class Saved:
     storage: Storage
 
 
-def saved(config: Config) -> Saved | None:
+def vector_to_save(config: Config) -> Saved | None:
     """What `vector.save` asks for. Raises BadInput."""
     own = config.vector
     if own.save is None:
@@ -383,4 +383,4 @@ def saved(config: Config) -> Saved | None:
         raise BadInput("vector.rank and vector.density are two ways to store a vector; set one of them")
     dtype = DTYPES[own.dtype] if own.dtype else None
     storage = Storage(dtype, own.rank, own.density, config.output_format.max_shard_size)
-    return Saved(_named(own, "vector"), Path(own.save).absolute(), storage)
+    return Saved(_vector(own, "vector"), Path(own.save).absolute(), storage)

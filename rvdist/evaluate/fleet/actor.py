@@ -58,7 +58,7 @@ class EngineActor:
             try:
                 engine.swap(piece.point)
                 swapped = time.perf_counter()
-                answers = yield from engine.answering(requests)
+                answers = yield from engine.answer_all(requests)
             except Unscorable as error:
                 yield Refused(str(error)), (swapped - begin) * moved
                 return

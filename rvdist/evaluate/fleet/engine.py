@@ -195,26 +195,26 @@ class Engine:
         """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
         but not on their order. Raises ValueError for a prompt that is empty or does not fit, Unscorable where a
         token had no distribution."""
-        return _finish(self._generating(requests))
+        return _finish(self._generate(requests))
 
     def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
         """One score a request, in order; one batch, as `generate`. Raises what `generate` raises."""
-        return _finish(self._scoring(requests))
+        return _finish(self._score_choices(requests))
 
     def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
         """One score a text, in order; the requests are one batch, as in `generate`."""
-        return _finish(self._rolling(requests))
+        return _finish(self._score_texts(requests))
 
-    def answering(self, requests: Sequence[Request]) -> Running[Sequence[Answer]]:
+    def answer_all(self, requests: Sequence[Request]) -> Running[Sequence[Answer]]:
         """The answers to requests of one kind, as the methods above give them; meanwhile, about twice a second, how far
         they are."""
         if isinstance(requests[0], Generate):
-            return (yield from self._generating([r for r in requests if isinstance(r, Generate)]))
+            return (yield from self._generate([r for r in requests if isinstance(r, Generate)]))
         if isinstance(requests[0], Rolling):
-            return (yield from self._rolling([r for r in requests if isinstance(r, Rolling)]))
-        return (yield from self._scoring([r for r in requests if isinstance(r, Choice)]))
+            return (yield from self._score_texts([r for r in requests if isinstance(r, Rolling)]))
+        return (yield from self._score_choices([r for r in requests if isinstance(r, Choice)]))
 
-    def _generating(self, requests: Sequence[Generate]) -> Running[list[Completion]]:
+    def _generate(self, requests: Sequence[Generate]) -> Running[list[Completion]]:
         from vllm import SamplingParams
 
         self._require_finite()
@@ -260,7 +260,7 @@ class Engine:
         drawn = hashlib.blake2b(f"{self.settings.seed} {request.repeat} {request.prompt}".encode(), digest_size=4)
         return int.from_bytes(drawn.digest(), "big")
 
-    def _scoring(self, requests: Sequence[Choice]) -> Running[list[Loglikelihood]]:
+    def _score_choices(self, requests: Sequence[Choice]) -> Running[list[Loglikelihood]]:
         self._require_finite()
         prompts, starts = [], []
         for request in requests:
@@ -272,7 +272,7 @@ class Engine:
                 raise ValueError(f"a continuation of {len(continuation)} tokens leaves no room for its context")
         return (yield from self._score(prompts, starts))
 
-    def _rolling(self, requests: Sequence[Rolling]) -> Running[list[Loglikelihood]]:
+    def _score_texts(self, requests: Sequence[Rolling]) -> Running[list[Loglikelihood]]:
         self._require_finite()
         windows = [
             (i, *window)

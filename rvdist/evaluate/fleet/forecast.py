@@ -174,7 +174,7 @@ class Forecast:
                 return None
             slices += task.waiting.slices
             per_character = self._tokens_per_character(name, works)
-            left = [self._left(work, length, per_character) for work in works[name]]
+            left = [self._remaining(work, length, per_character) for work in works[name]]
             steps = self._steps(name, works[name], left)
             costs = np.array(
                 [
@@ -190,7 +190,7 @@ class Forecast:
         shared = (waiting + sum(running)) / max(1, min(engines, slices + len(running)))
         return max([shared, *running])
 
-    def _left(self, work: _Work, length: float, per_character: float) -> tuple[Floats, float]:
+    def _remaining(self, work: _Work, length: float, per_character: float) -> tuple[Floats, float]:
         """What a slice that is being answered still costs, and how many steps it takes in all."""
         progress, size, task = work.progress, work.size, self._tasks[work.task]
         prompts = (progress.prompt_tokens or size.characters * per_character) - progress.read

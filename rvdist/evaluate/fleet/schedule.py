@@ -124,7 +124,7 @@ class Schedule:
     @property
     def over(self) -> bool:
         """Nothing waits and nobody works."""
-        return not self._busy and not self._left()
+        return not self._busy and not self._waiting()
 
     def join(self, engine: int, at: WeightPoint | None = None) -> None:
         """A new engine, or one that is known to be `at` a point."""
@@ -202,7 +202,7 @@ class Schedule:
             piles[piece.task] = _Pile((_Tally(), self._by_task[piece.task], self._total))
         return piles[piece.task]
 
-    def _left(self) -> dict[int, float]:
+    def _waiting(self) -> dict[int, float]:
         """The points where slices wait, and the seconds that one engine would need for them."""
         return {
             point: sum(pile.seconds for pile in piles.values())
@@ -211,7 +211,7 @@ class Schedule:
         }
 
     def _choose(self, engine: int, here: int | None, now: float) -> tuple[int, _Pile] | None:
-        left = self._left()
+        left = self._waiting()
         if not left:
             return None
         others: dict[int, list[float]] = defaultdict(list)  # when the other engines at each point are free

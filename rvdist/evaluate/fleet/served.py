@@ -46,7 +46,7 @@ def strays(checkpoint: Checkpoint) -> list[str]:
 
 
 @contextmanager
-def linked(checkpoint: Checkpoint) -> Iterator[Path]:
+def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The directory, for as long as an engine starts: then vLLM has read it. The same checkpoint has the same name each
     time, since a name is part of what vLLM's compiled graphs are kept under; processes share it."""
     files = {name: (checkpoint.path / name).resolve(strict=True) for name in checkpoint.files}

@@ -27,7 +27,7 @@ from rvdist.evaluate.fleet.arguments import (
     versions,
     vllm_arguments,
 )
-from rvdist.evaluate.fleet.served import linked, strays
+from rvdist.evaluate.fleet.served import link_files, strays
 from rvdist.weights.checkpoint.directory import Checkpoint
 
 _QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
@@ -51,7 +51,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
     os.environ.update(ENVIRONMENT | os.environ)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses what is of no use on CPUs
-    with _paused_collector(), private_vllm.without_sklearn(), warnings.catch_warnings(action="ignore"):
+    with _pause_collector(), private_vllm.without_sklearn(), warnings.catch_warnings(action="ignore"):
         import torch
 
         on_cpu = not torch.cuda.is_available()
@@ -91,7 +91,7 @@ def _files(checkpoint: Checkpoint, settings: EngineSettings) -> AbstractContextM
     """The directory that vLLM reads while it starts: just what was opened. Its ranks on other nodes see the
     checkpoint's own."""
     if json.loads(settings.args).get("distributed_executor_backend") != "ray":
-        return linked(checkpoint)
+        return link_files(checkpoint)
     if others := strays(checkpoint):
         raise BadInput(
             f"{checkpoint.path / others[0]}: is no part of the checkpoint, and vLLM would read it; move it away"
@@ -100,7 +100,7 @@ def _files(checkpoint: Checkpoint, settings: EngineSettings) -> AbstractContextM
 
 
 @contextlib.contextmanager
-def _paused_collector() -> Iterator[None]:
+def _pause_collector() -> Iterator[None]:
     """No garbage collection while modules load, nor ever after of what they loaded: a third of vLLM's import
     and half of its start on a CPU."""
     was_on = gc.isenabled()

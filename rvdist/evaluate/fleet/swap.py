@@ -76,7 +76,7 @@ class SwapExtension:
             tensors = deferred(reader)
             if exchanged:
                 tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
-            loaded = reload(self, _noting(came, tensors))
+            loaded = reload(self, _note_names(came, tensors))
             spoiled = {name: "" if number else reader.blame(name) for number, name in enumerate(reader.spoiled)}
             self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:
@@ -95,7 +95,7 @@ class SwapExtension:
         return {name for name in names if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _noting(names: set[str], tensors: Tensors) -> Tensors:
+def _note_names(names: set[str], tensors: Tensors) -> Tensors:
     for name, tensor in tensors:
         names.add(name)
         yield name, tensor

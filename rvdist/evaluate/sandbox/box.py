@@ -164,7 +164,7 @@ def _check(options: dict[str, Any]) -> NoReturn:
 
     questions, answers = os.fdopen(ask, "wb"), os.fdopen(answered, "rb")
 
-    def ended() -> NoReturn:
+    def judge_end() -> NoReturn:
         _, status, used = os.wait4(candidate, 0)
         if not os.WIFSIGNALED(status):
             verdict("failed", f"the program ended itself with status {os.waitstatus_to_exitcode(status)}")
@@ -178,11 +178,11 @@ def _check(options: dict[str, Any]) -> NoReturn:
             questions.write(json.dumps(question).encode() + b"\n")
             questions.flush()
         except BrokenPipeError:
-            ended()
+            judge_end()
         line = answers.readline(answer_bytes)
         if not line.endswith(b"\n"):
             if len(line) < answer_bytes:
-                ended()
+                judge_end()
             verdict("killed", f"an answer of more than {answer_bytes} bytes")
         try:
             match json.loads(line):

@@ -133,7 +133,7 @@ def _run(program: Program, limits: Limits, mode: Mode) -> Verdict:
         if box.poll() is None:  # the group cannot have been reused: its leader has not been waited for
             os.killpg(box.pid, signal.SIGKILL)
             box.communicate()
-    match _parsed(said):
+    match _parse(said):
         case {"outcome": "passed" | "failed" | "timed out" | "killed" as outcome, "reason": str(reason)}:
             return Verdict(outcome, reason, mode)
         case {"refused": str(what)}:
@@ -141,7 +141,7 @@ def _run(program: Program, limits: Limits, mode: Mode) -> Verdict:
     return Verdict("killed", "the tests ended without a verdict", mode)
 
 
-def _parsed(said: bytes) -> object:
+def _parse(said: bytes) -> object:
     try:
         return json.loads(said)
     except ValueError:

@@ -97,7 +97,7 @@ def load(
             if data_dir is not None:
                 _localise(manager.task_index, task, data_dir, num_fewshot)
             if perturbation:
-                manager.task_index[name] = _perturbed(manager.task_index[task], name, perturbation)
+                manager.task_index[name] = _perturb(manager.task_index[task], name, perturbation)
             elif name.startswith(f"{TEXT}:"):
                 manager.task_index[name] = _text_file(manager.task_index[TEXT], name)
             found = manager.load([name])
@@ -269,7 +269,7 @@ def _text_file(entry: Any, name: str) -> Any:
     return replace(entry, name=name, cfg=config, yaml_path=None)
 
 
-def _perturbed(entry: Any, name: str, perturbation: perturb.Perturbation) -> Any:
+def _perturb(entry: Any, name: str, perturbation: perturb.Perturbation) -> Any:
     """The entry of a perturbed task. Examples are shown as they are: only the question asked is edited."""
     config = private_lm_eval.definition(entry)
     original = config["doc_to_text"]

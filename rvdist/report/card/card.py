@@ -85,11 +85,11 @@ def model_card(
         sections += ["## Notes", "\n".join(f"- {public(note)}" for note in notes)]
     sections += [
         "## Use",
-        _loading(name),
+        _how_to_load(name),
         "## Reproduce",
         "Written by rvdist as the weight point below."
         + (f" Its digest, `{digest}`, depends on contents and coefficients, not on names." if digest else ""),
-        f"```json\n{json.dumps(_renamed(point.to_json(), names), indent=2)}\n```",
+        f"```json\n{json.dumps(_rename(point.to_json(), names), indent=2)}\n```",
         _versions(versions),
     ]
     return "\n\n".join(sections) + "\n"
@@ -143,7 +143,7 @@ def _title(name: str) -> str:
     return name.partition("@")[0].split("/")[-1]
 
 
-def _loading(name: str | None) -> str:
+def _how_to_load(name: str | None) -> str:
     where, _, branch = (name or "").partition("@")
     path = f"path = {json.dumps(where)}" if name else 'path = "."  # this directory, or its name on the Hub'
     revision = f", revision={json.dumps(branch)}" if branch else ""
@@ -253,7 +253,7 @@ def _patterns(patterns: Sequence[str]) -> str:
     return " or ".join(f"`{printable(pattern)}`" for pattern in patterns)
 
 
-def _renamed(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     terms = []
     for term in data["terms"]:
         donors = {key: source and names[source] for key, source in term["vector"].items() if key in ("plus", "minus")}

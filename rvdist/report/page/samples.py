@@ -103,10 +103,10 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
         change = scores[j] - scores[i]
         counts[f"{i},{j}"] = [int((change > 0).sum()), int((change < 0).sum()), int((change == 0).sum())]
 
-    beginnings = {arm: _beginning([record.prompt_text for record in of.values()]) for arm, of in answers.items()}
+    beginnings = {arm: _common_lines([record.prompt_text for record in of.values()]) for arm, of in answers.items()}
     flipped = np.nanmin(scores, axis=0) < np.nanmax(scores, axis=0) if order else np.zeros(0, dtype=bool)
     chosen: dict[int, dict[str, Any]] = {}
-    for j in [*_spread(np.flatnonzero(flipped)), *_spread(np.flatnonzero(~flipped))]:
+    for j in [*_spread_evenly(np.flatnonzero(flipped)), *_spread_evenly(np.flatnonzero(~flipped))]:
         if texts.size >= limit:
             break
         found = {arm: answers[arm][order[j]] for arm in arms if order[j] in answers.get(arm, {})}
@@ -131,13 +131,13 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
     }
 
 
-def _beginning(texts: Sequence[str]) -> str:
+def _common_lines(texts: Sequence[str]) -> str:
     """The lines that all of them begin with."""
     first, last = min(texts), max(texts)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[: first.rfind("\n", 0, length) + 1]
 
 
-def _spread(places: NDArray[np.intp]) -> list[int]:
+def _spread_evenly(places: NDArray[np.intp]) -> list[int]:
     """The same in an order of which any beginning is spread evenly from first to last."""
     return [int(places[i]) for i in sorted(range(len(places)), key=lambda i: i * _GOLDEN % 1)]

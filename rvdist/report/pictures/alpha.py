@@ -72,7 +72,7 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None, join
         axes.axvline(alphas[-1] + span * 0.08, color=FAINT, linewidth=0.8, zorder=0)
 
     axes.set_xticks(alphas, minor=True)
-    axes.set_xticks(labelled := _labelled(alphas), [f"{a:g}".replace("-", "−") for a in labelled])
+    axes.set_xticks(labelled := _label(alphas), [f"{a:g}".replace("-", "−") for a in labelled])
     axes.set_xlim(alphas[0] - 0.06 * span, alphas[-1] + span * (0.06 + bool(others) * (0.06 + 0.09 * len(others))))
     axes.set_xlabel("α")
     axes.set_ylabel(label(metric_name(rows[0].metric, rows[0].filter)) + (", %" if scale.percent else ""))
@@ -95,7 +95,7 @@ def _ends(rows: Sequence[Row], factor: float) -> tuple[list[float], list[float]]
     return low, high
 
 
-def _labelled(alphas: list[float]) -> list[float]:
+def _label(alphas: list[float]) -> list[float]:
     """The scored α that get a number: the ends, 0 and 1 first, then whatever does not touch a neighbour."""
     room = 0.14 * (alphas[-1] - alphas[0])
     kept: list[float] = []

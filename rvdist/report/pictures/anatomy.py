@@ -65,7 +65,7 @@ def _layers(anatomy: Anatomy) -> Figure:
         axes.set_xlabel("layer")
         axes.set_ylabel("‖v‖ / ‖θ‖, %")
         _percent_axis(axes, scale)
-        _titled(axes, vector)
+        _set_title(axes, vector)
         if outside:
             beside = figure.add_subplot(grid[row, 1])
             for place, cell in enumerate(outside):
@@ -120,7 +120,7 @@ def _modules(anatomy: Anatomy) -> Figure:
         bar.set_label("‖v‖ / ‖θ‖, %")
         bar.outline.set_visible(False)
         _percent_ticks(bar.ax, scale)
-        _titled(axes, vector)
+        _set_title(axes, vector)
         axes.set_xlabel("layer")
     return figure
 
@@ -155,7 +155,7 @@ def _spectra(anatomy: Anatomy) -> Figure:
         axes.set_xlabel("i, the place of a singular value")
         axes.set_ylabel("σᵢ / σ₁")
         axes.grid(color="#e5e7eb", linewidth=0.6)
-        _titled(axes, vector)
+        _set_title(axes, vector)
     return _with_legend(figure, legend, width)
 
 
@@ -248,7 +248,7 @@ def _line(axes: Any, points: Sequence[tuple[int | None, float]], style: tuple[st
     return axes.plot(x, y, color=color, marker=marker, linestyle=dashes, markersize=size, linewidth=1.2)[0]
 
 
-def _titled(axes: Any, vector: str) -> None:
+def _set_title(axes: Any, vector: str) -> None:
     axes.set_title(label(vector), loc="left", fontsize=10, fontweight="bold")
 
 

@@ -82,7 +82,7 @@ def race_figure(account: RaceAccount) -> Figure | None:
     along = [runner for runner in ran if runner.alpha is not None]
     figure = empty(9.6 if len(along) > 1 else 6.4, 4.2)
     axes = figure.add_subplot(1, 2 if len(along) > 1 else 1, 1)
-    shown = {runner.name: style for runner, style in zip(_named(ran), cycle(SERIES), strict=False)}
+    shown = {runner.name: style for runner, style in zip(_coloured_runners(ran), cycle(SERIES), strict=False)}
     legend: dict[str, Any] = {}
     for runner in reversed(ran):  # the best on top
         color, marker = shown.get(runner.name, (QUIET, "o"))
@@ -112,7 +112,7 @@ def race_figure(account: RaceAccount) -> Figure | None:
     return figure
 
 
-def _named(ran: Sequence[Runner]) -> list[Runner]:
+def _coloured_runners(ran: Sequence[Runner]) -> list[Runner]:
     """Those that have a colour of their own: as many as can be told apart."""
     return list(ran[: len(SERIES)])
 

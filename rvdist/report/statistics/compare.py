@@ -85,7 +85,7 @@ def summarise(
                     verdict=found.verdict(score.higher_is_better),
                 )
             rows.append(row)
-    return _adjusted(rows, Outline([task.name for task in tasks], groups))
+    return _adjust(rows, Outline([task.name for task in tasks], groups))
 
 
 def compare_discordant(better: int, worse: int, n: int) -> Comparison:
@@ -138,7 +138,7 @@ def detectable_effects(
                     if sizes.any() or (ours.shares and reference.shares):
                         size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
                         effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size)
-                        more, _ = _unseen(differences, ours.weights, ours.strata)
+                        more, _ = _hidden_variance(differences, ours.weights, ours.strata)
                         found[score.task, arm.name] = effect * math.sqrt(more)
     return found
 
@@ -237,14 +237,14 @@ def compare_differences(
         low = shifted_low(differences, weights, half, step)
         high = -shifted_low(-differences, weights, half, step)
     delta = float(min(max(differences.mean(), -most), most))
-    more, few = _unseen(differences, weights, strata)
+    more, few = _hidden_variance(differences, weights, strata)
     wider = few * math.sqrt(more)
     low = max(delta - wider * (delta - low), low / wider if low > 0 else -math.inf)
     high = min(delta + wider * (high - delta), high / wider if high < 0 else math.inf)
     return Comparison(delta, min(max(low, -most), delta), max(min(high, most), delta), p_value)
 
 
-def _unseen(differences: Floats, weights: Floats, strata: Sequence[int]) -> tuple[float, float]:
+def _hidden_variance(differences: Floats, weights: Floats, strata: Sequence[int]) -> tuple[float, float]:
     """What small members of a group that weigh much show too little of: how many times the variance that is seen is
     likely, and by how much an interval is too narrow as that is known from few documents. Both are 1 where all
     documents weigh the same."""
@@ -279,7 +279,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in np.minimum(adjusted, 1.0)]
 
 
-def _adjusted(rows: list[Row], outline: Outline) -> list[Row]:
+def _adjust(rows: list[Row], outline: Outline) -> list[Row]:
     """Each table is a family of its own, so that looking at more does not weaken the claims of the main one: the
     primary scores of benchmarks, those of edited questions, those of a group's members, and all other scores."""
     families: defaultdict[str, list[int]] = defaultdict(list)

@@ -49,7 +49,7 @@ def shifted_low(values: Floats, weights: Floats, tail: float, step: float = 0.0)
     distinct, counts = np.unique(np.stack([values, weights]), axis=1, return_counts=True)
     (value, weight), times = distinct, counts.astype(float)
 
-    def rejected(delta: float) -> bool:
+    def rejects(delta: float) -> bool:
         return _tail(value - delta * weight, step, times) < tail
 
     mean = float(values.sum() / weights.sum())
@@ -58,11 +58,11 @@ def shifted_low(values: Floats, weights: Floats, tail: float, step: float = 0.0)
     else:
         high = min(0.0, mean)
         reach = float(np.abs(values).max()) or 1.0
-        while not rejected(low := high - reach):
+        while not rejects(low := high - reach):
             reach *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        if rejected(middle):
+        if rejects(middle):
             low = middle
         else:
             high = middle

@@ -69,11 +69,11 @@ def mean_interval(values: Floats, weights: Floats, strata: Sequence[int]) -> tup
         third += (share / size) ** 3 * float(((part - part.mean()) ** 3).sum())
     error = math.sqrt(variance)
     reach = float(t.ppf(0.975, variance**2 / freedom))
-    low, high = (_unskewed(x, third / error**3) for x in (reach, -reach))
+    low, high = (_undo_skew(x, third / error**3) for x in (reach, -reach))
     return mean - error * low, mean - error * high
 
 
-def _unskewed(x: float, skew: float) -> float:
+def _undo_skew(x: float, skew: float) -> float:
     """The studentised mean at which Hall's transformation, a cubic without turns, is x."""
     if abs(skew) < 1e-9:
         return x

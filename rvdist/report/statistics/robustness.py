@@ -20,7 +20,7 @@ from rvdist.report.statistics.sample import (
     Answers,
     Sample,
     Score,
-    averaged,
+    average,
     common,
     rounded,
     sample,
@@ -98,7 +98,7 @@ def robustness(
             for arm, pair in pairs.items():
                 rows.append(_row(score, edit, arm, pair, reference if arm != baseline else None))
     surviving = {(row.task, row.metric, row.filter, row.arm): row.p_adjusted for row in summary}
-    return [_said(row) for row in _adjusted(rows, surviving)]
+    return [_said(row) for row in _adjust(rows, surviving)]
 
 
 def write_robustness(path: Path, rows: Sequence[Edited]) -> None:
@@ -127,7 +127,7 @@ def _pairs(
     pairs |= {edit: {arm: common([originals[arm], found[arm]]) for arm in arms} for edit, found in edited.items()}
     if len(edits) > 1:
         every = {arm: common([originals[arm], *(found[arm] for found in edited.values())]) for arm in arms}
-        pairs[f"all {len(edits)} edits"] = {arm: [own, averaged(rest)] for arm, (own, *rest) in every.items()}
+        pairs[f"all {len(edits)} edits"] = {arm: [own, average(rest)] for arm, (own, *rest) in every.items()}
     return {edit: found for edit, found in pairs.items() if all(len(own.values) for own, _ in found.values())}
 
 
@@ -197,7 +197,7 @@ def _survives(change: Change) -> bool:
     return change.p_adjusted is not None and change.p_adjusted < LEVEL
 
 
-def _adjusted(rows: Sequence[Edited], surviving: Mapping[tuple[str, str, str, str], float | None]) -> list[Edited]:
+def _adjust(rows: Sequence[Edited], surviving: Mapping[tuple[str, str, str, str], float | None]) -> list[Edited]:
     names = ("change", "gain", "gain_change")
     tests = [(i, name) for i, row in enumerate(rows) for name in names if getattr(row, name)]
     adjusted = holm([getattr(rows[i], name).p_value for i, name in tests])

@@ -90,7 +90,7 @@ def sample(answers: Answers, arm: str, score: Score) -> Sample:
     """Raises ValueError where there is no record, a score that is no finite number, or more than one weight point."""
     if score.members:
         parts = [_task_sample(answers, arm, member, score.metric, score.filter) for member in score.members]
-        return _joined(parts, score)
+        return _join(parts, score)
     return _task_sample(answers, arm, score.task, score.metric, score.filter)
 
 
@@ -121,7 +121,7 @@ def _task_sample(answers: Answers, arm: str, task: str, metric: str, filter_: st
     )
 
 
-def _joined(parts: Sequence[Sample], score: Score) -> Sample:
+def _join(parts: Sequence[Sample], score: Score) -> Sample:
     total = sum(len(part.documents) for part in parts)
     pieces: list[tuple[int, str, Sample, float]] = []
     for name, part in zip(score.members, parts, strict=True):
@@ -143,10 +143,10 @@ def _joined(parts: Sequence[Sample], score: Score) -> Sample:
 def common(parts: Sequence[Sample]) -> list[Sample]:
     """The samples of a task and its like, each reduced to the documents that all of them have."""
     shared = set(parts[0].documents).intersection(*(part.documents for part in parts))
-    return [part if len(part.documents) == len(shared) else _reduced(part, shared) for part in parts]
+    return [part if len(part.documents) == len(shared) else _reduce(part, shared) for part in parts]
 
 
-def _reduced(part: Sample, documents: Collection[str]) -> Sample:
+def _reduce(part: Sample, documents: Collection[str]) -> Sample:
     kept = np.array([doc in documents for doc in part.documents])
     return replace(
         part,
@@ -157,7 +157,7 @@ def _reduced(part: Sample, documents: Collection[str]) -> Sample:
     )
 
 
-def averaged(parts: Sequence[Sample]) -> Sample:
+def average(parts: Sequence[Sample]) -> Sample:
     """The mean of several samples of the same documents: what a document scores over all of them."""
     first = parts[0]
     return replace(

@@ -47,10 +47,10 @@ class Dare:
         density = place.densities[vector] if place.densities else self._density
         difference.mul_(alpha / density)
         if density < 1:
-            kept = self._kept(density, place.tensor, vector, place.start, difference.numel())
+            kept = self._draw(density, place.tensor, vector, place.start, difference.numel())
             difference.mul_(kept.to(difference.device))
 
-    def _kept(self, density: float, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
+    def _draw(self, density: float, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
         """1 for those of the elements [start, start + n) of the vector's tensor that stay, else 0."""
         name = hashlib.blake2b(f"{self._seed} {vector} {tensor}".encode(), digest_size=16).digest()
         stream = np.random.Philox(key=int.from_bytes(name, "little"))

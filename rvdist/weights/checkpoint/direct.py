@@ -33,7 +33,7 @@ class File:
     def __init__(self, path: Path, direct: bool = True, handle: Handle | None = None) -> None:
         self._path = path
         opener = handle.opener if handle else os.open
-        with self._naming():
+        with self._name_in_errors():
             self.cached = opener(str(path), os.O_WRONLY)
         self._direct: int | None = None
         self.is_direct = direct
@@ -45,7 +45,7 @@ class File:
 
     def write(self, view: memoryview, offset: int) -> None:
         """Through the page cache."""
-        with self._naming():
+        with self._name_in_errors():
             while view:
                 count = os.pwrite(self.cached, view, offset)
                 view, offset = view[count:], offset + count
@@ -63,12 +63,12 @@ class File:
 
     def _no_direct(self, error: OSError) -> None:
         if error.errno != errno.EINVAL:
-            with self._naming():
+            with self._name_in_errors():
                 raise error
         self.is_direct = False
 
     @contextmanager
-    def _naming(self) -> Iterator[None]:
+    def _name_in_errors(self) -> Iterator[None]:
         """What goes wrong with an open file does not say with which, and may be told when another is written."""
         try:
             yield
@@ -76,7 +76,7 @@ class File:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def sync(self) -> None:
-        with self._naming():
+        with self._name_in_errors():
             os.fdatasync(self.cached)
 
     def close(self) -> None:

@@ -66,10 +66,10 @@ def _sections(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield from [value] if key == QUANTIZATION else _sections(value)
 
 
-def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model when its weights are plain numbers."""
     return {
-        key: unquantized(value) if isinstance(value, dict) else value
+        key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key != QUANTIZATION
     }

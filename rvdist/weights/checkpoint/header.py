@@ -192,13 +192,13 @@ class _Parser:
 
     def _keys(self, plain: bool = True) -> Iterator[str]:
         """The keys of an object whose brace is behind us; whoever takes one goes on to behind its value."""
-        if self._found(_CLOSED):
+        if self._match(_CLOSED):
             return
         while True:
             key = self._string()
             self._need(_COLON, "a colon")
             yield key
-            if self._found(_CLOSED):
+            if self._match(_CLOSED):
                 return
             self._need(_COMMA, "a comma")
             while plain and (match := _TENSOR.match(self._text, self._at)):
@@ -206,9 +206,9 @@ class _Parser:
                 self._at = match.end()
 
     def _metadata(self) -> dict[str, str]:
-        if self._found(_NULL):  # is none, as the library has it
+        if self._match(_NULL):  # is none, as the library has it
             return {}
-        if not self._found(_OPENED):
+        if not self._match(_OPENED):
             raise ValueError("its metadata is not a map of strings")
         found: dict[str, str] = {}
         for count, key in enumerate(self._keys(plain=False), 1):
@@ -254,7 +254,7 @@ class _Parser:
     def _fault(self, name: str) -> str:
         """What is wrong with the entry of tensor `name` that stands here. Raises ValueError where it is no JSON."""
         name = name[:80]
-        if not self._found(_OPENED):
+        if not self._match(_OPENED):
             return f"tensor {name} is not a map"
         found: set[str] = set()
         for key in self._keys(plain=False):
@@ -272,17 +272,17 @@ class _Parser:
             return f"tensor {name} lacks {min(lacking)}"
         return f"tensor {name} writes its keys with escapes"
 
-    def _found(self, pattern: re.Pattern[str]) -> bool:
+    def _match(self, pattern: re.Pattern[str]) -> bool:
         match = pattern.match(self._text, self._at)
         self._at = match.end() if match else self._at
         return match is not None
 
     def _need(self, pattern: re.Pattern[str], what: str) -> None:
-        if not self._found(pattern):
+        if not self._match(pattern):
             raise ValueError(f"{what} is missing at character {self._at}")
 
     def _string(self) -> str:
-        if not self._found(_QUOTE):
+        if not self._match(_QUOTE):
             raise ValueError(f"a name is missing at character {self._at}")
         string, self._at = scanstring(self._text, self._at)
         return str(string)

@@ -123,7 +123,7 @@ def download_card(checkpoint: Checkpoint) -> None:
 
 def obtainable(hub: Hub, file: str) -> bool:
     """Whether this node can have a file: it is in the cache, or may be asked for."""
-    return not constants.HF_HUB_OFFLINE or _cached(hub, file) is not None
+    return not constants.HF_HUB_OFFLINE or _find_cached(hub, file) is not None
 
 
 def by_ranges(checkpoint: Checkpoint, needed: Mapping[str, int]) -> Checkpoint:
@@ -134,7 +134,7 @@ def by_ranges(checkpoint: Checkpoint, needed: Mapping[str, int]) -> Checkpoint:
     ranged = frozenset(
         file
         for file, stamp in checkpoint.stamps.items()
-        if 2 * needed.get(file, 0) < stamp.size and not _cached(checkpoint.hub, file)
+        if 2 * needed.get(file, 0) < stamp.size and not _find_cached(checkpoint.hub, file)
     )
     return replace(checkpoint, hub=replace(checkpoint.hub, ranged=ranged))
 
@@ -143,7 +143,7 @@ def read_bytes(checkpoint: Checkpoint, file: str, start: int, stop: int) -> byte
     """A few bytes of a weight file of a Hub checkpoint, which is not downloaded for them. Raises BadInput, Failed."""
     hub = checkpoint.hub
     assert hub is not None
-    if path := _cached(hub, file):
+    if path := _find_cached(hub, file):
         with open(path, "rb", buffering=0) as opened:
             return os.pread(opened.fileno(), stop - start, start)
     fetch = _remembered_range if stop - start <= _REMEMBERED_BYTES else fetch_range
@@ -279,7 +279,7 @@ def _announced(file: dict[str, Any]) -> HubStamp:
 
 
 def _header(hub: Hub, file: str, stamp: HubStamp) -> Header:
-    if path := _cached(hub, file):
+    if path := _find_cached(hub, file):
         tensors, metadata, _ = read_header(path)
         return tensors, metadata, stamp
     where = f"{hub}: {file}"
@@ -297,7 +297,7 @@ def _snapshot(hub: Hub) -> Path:
     return _folder(hub.repository) / "snapshots" / hub.commit
 
 
-def _cached(hub: Hub, file: str) -> Path | None:
+def _find_cached(hub: Hub, file: str) -> Path | None:
     path = _snapshot(hub) / file
     return path if path.is_file() else None
 

@@ -148,12 +148,12 @@ class Manifest:
             f'{{"version": {_VERSION}, "plan": "{self.plan}", "digest": "xxh3-128"{seal}, "ranges": [\n{ranges}\n]}}\n'
         )
 
-    def sealed(self, key: bytes) -> Manifest:
+    def seal_with(self, key: bytes) -> Manifest:
         """The same with the mark of who has `key`."""
         return replace(self, seal=_seal(json.dumps([self.plan, *map(astuple, self.ranges)]), key))
 
     def is_sealed(self, key: bytes) -> bool:
-        return not key or self.seal == self.sealed(key).seal
+        return not key or self.seal == self.seal_with(key).seal
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:

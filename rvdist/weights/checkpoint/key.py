@@ -21,7 +21,7 @@ def owner_key(directory: Path) -> bytes:
         directory.mkdir(parents=True, exist_ok=True)
         handle = Handle(directory.resolve())
         try:
-            return _read(handle, name) or _made(handle, name)
+            return _read(handle, name) or _make(handle, name)
         finally:
             handle.close()
     return _OF_THIS_PROCESS
@@ -35,7 +35,7 @@ def _read(handle: Handle, name: str) -> bytes:
     return b""
 
 
-def _made(handle: Handle, name: str) -> bytes:
+def _make(handle: Handle, name: str) -> bytes:
     temporary, key = f".{name}-{secrets.token_hex(8)}", secrets.token_bytes(_BYTES)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=handle.descriptor)
     try:

@@ -28,10 +28,10 @@ def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoi
     else:
         found = stored_vector.as_vector(found) if stored_vector.is_marked(found) else fp8.as_scaled(found)
     found = without_tied_head(found)
-    return _renamed(found, rename) if rename else found
+    return _rename(found, rename) if rename else found
 
 
-def _renamed(found: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkpoint:
+def _rename(found: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkpoint:
     names: dict[str, str] = {}  # the new one: the old one
     for old in found.tensors:
         new = old

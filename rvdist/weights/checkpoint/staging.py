@@ -27,7 +27,7 @@ from pathlib import Path
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.regular import Handle, LeadsOut, open_regular, own_places
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
-from rvdist.weights.checkpoint.fp8 import unquantized
+from rvdist.weights.checkpoint.fp8 import without_quantization
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
 
@@ -99,14 +99,14 @@ class Staging:
                 raise BadInput(f"{self.partial}: {_IN_THE_WAY}") from None
             raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
         try:
-            with _writing(self.partial):
+            with _explain_errors(self.partial):
                 self._require_ours()
                 self._lock: int | None = self._take_lock()
         except (BadInput, Failed):
             self.handle.close()
             raise
         try:
-            with _writing(self.partial):
+            with _explain_errors(self.partial):
                 self._restore()
                 self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
                 self.restarted = not self.claims and (self.partial / JOURNAL).exists()
@@ -193,20 +193,20 @@ class Staging:
 
     def journal(self, written: Iterable[Written]) -> None:
         """Records ranges of weight files that are durable."""
-        with _writing(self.partial):
+        with _explain_errors(self.partial):
             self._journal.add(written)
         self._written |= {(w.file, w.start, w.nbytes): w for w in written}
 
     def write_text(self, name: str, text: str) -> None:
         with (
-            _writing(self.partial / name),
+            _explain_errors(self.partial / name),
             open(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file,
         ):
             file.write(text)
 
     def copy(self, source: int, name: str) -> None:
         """Copies what the descriptor `source` reads, and closes it."""
-        with _writing(self.partial / name), open(source, "rb") as read:
+        with _explain_errors(self.partial / name), open(source, "rb") as read:
             target = self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with open(target, "wb") as file:
                 shutil.copyfileobj(read, file, 1 << 20)
@@ -214,8 +214,8 @@ class Staging:
     def commit(self) -> None:
         """Makes everything durable and gives it its name in one rename. The digests stay, for `verify`."""
         manifest = Manifest(self.plan, tuple(self._written[key] for key in sorted(self._written)))
-        self.write_text(MANIFEST, (manifest.sealed(self._key) if self._key else manifest).to_json())
-        with _writing(self.partial):
+        self.write_text(MANIFEST, (manifest.seal_with(self._key) if self._key else manifest).to_json())
+        with _explain_errors(self.partial):
             self._require_in_place(self.partial)
             for above, _, files, directory in os.fwalk(dir_fd=self.handle.descriptor):
                 for name in files:
@@ -300,10 +300,10 @@ def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
     Mistral's own layout of the weights stays with it."""
     for name, path in companions(base).items():
         if len(name.parts) > 1:
-            with _writing(staging.partial / name), suppress(FileExistsError):
+            with _explain_errors(staging.partial / name), suppress(FileExistsError):
                 os.mkdir(name.parts[0], dir_fd=staging.handle.descriptor)
         staging.copy(_open_companion(path, base), str(name))
-    config = unquantized(base.config)
+    config = without_quantization(base.config)
     if dtype is not None and config:
         config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     if config != base.config:
@@ -355,7 +355,7 @@ def write_index(staging: Staging, tensors: Mapping[str, TensorSpec], files: Sequ
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     """Turns what goes wrong in writing to `path` into a sentence."""
     try:
         yield

@@ -28,7 +28,7 @@ from rvdist.evaluate.fleet.arguments import (
 from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Choice, Generate, Request, Rolling
 from rvdist.evaluate.suite import Suite
-from rvdist.evaluate.transcript import shown_answers
+from rvdist.evaluate.transcript import parse_answers
 from rvdist.report.statistics.compare import summarise
 
 PROMPTS = ["ab=12+34", "qu a a ", " ", "<|im_end|>what is", "9", "\nQ: 472+314=?\nA: ", "a" * 150, "=  ab"]
@@ -170,7 +170,7 @@ def test_a_perplexity_task_is_lm_evals(tied: Engine, lm_eval_backend: Any, tmp_p
         assert ours == pytest.approx(theirs["results"]["tale"][f"{name},none"], rel=1e-6)
     infos = suite.infos(records)
     assert infos[0].primary == ("log2_word_perplexity", "none") and not any(infos[0].higher_is_better.values())
-    assert suite.left_out(results, infos) == []
+    assert suite.metrics_left_out(results, infos) == []
     bits = [-score.logprob / math.log(2) for score in answers["tale"]]
     words, size = [len(page.split(" ")) for page in pages], [len(page) for page in pages]
     for record, bit, word, byte in zip(records, bits, words, size, strict=True):
@@ -230,7 +230,7 @@ def test_repeats_of_a_task_are_samples_of_their_own(tied: Engine, tmp_path: Path
     first = {record.filter: record for record in records if record.doc_id == 0}
     assert first["first"].filtered == texts[0] and first["vote-of-3"].filtered in texts[:3]
     (shown,) = {record.response for record in first.values()}
-    assert [answer.text for answer in shown_answers(shown, [asked[:4]])] == texts[:4] and shown == first["all"].filtered
+    assert [answer.text for answer in parse_answers(shown, [asked[:4]])] == texts[:4] and shown == first["all"].filtered
     right = sum(text[:1] == docs[0]["a"] for text in texts[:4])
     assert first["all"].metrics == {"pass@1": right / 4, "pass@4": 1.0}
     (info,) = suite.infos(records)
@@ -271,7 +271,7 @@ def test_while_it_answers_it_tells_how_far_it_is(
     untold = {Generate: tied.generate, Choice: tied.loglikelihood, Rolling: tied.rolling}[type(requests[0])](requests)
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TELL_EVERY", -1.0)
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TOKENS_AT_ONCE", 2 * SETTINGS.max_model_len)
-    told, running = [], tied.answering(requests)
+    told, running = [], tied.answer_all(requests)
     with pytest.raises(StopIteration) as end:
         while True:
             told.append(next(running))
@@ -289,7 +289,7 @@ def test_a_batch_that_is_given_up_leaves_nothing_behind(tied: Engine, monkeypatc
     requests = [Generate(prompt, 24) for prompt in PROMPTS]
     whole = tied.generate(requests)
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TELL_EVERY", -1.0)
-    given_up = tied.answering([Generate("what", 200)])
+    given_up = tied.answer_all([Generate("what", 200)])
     next(given_up)
     given_up.close()
     assert tied.generate(requests) == whole

@@ -17,7 +17,7 @@ from rvdist.core.point import WeightPoint
 from rvdist.evaluate.cache import serving_digest
 from rvdist.evaluate.fleet import start as start_module
 from rvdist.evaluate.fleet.arguments import further_arguments
-from rvdist.evaluate.fleet.served import linked
+from rvdist.evaluate.fleet.served import link_files
 from rvdist.weights.checkpoint.directory import INDEX, open_checkpoint
 
 
@@ -57,7 +57,7 @@ def test_links_are_to_the_files_themselves_and_go_when_the_engine_is_up(
         (snapshot / file.name).symlink_to(Path("..") / file.relative_to(tmp_path))
     litter(snapshot, families["untied"].plus)
     checkpoint = open_checkpoint(snapshot)
-    with linked(checkpoint) as one, linked(checkpoint) as other:
+    with link_files(checkpoint) as one, link_files(checkpoint) as other:
         assert one == other
         found = {file.name: file.resolve() for file in one.iterdir()}
         assert {name for name in found if name.endswith(".safetensors")} == set(checkpoint.files)
@@ -79,7 +79,7 @@ def test_an_engine_that_loaded_other_weights_is_found(
     tensors = load_file(moved / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] += torch.randn_like(tensors["model.layers.1.mlp.down_proj.weight"])
     save_file(tensors, moved / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(start_module, "linked", lambda checkpoint: linked(open_checkpoint(moved)))
+    monkeypatch.setattr(start_module, "link_files", lambda checkpoint: link_files(open_checkpoint(moved)))
     with pytest.raises(RuntimeError, match="vLLM loaded other weights than those that were opened"):
         start(WeightPoint(str(family.target)))
 

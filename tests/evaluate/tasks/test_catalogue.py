@@ -148,7 +148,7 @@ def test_the_score_that_counts_is_read_as_the_prompt_asks(generated, tokenizer, 
     _, records = suite.score(ARM, "d", tokenizer, requests, answers, 0)
     (info,) = suite.infos(records)
     assert info.primary == ("exact_match", counts) and info.primary in info.metrics
-    (info,) = suite.restricted({task: [1]}).infos(records)
+    (info,) = suite.restrict({task: [1]}).infos(records)
     assert info.primary == ("exact_match", counts)
 
 

@@ -9,7 +9,7 @@ from fp8 import E4M3, dequantized, quantize, quantized, spread, write_fp8
 
 from rvdist.core.errors import BadInput
 from rvdist.weights import compat
-from rvdist.weights.checkpoint.fp8 import _E4M3, Scaled, unquantized
+from rvdist.weights.checkpoint.fp8 import _E4M3, Scaled, without_quantization
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
 
@@ -102,7 +102,7 @@ def test_every_other_quantisation_is_refused_with_its_reason(tmp_path):
 
 def test_a_config_loses_every_word_of_quantisation():
     config = {"a": 1, "quantization_config": {"b": 2}, "text_config": {"quantization_config": {}, "c": [3]}}
-    assert unquantized(config) == {"a": 1, "text_config": {"c": [3]}}
+    assert without_quantization(config) == {"a": 1, "text_config": {"c": [3]}}
 
 
 def test_the_distance_to_a_sibling_is_sampled_through_the_scales(tmp_path):

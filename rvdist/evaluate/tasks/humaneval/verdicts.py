@@ -16,7 +16,7 @@ _MODE: ContextVar[sandbox.Mode | None] = ContextVar("mode", default=None)
 
 
 @contextmanager
-def running_code(mode: sandbox.Mode | None) -> Iterator[None]:
+def allow_code(mode: sandbox.Mode | None) -> Iterator[None]:
     """Within it, answers may be judged, behind these walls (None: not at all). lm-eval hands filters only answers."""
     token = _MODE.set(mode)
     try:
