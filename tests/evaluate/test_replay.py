@@ -117,7 +117,7 @@ def test_what_a_record_shows_is_read_again_to_the_last_digit(suite, tokenizer, r
 def test_some_documents_alone_are_found(suite, tokenizer, recorded):
     run, answers, _ = recorded
     some = suite.restrict({"said": [1, 4], "chosen": [3]})
-    found, _ = Recording(run).answers(some.asked(tokenizer), "digest", 0, "baseline")
+    found, _ = Recording(run).answers(some.documents_asked(tokenizer), "digest", 0, "baseline")
     assert found == {"said": answers["said"][2:4] + answers["said"][8:], "chosen": answers["chosen"][18:24]}
 
 
@@ -165,7 +165,7 @@ def test_what_lacks_is_said_in_one_sentence(suite, tokenizer, recorded, tmp_path
     ],
 )
 def test_what_is_no_answer_to_the_choices_is_said_so(suite, tokenizer, tmp_path, response, said):
-    asked = suite.restrict({"asked_twice": [0]}).asked(tokenizer)
+    asked = suite.restrict({"asked_twice": [0]}).documents_asked(tokenizer)
     (document,) = asked["asked_twice"]
     once = {"asked_twice": [replace(document, requests=tuple(repeats[:1] for repeats in document.requests))]}
     line = LINE | {"task": "asked_twice", "prompt_text": "what is 0?", "response": response}
@@ -220,7 +220,7 @@ def test_a_place_without_samples_is_said_so(tmp_path):
 
 def test_of_lm_evals_files_the_newest_counts_and_of_models_one_is_to_be_given(suite, tokenizer, tmp_path):
     only = replace(suite, limit=1).restrict({"said": [0]})
-    (document,) = only.asked(tokenizer)["said"]
+    (document,) = only.documents_asked(tokenizer)["said"]
     for model in ("one", "other"):
         for day, text in ((3, "new"), (2, "old")):
             file = tmp_path / model / f"samples_said_2025-01-0{day}T00-00-00.123456.jsonl"
@@ -228,7 +228,7 @@ def test_of_lm_evals_files_the_newest_counts_and_of_models_one_is_to_be_given(su
             file.write_text(json.dumps({"doc_id": 0, "doc_hash": document.doc, "resps": [[text, text]]}))
     with pytest.raises(BadInput, match=r"holds samples of 2 models; give one, such as .*/one$"):
         Recording(tmp_path)
-    found, reworded = Recording(tmp_path / "one").answers(only.asked(tokenizer), "digest", 0, "baseline")
+    found, reworded = Recording(tmp_path / "one").answers(only.documents_asked(tokenizer), "digest", 0, "baseline")
     assert [answer.text for answer in found["said"]] == ["new", "new"] and reworded == 1
 
 
@@ -303,7 +303,7 @@ def test_gsm8k_scores_as_lm_eval_scored_it(tokenizer, tmp_path, rows):
     assert both[0] == both[1] and reworded == 0
     assert 0 < both[0][names[0]] < both[0][names[1]] < 1
     chatty = Suite.load(["gsm8k_cot_zeroshot"], data_dir=tmp_path)
-    assert Recording(tmp_path / "out").answers(chatty.asked(tokenizer), "digest", 0, "baseline") == (
+    assert Recording(tmp_path / "out").answers(chatty.documents_asked(tokenizer), "digest", 0, "baseline") == (
         answers,
         len(answers["gsm8k_cot_zeroshot"]),
     ), "in the chat template the prompts are others, and the documents the same"
