@@ -10,14 +10,14 @@ from rvdist.core.errors import Failed
 from rvdist.core.private import Library
 from rvdist.evaluate.tasks import private_lm_eval
 from rvdist.stages import private_hydra
-from rvdist.weights.checkpoint import hub, private_transformers
+from rvdist.weights.checkpoint import private_huggingface_hub, private_transformers
 
 NEEDED = [
     (private_ray.RAY, private_ray.NEEDED),
     (private_hydra.HYDRA, private_hydra.NEEDED),
     (private_lm_eval.LM_EVAL, private_lm_eval.NEEDED),
     (private_transformers.TRANSFORMERS, private_transformers.NEEDED),
-    (hub.HUB, ("huggingface_hub.file_download:repo_folder_name(repo_id)",)),
+    (private_huggingface_hub.HUB, private_huggingface_hub.NEEDED),
 ]
 
 

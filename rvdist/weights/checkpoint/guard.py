@@ -1,7 +1,7 @@
 """What a server may do to who asks it: how much it sends, how slowly, from where, and what counts as an answer.
 
 In place of the socket and the transport of the Hub's client; without a guard in the thread that asks, both are as they
-were. The only module that knows how that client is made.
+were.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import importlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, set_client_factory
-from huggingface_hub.utils import _http as _client_module
+from huggingface_hub import constants
+
+from rvdist.weights.checkpoint.private_huggingface_hub import wrap_connections, wrap_transports
 
 _PATIENCE = 60.0  # seconds of waiting for bytes that are owed
 _SLOWEST = 8 << 10  # bytes that make up for a second of it
@@ -100,8 +101,7 @@ class _Backend:
 
 def _transport(inner: Any) -> Any:
     """`inner`, where a guard looks at what is asked and at the head of what is answered."""
-    if hasattr(inner, "_pool"):
-        inner._pool._network_backend = _Backend(inner._pool._network_backend)
+    wrap_connections(inner, _Backend)
     base = importlib.import_module(type(inner).__module__.partition(".")[0]).BaseTransport
 
     class Transport(base):  # type: ignore[misc, valid-type]
@@ -175,12 +175,4 @@ def _seconds(wait: str) -> int:
 
 def install() -> None:
     """From now on this process's clients of the Hub know guards."""
-    make: Callable[[], Any] = _client_module._GLOBAL_CLIENT_FACTORY
-
-    def guarded() -> Any:
-        client = make()
-        client._transport = _transport(client._transport)
-        client._mounts = {pattern: transport and _transport(transport) for pattern, transport in client._mounts.items()}
-        return client
-
-    set_client_factory(guarded)
+    wrap_transports(_transport)

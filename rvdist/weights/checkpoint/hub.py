@@ -36,13 +36,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it loads it
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
-from rvdist.core.private import Library
 from rvdist.core.text import reason
 from rvdist.weights.checkpoint import guard
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, Hub, assemble
 from rvdist.weights.checkpoint.header import Header, HubStamp, TensorSpec, header_end, parse_header, read_header
+from rvdist.weights.checkpoint.private_huggingface_hub import cache_folder
 
-HUB = Library("huggingface_hub", "2.4.0")
 BLOCK = 8 << 20  # bytes fetched at a time by ranges
 _PREFIX = 128 << 10  # bytes in which most headers end
 _PARALLEL = 8  # requests at a time for what is small
@@ -228,7 +227,7 @@ _remembered_range = lru_cache(maxsize=256)(fetch_range)
 def _find(what: str, repository: str, revision: str) -> tuple[Hub, dict[str, HubStamp]]:
     """The commit that a revision is, and its files; offline, the commit that it was when last asked for, and which of
     its files are cached."""
-    ref = _folder(repository) / "refs" / revision
+    ref = cache_folder(repository) / "refs" / revision
     if constants.HF_HUB_OFFLINE:
         commit = ref.read_text(errors="replace") if ref.is_file() else revision
         hub = Hub(repository, commit)
@@ -288,13 +287,8 @@ def _header(hub: Hub, file: str, stamp: HubStamp) -> Header:
     return *parse_header(where, file, prefix, stamp.size), stamp
 
 
-def _folder(repository: str) -> Path:
-    folder: str = HUB.get("huggingface_hub.file_download:repo_folder_name")(repo_id=repository, repo_type="model")
-    return Path(constants.HF_HUB_CACHE) / folder
-
-
 def _snapshot(hub: Hub) -> Path:
-    return _folder(hub.repository) / "snapshots" / hub.commit
+    return cache_folder(hub.repository) / "snapshots" / hub.commit
 
 
 def _find_cached(hub: Hub, file: str) -> Path | None:
