@@ -18,8 +18,8 @@ from rvdist.weights.checkpoint.staging import Probe
 @dataclass(frozen=True)
 class WorkerSettings:
     """How many workers, and what each is: its CPU threads, its device (`cpu` or `cuda`), the share of a GPU it
-    takes, whether it writes past the page cache where it can, and how many seconds the cluster has to find room for
-    all of them, and the first of them to begin."""
+    takes, whether it writes past the page cache where it can, how many seconds the cluster has to find room for all of
+    them, and the first of them to begin, and after how many without an answer one at work is replaced."""
 
     workers: int
     threads: int = 1
@@ -27,6 +27,7 @@ class WorkerSettings:
     gpus: float = 0.0
     direct_io: bool = True
     timeout: float = 120.0
+    silence: float = 900.0
 
 
 @dataclass(frozen=True)

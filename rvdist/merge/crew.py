@@ -11,6 +11,7 @@ from typing import Any
 
 from rvdist.core.cluster import live_nodes
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.text import reason
 from rvdist.merge.actor import Hello, WorkerActor, WorkerSettings
 from rvdist.merge.plan import Output, Plan, Unit, UnitDone
 from rvdist.merge.roster import ATTEMPTS, Need, Roster
@@ -50,6 +51,7 @@ class _Worker:
     node: str | None = None
     unreadable: frozenset[tuple[str, str]] = frozenset()
     running: int = 0
+    heard: float = math.inf  # when it last answered, or was given work while it had none
     finished: int = 0
     unsynced: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
     cpu_seconds: float = 0.0
@@ -167,19 +169,23 @@ class Crew:
         import ray
 
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_PATIENCE)
+        self._replace_silent()
         if not ready:
             self._rescue()
+            return
+        if ready[0] not in self._running:
             return
         self._heard = time.monotonic()
         task = self._running[ready[0]]
         try:
             answer = ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
         except ray.exceptions.RayError as error:
-            self._count_death(task.worker, error)
+            if isinstance(cause := getattr(error, "cause", None), BadInput | Failed):
+                raise cause from None
+            self._replace(task.worker, error)
         else:
             del self._running[ready[0]]
+            task.worker.heard = time.monotonic()
             if isinstance(answer, Hello):
                 self._welcome(task.worker, answer)
                 for worker in self._workers:
@@ -224,6 +230,8 @@ class Crew:
         if worker.node is None or self._is_gathering:
             return
         others = {w.node: w.unreadable for w in self._workers if w.node is not None and w.node != worker.node}
+        if not any(task.worker is worker for task in self._running.values()):
+            worker.heard = time.monotonic()
         while worker.running < _AHEAD and (unit := self._roster.take(worker.node, worker.unreadable, others)):
             if not self._is_given:
                 self._is_given = True
@@ -265,8 +273,17 @@ class Crew:
         for staging, written in durable.items():
             staging.journal(written)
 
-    def _count_death(self, worker: _Worker, error: Exception) -> None:
-        """A worker died: what it was doing, and what it wrote without making it durable, is done again by another."""
+    def _replace_silent(self) -> None:
+        """Ends the workers that have not answered for too long."""
+        now, silence = time.monotonic(), self._settings.silence
+        for worker in {task.worker for task in self._running.values() if not task.is_hello}:
+            if now - worker.heard > silence:
+                late = f"it said nothing for {silence:g} s; if it needs more, raise merge.timeout"
+                self._replace(worker, TimeoutError(late))
+
+    def _replace(self, worker: _Worker, error: Exception) -> None:
+        """A worker died, raised or was silent: what it was doing, and what it wrote without making it durable, is done
+        again by another."""
         import ray
 
         asked = [task for task in self._running.values() if task.worker is worker]
@@ -274,20 +291,28 @@ class Crew:
         self._workers.remove(worker)
         ray.kill(worker.actor)
         speechless = worker.node is None
-        failed = getattr(error, "actor_init_failed", False) or isinstance(error, ray.exceptions.RuntimeEnvSetupError)
-        self._why_none_starts = str(error).strip().splitlines()[-1] if failed else ""
+        raised = isinstance(error, ray.exceptions.RayTaskError | TimeoutError)
+        failed = (
+            getattr(error, "actor_init_failed", False)
+            or isinstance(error, ray.exceptions.RuntimeEnvSetupError)
+            or (raised and speechless)
+        )
+        why = f" ({reason(getattr(error, 'cause', None) or error, 300)})" if raised else ""
+        self._why_none_starts = reason(str(error).strip().splitlines()[-1], 500) if failed else ""
         lost = [unit for task in asked for unit in ([task.unit] if task.unit else [unit for unit, _ in task.wrote])]
         if lethal := self._roster.count_deaths(lost[: max(1, len(asked[0].wrote))]):  # what it was doing when it died
             raise Failed(
-                f"{lethal.file}: {ATTEMPTS} workers died while writing it, perhaps for want of memory; what is done "
-                "is kept, and the same command goes on from there"
+                f"{lethal.file}: {ATTEMPTS} workers {'failed' if why else 'died'} while writing it"
+                f"{why or ', perhaps for want of memory'}; what is done is kept, and the same command goes on from "
+                "there"
             )
         if worker.node is not None:
             self._roster.give_back(worker.node, lost + [unit for unit, _ in worker.unsynced])
         home, in_vain = worker.node or worker.home, 0 if worker.finished else worker.in_vain + 1
         patience = ATTEMPTS - any(w.node for w in self._workers)
         self._say(
-            f"a worker {f'on node {home[:8]} ' if home else ''}died{' before it could begin' if speechless else ''}; "
+            f"a worker {f'on node {home[:8]} ' if home else ''}{'failed' if why else 'died'}"
+            f"{' before it could begin' if speechless else ''}{why}; "
             + ("another takes its place" if in_vain < patience else "those that are left do its work")
         )
         if in_vain < patience:

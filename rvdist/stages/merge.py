@@ -70,6 +70,7 @@ def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], w
                 gpus=settings.merge.gpus_per_worker if device == "cuda" else 0.0,
                 direct_io=settings.merge.direct_io,
                 timeout=settings.cluster.timeout,
+                silence=settings.merge.timeout,
             ),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,

@@ -61,7 +61,7 @@ def run(family, ray_local, monkeypatch):
     monkeypatch.setattr(crew, "_SYNC_BYTES", 512 << 10)
     journal = Staging.journal
 
-    def merge_it(out, then=lambda: None, workers=1, **paths):
+    def merge_it(out, then=lambda: None, workers=1, silence=900.0, say=print, **paths):
         called = []
 
         def telling(self, written):
@@ -74,7 +74,13 @@ def run(family, ray_local, monkeypatch):
         names = {name: str(path) for name, path in (family | paths).items()}
         point = WeightPoint(names["target"], (Term(1.0, Vector(names["plus"], names["minus"])),))
         sources = {source: open_source(source) for source in point.sources()}
-        return merge(build_plan({out: point}, sources), sources, defaultdict(str), WorkerSettings(workers, timeout=60))
+        return merge(
+            build_plan({out: point}, sources),
+            sources,
+            defaultdict(str),
+            WorkerSettings(workers, timeout=60, silence=silence),
+            say=say,
+        )
 
     return merge_it
 
@@ -337,6 +343,44 @@ def test_a_unit_that_kills_every_worker_ends_the_merge(run, right, tmp_path, mon
 
     monkeypatch.setattr(crew, "WorkerActor", Poisoned)
     with pytest.raises(Failed, match="model-00003.*: 3 workers died while writing it.*the same command goes on"):
+        run(tmp_path / "out")
+    monkeypatch.setattr(crew, "WorkerActor", real)
+    goes_on(run, tmp_path / "out", right)
+
+
+@pytest.mark.parametrize("kind", ["raises", "hangs", "is stopped"])
+def test_a_worker_that_raises_or_hangs_is_replaced(kind, run, right, tmp_path, monkeypatch, capfd):
+    real, mark = crew.WorkerActor, tmp_path / "once"
+
+    class Faulty(real):
+        def run(self, unit, claims):
+            if unit.file.startswith("model-00003") and not mark.exists():
+                mark.touch()
+                if kind == "raises":
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                time.sleep(600) if kind == "hangs" else os.kill(os.getpid(), signal.SIGSTOP)
+            return real.run(self, unit, claims)
+
+    monkeypatch.setattr(crew, "WorkerActor", Faulty)
+    said = []
+    run(tmp_path / "out", silence=3.0, say=said.append)
+    assert digests(tmp_path / "out") == right and mark.exists()
+    reason = "CUDA error: an illegal memory" if kind == "raises" else "it said nothing for 3 s; .* raise merge.timeout"
+    (sentence,) = [sentence for sentence in said if "another takes its place" in sentence]
+    assert re.search(rf"failed \({reason}", sentence)
+
+
+def test_a_unit_at_which_every_worker_raises_ends_the_merge_with_the_reason(run, right, tmp_path, monkeypatch):
+    real = crew.WorkerActor
+
+    class Faulty(real):
+        def run(self, unit, claims):
+            if unit.file.startswith("model-00003"):
+                raise RuntimeError("CUDA error: uncorrectable ECC error")
+            return real.run(self, unit, claims)
+
+    monkeypatch.setattr(crew, "WorkerActor", Faulty)
+    with pytest.raises(Failed, match="model-00003.*: 3 workers failed while writing it .*ECC error.*; what is done is"):
         run(tmp_path / "out")
     monkeypatch.setattr(crew, "WorkerActor", real)
     goes_on(run, tmp_path / "out", right)

@@ -30,6 +30,7 @@ def require_resources(config: Config) -> None:
             raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
     for key, seconds in (
         ("engine.timeout", config.engine.timeout),
+        ("merge.timeout", config.merge.timeout),
         ("engine.start_timeout", config.engine.start_timeout),
     ):
         if seconds is not None and not 0 < seconds < math.inf:

@@ -66,6 +66,7 @@ class MergeConfig:
     workers: int | None = None
     threads: int = 1
     gpus_per_worker: float = 1.0
+    timeout: float = 900.0
     direct_io: bool = True
     method: str = "linear"
     density: float = 1.0
