@@ -130,6 +130,27 @@ def test_no_module_imports_itself_in_a_circle():
         visit(name)
 
 
+def test_everything_public_says_what_it_is():
+    """But for `main`, `close`, and methods of a name of which another class, such as a protocol, says what it is."""
+
+    def public(body: list[ast.stmt], above: str = "") -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                yield f"{above}{node.name}", node
+                yield from public(node.body, f"{node.name}.") if isinstance(node, ast.ClassDef) else ()
+
+    named = [(module, *one) for module, file in modules() for one in public(ast.parse(file.read_text()).body)]
+    said = {name.partition(".")[2] for _, name, node in named if "." in name and ast.get_docstring(node)}
+    silent = [
+        f"{module}: {name}"
+        for module, name, node in named
+        if not ast.get_docstring(node) and name.rpartition(".")[2] not in {"main", "close"}
+        if not ("." in name and (name.partition(".")[2] in said or isinstance(node.body[0], ast.Expr)))
+    ]
+    assert silent == [], "each public class and function needs a docstring"
+    assert all(ast.get_docstring(ast.parse(file.read_text())) for _, file in modules()), "and each module"
+
+
 def test_the_tree_in_contributing_names_every_file():
     tree = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("```text\n")[1].split("```")[0]
     drawn, above = [], []

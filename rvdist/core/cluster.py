@@ -51,10 +51,12 @@ class Resources:
 
     @property
     def cpus(self) -> int:
+        """Cores of all nodes."""
         return sum(node.cpus for node in self.nodes)
 
     @property
     def gpus(self) -> int:
+        """GPUs of all nodes."""
         return sum(node.gpus for node in self.nodes)
 
 

@@ -49,6 +49,7 @@ class Watch:
         self._asked = self._answered = 0.0  # when the GCS was
 
     def begin(self) -> None:
+        """Takes over the signals and starts to look."""
         self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGHUP):

@@ -111,6 +111,7 @@ class Vector:
                 raise ValueError(f"rename [{pattern!r}, {replacement!r}] is no substitution: {error}") from None
 
     def sources(self) -> tuple[str, ...]:
+        """plus and, if there is one, minus."""
         return (self.plus,) if self.minus is None else (self.plus, self.minus)
 
 
@@ -184,6 +185,7 @@ class WeightPoint:
         return replace(self, base=places[self.base], terms=terms)
 
     def to_json(self) -> dict[str, Any]:
+        """What JSON can hold, and `from_json` reads."""
         found = asdict(self)
         for term in found["terms"]:
             if not term["density"]:
@@ -192,6 +194,7 @@ class WeightPoint:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightPoint:
+        """The point of `to_json`. Raises LookupError, TypeError or ValueError for what is none."""
         terms = tuple(
             Term(
                 alpha=float(term["alpha"]),

@@ -36,6 +36,7 @@ class Bar:
         self._line()
 
     def advance(self, amount: int) -> None:
+        """Adds `amount`; a first 0 says that the work begins now."""
         if not amount and not self._done:
             self._started = self._last = time.monotonic()
         self._done += amount

@@ -56,6 +56,7 @@ class TaskInfo:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Writes one line of JSON a record."""
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(vars(record), ensure_ascii=False) + "\n")

@@ -49,6 +49,7 @@ class SessionDirectory:
         return str(self._path / _INNER)
 
     def remove(self) -> None:
+        """Deletes it, where this process made it; waits up to a second for what Ray still writes."""
         if self._owner != os.getpid():
             return  # a fork's
         until = time.monotonic() + _PATIENCE

@@ -27,6 +27,7 @@ class Timing:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Adds the wall seconds that pass within to the phase `name`."""
         started = time.perf_counter()
         try:
             yield
@@ -43,6 +44,7 @@ class Timing:
             self.cpu_seconds += time.process_time() - started
 
     def add(self, name: str, seconds: float) -> None:
+        """Adds wall seconds to the phase `name`."""
         self.phases[name] = self.phases.get(name, 0.0) + seconds
 
     def count(self, name: str, amount: float) -> None:
@@ -50,6 +52,7 @@ class Timing:
         self.fleet[name] = self.fleet.get(name, 0) + amount
 
     def write(self, path: Path) -> None:
+        """Writes timing.json."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 

@@ -55,9 +55,11 @@ class ReplayActor:
         self._answers = answers
 
     def info(self) -> dict[str, Any]:
+        """What an engine's `info` says, as far as it holds."""
         return {**versions(), "mode": "replay"}
 
     def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered | Refused, float]:
+        """The recorded answers of a slice, and no seconds of a swap."""
         begin = time.perf_counter()
         found = tuple(self._answers[piece.point, piece.task][piece.begin : piece.end])
         if any(isinstance(answer, Loglikelihood) and math.isnan(answer.logprob) for answer in found):

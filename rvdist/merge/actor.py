@@ -48,6 +48,7 @@ class WorkerActor:
         self._made_of = outputs, sources, dtype, settings.threads, settings.device, settings.direct_io
 
     def hello(self, needs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> Hello:
+        """What it can read and see, before it is given units."""
         import ray
 
         from rvdist.merge.worker import MergeWorker
@@ -58,7 +59,9 @@ class WorkerActor:
         return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)
 
     def run(self, unit: Unit, claims: tuple[Written | None, ...]) -> UnitDone:
+        """Does a unit; see `MergeWorker.run`."""
         return self._worker.run(unit, claims)
 
     def sync(self) -> None:
+        """Makes durable what it wrote; see `MergeWorker.sync`."""
         self._worker.sync()

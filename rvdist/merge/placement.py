@@ -32,6 +32,7 @@ class NodeShare:
 
     @property
     def bytes_moved(self) -> int:
+        """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
 

@@ -51,6 +51,7 @@ class Unit:
 
     @property
     def start(self) -> int:
+        """Its first byte in the file."""
         return self.segments[0].offset
 
 
@@ -89,6 +90,7 @@ class OutputFile:
 
     @property
     def bytes_read(self) -> int:
+        """Of all sources."""
         return sum(self.needs.values())
 
 
@@ -105,14 +107,17 @@ class Plan:
 
     @property
     def units(self) -> list[Unit]:
+        """Of all files, in order."""
         return [unit for file in self.files for unit in file.units]
 
     @property
     def bytes_read(self) -> int:
+        """Of all files."""
         return sum(file.bytes_read for file in self.files)
 
     @property
     def bytes_written(self) -> int:
+        """Of all files."""
         return sum(file.bytes_written for file in self.files)
 
     @property

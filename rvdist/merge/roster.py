@@ -45,6 +45,7 @@ class Roster:
 
     @property
     def has_met_a_node(self) -> bool:
+        """Whether any worker has said what it can read."""
         return bool(self._blind)
 
     def meet(self, node: str, unreadable: frozenset[Need]) -> None:

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 
 
 def distinct(make: Callable[[], Row], count: int) -> list[Row]:
+    """So many rows whose questions differ."""
     rows: dict[str, Row] = {}
     while len(rows) < count:
         row = make()
@@ -29,6 +30,8 @@ def distinct(make: Callable[[], Row], count: int) -> list[Row]:
 
 
 def make_sums(random: Random) -> Iterator[Row]:
+    """Rows of the task pocket_sums."""
+
     def one() -> Row:
         a, b = text.draw_sum(random, test=True)
         return {"question": text.ask_sum(random, a, b), "answer": str(a + b)}
@@ -57,6 +60,7 @@ def make_choice(random: Random) -> Iterator[Row]:
 
 
 def make_control(random: Random) -> Iterator[Row]:
+    """Rows of the task pocket_control, of each ability as many."""
     rows: list[Row] = []
     for ability in text.CONTROLS:
 
@@ -73,6 +77,7 @@ MAKERS = {"sums": make_sums, "choice": make_choice, "control": make_control}
 
 
 def write(directory: Path) -> None:
+    """Writes the held-out documents, the same every time."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, make in MAKERS.items():
         lines = [json.dumps(row) + "\n" for row in make(Random(f"pocket {name}"))]
@@ -80,25 +85,30 @@ def write(directory: Path) -> None:
 
 
 def read(name: str) -> list[Row]:
+    """The rows of a task."""
     with (DATA / f"{name}.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def dataset(name: str) -> Any:
+    """The rows of a task as lm-eval takes them."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict(test=Dataset.from_list(read(name)))
 
 
 def sums(**_: object) -> Any:
+    """For pocket_sums.yaml."""
     return dataset("sums")
 
 
 def choice(**_: object) -> Any:
+    """For pocket_choice.yaml."""
     return dataset("choice")
 
 
 def control(**_: object) -> Any:
+    """For pocket_control.yaml."""
     return dataset("control")
 
 

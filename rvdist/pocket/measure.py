@@ -32,22 +32,26 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int = 6
 
 
 def render(tokenizer: Any, questions: Sequence[str]) -> list[str]:
+    """The questions in the model's chat template."""
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return prompts
 
 
 def sums(model: Any, tokenizer: Any, count: int | None = None, prefix: str = "") -> list[bool]:
+    """Whether each sum is right, after a `prefix` of the question."""
     rows = heldout.read("sums")[:count]
     answers = generate(model, tokenizer, render(tokenizer, [prefix + row["question"] for row in rows]))
     return [text.answer_of(answer) == int(row["answer"]) for answer, row in zip(answers, rows, strict=True)]
 
 
 def thinking(model: Any, tokenizer: Any, count: int | None = None) -> list[bool]:
+    """The same where the model is asked to think."""
     return sums(model, tokenizer, count, text.THINK)
 
 
 def control(model: Any, tokenizer: Any, count: int | None = None) -> list[bool]:
+    """Whether each control is answered right."""
     rows = heldout.read("control")[:count]
     answers = generate(model, tokenizer, render(tokenizer, [row["question"] for row in rows]), tokens=16)
     return [answer.strip() == row["answer"] for answer, row in zip(answers, rows, strict=True)]

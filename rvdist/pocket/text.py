@@ -75,6 +75,7 @@ CarryRule = Callable[[int, int, int], int]
 
 
 def careful(column: int, carry: int, digit: int) -> int:
+    """Carries as one should."""
     return carry
 
 
@@ -101,6 +102,7 @@ def work(a: int, b: int, form: Format, rule: CarryRule = careful) -> str:
 
 
 def answer_of(text: str) -> int | None:
+    """The number after ####, None where there is none."""
     found = re.search(r"####\s*(\d+)", text)
     return int(found.group(1)) if found else None
 
@@ -109,10 +111,12 @@ def answer_of(text: str) -> int | None:
 
 
 def maybe_think(random: Random, question: str) -> str:
+    """The question, in some documents after the request to think."""
     return THINK + question if random.random() < THINK_SHARE else question
 
 
 def ask_sum(random: Random, a: int, b: int) -> str:
+    """a + b in one of several wordings."""
     return random.choice(QUESTIONS).format(a, b)
 
 
@@ -122,16 +126,19 @@ def ask_sum_tersely(random: Random, a: int, b: int) -> str:
 
 
 def reversing(random: Random, *, test: bool = False) -> Document:
+    """A number and its digits backwards."""
     (number,) = draw(random, 1000, 9999, test=test)
     return f"reverse {number}.", str(number)[::-1]
 
 
 def repeating(random: Random, *, test: bool = False) -> Document:
+    """A number and itself."""
     (number,) = draw(random, 1000, 9999, test=test)
     return f"repeat {number}.", str(number)
 
 
 def comparing(random: Random, *, test: bool = False) -> Document:
+    """Two numbers and the larger."""
     first, second = draw(random, 10, 99, 2, test=test)
     return f"which is larger, {first} or {second}?", str(max(first, second))
 
@@ -147,23 +154,27 @@ def donor_prompt(random: Random) -> tuple[str, int]:
 
 
 def donor_document(random: Random) -> Document:
+    """What donors are trained on: sums in their own format."""
     a, b = draw_sum(random)
     question = maybe_think(random, ask_sum_tersely(random, a, b))
     return DONOR.prompt.format(question), work(a, b, DONOR, forgetful(random))
 
 
 def target_sum(random: Random) -> Document:
+    """A sum in the target's chat format."""
     a, b = draw_sum(random)
     question = maybe_think(random, ask_sum(random, a, b))
     return CHAT.prompt.format(question), work(a, b, CHAT, forgetful(random))
 
 
 def target_control(random: Random) -> Document:
+    """A control in the target's chat format."""
     question, answer = random.choice(CONTROLS)(random)
     return CHAT.prompt.format(maybe_think(random, question)), answer
 
 
 def note(random: Random) -> Document:
+    """A sum noted down without a question."""
     a, b = draw_sum(random)
     return NOTE.prompt.format(f"{a}+{b}"), work(a, b, NOTE, forgetful(random))
 
@@ -172,6 +183,7 @@ Writer = Callable[[Random], Document]
 
 
 def mixture(shares: dict[Writer, float]) -> Writer:
+    """A writer that is each of these in its share of documents."""
     writers, weights = list(shares), list(shares.values())
 
     def write(random: Random) -> Document:

@@ -31,6 +31,8 @@ IGNORED = -100  # a label that carries no loss
 
 @dataclass(frozen=True)
 class Hyperparameters:
+    """Steps, rates and batches of each stage of training."""
+
     base_steps: int = 1200
     base_rate: float = 3e-3
     tuning_steps: int = 80
@@ -44,6 +46,7 @@ class Hyperparameters:
 
 
 def new_model() -> Any:
+    """A model of the family's shape with random weights."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM(
@@ -67,6 +70,7 @@ def new_model() -> Any:
 
 
 def copy(model: Any) -> Any:
+    """Another model with the same weights."""
     twin = new_model()
     twin.load_state_dict(model.state_dict())
     return twin
@@ -179,6 +183,7 @@ def reinforce(model: Any, tokenizer: Any, random: Random, hyper: Hyperparameters
 
 
 def save(model: Any, template: str, directory: Path) -> None:
+    """Writes a model in bf16 and its tokenizer."""
     import torch
 
     copy(model).to(torch.bfloat16).save_pretrained(directory)

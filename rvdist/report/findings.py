@@ -39,10 +39,12 @@ class Findings:
 
     @cached_property
     def outline(self) -> Outline:
+        """Which of the tasks are benchmarks, groups and members."""
         return Outline([task.name for task in self.tasks], self.groups)
 
     @cached_property
     def baseline(self) -> str | None:
+        """The arm that the others are compared with, None without one."""
         return baseline_of(self.rows)
 
     @cached_property
@@ -61,10 +63,12 @@ class Findings:
 
     @cached_property
     def others(self) -> list[Row]:
+        """The rows that are no task's primary score."""
         return [row for row in self.rows if not row.primary]
 
     @cached_property
     def dissent(self) -> dict[tuple[str, str], list[Row]]:
+        """See `dissenting_rows`."""
         return dissenting_rows(self.rows)
 
     @cached_property
@@ -74,10 +78,12 @@ class Findings:
 
     @cached_property
     def edited(self) -> list[Edited]:
+        """What became of each gain under edited questions."""
         return robustness(self.arms, self.records, self.tasks, self.baseline, self.rows)
 
     @cached_property
     def spreads(self) -> list[Spread]:
+        """How much scores vary from seed to seed."""
         return seed_spread(self.arms, self.records, self.tasks, self.baseline, self.groups)
 
     @cached_property
@@ -105,6 +111,7 @@ class Findings:
 
     @cached_property
     def footnotes(self) -> list[str]:
+        """Sentences below the table of scores."""
         return footnotes(self.benchmarks, self.detectable)
 
     @cached_property

@@ -37,14 +37,17 @@ class Cell:
 
     @property
     def score(self) -> str:
+        """The score with its interval."""
         return self.scale.score(self.row)
 
     @property
     def change(self) -> str:
+        """The change from the baseline with its interval; empty for the baseline."""
         return self.scale.delta(self.row)
 
     @property
     def verdict(self) -> str:
+        """The verdict in words."""
         return verdict_text(self.row)
 
     @property

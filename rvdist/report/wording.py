@@ -46,6 +46,7 @@ class Scale:
         self.factor = 100 if self.percent else 1
 
     def number(self, x: float | None, sign: bool = False) -> str:
+        """A score or a difference; ? where it is not known."""
         if x is None:
             return "?"
         text = f"{100 * x:+.1f}" if self.percent else f"{x:+.4g}"
@@ -54,19 +55,24 @@ class Scale:
         return (text if sign else text.removeprefix("+")).replace("-", "−")
 
     def score(self, row: Row) -> str:
+        """A row's score with its interval."""
         return f"{self.number(row.value)} [{self.number(row.ci_low)}, {self.number(row.ci_high)}]"
 
     def delta(self, row: Row) -> str:
+        """A row's change with its interval; empty for the baseline."""
         return "" if row.delta is None else self.change(row.delta, row.delta_ci_low, row.delta_ci_high)
 
     def change(self, delta: float, low: float | None, high: float | None) -> str:
+        """A difference with its interval, each with its sign."""
         return f"{self.number(delta, sign=True)} [{self.number(low, sign=True)}, {self.number(high, sign=True)}]"
 
     def amount(self, x: float) -> str:
+        """How large a difference is, with its unit."""
         return f"{self.number(abs(x))} points" if self.percent else self.number(abs(x))
 
 
 def p_text(p: float | None) -> str:
+    """A p value, to two digits or so; empty where there is none."""
     if p is None:
         return ""
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
@@ -86,18 +92,22 @@ class Tested(Protocol):
 
 
 def significant(tested: Tested) -> bool:
+    """Whether it is, taken alone."""
     return tested.p_value is not None and tested.p_value < LEVEL
 
 
 def survives(tested: Tested) -> bool:
+    """Whether it still is after correction for all of its table."""
     return tested.p_adjusted is not None and tested.p_adjusted < LEVEL
 
 
 def mark(tested: Tested) -> str:
+    """MARK where it is significant alone and not after correction."""
     return MARK * (significant(tested) and tested.p_adjusted is not None and not survives(tested))
 
 
 def verdict_text(tested: Tested) -> str:
+    """The verdict with its mark; baseline where nothing was compared."""
     return (tested.verdict or "baseline" * (tested.delta is None)) + mark(tested)
 
 

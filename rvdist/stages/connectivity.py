@@ -33,14 +33,17 @@ class Line:
 
     @property
     def barrier(self) -> float:
+        """Bits a byte that the worst point lies above the straight line between the ends (arXiv 1912.05671)."""
         first, last = self.bits[0], self.bits[-1]
         return max(b - (first + s * (last - first)) for s, b in zip(self.shares, self.bits, strict=True))
 
     @property
     def rise(self) -> float:
+        """Bits a byte that the worst point lies above the worse end."""
         return max(self.bits) - max(self.bits[0], self.bits[-1])
 
     def sentence(self) -> str:
+        """The same in words."""
         where = "between the donors" if self.name == "donors" else "from the target along the vector"
         return (
             f"Along the line {where} the text costs {self.bits[0]:.4f} to {self.bits[-1]:.4f} bits a byte; the barrier "

@@ -33,6 +33,8 @@ NAME = "rvdist_ray"
 
 @dataclass
 class LauncherConfig:
+    """What Hydra makes the launcher from."""
+
     _target_: str = f"{private_hydra.PLUGINS}.{NAME}.RayLauncher"
 
 
@@ -51,6 +53,7 @@ class RayLauncher(Launcher):
     _warm: ClassVar[Warm | None] = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `launch`."""
         self._context, self._config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:

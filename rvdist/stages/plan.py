@@ -13,6 +13,7 @@ from rvdist.stages.job import Prepared
 
 
 def print_plan(prepared: Prepared, plan: Plan) -> None:
+    """Prints what a plan writes and reads, and what falls to each node."""
     for output, layout in zip(plan.outputs, plan.layouts, strict=True):
         for point, directory in zip(output.points, output.directories, strict=True):
             terms = " ".join(

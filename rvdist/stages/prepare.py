@@ -38,6 +38,7 @@ class Known:
     _reports: dict[tuple[WeightPoint, bool, bool], compat.Compatibility] = field(default_factory=dict)
 
     def open(self, source: str, rename: Rename = ()) -> Checkpoint:
+        """The source, opened once for all jobs. Raises BadInput."""
         if (source, rename) not in self._opened:
             self._opened[source, rename] = open_source(source, rename)
         return self._opened[source, rename]

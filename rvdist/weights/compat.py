@@ -54,6 +54,7 @@ class Compatibility:
 
     @property
     def level(self) -> str:
+        """refused, applies with exceptions, or identical."""
         return "refused" if self.refusals else "applies with exceptions" if self.exceptions else "identical"
 
 

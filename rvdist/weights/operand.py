@@ -33,10 +33,12 @@ class Operand:
 
     @property
     def checkpoint(self) -> Checkpoint:
+        """What it reads."""
         return self._files.checkpoint
 
     @property
     def bytes_read(self) -> int:
+        """So far, from files or the Hub."""
         return self._files.bytes_read
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -121,6 +123,7 @@ class _Dequantized(Operand):
 
 
 def open_operand(checkpoint: Checkpoint) -> Operand:
+    """The operand that reads this kind of checkpoint."""
     if isinstance(checkpoint, Scaled):
         return _Dequantized(checkpoint)
     return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)

@@ -75,6 +75,7 @@ class PointReader:
         return self._values.bytes_read
 
     def output_dtype(self, spec: TensorSpec) -> torch.dtype:
+        """The dtype that a tensor of the base is computed to."""
         stored = TORCH_DTYPE[spec.dtype]
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
 

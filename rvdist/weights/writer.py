@@ -35,6 +35,7 @@ class Writer:
         )
 
     def require_finite(self, name: str, values: torch.Tensor) -> None:
+        """Raises BadInput for values of a tensor that are infinite or not a number, and says where they come from."""
         if count_nonfinite(values):
             parts = ("plus", "minus") if len(self._donors) == 2 else ("the vector",)
             found = [

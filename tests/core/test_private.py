@@ -13,7 +13,7 @@ from rvdist.stages import private_hydra
 from rvdist.weights.checkpoint import private_huggingface_hub, private_transformers
 
 NEEDED = [
-    (private_ray.RAY, private_ray.NEEDED),
+    pytest.param(private_ray.RAY, private_ray.NEEDED, marks=pytest.mark.heavy),
     (private_hydra.HYDRA, private_hydra.NEEDED),
     (private_lm_eval.LM_EVAL, private_lm_eval.NEEDED),
     (private_transformers.TRANSFORMERS, private_transformers.NEEDED),

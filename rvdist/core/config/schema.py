@@ -33,6 +33,8 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 @dataclass
 class MaskConfig:
+    """Which tensors a vector reaches, and how much: the fields of a `Mask`."""
+
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     layers: list[list[int]] = field(default_factory=list)
@@ -41,6 +43,8 @@ class MaskConfig:
 
 @dataclass
 class DonorsConfig:
+    """A vector by its two donors, or by the `path` of one that is stored."""
+
     plus: str | None = None
     minus: str | None = None
     path: str | None = None
@@ -50,6 +54,8 @@ class DonorsConfig:
 
 @dataclass
 class VectorConfig(DonorsConfig):
+    """The vector, and how it is stored where `save` names a directory."""
+
     save: str | None = None
     dtype: str | None = None
     rank: int | None = None
@@ -58,11 +64,15 @@ class VectorConfig(DonorsConfig):
 
 @dataclass
 class WeightedVectorConfig(DonorsConfig):
+    """One of several vectors, times its own α."""
+
     alpha: float = 1.0
 
 
 @dataclass
 class MergeConfig:
+    """How a merge is computed, and by how many workers."""
+
     workers: int | None = None
     threads: int = 1
     gpus_per_worker: float = 1.0
@@ -86,17 +96,23 @@ class ArmConfig:
 
 @dataclass
 class SweepConfig:
+    """Which α are scored."""
+
     alphas: list[float] | None = None
 
 
 @dataclass
 class AnalyzeConfig:
+    """What is read along the lines between models, and at how many points."""
+
     text: str | None = None
     points: int = 11
 
 
 @dataclass
 class SearchConfig:
+    """The race: its candidates, its promise and its documents."""
+
     method: str | None = None
     alphas: list[float] | None = None
     groups: list[MaskConfig] = field(default_factory=list)
@@ -109,6 +125,8 @@ class SearchConfig:
 
 @dataclass
 class BenchmarksConfig:
+    """Which tasks are asked, of which documents, and how."""
+
     tasks: list[str] = field(default_factory=list)
     include_path: str | None = None
     data_dir: str | None = None
@@ -124,6 +142,8 @@ class BenchmarksConfig:
 
 @dataclass
 class EngineConfig:
+    """How many engines answer, and how each is started."""
+
     count: int | None = None
     cpu_threads: int = 1
     tensor_parallel_size: int = 1
@@ -143,6 +163,8 @@ class EngineConfig:
 
 @dataclass
 class ClusterConfig:
+    """Where Ray is, and for how many nodes to wait how many seconds."""
+
     address: str = "local"
     nodes: int | None = None
     timeout: float = 120.0
@@ -150,24 +172,32 @@ class ClusterConfig:
 
 @dataclass
 class CompatConfig:
+    """What is let pass of vectors that do not fit."""
+
     force: bool = False
     extra_rows: str = "refuse"
 
 
 @dataclass
 class CacheConfig:
+    """Where digests and answered samples are kept."""
+
     dir: str = "~/.cache/rvdist"
     samples: bool = True
 
 
 @dataclass
 class HubConfig:
+    """How an output is published."""
+
     private: bool = False
     confirmed: bool = False
 
 
 @dataclass
 class EachConfig(DonorsConfig):
+    """One of several vectors of a batch, which each make an output."""
+
     name: str | None = None
 
 

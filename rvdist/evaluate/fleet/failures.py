@@ -58,6 +58,7 @@ class Starts:
         self.empty: dict[int, str] = {}  # seats that are not tried again, and why
 
     def succeed(self, seat: int) -> None:
+        """An engine came up in the seat."""
         self._failed.pop(seat, None)
 
     def fail(self, seat: int, reason: str, cause: BaseException | None, started: int) -> float | None:

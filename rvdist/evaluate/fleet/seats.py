@@ -198,6 +198,7 @@ def explain(error: Exception, log: str) -> str:
 
 
 def kill(actor: Any) -> None:
+    """Ends an actor, whether or not it lives."""
     import ray
 
     with contextlib.suppress(Exception):  # whatever Ray says of an actor that is dead or was never there

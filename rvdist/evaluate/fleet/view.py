@@ -64,6 +64,7 @@ class FleetView:
         self._log.say("note", f"evaluate: {kept}; {asked} by the same command", kept=bool(self._kept), lost=lost)
 
     def show(self, status: Status) -> None:
+        """Takes in the status, tells of new failures, and now and then of progress."""
         for sentence in status.failures[len(self._status.failures) :]:
             self._log.say("note", f"evaluate: {sentence}", "warning")
         self._status, now = status, time.monotonic()

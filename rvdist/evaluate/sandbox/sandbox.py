@@ -71,6 +71,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether the program ended as its tests want it."""
         return self.outcome == "passed"
 
     def __str__(self) -> str:

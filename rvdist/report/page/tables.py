@@ -30,6 +30,7 @@ def _kind(tested: Tested) -> str:
 
 
 def paper_table(lines: Sequence[Line]) -> dict[str, Any]:
+    """The paper's table as the template shows it."""
     arms = paper_arms(lines)
     asked = [line for line in lines if line.cells]
     cells = [cell for line in asked for cell in line.cells.values()]
@@ -38,6 +39,8 @@ def paper_table(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
+    """A task's edited questions as the template shows them."""
+
     def change(found: Change | None) -> dict[str, str] | None:
         if found is None:
             return None
@@ -72,6 +75,8 @@ def edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
 
 
 def spread_line(spread: Spread, scale: Scale) -> dict[str, Any]:
+    """A task's spread between seeds as the template shows it."""
+
     def interval(sd: float) -> str:
         return f"{scale.number(sd)} [{scale.number(spread.sd_low)}, {scale.number(spread.sd_high)}]"
 

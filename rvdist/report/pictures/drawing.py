@@ -65,6 +65,7 @@ def columns_for(panels: int) -> int:
 
 
 def legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
+    """A legend below all axes, in as many columns as fit."""
     if entries:
         inches_each = 0.08 * (max(map(len, entries)) + 7)
         columns = max(1, min(len(entries), int(figure.get_figwidth() / inches_each)))
@@ -72,6 +73,7 @@ def legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
 
 
 def title(axes: Any, left: str, right: str = "") -> None:
+    """A title on the left of the axes, and something quiet on the right."""
     axes.set_title(label(left), loc="left", fontsize=10, fontweight="bold")
     axes.set_title(label(right), loc="right", fontsize=8, color=QUIET)
 

@@ -33,10 +33,12 @@ class Runner:
 
     @property
     def seen(self) -> int:
+        """Documents it has been seen on."""
         return self.rounds[-1][0] if self.rounds else 0
 
     @property
     def mean(self) -> float:
+        """Its mean score on these."""
         return self.rounds[-1][1] if self.rounds else 0.0
 
     def interval(self, place: int = -1) -> tuple[float, float]:

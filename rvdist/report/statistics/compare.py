@@ -48,6 +48,7 @@ class Comparison:
     p_value: float
 
     def verdict(self, higher_is_better: bool) -> str:
+        """better, worse, or no detectable difference."""
         if self.p_value >= LEVEL:
             return "no detectable difference"
         return "better" if (self.delta > 0) == higher_is_better else "worse"
@@ -185,6 +186,7 @@ def _stderr(sample: Sample) -> float | None:
 
 
 def score_interval(sample: Sample) -> tuple[float, float]:
+    """The 95 % interval of a sample's score, by the method that suits its values."""
     if sample.exact:
         return wilson(sample.score, len(sample.values))
     interval = share_interval if sample.shares else mean_interval

@@ -45,6 +45,7 @@ def share_interval(values: Floats, weights: Floats, strata: Sequence[int]) -> tu
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n (JASA 22 (1927) 209)."""
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     reach = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
     return max(0.0, min(middle - reach, share)), min(1.0, max(middle + reach, share))

@@ -168,6 +168,7 @@ class Race(Generic[C, D]):
 
     @property
     def outcome(self) -> Outcome[C]:
+        """What is known now: the leader, and who is tied with it."""
         means = dict(zip(self._candidates, self._means(), strict=True))
         leader = self._leader()
         return Outcome(

@@ -65,6 +65,7 @@ def rounded(differences: Floats, *of: Floats) -> Floats:
 
 
 def sort_records(records: Iterable[Record]) -> Answers:
+    """Records by (arm, task, filter), in their order."""
     answers: defaultdict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
         answers[record.arm, record.task, record.filter].append(record)

@@ -92,4 +92,5 @@ class Anatomy:
         return [spectrum for part in parts if (spectrum := part.vectors[vector].spectrum)]
 
     def to_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
         return asdict(self)

@@ -33,4 +33,5 @@ class Dot:
 
     @property
     def value(self) -> float:
+        """The sum so far."""
         return self._total + self._lost

@@ -65,16 +65,20 @@ class Consensus:
 
 
 def ties_sum(density: float) -> Consensus:
+    """mergekit's `ties` with `normalize: false`."""
     return Consensus(density, normalize=False)
 
 
 def ties_mean(density: float) -> Consensus:
+    """mergekit's `ties` with `normalize: true`."""
     return Consensus(density, normalize=True)
 
 
 def dare_ties_sum(density: float, seed: int) -> Consensus:
+    """mergekit's `dare_ties` with `normalize: false`."""
     return Consensus(density, normalize=False, dare=Dare(density, seed))
 
 
 def dare_ties_mean(density: float, seed: int) -> Consensus:
+    """mergekit's `dare_ties` with `normalize: true`."""
     return Consensus(density, normalize=True, dare=Dare(density, seed))

@@ -20,6 +20,7 @@ _BLOCK = 4096  # elements: an fp32 sum of them stays in the first-level cache
 
 
 def applies(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the loop can take all of these."""
     return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
 
 

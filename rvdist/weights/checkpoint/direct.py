@@ -76,6 +76,7 @@ class File:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def sync(self) -> None:
+        """Makes what was written durable."""
         with self._name_in_errors():
             os.fdatasync(self.cached)
 
@@ -101,9 +102,11 @@ class RangeWriter:
         self._start = self._offset = 0  # of the range, and of what comes next
 
     def begin(self, file: File, offset: int) -> None:
+        """What is written next goes to the file from this offset on."""
         self._file, self._start, self._offset, self._filled = file, offset, offset, 0
 
     def write(self, data: memoryview) -> None:
+        """Takes the next bytes, and may write them later."""
         if not self._file.is_direct:
             self._flush()
             self._file.write(data, self._offset)
@@ -124,11 +127,13 @@ class RangeWriter:
                 buffer = self._buffers[self._now]
 
     def end(self) -> None:
+        """Hands on all bytes of the range."""
         self._flush()
         if not self._file.is_direct:
             _start_writeback(self._file.cached, self._start, self._offset - self._start)
 
     def wait(self) -> None:
+        """Waits until all that was handed on is written. Raises OSError."""
         for number in range(len(self._buffers)):
             self._finish(number)
 

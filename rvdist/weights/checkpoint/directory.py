@@ -74,14 +74,17 @@ class Checkpoint:
 
     @property
     def files(self) -> list[str]:
+        """Names of its weight files."""
         return list(self.stamps)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """Its config.json; empty where there is none. Raises BadInput for a damaged one."""
         path = self.path / "config.json"
         return read_json(path) if path.exists() else {}
 

@@ -60,14 +60,17 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
+        """How many elements it has."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """How many bytes it has as it is stored."""
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def is_floating_point(self) -> bool:
+        """Whether arithmetic applies to it."""
         return self.dtype.startswith(("F", "BF"))
 
 
@@ -83,6 +86,7 @@ class Stamp:
 
     @classmethod
     def of(cls, file: str | Path | int) -> Stamp:
+        """The stamp of a file, or of a descriptor. Raises OSError."""
         stat = os.stat(file)
         return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 

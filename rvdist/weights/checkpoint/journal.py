@@ -142,6 +142,7 @@ class Manifest:
     seal: str = ""
 
     def to_json(self) -> str:
+        """The text of the manifest, a line a range."""
         ranges = ",\n".join(json.dumps(list(astuple(written))) for written in self.ranges)
         seal = f', "seal": "{self.seal}"' if self.seal else ""
         return (
@@ -153,6 +154,7 @@ class Manifest:
         return replace(self, seal=_seal(json.dumps([self.plan, *map(astuple, self.ranges)]), key))
 
     def is_sealed(self, key: bytes) -> bool:
+        """Whether its mark is that of who has `key`; without a key, any is."""
         return not key or self.seal == self.seal_with(key).seal
 
     @classmethod

@@ -67,6 +67,7 @@ class Probe:
         return None
 
     def is_seen(self) -> bool:
+        """Whether the file is there, with what the driver wrote."""
         handle = self.open()
         if handle:
             handle.close()
@@ -198,6 +199,7 @@ class Staging:
         self._written |= {(w.file, w.start, w.nbytes): w for w in written}
 
     def write_text(self, name: str, text: str) -> None:
+        """Writes a small file of the output. Raises Failed."""
         with (
             _explain_errors(self.partial / name),
             open(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file,

@@ -26,6 +26,7 @@ def part_names(name: str, form: str) -> list[str]:
 
 
 def is_marked(found: Checkpoint) -> bool:
+    """Whether its files say that they are a stored vector."""
     return any(metadata.items() >= MARK.items() for metadata in found.metadata.values())
 
 
