@@ -84,7 +84,8 @@ MEANINGS: dict[type, dict[str, str]] = {
     },
     config.WeightedVectorConfig: {"alpha": "of this vector, times `alpha`"},
     config.MergeConfig: {
-        "workers": "in all, evenly on the nodes; null: one for each core, or as many as the GPUs have room for",
+        "workers": "in all, evenly on the nodes; null: one for each core or share of a GPU, at most 16 a node, and "
+        "one a GiB written",
         "threads": "cores of each worker",
         "gpus_per_worker": "the share of a GPU that each worker takes (device=cuda)",
         "timeout": "seconds without an answer after which a worker is ended and another does its work",

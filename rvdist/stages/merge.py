@@ -57,7 +57,7 @@ def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], w
     plan = common_plan(jobs)
     sources = sources_of(jobs) if any(one.arms for one in jobs) else _by_ranges(sources_of(jobs), plan)
     device = config.device(settings, resources.gpus)
-    workers = sum(config.workers(settings, resources.counts))
+    workers = sum(config.workers(settings, resources.counts, plan.bytes_written))
     with Bar("merge", plan.nbytes, first.job.log) as bar:
         stats = merge(
             plan,

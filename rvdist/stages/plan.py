@@ -31,7 +31,8 @@ def _print_placement(prepared: Prepared, plan: Plan) -> None:
     resources = _foresee(prepared.settings)
     device = config.device(prepared.settings, resources.gpus)
     names = [node.name[:8] for node in resources.nodes]
-    shares = place(plan, list(zip(names, config.workers(prepared.settings, resources.counts), strict=True)))
+    workers = config.workers(prepared.settings, resources.counts, plan.bytes_written)
+    shares = place(plan, list(zip(names, workers, strict=True)))
     head = ("node", "workers", "files", "reads", "writes", "each worker reads", "writes")
     rows = []
     for share in shares:

@@ -262,6 +262,27 @@ def test_donors_may_be_renamed():
             config.point(settings(vector=VectorConfig("p", "m", rename=rename)), 1.0)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gib", "keys", "given"),
+    [
+        ([(2, 0)], 3, {}, [2]),
+        ([(8, 0)], 2.5, {}, [3]),
+        ([(8, 0)], 0.001, {}, [1]),
+        ([(192, 0)] * 4, 800, {}, [16] * 4),
+        ([(192, 0)] * 4, 10, {}, [3, 3, 2, 2]),
+        ([(4, 0), (1, 0)], 100, {"threads": 2}, [2, 0]),
+        ([(1, 0)], 100, {"threads": 2}, [1]),
+        ([(64, 8), (64, 0)], 100, {"device": "cuda"}, [8, 0]),
+        ([(64, 8)], 100, {"device": "cuda", "gpus_per_worker": 0.25}, [16]),
+        ([(192, 0)] * 3, 1, {"workers": 100}, [34, 33, 33]),
+    ],
+)
+def test_how_many_workers_each_node_gets(nodes, gib, keys, given):
+    device = keys.pop("device", "cpu")
+    asked = settings(device=device, merge=MergeConfig(**keys))
+    assert config.workers(asked, nodes, int(gib * 2**30)) == given
+
+
 def test_how_many_engines_and_what_each_takes():
     def engines(cpus, there, address="local", **engine):
         return config.engines(settings(engine=EngineConfig(**engine), cluster=ClusterConfig(address)), cpus, there)

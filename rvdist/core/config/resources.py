@@ -9,6 +9,7 @@ from pathlib import Path
 from rvdist.core.config.schema import Config
 from rvdist.core.errors import BadInput
 
+_MOST_WORKERS, _BYTES_EACH = 16, 1 << 30  # of a node, and that a worker writes at least
 _START, _SLOWEST = 1800.0, 1e8  # seconds for a start, and bytes a second of weights at least
 
 
@@ -52,16 +53,21 @@ def device(config: Config, gpus: int) -> str:
     return config.device
 
 
-def workers(config: Config, nodes: Sequence[tuple[int, int]]) -> list[int]:
-    """How many workers each node of so many (cores, GPUs) gets: `merge.workers` evenly, or as many as its cores or GPUs
-    have room for; one at least of all of them."""
+def workers(config: Config, nodes: Sequence[tuple[int, int]], nbytes: int) -> list[int]:
+    """How many workers each node of so many (cores, GPUs) gets, to write so many bytes: `merge.workers` evenly; or as
+    many as its cores or GPUs have room for, 16 at most, and one a GiB of all of them together; one at least."""
     merge = config.merge
     if merge.workers:
         return [(merge.workers + k) // len(nodes) for k in range(len(nodes))][::-1]
     if device(config, sum(gpus for _, gpus in nodes)) == "cuda":
-        return [gpus * int(1 / merge.gpus_per_worker) for _, gpus in nodes]
-    room = [cores // merge.threads for cores, _ in nodes]
-    return room if any(room) else [1, *room[1:]]
+        room = [gpus * int(1 / merge.gpus_per_worker) for _, gpus in nodes]
+    else:
+        room = [cores // merge.threads for cores, _ in nodes]
+    most = max(1, math.ceil(nbytes / _BYTES_EACH))
+    given = [0] * len(nodes)
+    while sum(given) < most and (free := [k for k, has in enumerate(room) if given[k] < min(has, _MOST_WORKERS)]):
+        given[min(free, key=lambda k: given[k])] += 1
+    return given if any(given) else [1, *given[1:]]
 
 
 def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, float]]:
