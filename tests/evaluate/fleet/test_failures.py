@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from ray import cloudpickle
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -18,12 +17,20 @@ from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import cut
 from rvdist.evaluate.request import Answered, Completion, Generate, Unusable
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 BASE = WeightPoint("base")
 OTHER = WeightPoint("base", (Term(1.0, Vector("plus", "minus")),))
 REQUESTS = {"t": [Generate(f"{k}", 8) for k in range(40)]}
 SLICES = [piece for point in (BASE, OTHER) for piece in cut(point, REQUESTS, 4)]
 TRIES = 20  # files that say how often something was done
+
+
+@pytest.fixture(autouse=True)
+def by_value(request):
+    """Workers cannot import a test."""
+    if "ray_local" in request.fixturenames:
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Fake:
