@@ -121,20 +121,20 @@ def merge(
     Raises BadInput for what cannot be merged, before anything is written; Failed where the merge could not be finished.
     """
     given = settings or Config()
-    found: dict[Path, WeightPoint] = {}
+    outputs: dict[Path, WeightPoint] = {}
     for place, point in points.items():
         directory = Path(place).absolute()
-        if directory in found:
+        if directory in outputs:
             raise BadInput(f"points: two of them would be written to {directory}; give each its own directory")
-        found[directory] = _check(point, place)
-    if not found:
+        outputs[directory] = _check(point, place)
+    if not outputs:
         raise BadInput("points is empty; give at least one directory and its weight point")
     with TemporaryDirectory(prefix="rvdist-") as place_of_run:
         job = _job(
             replace(
                 _without_points(given),
                 stages=["merge"],
-                output=str(next(iter(found))),
+                output=str(next(iter(outputs))),
                 dtype=dtype or given.dtype,
                 max_shard_size=given.max_shard_size if max_shard_size is None else max_shard_size,
                 merge=_with(given.merge, workers=workers),
@@ -145,8 +145,8 @@ def merge(
             Path(place_of_run),
             console,
         )
-        ended = _do(replace(job, outputs=found))
-    return Merged(tuple(found), ended.notes, job.timing)
+        ended = _do(replace(job, outputs=outputs))
+    return Merged(tuple(outputs), ended.notes, job.timing)
 
 
 def evaluate(
@@ -212,8 +212,8 @@ def evaluate(
 def load_records(path: str | Path) -> list[Record]:
     """The scored samples of a run directory, the baseline first, or of one file of its samples/. Raises BadInput where
     there are none, and for a damaged line, which it names."""
-    found = Path(path)
-    files = [found / "samples" / f"{arm}.jsonl" for arm in _scored_arms(found)] if found.is_dir() else [found]
+    place = Path(path)
+    files = [place / "samples" / f"{arm}.jsonl" for arm in _scored_arms(place)] if place.is_dir() else [place]
     return [record for file in files for record in read_records(file)]
 
 

@@ -73,37 +73,37 @@ def inspect(source: str) -> Facts:
         raise BadInput(f"{path}: has JSON that is nested too deep to be what it should be") from None
 
 
-def _weights(found: Checkpoint) -> Facts:
-    stored = list(_stored_tensors(found))
-    kind = found.kind if isinstance(found, Difference) else "checkpoint"
-    made_of: Facts = {"hub": str(found.hub)} if found.hub else {}
-    if isinstance(found, Difference):
-        made_of |= {"trained_on": found.trained_on} if found.kind == "adapter" else _donors(found)
-        made_of |= {"stored": _forms(found.forms.values())}
-    elif isinstance(found, Scaled):
-        made_of |= {"fp8_tensors": len(found.scales), "block": list(found.block)}
+def _weights(checkpoint: Checkpoint) -> Facts:
+    stored = list(_stored_tensors(checkpoint))
+    kind = checkpoint.kind if isinstance(checkpoint, Difference) else "checkpoint"
+    made_of: Facts = {"hub": str(checkpoint.hub)} if checkpoint.hub else {}
+    if isinstance(checkpoint, Difference):
+        made_of |= {"trained_on": checkpoint.trained_on} if checkpoint.kind == "adapter" else _donors(checkpoint)
+        made_of |= {"stored": _forms(checkpoint.forms.values())}
+    elif isinstance(checkpoint, Scaled):
+        made_of |= {"fp8_tensors": len(checkpoint.scales), "block": list(checkpoint.block)}
     return {
-        "path": str(found.path),
+        "path": str(checkpoint.path),
         "kind": kind,
-        "model": _model(found.config),
-        "bytes": sum(stamp.size for stamp in found.stamps.values()),
-        "tensors": len(found.tensors),
-        "elements": sum(spec.numel for spec in found.tensors.values()),
-        "layers": layer_count(found.tensors),
+        "model": _model(checkpoint.config),
+        "bytes": sum(stamp.size for stamp in checkpoint.stamps.values()),
+        "tensors": len(checkpoint.tensors),
+        "elements": sum(spec.numel for spec in checkpoint.tensors.values()),
+        "layers": layer_count(checkpoint.tensors),
         "dtypes": _totals(stored, lambda spec: spec.dtype),
         "files": _totals(stored, lambda spec: spec.file),
-        "names": _names(found.tensors.values()),
-        "made_of": _manifest(found.path) | made_of,
+        "names": _names(checkpoint.tensors.values()),
+        "made_of": _manifest(checkpoint.path) | made_of,
     }
 
 
-def _stored_tensors(found: Checkpoint) -> Iterable[TensorSpec]:
+def _stored_tensors(checkpoint: Checkpoint) -> Iterable[TensorSpec]:
     """The tensors as the files hold them: factors, indices and scales are tensors of their own."""
-    if not isinstance(found, Difference):
-        yield from found.tensors.values()
-        yield from found.scales.values() if isinstance(found, Scaled) else ()
+    if not isinstance(checkpoint, Difference):
+        yield from checkpoint.tensors.values()
+        yield from checkpoint.scales.values() if isinstance(checkpoint, Scaled) else ()
         return
-    for form in found.forms.values():
+    for form in checkpoint.forms.values():
         if isinstance(form, Dense):
             yield form.values
         else:
@@ -111,24 +111,24 @@ def _stored_tensors(found: Checkpoint) -> Iterable[TensorSpec]:
 
 
 def _totals(specs: Iterable[TensorSpec], key: Any) -> dict[str, Facts]:
-    found: dict[str, Facts] = {}
+    totals: dict[str, Facts] = {}
     for spec in specs:
-        total = found.setdefault(key(spec), {"tensors": 0, "bytes": 0})
+        total = totals.setdefault(key(spec), {"tensors": 0, "bytes": 0})
         total["tensors"] += 1
         total["bytes"] += spec.nbytes
-    return dict(sorted(found.items()))
+    return dict(sorted(totals.items()))
 
 
 def _names(specs: Iterable[TensorSpec]) -> dict[str, Facts]:
     """Tensors whose names differ in a number only (of a layer, of an expert) stand together, with `*` in its place."""
-    found: dict[str, Facts] = {}
+    patterns: dict[str, Facts] = {}
     for spec in specs:
         pattern = ".".join("*" if part.isdecimal() else part for part in spec.name.split("."))
-        alike = found.setdefault(pattern, {"count": 0, "dtypes": [], "shapes": []})
+        alike = patterns.setdefault(pattern, {"count": 0, "dtypes": [], "shapes": []})
         alike["count"] += 1
         for key, value in (("dtypes", spec.dtype), ("shapes", list(spec.shape))):
             alike[key] += [value] if value not in alike[key] else []
-    return found
+    return patterns
 
 
 def _model(config: Mapping[str, Any]) -> Facts:
@@ -149,9 +149,9 @@ def _forms(forms: Iterable[Form]) -> Facts:
     return {**kinds, "ranks": sorted(ranks), "scales": sorted(scales)}
 
 
-def _donors(found: Checkpoint) -> Facts:
+def _donors(vector: Checkpoint) -> Facts:
     """What vector.json says the vector is, and how exactly it is held."""
-    said = read_json(found.path / DESCRIPTION)
+    said = read_json(vector.path / DESCRIPTION)
     donors = said.get("donors")
     told = {key: said.get(key) for key in ("formula", "exact_for", "relative_error")}
     if isinstance(donors, dict):
@@ -175,14 +175,14 @@ def _manifest(path: Path) -> Facts:
 
 
 def _run(path: Path) -> Facts:
-    found: Facts = {"path": str(path), "kind": "run"}
+    facts: Facts = {"path": str(path), "kind": "run"}
     if (file := path / "config.yaml").exists():
-        found["settings"] = _settings(file)
+        facts["settings"] = _settings(file)
     if (file := path / "summary.json").exists():
-        found |= _scores(file)
+        facts |= _scores(file)
     if (file := path / "timing.json").exists():
-        found["timing"] = _timing(file)
-    return found | {"files": sorted(entry.name for entry in path.iterdir())}
+        facts["timing"] = _timing(file)
+    return facts | {"files": sorted(entry.name for entry in path.iterdir())}
 
 
 def _settings(file: Path) -> Facts:
@@ -208,14 +208,14 @@ def _settings(file: Path) -> Facts:
 
 
 def _differences(said: Mapping[Any, Any], default: Mapping[Any, Any], prefix: str = "") -> Facts:
-    found: Facts = {}
+    facts: Facts = {}
     for key, value in said.items():
         usual = default.get(key)
         if isinstance(value, dict) and isinstance(usual, dict):
-            found |= _differences(value, usual, f"{prefix}{key}.")
+            facts |= _differences(value, usual, f"{prefix}{key}.")
         elif value != usual:
-            found[f"{prefix}{key}"] = value
-    return found
+            facts[f"{prefix}{key}"] = value
+    return facts
 
 
 def _scores(file: Path) -> Facts:

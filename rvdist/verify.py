@@ -99,16 +99,16 @@ def _nonfinite(checkpoint: Checkpoint) -> Iterator[str]:
                     integer, exponent = _EXPONENT.get(spec.dtype, ("", 0))
                     if not integer:
                         continue
-                    found, left, itemsize = 0, spec.nbytes, np.dtype(integer).itemsize
+                    odd, left, itemsize = 0, spec.nbytes, np.dtype(integer).itemsize
                     opened.seek(spec.offset)
                     while left:
                         values = np.fromfile(opened, integer, min(left // itemsize, _CHUNK))
                         if not len(values):
                             raise BadInput(f"{checkpoint.path / file}: ends inside tensor {spec.name}; it changed")
-                        found += int(np.count_nonzero(values & exponent == exponent))
+                        odd += int(np.count_nonzero(values & exponent == exponent))
                         left -= values.nbytes
-                    if found:
-                        yield f"{file}: tensor {spec.name} has {found} values that are infinite or not a number"
+                    if odd:
+                        yield f"{file}: tensor {spec.name} has {odd} values that are infinite or not a number"
         except OSError as error:
             raise Failed(f"{checkpoint.path / file}: cannot be read ({error.strerror})") from None
 
@@ -123,8 +123,8 @@ def _layout(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"tensor {name} has shape {list(spec.shape)} where the config says {wanted}"
     layers: dict[int, set[str]] = {}
     for name in checkpoint.tensors:
-        if found := _IN_LAYER.fullmatch(name):
-            layers.setdefault(int(found[1]), set()).add(found[2])
+        if match := _IN_LAYER.fullmatch(name):
+            layers.setdefault(int(match[1]), set()).add(match[2])
     count = max(len(layers), sizes.get("num_hidden_layers", 0)) if layers else 0
     for number in range(count):
         if number not in layers:

@@ -90,13 +90,13 @@ def connect(
             raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error}){hint}") from None
     over = over or threading.Event()
     deadline = time.monotonic() + timeout
-    while len(found := _nodes()) < nodes and not over.is_set():
+    while len(alive := _nodes()) < nodes and not over.is_set():
         if time.monotonic() > deadline:
             raise BadInput(
-                f"cluster.nodes={nodes}: only {len(found)} joined the cluster in {timeout:g} s; start more, or lower it"
+                f"cluster.nodes={nodes}: only {len(alive)} joined the cluster in {timeout:g} s; start more, or lower it"
             )
         over.wait(0.5)
-    return Resources(found)
+    return Resources(alive)
 
 
 def _init(address: str, namespace: str | None) -> None:
@@ -145,15 +145,15 @@ def _guard_token(address: str) -> None:
         if address == "local" and not variable and not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _write_token(path)
-        found = path.stat()
-        if not stat.S_IMODE(found.st_mode) & 0o077:
+        status = path.stat()
+        if not stat.S_IMODE(status.st_mode) & 0o077:
             return
         if address == "local":
             path.chmod(0o600)
-            found = path.stat()
+            status = path.stat()
     except OSError:
         return  # none that Ray could read either
-    if (others := stat.S_IMODE(found.st_mode)) & 0o077:
+    if (others := stat.S_IMODE(status.st_mode)) & 0o077:
         raise BadInput(
             f"{path}: others can read the token in it (mode {others:04o}), and whoever has it can run programs on the "
             "cluster as you; start the cluster with a new one in a file of mode 0600"

@@ -21,14 +21,14 @@ def parse_json(content: bytes) -> Any:
     again: values nested too deep, and halves of surrogates."""
     require_light(content)
     try:
-        found = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if _depth(found) > _DEEPEST:
+    if _depth(value) > _DEEPEST:
         raise ValueError(_TOO_DEEP)
     if b"\\ud" in content or b"\\uD" in content:
-        json.dumps(found, ensure_ascii=False).encode()  # raises for half a surrogate
-    return found
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate
+    return value
 
 
 def require_light(content: bytes) -> None:

@@ -27,8 +27,8 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 def layer_of(name: str) -> int | None:
     """The layer a tensor belongs to: the first all-digit component of its dotted name."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
 
 
 def name_of(source: str) -> str:
@@ -170,10 +170,10 @@ class WeightPoint:
 
     def renames(self) -> dict[tuple[str, Rename], None]:
         """Every checkpoint the point names, and how its tensors are renamed; base first, each pair once."""
-        found: dict[tuple[str, Rename], None] = {(self.base, ()): None}
+        pairs: dict[tuple[str, Rename], None] = {(self.base, ()): None}
         for term in self.terms:
-            found |= dict.fromkeys((source, term.vector.rename) for source in term.vector.sources())
-        return found
+            pairs |= dict.fromkeys((source, term.vector.rename) for source in term.vector.sources())
+        return pairs
 
     def relocate(self, places: Mapping[str, str]) -> WeightPoint:
         """The same point with each source replaced by the place where it was found."""
@@ -186,11 +186,11 @@ class WeightPoint:
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold, and `from_json` reads."""
-        found = asdict(self)
-        for term in found["terms"]:
+        fields = asdict(self)
+        for term in fields["terms"]:
             if not term["density"]:
                 del term["density"]
-        return found
+        return fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightPoint:

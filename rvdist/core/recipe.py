@@ -283,8 +283,8 @@ class _File:
 
     def _constant(self, name: str, rules: list[Rules], tensors: Collection[str]) -> float:
         """The one value of a parameter that we have once for all vectors and tensors."""
-        found = {value for values, _, _ in _cells(rules, tensors) for value in values if value is not None}
-        numbers = {number for value in found for number in value}
+        constants = {value for values, _, _ in _cells(rules, tensors) for value in values if value is not None}
+        numbers = {number for value in constants for number in value}
         if len(numbers) > 1:
             self._refuse(
                 name, f"differs between models or tensors ({', '.join(f'{n:g}' for n in sorted(numbers))}); give one"
@@ -298,14 +298,14 @@ def _cells(
     """The tensors by what their parameters are: (the value of every parameter, whether they are outside the layers,
     patterns of their names, none for all names). Only what is a gradient somewhere parts layers from the others."""
     filters = list(dict.fromkeys(wanted for one in rules for wanted, _ in one if wanted))
-    found: dict[tuple[tuple[Numbers | None, ...], bool], dict[tuple[bool, ...], None]] = {}
+    cells: dict[tuple[tuple[Numbers | None, ...], bool], dict[tuple[bool, ...], None]] = {}
     for name in tensors:
         values = tuple(next((value for wanted, value in one if wanted in name), None) for one in rules)
         outside = layer_of(name) is None and any(value is not None and len(value) > 1 for value in values)
-        found.setdefault((values, outside), {})[tuple(wanted in name for wanted in filters)] = None
+        cells.setdefault((values, outside), {})[tuple(wanted in name for wanted in filters)] = None
     return [
         (values, outside, tuple(_pattern(filters, signs) for signs in signatures) if filters else ())
-        for (values, outside), signatures in found.items()
+        for (values, outside), signatures in cells.items()
     ]
 
 

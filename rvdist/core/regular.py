@@ -25,19 +25,19 @@ class LeadsOut(OSError):
 def open_regular(path: Path, within: Sequence[Path] | None = None) -> int:
     """A descriptor to read a regular file by. `within`: the directories (without links in their own paths) in which it
     must lie, once links are followed. Raises OSError, `LeadsOut` where it lies elsewhere."""
-    found = os.open(path, os.O_PATH | os.O_CLOEXEC)  # touches nothing: not even a device is opened
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)  # touches nothing: not even a device is opened
     try:
-        mode = os.fstat(found).st_mode
+        mode = os.fstat(descriptor).st_mode
         if within is not None:
-            lies = Path(os.readlink(f"/proc/self/fd/{found}"))
+            lies = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
             if not any(lies.is_relative_to(directory) for directory in within):
                 raise LeadsOut(errno.ELOOP, f"is a link to {lies}", str(path))
         if not stat.S_ISREG(mode):
             kind = next((kind for test, kind in _KINDS if test(mode)), "no regular file")
             raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
-        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        os.close(found)
+        os.close(descriptor)
 
 
 def read_regular(path: Path, most: int) -> bytes:

@@ -86,9 +86,9 @@ def _sweep(above: Path) -> None:
 
 
 def _is_left(entry: os.DirEntry[str]) -> bool:
-    found = entry.stat(follow_symlinks=False)
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
-    if not ours or time.time() - found.st_mtime < _NEW:
+    status = entry.stat(follow_symlinks=False)
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
+    if not ours or time.time() - status.st_mtime < _NEW:
         return False
     with open(os.open(Path(entry.path) / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held

@@ -64,6 +64,6 @@ def seconds_since_process_start() -> float:
 
 def anonymous_bytes() -> int:
     """Anonymous resident memory of this process: what is not backed by a file (Linux)."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
+    match = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) << 10

@@ -128,7 +128,7 @@ def from_whole(
 ) -> Answers:
     """Those of the `lacking` slices, of some documents, whose every request was answered in a slice of all documents,
     as an evaluation of the same point left it in the cache. A slice is taken from there whole or not at all."""
-    found: Answers = {}
+    sliced: Answers = {}
     for point in dict.fromkeys(piece.point for piece in lacking):
         pieces = cut(point, whole.requests, slice_size)
         keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, identity)
@@ -144,8 +144,8 @@ def from_whole(
                 asked = requests[piece.task][piece.begin : piece.end]
                 own = [answers.get((piece.task, whole.places[piece.task].get(with_repeat(one), -1))) for one in asked]
                 if all(own):
-                    found[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
-    return found
+                    sliced[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
+    return sliced
 
 
 def answers_of(

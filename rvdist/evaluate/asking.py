@@ -40,11 +40,11 @@ class Asking:
     @cached_property
     def places(self) -> dict[str, dict[tuple[Request, int], int]]:
         """Where each request of a task is, the first of equal ones; repeats of one are told apart."""
-        found: dict[str, dict[tuple[Request, int], int]] = {task: {} for task in self.requests}
+        by_task: dict[str, dict[tuple[Request, int], int]] = {task: {} for task in self.requests}
         for task, requests in self.requests.items():
             for place, request in enumerate(requests):
-                found[task].setdefault(with_repeat(request), place)
-        return found
+                by_task[task].setdefault(with_repeat(request), place)
+        return by_task
 
 
 def with_repeat(request: Request) -> tuple[Request, int]:

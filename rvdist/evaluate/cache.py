@@ -100,7 +100,7 @@ class SampleCache:
 
     def read(self, keys: Sequence[str], asked: Mapping[str, Sequence[Request]] | None = None) -> dict[str, Answered]:
         """What is there of the slices with these keys; `asked`: what was asked in each of them."""
-        found = {}
+        answered = {}
         for k in range(0, len(keys), _AT_ONCE):
             some = keys[k : k + _AT_ONCE]
             with self._explain_errors():
@@ -111,16 +111,16 @@ class SampleCache:
                 )
                 for key, answers, truncated, seconds in rows:
                     try:
-                        found[key] = _parse_answers(answers, truncated, seconds, asked[key] if asked else None)
+                        answered[key] = _parse_answers(answers, truncated, seconds, asked[key] if asked else None)
                     except (ValueError, TypeError, LookupError, RecursionError):
                         self.damaged.add(key)
-        return found
+        return answered
 
     def knows(self, point: str) -> bool:
         """Whether there is anything of the point with this digest."""
         with self._explain_errors():
-            found = self._connection.execute("SELECT 1 FROM slices WHERE point = ? LIMIT 1", (point,)).fetchone()
-        return found is not None
+            row = self._connection.execute("SELECT 1 FROM slices WHERE point = ? LIMIT 1", (point,)).fetchone()
+        return row is not None
 
     def write(self, kept: Iterable[Kept]) -> None:
         """Keeps slices. When this returns, they are on disk; of two runs that write the same one the first is kept."""
@@ -193,12 +193,12 @@ def _to_json(answer: Answer) -> list[Any]:
 
 def _parse_answers(answers: Any, truncated: Any, seconds: Any, asked: Sequence[Request] | None) -> Answered:
     """Raises ValueError, TypeError, LookupError, RecursionError for what is no answer to what was asked."""
-    found = tuple(map(_from_json, json.loads(answers)))
+    parsed = tuple(map(_from_json, json.loads(answers)))
     _require(_is_count(truncated) and isinstance(seconds, int | float) and 0 <= seconds < math.inf)
     if asked is not None:
         kinds = [Completion if isinstance(request, Generate) else Loglikelihood for request in asked]
-        _require([type(answer) for answer in found] == kinds)
-    return Answered(found, truncated, seconds)
+        _require([type(answer) for answer in parsed] == kinds)
+    return Answered(parsed, truncated, seconds)
 
 
 def _from_json(fields: list[Any]) -> Answer:

@@ -61,10 +61,10 @@ class ReplayActor:
     def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered | Refused, float]:
         """The recorded answers of a slice, and no seconds of a swap."""
         begin = time.perf_counter()
-        found = tuple(self._answers[piece.point, piece.task][piece.begin : piece.end])
-        if any(isinstance(answer, Loglikelihood) and math.isnan(answer.logprob) for answer in found):
+        recorded = tuple(self._answers[piece.point, piece.task][piece.begin : piece.end])
+        if any(isinstance(answer, Loglikelihood) and math.isnan(answer.logprob) for answer in recorded):
             return Refused(f"a recorded log-probability of {piece.task} is not a number; leave the arm out"), 0.0
-        return Answered(found, 0, time.perf_counter() - begin), 0.0
+        return Answered(recorded, 0, time.perf_counter() - begin), 0.0
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,16 @@ class Recording:
     ) -> tuple[dict[str, list[Answer]], int]:
         """The answers to these documents by task, as their requests are ordered, at the point of this digest; and how
         many of the documents lm-eval asked in other words. `arm` is for people. Raises BadInput where answers lack."""
-        found: dict[str, list[Answer]] = {}
+        by_task: dict[str, list[Answer]] = {}
         lacking: list[str] = []
         reworded = 0
         for task, asked in documents.items():
-            found[task] = []
+            by_task[task] = []
             for document in asked:
                 prompt = _prompt(document.requests[0][0])
                 place = (None, None, task, prompt) if self.logged else (point, seed, task, prompt)
                 try:
-                    found[task] += self._sample(place, document).answers(document)
+                    by_task[task] += self._sample(place, document).answers(document)
                 except ValueError as error:
                     lacking.append(f"{task} {document.doc_id} ({error})")
                 reworded += place not in self._by_prompt
@@ -154,18 +154,18 @@ class Recording:
                 f"asked, first to {lacking[0]}; set target, vectors, prompts, benchmarks.limit and num_fewshot as when "
                 "they were recorded, or ask an engine"
             )
-        return found, reworded
+        return by_task, reworded
 
     def _sample(self, place: _Place, document: Document) -> _Sample:
         """What is recorded of a document, whose contents tell it where nothing was asked in its words."""
-        found = self._by_prompt.get(place) or self._by_document.get((place[2], document.doc))
-        if not found:
+        sample = self._by_prompt.get(place) or self._by_document.get((place[2], document.doc))
+        if not sample:
             lacking = (name for size, name in enumerate(_LACKING, start=1) if place[:size] not in self._known)
             raise ValueError(f"nothing {next(lacking)}")
-        same = found.get(document.doc_id)
+        same = sample.get(document.doc_id)
         if same and same.doc == document.doc:
             return same
-        return min(found.values(), key=lambda one: (one.doc != document.doc, one.doc_id != document.doc_id))
+        return min(sample.values(), key=lambda one: (one.doc != document.doc, one.doc_id != document.doc_id))
 
     def _add(self, file: Path, sample: Any) -> None:
         """Of the samples of one document, one for each filter, the first counts: all have the same responses."""

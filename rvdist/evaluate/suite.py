@@ -127,15 +127,17 @@ class Suite:
 
     def documents_asked(self, tokenizer: Any) -> dict[str, list[Document]]:
         """The same by document."""
-        found: dict[str, list[Document]] = {}
+        documents: dict[str, list[Document]] = {}
         for name, instances in self._instances(tokenizer):
             chosen = self.chosen and self.chosen[name]
-            found[name] = []
+            documents[name] = []
             for place, group in groupby(instances, key=lambda one: int(one.doc_id)):
                 own = list(group)
                 requests = tuple(tuple(_requests(one)) for one in own)
-                found[name].append(Document(chosen[place] if chosen else place, document_hash(own[0].doc), requests))
-        return found
+                documents[name].append(
+                    Document(chosen[place] if chosen else place, document_hash(own[0].doc), requests)
+                )
+        return documents
 
     def _instances(self, tokenizer: Any) -> Iterator[tuple[str, list[Any]]]:
         """Each task with its requests as lm-eval has them."""
@@ -206,15 +208,15 @@ class Suite:
 
     def infos(self, records: Sequence[Record]) -> list[TaskInfo]:
         """What the statistics must know of each task, given one arm's records."""
-        found = []
+        known = []
         for name, task in self.tasks.items():
             pairs = dict.fromkeys((metric, r.filter) for r in records if r.task == name for metric in r.metrics)
             if pairs:
                 metrics = tuple(pairs)
                 better = {metric: _higher_is_better(task, metric) for metric, _ in metrics}
                 primary = next((pair for pair in metrics if pair[1] == self.primary.get(name)), metrics[0])
-                found.append(TaskInfo(name, self.versions[name], metrics, primary, better))
-        return found
+                known.append(TaskInfo(name, self.versions[name], metrics, primary, better))
+        return known
 
     def metrics_left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:
         """A sentence for each metric that is in an arm's results and not in its records, whose `infos` are given."""
@@ -314,16 +316,16 @@ def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     from lm_eval.api.registry import get_aggregation
 
     logarithms = {get_aggregation("perplexity"), get_aggregation("weighted_perplexity")}
-    found = {}
+    numbers = {}
     for metric in entry["metrics"]:
         value, how = entry[metric], together.get(metric)
         if how in logarithms or how is get_aggregation("bits_per_byte"):
             logprob, count = value if isinstance(value, tuple) else (value, 1)
             name = _LOGARITHM + metric if how in logarithms else metric
-            found[name] = -logprob / count / math.log(2) if count else 0.0
+            numbers[name] = -logprob / count / math.log(2) if count else 0.0
         elif isinstance(value, Real):
-            found[metric] = float(value)
-    return found
+            numbers[metric] = float(value)
+    return numbers
 
 
 def _record(

@@ -98,8 +98,8 @@ class _Renderer:
             process.stdin.write(line + "\n")
             process.stdin.flush()
             if select.select([process.stdout], [], [], _AT_MOST)[0] and (answer := process.stdout.readline()):
-                found: dict[str, str] = json.loads(answer)
-                return found
+                said: dict[str, str] = json.loads(answer)
+                return said
         self.end()
         if process.returncode in (-signal.SIGPROF, -signal.SIGKILL):
             raise ValueError(f"rendering it takes more than {_SECONDS:g} s of processor time")
@@ -131,9 +131,9 @@ def expect() -> None:
 
 
 def _start() -> subprocess.Popen[str]:
-    found = importlib.util.find_spec("transformers")
-    assert found is not None and found.origin is not None
-    file = str(Path(found.origin).with_name("utils") / "chat_template_utils.py")
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    file = str(Path(spec.origin).with_name("utils") / "chat_template_utils.py")
     limits = json.dumps([_SECONDS, _EACH, _BYTES, _CHARACTERS, _TIMES, file])
     return subprocess.Popen(
         [sys.executable, "-I", "-c", _RENDER, limits],

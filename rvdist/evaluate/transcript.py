@@ -78,10 +78,10 @@ def _read(text: str, request: Request) -> tuple[Answer, str]:
     if isinstance(request, Rolling):
         number, line_end, rest = text.partition("\n")
         return likelihood(number, False), line_end + rest
-    found = _SCORED.match(text)
-    if not found:
+    match = _SCORED.match(text)
+    if not match:
         raise ValueError("it shows no log-likelihood, or one of 4 decimals, as older versions wrote it")
-    return likelihood(found[1], not found[2]), _after(request.continuation, text[found.end() :])
+    return likelihood(match[1], not match[2]), _after(request.continuation, text[match.end() :])
 
 
 def likelihood(logprob: str | float, greedy: bool) -> Loglikelihood:

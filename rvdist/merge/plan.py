@@ -127,12 +127,12 @@ class Plan:
 
     def needed(self, source: str) -> dict[str, int]:
         """How many bytes of each file of a source are read."""
-        found: dict[str, int] = {}
+        by_file: dict[str, int] = {}
         for file in self.files:
             for (name, part), nbytes in file.needs.items():
                 if name == source:
-                    found[part] = found.get(part, 0) + nbytes
-        return found
+                    by_file[part] = by_file.get(part, 0) + nbytes
+        return by_file
 
 
 def build_plan(
@@ -180,7 +180,7 @@ def _reads(
 ) -> dict[str, dict[tuple[str, str], int]]:
     """What each tensor of an output reads: (source, source file) → bytes."""
     layers = layer_count(layout.tensors)
-    found = {}
+    by_tensor = {}
     for name, written in layout.tensors.items():
         elements = {point.base: written.numel for point in points}
         for point in points:
@@ -196,8 +196,8 @@ def _reads(
             reads[source, spec.file] += elements[source] * ITEMSIZE[spec.dtype]
             if isinstance(own := sources[source], Scaled) and (scale := own.scales.get(name)):
                 reads[source, scale.file] += scale.nbytes
-        found[name] = dict(reads)
-    return found
+        by_tensor[name] = dict(reads)
+    return by_tensor
 
 
 def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint]) -> str:

@@ -103,8 +103,8 @@ def work(a: int, b: int, form: Format, rule: CarryRule = careful) -> str:
 
 def answer_of(text: str) -> int | None:
     """The number after ####, None where there is none."""
-    found = re.search(r"####\s*(\d+)", text)
-    return int(found.group(1)) if found else None
+    match = re.search(r"####\s*(\d+)", text)
+    return int(match.group(1)) if match else None
 
 
 # ---------------------------------------------------------------- questions and documents

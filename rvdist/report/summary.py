@@ -93,12 +93,12 @@ def baseline_of(rows: Sequence[Row]) -> str | None:
 def dissenting_rows(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """By task and arm, the scores through other filters than the primary one whose verdict is another."""
     primary = {(row.task, row.arm, row.metric): row for row in rows if row.primary}
-    found: dict[tuple[str, str], list[Row]] = {}
+    dissent: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         counts = primary.get((row.task, row.arm, row.metric))
         if counts and row.filter != counts.filter and row.verdict != counts.verdict:
-            found.setdefault((row.task, row.arm), []).append(row)
-    return found
+            dissent.setdefault((row.task, row.arm), []).append(row)
+    return dissent
 
 
 def write_summary(path: Path, rows: Sequence[Row]) -> None:

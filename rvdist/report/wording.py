@@ -124,15 +124,15 @@ def claims(rows: Sequence[Row], sweeps: Sequence[Sweep] = (), most: int = 8) -> 
     if not compared:
         return [f"Nothing was compared: the run has no other arm than “{baseline}” with a score."]
     total = f"{len(compared)} comparisons" if len(compared) > 1 else "one comparison"
-    found = sorted(filter(significant, compared), key=lambda row: (row.p_adjusted or 0.0, row.p_value or 0.0))
+    differing = sorted(filter(significant, compared), key=lambda row: (row.p_adjusted or 0.0, row.p_value or 0.0))
     scales = {task: Scale(group) for task, group in by_task(rows)}
     own = {(row.task, row.arm): row for row in rows if row.primary}
     along = [_sweep_sentences(sweep, own, scales[sweep.task], baseline) for sweep in sweeps]
-    if not found:
+    if not differing:
         return [f"In {total} with “{baseline}”, no difference can be told from chance.", *along]
-    firm = sum(map(survives, found))
-    how_many = f"{len(found)} {'shows a difference' if len(found) == 1 else 'show a difference'}"
-    of_those = {0: "none survives", len(found): "all survive" if firm > 1 else "it survives"}.get(
+    firm = sum(map(survives, differing))
+    how_many = f"{len(differing)} {'shows a difference' if len(differing) == 1 else 'show a difference'}"
+    of_those = {0: "none survives", len(differing): "all survive" if firm > 1 else "it survives"}.get(
         firm, f"{firm} survive"
     )
     if len(compared) == 1:
@@ -141,7 +141,7 @@ def claims(rows: Sequence[Row], sweeps: Sequence[Sweep] = (), most: int = 8) -> 
         sentences = [f"Of {total} with “{baseline}”, {how_many}; {of_those} correction for their number (Holm)."]
     sentences += along
     swept = {(sweep.task, arm) for sweep in sweeps for arm in sweep.arms}
-    alone = [row for row in found if (row.task, row.arm) not in swept]
+    alone = [row for row in differing if (row.task, row.arm) not in swept]
     for row in alone[:most]:
         scale = scales[row.task]
         sentences.append(f"{row.task} {_direction(row, scale)} with “{row.arm}” {_evidence(row, scale)}")
@@ -241,11 +241,11 @@ def footnotes(rows: Sequence[Row], detectable: Mapping[tuple[str, str], float]) 
     return notes
 
 
-def empty_sentences(found: Sequence[tuple[str, str, int, int]]) -> list[str]:
+def empty_sentences(counts: Sequence[tuple[str, str, int, int]]) -> list[str]:
     """Where answers are missing: of a task, an arm, how many are empty, of how many. A sentence for each task."""
     return [
         f"{task}: empty answers: {'; '.join(f'{none:,} of {all_:,} with “{arm}”' for _, arm, none, all_ in group)}."
-        for task, group in groupby(found, lambda one: one[0])
+        for task, group in groupby(counts, lambda one: one[0])
     ]
 
 

@@ -60,15 +60,15 @@ class Batch:
         self._merged = [stage for stage in chosen if stage in _MERGING]
         self._scorers: dict[str, Job] = {}
         self._arms: dict[WeightPoint, Arm] = {}
-        found: list[Part] = []
+        parts: list[Part] = []
         for number, entry in enumerate(settings.batch or [BatchConfig()]):
             key = f"batch[{number}]." if settings.batch else ""
             try:
-                found += self._entry(entry, key)
+                parts += self._entry(entry, key)
             except BadInput as error:
                 target = settings.target if entry.target is None else str(entry.target)
-                found.append(Part(None, None, "", target, None, BadInput(f"{key}{error}")))
-        self.parts = _distinct(found)
+                parts.append(Part(None, None, "", target, None, BadInput(f"{key}{error}")))
+        self.parts = _distinct(parts)
 
     @property
     def merges(self) -> list[Job]:
@@ -222,13 +222,13 @@ def _arms(made: Sequence[Part]) -> dict[WeightPoint, Arm]:
 
 def _apart(names: Iterable[str]) -> list[str]:
     """Names of files, each another."""
-    found: list[str] = []
+    apart: list[str] = []
     for name in names:
         name, count = name.lstrip(".")[:90] or "target", 1
-        while (unique := name + (f" ({count})" if count > 1 else "")) in found:
+        while (unique := name + (f" ({count})" if count > 1 else "")) in apart:
             count += 1
-        found.append(unique)
-    return found
+        apart.append(unique)
+    return apart
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class _Own:
         """The vectors that it stands for: more than one where its plus or path is a pattern."""
         own = {field.name: getattr(self.vector, field.name) for field in fields(DonorsConfig)}
         which = "path" if self.vector.path else "plus"
-        found = [own[which]] if own[which] is None else _matching(own[which], f"vector.{which}")
-        return [VectorConfig(**own | {which: source}) for source in found]
+        sources = [own[which]] if own[which] is None else _matching(own[which], f"vector.{which}")
+        return [VectorConfig(**own | {which: source}) for source in sources]
 
 
 def _vectors(settings: Config, entry: BatchConfig) -> list[_Own]:
@@ -279,20 +279,22 @@ def _matching(text: str, key: str) -> list[str]:
     """The directories that a pattern stands for, in order, but for unfinished outputs; else the text itself."""
     if not _is_pattern(text):
         return [text]
-    found = [path for path in glob(os.path.expanduser(text)) if os.path.isdir(path) and not path.endswith(".partial")]
-    if not found:
+    directories = [
+        path for path in glob(os.path.expanduser(text)) if os.path.isdir(path) and not path.endswith(".partial")
+    ]
+    if not directories:
         raise BadInput(f"{key}: no directory matches {text}; check the pattern")
-    return sorted(found)
+    return sorted(directories)
 
 
-def _distinct(found: Sequence[Part]) -> list[Part]:
+def _distinct(parts: Sequence[Part]) -> list[Part]:
     """Without what is asked for twice; none of several that would be written to one place."""
     points: dict[Path, dict[WeightPoint, Part]] = {}
-    for part in found:
+    for part in parts:
         if part.output and part.point:
             points.setdefault(part.output, {}).setdefault(part.point, part)
     kept = []
-    for part in found:
+    for part in parts:
         alike = points[part.output] if part.output else {}
         if len(alike) > 1:
             sentence = f"output: several points would be written to {part.output}; put {config.PLACEHOLDERS} into it"

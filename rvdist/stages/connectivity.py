@@ -68,12 +68,12 @@ def measure(evaluator: Evaluator, prepared: Prepared, reading: Scoring) -> Anato
     with prepared.timing.phase("connectivity"):
         evaluator.evaluate([reading])
     reading.require_scores()
-    found = [Line(name, _shares(arms), _bits(reading.prepared, arms)) for name, arms in prepared.lines.items()]
-    account = [asdict(line) | {"barrier": line.barrier, "rise": line.rise} for line in found]
+    lines = [Line(name, _shares(arms), _bits(reading.prepared, arms)) for name, arms in prepared.lines.items()]
+    account = [asdict(line) | {"barrier": line.barrier, "rise": line.rise} for line in lines]
     (prepared.directory / FILE).write_text(json.dumps(account, indent=2) + "\n")
-    picture = connectivity_plot([(line.name, line.shares, line.bits) for line in found])
+    picture = connectivity_plot([(line.name, line.shares, line.bits) for line in lines])
     (prepared.directory / "anatomy-connectivity.png").write_bytes(picture)
-    sentences = [line.sentence() for line in found]
+    sentences = [line.sentence() for line in lines]
     for sentence in sentences:
         prepared.say(sentence)
     return Anatomy(sentences, [Exhibit("connectivity", picture)])

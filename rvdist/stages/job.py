@@ -155,11 +155,11 @@ class Ended:
 
 def versions() -> dict[str, str]:
     """The versions that decide bytes and text, of what is installed."""
-    found = {"rvdist": __version__}
+    installed = {"rvdist": __version__}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed
 
 
 def remove_empty(directory: Path) -> None:

@@ -266,11 +266,11 @@ class _Command:
     def _measure(self, prepared: Prepared) -> None:
         from rvdist.stages.connectivity import measure
 
-        before, found = self._anatomies[prepared], measure(self._evaluation(), prepared, self._readings[prepared])
+        before, measured = self._anatomies[prepared], measure(self._evaluation(), prepared, self._readings[prepared])
         self._anatomies[prepared] = replace(
             before,
-            sentences=[*before.sentences, *found.sentences],
-            exhibits=[*before.exhibits, *found.exhibits],
+            sentences=[*before.sentences, *measured.sentences],
+            exhibits=[*before.exhibits, *measured.exhibits],
         )
 
     def _evaluate(self, group: Group) -> None:
@@ -322,8 +322,8 @@ class _Command:
             if isinstance(what, Vector):
                 text = _vector_card(prepared, what, directory, repository)
             else:
-                found = results(prepared.directory, scores, prepared.digests.get(what))
-                text = card(prepared, what, self._notes(prepared), repository, found)
+                scored = results(prepared.directory, scores, prepared.digests.get(what))
+                text = card(prepared, what, self._notes(prepared), repository, scored)
             publish(prepared.job, directory, repository, text)
 
     def _write_timing(self, prepared: Prepared) -> None:

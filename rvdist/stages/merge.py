@@ -94,13 +94,13 @@ def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], w
 
 def _by_ranges(sources: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Checkpoint]:
     """Of a Hub file that the merge needs little of, only that is fetched; engines would need all of it."""
-    found = dict(sources)
+    opened = dict(sources)
     for name, source in sources.items():
         if source.hub:
             from rvdist.weights.checkpoint.hub import by_ranges
 
-            found[name] = by_ranges(source, plan.needed(name))
-    return found
+            opened[name] = by_ranges(source, plan.needed(name))
+    return opened
 
 
 def card(

@@ -204,14 +204,14 @@ def _to_write(
 
 def _finished_before(job: Job, settings: Config, plan: Plan) -> set[Path]:
     """The outputs that an earlier run of the same plan has finished; overwriting does them again."""
-    found = set()
+    finished = set()
     for output, digests in zip(plan.outputs, plan.digests, strict=True):
         for directory, digest in zip(output.directories, digests, strict=True):
             manifest = directory / MANIFEST
             if not settings.overwrite and manifest.exists() and Manifest.read(directory).plan == digest:
                 job.say(f"{directory}: already complete")
-                found.add(directory)
-    return found
+                finished.add(directory)
+    return finished
 
 
 def _promised_by_others(written: Mapping[Path, WeightPoint], promised: Mapping[Path, WeightPoint]) -> set[Path]:

@@ -79,14 +79,14 @@ def results(directory: Path, scores: Scores | None, digest: str | None) -> list[
     reference = {row.task: row for row in rows if row.arm == baseline}
     members = {group.name: group.tasks for group in scores.groups}
     said = read_json(directory / "results" / f"{baseline}.json")
-    found = []
+    listed = []
     for row in rows:
         if row.point == digest:
             asked = {json.dumps(_ask(said, task)) for task in members.get(row.task, (row.task,))}
             what = json.loads(asked.pop()) if len(asked) == 1 else {}
             other = reference.get(row.task) if row.arm != baseline else None
-            found.append(Result(row, other, dissent=dissent.get((row.task, row.arm), ()), **what))
-    return found
+            listed.append(Result(row, other, dissent=dissent.get((row.task, row.arm), ()), **what))
+    return listed
 
 
 def _ask(said: Mapping[str, Any], task: str) -> dict[str, Any]:

@@ -135,9 +135,9 @@ def _account(outcome: Outcome[str], arms: Mapping[str, Arm], documents: int) -> 
     runners = []
     for name in outcome.means:
         fate, why = (BEST, "") if name == outcome.best else (TIED, "") if name in outcome.tied else (DROPPED, "")
-        if found := dropped.get(name):
-            evidence = f"evidence {min(found.evidence, 1e6):,.0f} of {found.bound:,.0f}"
-            why = f"after round {found.round} by “{found.by}” ({evidence})"
+        if state := dropped.get(name):
+            evidence = f"evidence {min(state.evidence, 1e6):,.0f} of {state.bound:,.0f}"
+            why = f"after round {state.round} by “{state.by}” ({evidence})"
         rounds = [(one.seen, one.mean) for one in outcome.history if one.candidate == name]
         runners.append(Runner(name, arms[name].alpha, rounds, fate, why))
     return RaceAccount(runners, documents)

@@ -97,8 +97,8 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
             (directory / part).mkdir(exist_ok=True)
         for arm, asking, answered in arms:
             truncated += answers_of(scoring.locate(arm), asking.requests, settings.engine.slice_size, answered)[1]
-            found = known.get((arm, scoring.digest(arm), asking))
-            results, scored = found.result() if found else score_arm(scoring, arm, asking, answered)
+            known_scores = known.get((arm, scoring.digest(arm), asking))
+            results, scored = known_scores.result() if known_scores else score_arm(scoring, arm, asking, answered)
             reported.setdefault(asking, results)
             text = json.dumps(results, indent=2, default=handle_non_serializable)
             (directory / "results" / f"{arm.name}.json").write_text(text)
@@ -121,7 +121,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
 def _groups(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
     """The groups that lm-eval scores, by the metrics that it puts together and that their records have."""
     known = {task.name: task for task in tasks}
-    found = []
+    infos = []
     for name, (group, members) in suite.groups.items():
         shared = [pair for pair in known[members[0]].metrics if all(pair in known[task].metrics for task in members)]
         together = {
@@ -133,5 +133,5 @@ def _groups(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
         if together:
             counts = known[members[0]].primary[1]
             metrics = tuple(sorted((pair for pair in shared if pair in together), key=lambda pair: pair[1] != counts))
-            found.append(GroupInfo(name, tuple(members), metrics, bool(together[metrics[0]].weight_by_size)))
-    return found
+            infos.append(GroupInfo(name, tuple(members), metrics, bool(together[metrics[0]].weight_by_size)))
+    return infos

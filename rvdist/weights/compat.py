@@ -285,8 +285,8 @@ def _judge_coverage(
 
 def _rename_hint(base: Checkpoint, left: Mapping[str, TensorSpec]) -> str:
     """The vector.rename that would make tensors of these names the base's, if one prefix explains it."""
-    found = fitting_rename(base, left)
-    return f'their names differ by a prefix: set vector.rename=\'[["{found[0]}","{found[1]}"]]\'' if found else ""
+    pair = fitting_rename(base, left)
+    return f'their names differ by a prefix: set vector.rename=\'[["{pair[0]}","{pair[1]}"]]\'' if pair else ""
 
 
 def _list_names(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[str]:
@@ -302,16 +302,16 @@ def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
         return _Finding([f"{lacking.path.name} has no config.json: its architecture was not compared"], [])
 
     differing = compare_configs(base.config, donor.config)
-    kinds = [found for found in differing if found[0] == "model_type"]
-    found = _Finding([], [])
+    kinds = [finding for finding in differing if finding[0] == "model_type"]
+    finding = _Finding([], [])
     for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
         if key.rpartition(".")[2] in _STRUCTURE:
-            found.refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
+            finding.refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
         else:
-            found.exceptions.append(
+            finding.exceptions.append(
                 f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}"
             )
-    return found
+    return finding
 
 
 def _shorten(value: Any) -> str:

@@ -79,7 +79,7 @@ def _squared_size(
     names = sorted(name for name, spec in specs.items() if spec.numel)
     chosen = names[:: -(-len(names) // _TENSORS)] if names else []
     buffers = [torch.empty(8 * _ELEMENTS, dtype=torch.uint8) for _ in range(2)]
-    found = weight = 0.0
+    square = weight = 0.0
     with closing(open_operand(plus)) as left, closing(open_operand(minus or plus)) as right:
         for name in chosen:
             numel = specs[name].numel if minus is None else min(specs[name].numel, minus.tensors[name].numel)
@@ -90,10 +90,10 @@ def _squared_size(
                     value = value - right.read(name, begin, end, buffers[1]).double()
                 squares += float(value.nan_to_num(0.0, 0.0, 0.0).square().sum())
                 count += end - begin
-            found += coefficient(name) ** 2 * specs[name].numel * squares / max(1, count)
+            square += coefficient(name) ** 2 * specs[name].numel * squares / max(1, count)
             weight += specs[name].numel
     whole = sum(specs[name].numel for name in names)
-    return found * (whole / weight) if weight else 0.0
+    return square * (whole / weight) if weight else 0.0
 
 
 def _places(numel: int) -> list[tuple[int, int]]:

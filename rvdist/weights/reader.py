@@ -245,15 +245,15 @@ class PointReader:
                 if vector.minus:
                     parts.setdefault(vector.minus, {})["minus"] = None
         rows = self.base.tensors[name].numel
-        found = [
+        suspects = [
             tell_nonfinite(self._values.operands[source], name, " and ".join(own), rows)
             for source, own in parts.items()
         ]
-        if any(found):
-            stays = any("the target" in own and odd for own, odd in zip(parts.values(), found, strict=True))
+        if any(suspects):
+            stays = any("the target" in own and odd for own, odd in zip(parts.values(), suspects, strict=True))
             mask = "" if stays else " keep the vector from this tensor (vector.mask.exclude),"
             return (
-                f"tensor {name} would be infinite or not a number: {' and '.join(filter(None, found))}; get a sound "
+                f"tensor {name} would be infinite or not a number: {' and '.join(filter(None, suspects))}; get a sound "
                 f"copy,{mask} or set allow_nonfinite=true"
             )
         dtype = str(self.output_dtype(self.base.tensors[name])).removeprefix("torch.")

@@ -38,12 +38,12 @@ class Writer:
         """Raises BadInput for values of a tensor that are infinite or not a number, and says where they come from."""
         if count_nonfinite(values):
             parts = ("plus", "minus") if len(self._donors) == 2 else ("the vector",)
-            found = [
+            suspects = [
                 tell_nonfinite(donor, name, part, 1 << 62)
                 for donor, part in zip(self._donors, parts, strict=True)
                 if name in donor.checkpoint.tensors  # a factor of one is not
             ]
-            why = " and ".join(filter(None, found)) or "the donors are finite, and their difference overflows"
+            why = " and ".join(filter(None, suspects)) or "the donors are finite, and their difference overflows"
             raise BadInput(
                 f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number: {why}; get a "
                 "sound copy, or store it in a wider vector.dtype"

@@ -119,14 +119,14 @@ def _mask(mask: MaskConfig, key: str) -> Mask:
 def outputs(config: Config, recipe: WeightPoint | None = None) -> dict[Path, WeightPoint]:
     """What the merge stage writes: directory → point, that of a `recipe` where there is one. Raises BadInput where a
     vector or a placeholder lacks or two points would share a directory."""
-    found: dict[Path, WeightPoint] = {}
+    written: dict[Path, WeightPoint] = {}
     for directory, _, merged in _merges(config, recipe):
         if not merged.terms:
             raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
-        if directory in found:
+        if directory in written:
             raise BadInput(f"output: several points would be written to {directory}; put {PLACEHOLDERS} into it")
-        found[directory] = merged
-    return found
+        written[directory] = merged
+    return written
 
 
 def _merges(config: Config, recipe: WeightPoint | None) -> Iterator[tuple[Path, float, WeightPoint]]:
@@ -149,24 +149,24 @@ def repositories(config: Config, recipe: WeightPoint | None = None) -> dict[Path
     """What the publish stage uploads, and where to: directory → `org/name` or `org/name@branch`. Raises BadInput."""
     assert config.publish is not None
     own = vector_to_save(config)
-    found = {own.directory: config.publish} if own else {}
+    named = {own.directory: config.publish} if own else {}
     for directory, alpha, merged in _merges(config, recipe):
-        found[directory] = _fill(config, config.publish, merged, alpha)
-    if not found:
+        named[directory] = _fill(config, config.publish, merged, alpha)
+    if not named:
         raise BadInput("publish uploads what was written; set output=DIRECTORY or vector.save=DIRECTORY")
-    for repository in found.values():
+    for repository in named.values():
         if not _REPOSITORY.fullmatch(repository):
             raise BadInput(
                 f"publish: {repository!r} is not the name of a repository; write it as ORG/NAME or ORG/NAME@BRANCH, of "
                 "letters, digits, '-', '_' and '.'"
             )
-    names = [repository.casefold() for repository in found.values()]
+    names = [repository.casefold() for repository in named.values()]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInput(
             f"publish: several outputs would be uploaded to {twice[0]}; put {PLACEHOLDERS} into the name, or publish "
             "the vector by a run of its own"
         )
-    return found
+    return named
 
 
 def vector_name(merged: WeightPoint) -> str:
@@ -191,14 +191,14 @@ def vector_points(config: Config) -> dict[str, WeightPoint]:
     target plus that vector. Raises BadInput."""
     whole = point(config, 1.0)
     names = ["vector"] if len(whole.terms) == 1 else [f"vectors[{k}]" for k in range(len(whole.terms))]
-    found = {name: replace(whole, terms=(term,)) for name, term in zip(names, whole.terms, strict=True)}
+    points = {name: replace(whole, terms=(term,)) for name, term in zip(names, whole.terms, strict=True)}
     for number, entry in enumerate(config.arms):
         if entry.vector is not None:
             (term,) = _entry_arm(config, entry, number).point.terms
-            found[entry.name] = replace(whole, terms=(term,))
-    if not found:
+            points[entry.name] = replace(whole, terms=(term,))
+    if not points:
         raise BadInput("stages: analyze needs a vector; give vector.plus and vector.minus, or vector.path")
-    return found
+    return points
 
 
 def lines(config: Config) -> dict[str, list[Arm]]:
@@ -310,15 +310,15 @@ def candidates(config: Config) -> list[Arm]:
             f"search.groups: {len(search.groups)} groups of {len(set(values))} values each are {len(choices):,} "
             f"candidates; at most {MOST_CANDIDATES:,} can be raced, so give fewer of one"
         )
-    found = []
+    raced = []
     for choice in choices:
         if not any(choice):
-            found.append(Arm(BASELINE, WeightPoint(config.target), alpha=0.0))
+            raced.append(Arm(BASELINE, WeightPoint(config.target), alpha=0.0))
         elif search.groups:
-            found.append(Arm(f"alpha={','.join(map(alpha_text, choice))}", _grouped_point(config, choice)))
+            raced.append(Arm(f"alpha={','.join(map(alpha_text, choice))}", _grouped_point(config, choice)))
         else:
-            found.append(_alpha_arm(config, choice[0]))
-    return found
+            raced.append(_alpha_arm(config, choice[0]))
+    return raced
 
 
 def _grouped_point(config: Config, choice: Sequence[float]) -> WeightPoint:

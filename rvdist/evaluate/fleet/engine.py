@@ -57,15 +57,15 @@ def _next(running: Running[T]) -> Progress | T:
     try:
         return next(running)
     except StopIteration as end:
-        found: T = end.value
-        return found
+        result: T = end.value
+        return result
 
 
 def _finish(running: Running[T]) -> T:
     """What comes at the end."""
-    while isinstance(found := _next(running), Progress):
+    while isinstance(came := _next(running), Progress):
         pass
-    return found
+    return came
 
 
 class Engine:
@@ -183,11 +183,11 @@ class Engine:
 
     def _log_probabilities(self, tokens: list[int]) -> list[float]:
         """Of each token but the first after those before it."""
-        (found,) = _finish(self._candidates([tokens]))
-        return [found[i][token].logprob for i, token in enumerate(tokens) if i > 0]
+        (candidates,) = _finish(self._candidates([tokens]))
+        return [candidates[i][token].logprob for i, token in enumerate(tokens) if i > 0]
 
-    def _require_own(self, found: Sequence[float], tolerance: float, otherwise: str) -> None:
-        off = max(0.0 if a == b else abs(a - b) for a, b in zip(found, self._own, strict=True))
+    def _require_own(self, given: Sequence[float], tolerance: float, otherwise: str) -> None:
+        off = max(0.0 if a == b else abs(a - b) for a, b in zip(given, self._own, strict=True))
         if not off <= tolerance:
             raise Unusable(f"{otherwise} (a log-probability is {off:.3g} nats from what it must be)")
 
@@ -284,10 +284,10 @@ class Engine:
         for k in range(0, len(windows), at_once):
             owners, prompts, starts = zip(*windows[k : k + at_once], strict=True)
             before, score = told, self._score(prompts, starts)
-            while isinstance(found := _next(score), Progress):
-                told = before + found
+            while isinstance(came := _next(score), Progress):
+                told = before + came
                 yield replace(told, requests=told.requests * len(requests) // len(windows))
-            for i, own in zip(owners, found, strict=True):
+            for i, own in zip(owners, came, strict=True):
                 scores[i].append(own)
         return [
             Loglikelihood(sum((s.logprob for s in own), 0.0), all(s.greedy for s in own), sum(s.tokens for s in own))
@@ -297,8 +297,8 @@ class Engine:
     def _score(self, prompts: Sequence[list[int]], starts: Sequence[int]) -> Running[list[Loglikelihood]]:
         """How likely each prompt is from its start on."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-        found = yield from self._candidates([prompts[i] for i in order])
-        answers = dict(zip(order, found, strict=True))
+        candidates = yield from self._candidates([prompts[i] for i in order])
+        answers = dict(zip(order, candidates, strict=True))
         scores = []
         for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             numbers = answers[i].logprobs[answers[i].start_indices[start] :]

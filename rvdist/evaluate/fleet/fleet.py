@@ -310,8 +310,8 @@ def device_kind(on_gpus: bool) -> str:
     if on_gpus:
         kinds = [name for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
         return ", ".join(sorted(kind.partition(":")[2] for kind in kinds)) or "GPU"
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else platform.machine()
 
 
 def _ready(pending: list[Any]) -> list[Any]:
@@ -324,8 +324,8 @@ def _ready(pending: list[Any]) -> list[Any]:
     ready, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
     if ready:
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
-    found: list[Any] = ready
-    return found
+    there: list[Any] = ready
+    return there
 
 
 def _next(ready: Any) -> Any:

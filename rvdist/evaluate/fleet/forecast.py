@@ -149,13 +149,13 @@ class Forecast:
     def seconds_left(self, now: float, engines: int) -> float | None:
         """What is still to be done, shared by so many engines; None where nothing is known yet. It stays as it was said
         rather than grow a little, since that is noise or a slice's last and slowest answers."""
-        found = self._estimate(now, engines)
-        if found is None:
+        estimate = self._estimate(now, engines)
+        if estimate is None:
             return None
-        if self._said is not None and self._said < found < _MUCH * self._said:
-            found = self._said
-        self._said = found
-        return found
+        if self._said is not None and self._said < estimate < _MUCH * self._said:
+            estimate = self._said
+        self._said = estimate
+        return estimate
 
     def _estimate(self, now: float, engines: int) -> float | None:
         price = self._price()
@@ -231,9 +231,9 @@ class Forecast:
 
     def _tokens_per_character(self, name: str, works: Mapping[str, Sequence[_Work]]) -> float:
         for names in ([name], self._tasks):
-            found = [self._tasks[one].known(works.get(one, ())) for one in names]
-            if characters := sum(size.characters for size, *_ in found):
-                return sum(prompts for _, prompts, *_ in found) / characters
+            seen = [self._tasks[one].known(works.get(one, ())) for one in names]
+            if characters := sum(size.characters for size, *_ in seen):
+                return sum(prompts for _, prompts, *_ in seen) / characters
         return 1 / CHARACTERS_PER_TOKEN
 
     def _learn(self, costs: Floats, seconds: float) -> None:
@@ -257,11 +257,11 @@ class Forecast:
         for size in range(1, len(present) + 1):
             for chosen in map(list, combinations(present, size)):
                 ridged = squares[np.ix_(chosen, chosen)] + np.diag(_RIDGE[chosen])
-                found = np.linalg.solve(ridged, products[chosen])
-                loss = float(found @ ridged @ found - 2 * products[chosen] @ found)
-                if (found >= 0).all() and loss < least:
+                prices = np.linalg.solve(ridged, products[chosen])
+                loss = float(prices @ ridged @ prices - 2 * products[chosen] @ prices)
+                if (prices >= 0).all() and loss < least:
                     best, least = np.zeros(_KINDS), loss
-                    best[chosen] = found
+                    best[chosen] = prices
         price: Floats = best / scale
         together = float(price @ self._costs)
         overhead = max(1.0, self._held / self._answering) if self._answering else 1.0

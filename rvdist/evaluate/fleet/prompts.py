@@ -36,19 +36,19 @@ class _Cutter:
         self._asked.put((text, keywords))
         seconds = _PATIENCE + len(text) / _SLOWEST
         try:
-            found = self._answers.get(timeout=seconds)
+            answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             self._begin()  # another, for that one is lost
             raise ValueError(
                 f"the tokenizer takes more than {seconds:.0f} s for a prompt of {len(text):,} characters: its file has "
                 "regular expressions that do not end; take the model's own tokenizer"
             ) from None
-        if isinstance(found, array):
-            return found
-        if isinstance(found, Exception):
-            raise found
+        if isinstance(answer, array):
+            return answer
+        if isinstance(answer, Exception):
+            raise answer
         raise ValueError(
-            f"the tokenizer fails at a prompt of {len(text):,} characters ({reason(found)})"
+            f"the tokenizer fails at a prompt of {len(text):,} characters ({reason(answer)})"
         )  # Rust's panic
 
 

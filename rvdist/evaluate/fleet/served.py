@@ -80,7 +80,7 @@ def _root() -> Path:
     root = Path(tempfile.gettempdir()) / f"rvdist-engines-{os.getuid()}"
     with suppress(FileExistsError):
         root.mkdir(mode=0o700)
-    found = root.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+    status = root.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
         return root
     return Path(tempfile.mkdtemp(prefix="rvdist-engines-"))

@@ -100,7 +100,7 @@ def load(
                 manager.task_index[name] = _perturb(manager.task_index[task], name, perturbation)
             elif name.startswith(f"{TEXT}:"):
                 manager.task_index[name] = _text_file(manager.task_index[TEXT], name)
-            found = manager.load([name])
+            task_dict = manager.load([name])
         except local.MissingData as error:
             lacking[name] = str(error)
             if not leave_out or len(lacking) == len(parsed):
@@ -110,7 +110,7 @@ def load(
         except Exception as error:  # whatever a data set's loader raises
             raise BadInput(f"benchmarks.tasks: {name} could not be loaded ({_reason(error)})") from None
         else:
-            built += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+            built += [task_dict["groups"][name]] if name in task_dict["groups"] else task_dict["tasks"].values()
     try:
         loaded: dict[str, Any] = manager.load(built)
     except ValueError as error:  # one task twice, by itself and in a group
@@ -139,7 +139,7 @@ def primary_filters(
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "name a task of benchmarks.tasks"
             raise BadInput(f"benchmarks.primary: {name} is none of the tasks that are asked; {hint}")
-    found = {}
+    chosen = {}
     for name, task in tasks.items():
         filters = [one["name"] for one in task.get_config("filter_list") or [{"name": "none"}]]
         holding = sorted((group for group in groups if name in groups[group]), key=lambda group: len(groups[group]))
@@ -150,8 +150,8 @@ def primary_filters(
             )
         asked_for = [pair for pattern, pair in _ASKED_FOR.items() if re.fullmatch(pattern, _original(name))]
         own = asked_for[0][0 if task.get_config("num_fewshot") else 1] if asked_for else filters[0]
-        found[name] = wanted[names[0]] if names else own if own in filters else filters[0]
-    return found
+        chosen[name] = wanted[names[0]] if names else own if own in filters else filters[0]
+    return chosen
 
 
 def _original(name: str) -> str:

@@ -63,9 +63,9 @@ def empty_answers(records: Iterable[Record], tasks: Sequence[TaskInfo]) -> list[
     filters = {task.name: task.primary[1] for task in tasks}
     for record in records:
         if filters.get(record.task) == record.filter:
-            found = counts.setdefault((record.task, record.arm), [0, 0])
-            found[0] += bool(_BLANK.fullmatch(record.response.strip()))
-            found[1] += 1
+            pair = counts.setdefault((record.task, record.arm), [0, 0])
+            pair[0] += bool(_BLANK.fullmatch(record.response.strip()))
+            pair[1] += 1
     return [(task, arm, none, all_) for (task, arm), (none, all_) in counts.items() if 2 * none >= all_ > 0]
 
 
@@ -109,7 +109,7 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
     for j in [*_spread_evenly(np.flatnonzero(flipped)), *_spread_evenly(np.flatnonzero(~flipped))]:
         if texts.size >= limit:
             break
-        found = {arm: answers[arm][order[j]] for arm in arms if order[j] in answers.get(arm, {})}
+        by_arm = {arm: answers[arm][order[j]] for arm in arms if order[j] in answers.get(arm, {})}
         chosen[j] = {
             arm: [
                 round(float(record.metrics[metric]), 6),
@@ -118,7 +118,7 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
                 texts.place(record.filtered, 1500, 500),
                 texts.place(record.response, 4000, 2000),
             ]
-            for arm, record in found.items()
+            for arm, record in by_arm.items()
         }
     kept = sorted(chosen)
     return {

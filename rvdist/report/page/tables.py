@@ -41,11 +41,11 @@ def paper_table(lines: Sequence[Line]) -> dict[str, Any]:
 def edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
     """A task's edited questions as the template shows them."""
 
-    def change(found: Change | None) -> dict[str, str] | None:
-        if found is None:
+    def change(one: Change | None) -> dict[str, str] | None:
+        if one is None:
             return None
-        text = scale.change(found.delta, found.ci_low, found.ci_high)
-        return {"text": text, "p": p_text(found.p_adjusted), "verdict": verdict_text(found), "kind": _kind(found)}
+        text = scale.change(one.delta, one.ci_low, one.ci_high)
+        return {"text": text, "p": p_text(one.p_adjusted), "verdict": verdict_text(one), "kind": _kind(one)}
 
     def line(row: Edited, value: float, gain: Change | None, own: bool) -> dict[str, Any]:
         return {

@@ -137,12 +137,12 @@ def _spectra(anatomy: Anatomy) -> Figure:
     for place, vector in enumerate(vectors):
         axes = figure.add_subplot(rows, columns, place + 1)
         for kind, (color, _, dashes) in zip(kinds, cycle(_LINES), strict=False):
-            found = anatomy.spectra(vector, kind)
-            if not found:
+            spectra = anatomy.spectra(vector, kind)
+            if not spectra:
                 continue
-            reach = min(spectrum.ranks[-1] for spectrum in found)
+            reach = min(spectrum.ranks[-1] for spectrum in spectra)
             at = np.unique(np.geomspace(1, reach, 80).round())
-            curves = np.array([np.interp(at, s.ranks, np.array(s.values) / s.values[0]) for s in found])
+            curves = np.array([np.interp(at, s.ranks, np.array(s.values) / s.values[0]) for s in spectra])
             curves[curves <= 0] = np.nan
             with np.errstate(all="ignore"):
                 axes.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.1, linewidth=0)
@@ -185,8 +185,8 @@ def _cosines(anatomy: Anatomy) -> Figure:
         along.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
         along.set_xticks(_ticks(anatomy.layers[0].layer or 0, anatomy.layers[-1].layer or 0))
         along.set_xlabel("layer")
-        found = [x for part in anatomy.layers for i, j in pairs if (x := part.cosines[i][j]) is not None]
-        along.set_ylim(min(-0.1, *found, 0) * 1.1, max(0.1, *found, 0) * 1.1)
+        cosines = [x for part in anatomy.layers for i, j in pairs if (x := part.cosines[i][j]) is not None]
+        along.set_ylim(min(-0.1, *cosines, 0) * 1.1, max(0.1, *cosines, 0) * 1.1)
         along.set_title("by layer", loc="left", fontsize=10, fontweight="bold")
         along.grid(axis="y", color="#e5e7eb", linewidth=0.6)
         along.legend(frameon=False, fontsize=8, loc="best")

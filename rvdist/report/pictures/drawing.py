@@ -40,7 +40,7 @@ STYLE = {
 def render(draw: Callable[[], Figure | None], *formats: str) -> list[bytes]:
     """The figure as `png` or `pdf`, without a date, so that the same numbers are the same bytes; nothing if there is
     no figure."""
-    found = []
+    files = []
     with rc_context(STYLE):
         figure = draw()
         for format_ in formats if figure else ():
@@ -49,8 +49,8 @@ def render(draw: Callable[[], Figure | None], *formats: str) -> list[bytes]:
                 FigureCanvasPdf(figure).print_pdf(file, metadata={"CreationDate": None})
             else:
                 FigureCanvasAgg(figure).print_png(file)
-            found.append(file.getvalue())
-    return found
+            files.append(file.getvalue())
+    return files
 
 
 def empty(width: float, height: float) -> Figure:

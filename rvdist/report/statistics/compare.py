@@ -76,14 +76,14 @@ def summarise(
             row = _row(arm, score, samples[arm.name])
             if baseline is not None and arm.name != baseline:
                 _check_same_documents(score.task, arm.name, samples[arm.name], baseline, samples[baseline])
-                found = compare(samples[arm.name], samples[baseline])
+                comparison = compare(samples[arm.name], samples[baseline])
                 row = replace(
                     row,
-                    delta=found.delta,
-                    delta_ci_low=known(found.low),
-                    delta_ci_high=known(found.high),
-                    p_value=found.p_value,
-                    verdict=found.verdict(score.higher_is_better),
+                    delta=comparison.delta,
+                    delta_ci_low=known(comparison.low),
+                    delta_ci_high=known(comparison.high),
+                    p_value=comparison.p_value,
+                    verdict=comparison.verdict(score.higher_is_better),
                 )
             rows.append(row)
     return _adjust(rows, Outline([task.name for task in tasks], groups))
@@ -128,7 +128,7 @@ def detectable_effects(
     """The minimal detectable effect of each comparison of primary scores with the baseline, by task or group and arm;
     without those whose documents of an unbounded score did not change."""
     answers = sort_records(records)
-    found = {}
+    effects = {}
     for score in scores(tasks, groups):
         if score.primary:
             reference = sample(answers, baseline, score)
@@ -140,8 +140,8 @@ def detectable_effects(
                         size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
                         effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size)
                         more, _ = _hidden_variance(differences, ours.weights, ours.strata)
-                        found[score.task, arm.name] = effect * math.sqrt(more)
-    return found
+                        effects[score.task, arm.name] = effect * math.sqrt(more)
+    return effects
 
 
 def _check_same_documents(task: str, arm: str, sample: Sample, baseline: str, reference: Sample) -> None:

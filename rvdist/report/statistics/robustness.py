@@ -161,9 +161,9 @@ def _row(score: Score, edit: str, arm: str, pair: Pair, reference: Pair | None) 
     )
 
 
-def _change(found: Comparison, higher_is_better: bool) -> Change:
-    low, high = known(found.low), known(found.high)
-    return Change(found.delta, low, high, found.p_value, found.verdict(higher_is_better))
+def _change(comparison: Comparison, higher_is_better: bool) -> Change:
+    low, high = known(comparison.low), known(comparison.high)
+    return Change(comparison.delta, low, high, comparison.p_value, comparison.verdict(higher_is_better))
 
 
 def _said(row: Edited) -> Edited:

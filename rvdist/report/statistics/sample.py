@@ -99,23 +99,23 @@ def _task_sample(answers: Answers, arm: str, task: str, metric: str, filter_: st
     records = answers.get((arm, task, filter_))
     if not records:
         raise ValueError(f"arm {arm!r} has no record of task {task!r} under the filter {filter_!r}")
-    found: defaultdict[str, list[float]] = defaultdict(list)
+    scores: defaultdict[str, list[float]] = defaultdict(list)
     for record in records:
         value = float(record.metrics.get(metric, math.nan))
         if not math.isfinite(value):
             raise ValueError(f"arm {arm!r} has no finite {metric!r} for document {record.doc_id} of task {task!r}")
-        found[record.doc].append(value)
+        scores[record.doc].append(value)
     points = {record.point for record in records}
     if len(points) > 1:
         raise ValueError(f"the records of arm {arm!r} come from {len(points)} weight points, not one")
-    documents = tuple(sorted(found))
-    binary = all(value in (0.0, 1.0) for own in found.values() for value in own)
+    documents = tuple(sorted(scores))
+    binary = all(value in (0.0, 1.0) for own in scores.values() for value in own)
     return Sample(
         documents=documents,
-        values=np.array([math.fsum(found[doc]) / len(found[doc]) for doc in documents]),
+        values=np.array([math.fsum(scores[doc]) / len(scores[doc]) for doc in documents]),
         weights=np.ones(len(documents)),
         strata=(len(documents),),
-        exact=binary and all(len(own) == 1 for own in found.values()),
+        exact=binary and all(len(own) == 1 for own in scores.values()),
         shares=binary,
         point=points.pop(),
         seeds=frozenset(record.seed for record in records),

@@ -59,8 +59,8 @@ def seed_spread(
     answers = {seed: sort_records(of_seed) for seed, of_seed in sorted(by_seed.items())}
     outline = Outline([task.name for task in tasks], groups)
     shown = [score for score in scores(tasks, groups) if score.primary and outline.is_benchmark(score.task)]
-    found = [_spread(answers, arm.name, baseline, score) for score in shown for arm in arms]
-    return [spread for spread in found if spread]
+    spreads = [_spread(answers, arm.name, baseline, score) for score in shown for arm in arms]
+    return [spread for spread in spreads if spread]
 
 
 def _spread(by_seed: Mapping[int, Answers], arm: str, baseline: str | None, score: Score) -> Spread | None:

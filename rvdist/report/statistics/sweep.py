@@ -63,7 +63,7 @@ def sweeps(
     answers = sort_records(records)
     prompts = list(dict.fromkeys(arm.prompt for arm in arms))
     lines = [(prompt, _line(arms, prompt)) for prompt in prompts]
-    found: list[Sweep] = []
+    made: list[Sweep] = []
     tests: list[tuple[int, int, Comparison]] = []  # the sweep, the place of the lower α, what was found
     for score in _benchmarks(tasks, groups):
         for prompt, line in lines:
@@ -71,23 +71,23 @@ def sweeps(
             if len(drawn) >= FEWEST:
                 sign = 1 if score.higher_is_better else -1
                 ranked = sorted(range(len(drawn)), key=lambda i: (-sign * drawn[i].score, abs(line[i].alpha or 0.0)))
-                tests += [(len(found), i, compare(upper, lower)) for i, (lower, upper) in enumerate(pairwise(drawn))]
+                tests += [(len(made), i, compare(upper, lower)) for i, (lower, upper) in enumerate(pairwise(drawn))]
                 best = ranked[0]
                 level = tuple(
                     line[i].name for i in sorted(ranked[1:]) if math.isclose(drawn[i].score, drawn[best].score)
                 )
                 names = tuple(arm.name for arm in line)
                 said = prompt if len(prompts) > 1 else ""
-                found.append(Sweep(score.task, said, names, names[best], level, names[ranked[-1]], ()))
+                made.append(Sweep(score.task, said, names, names[best], level, names[ranked[-1]], ()))
     alphas = {arm.name: arm.alpha or 0.0 for arm in arms}
     adjusted = holm([test.p_value for *_, test in tests])
     for (which, place, test), p_value in zip(tests, adjusted, strict=True):
-        sweep = found[which]
+        sweep = made[which]
         lower, upper = sweep.arms[place], sweep.arms[place + 1]
         if sweep.best in (lower, upper):
             neighbour = Neighbour(alphas[lower if sweep.best == upper else upper], abs(test.delta), p_value)
-            found[which] = replace(sweep, neighbours=(*sweep.neighbours, neighbour))
-    return found
+            made[which] = replace(sweep, neighbours=(*sweep.neighbours, neighbour))
+    return made
 
 
 def limits(
@@ -95,14 +95,14 @@ def limits(
 ) -> list[Limit]:
     """Benchmarks of shares on which the baseline is so near 0 or 1 that a change could not be seen."""
     answers = sort_records(records)
-    found = []
+    made = []
     for score in _benchmarks(tasks, groups):
         own = sample(answers, baseline, score)
         if own.shares:
             rooms = {True: int((own.values > 0).sum()), False: int((own.values < 1).sum())}
             n = len(own.values)
-            found += [Limit(score.task, fall, room, n) for fall, room in rooms.items() if room < SEEN]
-    return found
+            made += [Limit(score.task, fall, room, n) for fall, room in rooms.items() if room < SEEN]
+    return made
 
 
 def _benchmarks(tasks: Sequence[TaskInfo], groups: Sequence[GroupInfo]) -> list[Score]:

@@ -57,11 +57,11 @@ def analyze(
     with torch_threads(1), np.errstate(over="ignore", invalid="ignore"), opened as values:
         for spec in base.tensors.values():
             if spec.is_floating_point:
-                found = _survey(spec.name, target, displacements, values, thresholds)
-                _require_finite(found, names, sources, target, displacements)
+                surveyed = _survey(spec.name, target, displacements, values, thresholds)
+                _require_finite(surveyed, names, sources, target, displacements)
                 if spectra and len(spec.shape) == 2:
-                    _add_spectra(found, spec.shape[1], displacements, values)
-                tensors.append(found)
+                    _add_spectra(surveyed, spec.shape[1], displacements, values)
+                tensors.append(surveyed)
             progress(spec.nbytes)
         account(values.bytes_read)
     for source in used:
@@ -162,9 +162,9 @@ def _survey(
                 both = min(len(v), len(taken[j]))
                 dots[k, j].add(v[:both], taken[j][:both], scratch)
             _count(sums[k], np.abs(v, out=size[: len(v)]), theta[: len(v)], thresholds, scratch[: len(v)])
-    for k, found in enumerate(sums):
-        found.square, found.shared = own[k].value, common[k].value
-        found.distance, found.toward = distance[k].value, toward[k].value
+    for k, one_sums in enumerate(sums):
+        one_sums.square, one_sums.shared = own[k].value, common[k].value
+        one_sums.distance, one_sums.toward = distance[k].value, toward[k].value
     return _Tensor(name, numel, square.value, sums, {pair: dot.value for pair, dot in dots.items()})
 
 
@@ -174,36 +174,36 @@ def _count(sums: _Sums, size: Floats, theta: Floats, thresholds: Sequence[float]
         sums.largest = float(np.maximum(sums.largest, size.max()))
         sums.zeros += len(size) - int(np.count_nonzero(size))
         within = [int(np.count_nonzero(size <= np.multiply(theta, limit, out=scratch))) for limit in thresholds]
-        sums.below = tuple(before + found for before, found in zip(sums.below, within, strict=True))
+        sums.below = tuple(before + count for before, count in zip(sums.below, within, strict=True))
 
 
 def _require_finite(
-    found: _Tensor,
+    tensor: _Tensor,
     names: Sequence[str],
     sources: Mapping[str, Checkpoint],
     target: str,
     displacements: Sequence[_Displacement],
 ) -> None:
-    suspects = {str(sources[target].path): found.square}
-    for name, one, sums in zip(names, displacements, found.vectors, strict=True):
+    suspects = {str(sources[target].path): tensor.square}
+    for name, one, sums in zip(names, displacements, tensor.vectors, strict=True):
         suspects[f"vector {name}"] = sums.square
         if one.origin is not None:
             suspects[str(sources[one.origin].path)] = sums.distance
     for suspect, square in suspects.items():
         if not math.isfinite(square):
             raise BadInput(
-                f"{suspect}: tensor {found.name} is infinite or not a number in places, or too large to be squared; "
+                f"{suspect}: tensor {tensor.name} is infinite or not a number in places, or too large to be squared; "
                 "check the checkpoints"
             )
 
 
-def _add_spectra(found: _Tensor, columns: int, displacements: Sequence[_Displacement], values: Values) -> None:
-    for one, sums in zip(displacements, found.vectors, strict=True):
+def _add_spectra(tensor: _Tensor, columns: int, displacements: Sequence[_Displacement], values: Values) -> None:
+    for one, sums in zip(displacements, tensor.vectors, strict=True):
         if sums.square:
 
             def read(first: int, rows: Floats, one: _Displacement = one) -> None:
                 flat = torch.from_numpy(rows.reshape(-1))
-                values.difference(found.name, first * columns, one.plus, one.minus, flat)
+                values.difference(tensor.name, first * columns, one.plus, one.minus, flat)
 
             sums.spectrum = spectrum(read, (sums.elements // columns, columns), sums.square)
 
@@ -217,7 +217,10 @@ def _findings(target: str, names: Sequence[str], thresholds: tuple[float, ...], 
 
     def within(layer: int | None = None, kind: str | None = None) -> list[_Tensor]:
         return [
-            t for (own, what), found in cells.items() if layer in (None, own) and kind in (None, what) for t in found
+            t
+            for (own, what), members in cells.items()
+            if layer in (None, own) and kind in (None, what)
+            for t in members
         ]
 
     return Anatomy(

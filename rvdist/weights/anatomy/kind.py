@@ -27,5 +27,5 @@ def kind_of(name: str) -> str:
 
 def in_order(kinds: Iterable[str]) -> list[str]:
     """Each kind once: the usual ones in the order in which a token meets them, then the others as they come."""
-    found = dict.fromkeys(kinds)
-    return [kind for kind in _USUAL if kind in found] + [kind for kind in found if kind not in _USUAL]
+    present = dict.fromkeys(kinds)
+    return [kind for kind in _USUAL if kind in present] + [kind for kind in present if kind not in _USUAL]

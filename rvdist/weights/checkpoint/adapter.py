@@ -31,17 +31,17 @@ _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # every other w
 _WAY_OUT = "merge it into its base with peft's merge_and_unload and use the result as vector.plus"
 
 
-def as_adapter(found: Checkpoint) -> Difference:
-    """The adapter whose weight file is open as `found`. Raises BadInput."""
-    if not (found.path / _CONFIG).exists():
-        raise BadInput(f"{found.path}: has {WEIGHTS} but no {_CONFIG}, which has its scale; copy it there")
-    config = read_json(found.path / _CONFIG)
-    _require_plain(found, config)
+def as_adapter(checkpoint: Checkpoint) -> Difference:
+    """The adapter whose weight file is open as `checkpoint`. Raises BadInput."""
+    if not (checkpoint.path / _CONFIG).exists():
+        raise BadInput(f"{checkpoint.path}: has {WEIGHTS} but no {_CONFIG}, which has its scale; copy it there")
+    config = read_json(checkpoint.path / _CONFIG)
+    _require_plain(checkpoint, config)
     factors: dict[str, dict[str, TensorSpec]] = {}
     others = []
-    for name, spec in found.tensors.items():
+    for name, spec in checkpoint.tensors.items():
         if not name.startswith(_PREFIX):
-            _refuse(found, f"tensor {name} does not begin with {_PREFIX} as peft's do", "save it with peft")
+            _refuse(checkpoint, f"tensor {name} does not begin with {_PREFIX} as peft's do", "save it with peft")
         factor = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
         if factor:
             factors.setdefault(factor[1], {})[factor[2]] = spec
@@ -49,42 +49,44 @@ def as_adapter(found: Checkpoint) -> Difference:
             others.append(name)
     for name in others:  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
         if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") not in factors:
-            _refuse(found, f"tensor {name} is not a factor of a product (a weight of its own, or a bias)")
+            _refuse(checkpoint, f"tensor {name} is not a factor of a product (a weight of its own, or a bias)")
     tensors: dict[str, TensorSpec] = {}
     forms: dict[str, Form] = {}
-    ranks = _numbers(found, config, "r", "rank_pattern", list(factors))
-    alphas = _numbers(found, config, "lora_alpha", "alpha_pattern", list(factors))
+    ranks = _numbers(checkpoint, config, "r", "rank_pattern", list(factors))
+    alphas = _numbers(checkpoint, config, "lora_alpha", "alpha_pattern", list(factors))
     for module, pair in factors.items():
-        form = _product(found, config, module, pair, ranks[module], alphas[module])
+        form = _product(checkpoint, config, module, pair, ranks[module], alphas[module])
         rows, columns = form.left.shape[0], form.right.shape[1]
         shape = (columns, rows) if form.transposed else (rows, columns)
         name = f"{module}.weight"
         tensors[name] = TensorSpec(name, "F32", shape, form.left.file, form.left.offset)
         forms[name] = form
     base = config.get("base_model_name_or_path")
-    stamps = found.stamps | {_CONFIG: stamp_beside(found, _CONFIG)}
+    stamps = checkpoint.stamps | {_CONFIG: stamp_beside(checkpoint, _CONFIG)}
     trained_on = base if isinstance(base, str) else None
-    return Difference(found.path, tensors, found.metadata, stamps, found.hub, "adapter", forms, trained_on)
+    return Difference(
+        checkpoint.path, tensors, checkpoint.metadata, stamps, checkpoint.hub, "adapter", forms, trained_on
+    )
 
 
-def _require_plain(found: Checkpoint, config: Mapping[str, Any]) -> None:
+def _require_plain(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
-        _refuse(found, f"{_CONFIG} has peft_type={kind!r}, and only LORA is known")
+        _refuse(checkpoint, f"{_CONFIG} has peft_type={kind!r}, and only LORA is known")
     for key in _MORE_THAN_PRODUCTS:
         if config.get(key):
-            _refuse(found, f"{_CONFIG} has {key}={config[key]!r}, which is more than the product of two factors")
+            _refuse(checkpoint, f"{_CONFIG} has {key}={config[key]!r}, which is more than the product of two factors")
     if config.get("bias", "none") != "none":
-        _refuse(found, f"{_CONFIG} has bias={config['bias']!r}: it holds whole biases, which are no difference")
+        _refuse(checkpoint, f"{_CONFIG} has bias={config['bias']!r}: it holds whole biases, which are no difference")
     if (initial := config.get("init_lora_weights")) not in _INITIAL:
         _refuse(
-            found,
+            checkpoint,
             f"{_CONFIG} has init_lora_weights={initial!r}: training began by changing the base's own weights",
             "save it with peft's path_initial_model_for_weight_conversion",
         )
 
 
 def _product(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     config: Mapping[str, Any],
     module: str,
     pair: Mapping[str, TensorSpec],
@@ -94,16 +96,18 @@ def _product(
     embedding = any(name.startswith("lora_embedding") for name in pair)
     expected = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if pair.keys() != set(expected):
-        _refuse(found, f"module {module} has {' and '.join(sorted(pair))} where {' and '.join(expected)} belong")
+        _refuse(checkpoint, f"module {module} has {' and '.join(sorted(pair))} where {' and '.join(expected)} belong")
     right, left = (pair[name] for name in expected)
     for spec in (right, left):
         if len(spec.shape) != 2:
-            _refuse(found, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
+            _refuse(checkpoint, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
         if spec.dtype not in _FLOATS:
-            _refuse(found, f"tensor {spec.name} is stored as {spec.dtype}", f"store it as one of {', '.join(_FLOATS)}")
+            _refuse(
+                checkpoint, f"tensor {spec.name} is stored as {spec.dtype}", f"store it as one of {', '.join(_FLOATS)}"
+            )
     if not left.shape[1] == right.shape[0] == rank or rank < 1:
         _refuse(
-            found,
+            checkpoint,
             f"the factors of {module} have shapes {list(left.shape)} and {list(right.shape)}, and {_CONFIG} has "
             f"rank {rank:g}",
             "download or copy it again",
@@ -113,26 +117,26 @@ def _product(
 
 
 def _numbers(
-    found: Checkpoint, config: Mapping[str, Any], key: str, patterns: str, modules: Sequence[str]
+    checkpoint: Checkpoint, config: Mapping[str, Any], key: str, patterns: str, modules: Sequence[str]
 ) -> dict[str, float]:
     """The config's `key` for each module: that of the first pattern that matches the end of its name, if any does."""
     own = config.get(patterns) or {}
     if not isinstance(own, Mapping):
-        _refuse(found, f"{_CONFIG} has a damaged {patterns} (it is no map)", "download or copy it again")
+        _refuse(checkpoint, f"{_CONFIG} has a damaged {patterns} (it is no map)", "download or copy it again")
     try:
         first = first_matches(list(own), modules)
     except ValueError as error:
-        _refuse(found, f"{_CONFIG} has a damaged {patterns} ({error})", "download or copy it again")
+        _refuse(checkpoint, f"{_CONFIG} has a damaged {patterns} ({error})", "download or copy it again")
     values = list(own.values())
     numbers = {}
     for module, k in zip(modules, first, strict=True):
         value = own.get(module, config.get(key)) if k is None else values[k]
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             reason = f"{_CONFIG} has {key}={value!r} for {module}, which is no number"
-            _refuse(found, reason, "download or copy it again")
+            _refuse(checkpoint, reason, "download or copy it again")
         numbers[module] = value
     return numbers
 
 
-def _refuse(found: Checkpoint, reason: str, way_out: str = _WAY_OUT) -> NoReturn:
-    raise BadInput(f"{found.path}: cannot be used as an adapter, since {reason}; {way_out}")
+def _refuse(checkpoint: Checkpoint, reason: str, way_out: str = _WAY_OUT) -> NoReturn:
+    raise BadInput(f"{checkpoint.path}: cannot be used as an adapter, since {reason}; {way_out}")

@@ -51,9 +51,9 @@ class Difference(Checkpoint):
     trained_on: str | None = None
 
 
-def stamp_beside(found: Checkpoint, name: str) -> Stamp | HubStamp:
+def stamp_beside(checkpoint: Checkpoint, name: str) -> Stamp | HubStamp:
     """The stamp of a small file beside the weights that says what they mean, so that it counts as one of them."""
-    path = found.path / name
-    if found.hub:
+    path = checkpoint.path / name
+    if checkpoint.hub:
         return HubStamp(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
     return Stamp.of(path)

@@ -182,12 +182,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise unreadable(path, error) from None
     require_no_pointer(path, content)
     try:
-        found = parse_json(content)
+        value = parse_json(content)
     except ValueError as error:
         raise BadInput(f"{path}: is not JSON ({error}); download or copy it again") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise BadInput(f"{path}: is not a JSON object; download or copy it again")
-    return found
+    return value
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -214,12 +214,12 @@ def _refuse_foreign(path: Path, names: Collection[str]) -> None:
 
 
 def _weight_files(path: Path, names: Collection[str]) -> list[str]:
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    if _WHOLE in found:
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if _WHOLE in files:
         return [_WHOLE]
-    if len(found) == 1:
-        return found
-    if found:
-        raise BadInput(f"{path}: has {len(found)} safetensors files and no {INDEX}; download the index")
+    if len(files) == 1:
+        return files
+    if files:
+        raise BadInput(f"{path}: has {len(files)} safetensors files and no {INDEX}; download the index")
     _refuse_foreign(path, names)
     raise BadInput(f"{path}: has no safetensors weights; check the path")

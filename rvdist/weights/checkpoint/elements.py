@@ -54,9 +54,9 @@ def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: i
         return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
     try:
         with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-            found = os.pread(file.fileno(), count * itemsize, offset)
+            raw = os.pread(file.fileno(), count * itemsize, offset)
     except OSError as error:
         raise unreadable(checkpoint.path / spec.file, error) from None
-    if len(found) < count * itemsize:
+    if len(raw) < count * itemsize:
         raise BadInput(f"{checkpoint.path / spec.file}: was truncated while it was read; run again when it is at rest")
-    return found
+    return raw

@@ -17,13 +17,13 @@ _FUSED = re.compile(r"((?:.+\.)?experts)\.(?:gate_up_proj|gate_proj|up_proj|down
 def layouts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """The layout of each group of experts that these tensor names speak of, and a name that shows it. gate_up_proj has
     a bias beside it only where its columns are in turn gate's and up's."""
-    found: dict[str, tuple[str, str]] = {}
+    by_prefix: dict[str, tuple[str, str]] = {}
     for name in names:
         if single := _SINGLE.fullmatch(name):
-            found.setdefault(single[1], (ONE_BY_ONE, name))
+            by_prefix.setdefault(single[1], (ONE_BY_ONE, name))
         elif fused := _FUSED.fullmatch(name):
             if name.endswith("gate_up_proj_bias"):
-                found[fused[1]] = (INTERLEAVED, name)
+                by_prefix[fused[1]] = (INTERLEAVED, name)
             else:
-                found.setdefault(fused[1], (FUSED, name))
-    return found
+                by_prefix.setdefault(fused[1], (FUSED, name))
+    return by_prefix

@@ -37,26 +37,28 @@ class Scaled(Checkpoint):
     block: tuple[int, int] = (128, 128)
 
 
-def as_scaled(found: Checkpoint) -> Checkpoint:
-    """`found` with its fp8 tensors and their scales put together; itself where it has none. Raises BadInput for fp8
-    that is scaled otherwise, and for every other quantisation."""
-    quantization = next(_sections(found.config), {})
+def as_scaled(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its fp8 tensors and their scales put together; itself where it has none. Raises BadInput for
+    fp8 that is scaled otherwise, and for every other quantisation."""
+    quantization = next(_sections(checkpoint.config), {})
     if (method := quantization.get("quant_method", "fp8")) != "fp8":
-        _refuse(found, f"is quantised by {method}")
+        _refuse(checkpoint, f"is quantised by {method}")
     block: Any = quantization.get("weight_block_size")
     scales = {}
-    for name, spec in found.tensors.items():
+    for name, spec in checkpoint.tensors.items():
         if spec.dtype.startswith("F8"):
-            scales[name] = _scale(found, spec, block)
+            scales[name] = _scale(checkpoint, spec, block)
         elif _PACKED.fullmatch(name) and not spec.is_floating_point:
-            _refuse(found, f"is quantised: tensor {name} holds packed integers")
-        elif name + _SUFFIX in found.tensors:
-            _refuse(found, f"has the scales {name}{_SUFFIX}, and {name} is {spec.dtype}, not fp8")
+            _refuse(checkpoint, f"is quantised: tensor {name} holds packed integers")
+        elif name + _SUFFIX in checkpoint.tensors:
+            _refuse(checkpoint, f"has the scales {name}{_SUFFIX}, and {name} is {spec.dtype}, not fp8")
     if not scales:
-        return found
+        return checkpoint
     own = {scale.name for scale in scales.values()}
-    tensors = {name: spec for name, spec in found.tensors.items() if name not in own}
-    return Scaled(found.path, tensors, found.metadata, found.stamps, found.hub, scales, tuple(block))
+    tensors = {name: spec for name, spec in checkpoint.tensors.items() if name not in own}
+    return Scaled(
+        checkpoint.path, tensors, checkpoint.metadata, checkpoint.stamps, checkpoint.hub, scales, tuple(block)
+    )
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -75,24 +77,24 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scale(found: Checkpoint, spec: TensorSpec, block: Any) -> TensorSpec:
-    scale = found.tensors.get(spec.name + _SUFFIX)
+def _scale(checkpoint: Checkpoint, spec: TensorSpec, block: Any) -> TensorSpec:
+    scale = checkpoint.tensors.get(spec.name + _SUFFIX)
     if scale is None or spec.dtype != "F8_E4M3":
-        _refuse(found, f"stores tensor {spec.name} as {spec.dtype} without the block scales {spec.name}{_SUFFIX}")
+        _refuse(checkpoint, f"stores tensor {spec.name} as {spec.dtype} without the block scales {spec.name}{_SUFFIX}")
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        _refuse(found, f"stores tensor {spec.name} in fp8, and its config.json has no weight_block_size")
+        _refuse(checkpoint, f"stores tensor {spec.name} in fp8, and its config.json has no weight_block_size")
     blocks = (*spec.shape[:-2], *(-(-n // size) for n, size in zip(spec.shape[-2:], block, strict=False)))
     if len(spec.shape) < 2 or scale.shape != blocks or scale.dtype not in _SCALES:
         _refuse(
-            found,
+            checkpoint,
             f"has {scale.name} of shape {list(scale.shape)} and dtype {scale.dtype}, which are no scales for the "
             f"blocks of {block[0]} × {block[1]} of {list(spec.shape)}",
         )
     return scale
 
 
-def _refuse(found: Checkpoint, what: str) -> NoReturn:
-    raise BadInput(f"{found.path}: {what}, and only fp8 with a scale for each block is known; {_WAY_OUT}")
+def _refuse(checkpoint: Checkpoint, what: str) -> NoReturn:
+    raise BadInput(f"{checkpoint.path}: {what}, and only fp8 with a scale for each block is known; {_WAY_OUT}")
 
 
 def _e4m3() -> Floats:

@@ -214,17 +214,17 @@ class _Parser:
             return {}
         if not self._match(_OPENED):
             raise ValueError("its metadata is not a map of strings")
-        found: dict[str, str] = {}
+        metadata: dict[str, str] = {}
         for count, key in enumerate(self._keys(plain=False), 1):
             if count > MAX_METADATA:
                 raise ValueError(f"its metadata has more than {MAX_METADATA:,} entries")
             if self._text[self._at : self._at + 1] != '"':
                 raise ValueError("its metadata is not a map of strings")
-            found[key] = self._string()
-            (key + found[key]).encode()  # half a surrogate raises
-            if len(found) != count:
+            metadata[key] = self._string()
+            (key + metadata[key]).encode()  # half a surrogate raises
+            if len(metadata) != count:
                 raise ValueError("a name stands twice in it")
-        return found
+        return metadata
 
     def _entry(self, name: str) -> None:
         match = _ENTRY.match(self._text, self._at)
@@ -260,10 +260,10 @@ class _Parser:
         name = name[:80]
         if not self._match(_OPENED):
             return f"tensor {name} is not a map"
-        found: set[str] = set()
+        names: set[str] = set()
         for key in self._keys(plain=False):
-            if key not in _FIELDS or key in found:
-                return f"tensor {name} has {'a second' if key in found else 'an unknown'} {key[:80]!r}"
+            if key not in _FIELDS or key in names:
+                return f"tensor {name} has {'a second' if key in names else 'an unknown'} {key[:80]!r}"
             match = re.compile(_FIELDS[key]).match(self._text, self._at)
             if not match:
                 written = _SHAPE.match(self._text, self._at) if key == "shape" else None
@@ -271,8 +271,8 @@ class _Parser:
                     return f"tensor {name} has more than {MAX_RANK} dimensions"
                 return f"tensor {name} has a negative or fractional, or else damaged, {key!r}"
             self._at = match.end()
-            found.add(key)
-        if lacking := _FIELDS.keys() - found:
+            names.add(key)
+        if lacking := _FIELDS.keys() - names:
             return f"tensor {name} lacks {min(lacking)}"
         return f"tensor {name} writes its keys with escapes"
 

@@ -186,10 +186,10 @@ def fetch_range(hub: Hub, file: str, stamp: HubStamp, start: int, stop: int) -> 
     """Bytes [start, stop) of a file, from the network. What has come when a connection breaks is kept.
     Raises BadInput, Failed, also where the Hub gives another file than it announced."""
     url = hf_hub_url(hub.repository, file, revision=hub.commit)
-    found = bytearray()
+    body = bytearray()
 
     def go_on() -> bytearray:
-        begin = start + len(found)
+        begin = start + len(body)
         headers = build_hf_headers() | {"Range": f"bytes={begin}-{stop - 1}"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
@@ -200,12 +200,12 @@ def fetch_range(hub: Hub, file: str, stamp: HubStamp, start: int, stop: int) -> 
                 raise guard.Refused(f"{asked}, it gives {got[:50]} of another file or none")
             _require_announced(hub, stamp, [*response.history, response])
             for piece in response.iter_raw():
-                found.extend(piece[: stop - start - len(found)])
-        if len(found) < stop - start:
+                body.extend(piece[: stop - start - len(body)])
+        if len(body) < stop - start:
             raise EOFError("the answer ended too early")
-        return found
+        return body
 
-    return _persistently(f"{hub}: {file} is", go_on, stop - start) if start < stop else found
+    return _persistently(f"{hub}: {file} is", go_on, stop - start) if start < stop else body
 
 
 def _require_announced(hub: Hub, stamp: HubStamp, answers: list[Any]) -> None:

@@ -161,11 +161,13 @@ class Manifest:
     def read(cls, directory: Path) -> Manifest:
         """Raises BadInput where there is none or it is damaged."""
         path = directory / MANIFEST
-        found = read_json(path)
+        content = read_json(path)
         try:
-            if found["version"] != _VERSION:
-                raise BadInput(f"{path}: is of version {found['version']}, which this rvdist does not know; update it")
-            ranges = tuple(Written.of(entry) for entry in found["ranges"])
-            return cls(str(found["plan"]), ranges, str(found.get("seal", "")))
+            if content["version"] != _VERSION:
+                raise BadInput(
+                    f"{path}: is of version {content['version']}, which this rvdist does not know; update it"
+                )
+            ranges = tuple(Written.of(entry) for entry in content["ranges"])
+            return cls(str(content["plan"]), ranges, str(content.get("seal", "")))
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{path}: is damaged; merge again") from None

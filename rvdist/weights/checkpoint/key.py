@@ -29,8 +29,8 @@ def owner_key(directory: Path) -> bytes:
 
 def _read(handle: Handle, name: str) -> bytes:
     with suppress(FileNotFoundError), open(handle.open(name, os.O_RDONLY), "rb") as file:
-        found = os.fstat(file.fileno())
-        if found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o077:
+        status = os.fstat(file.fileno())
+        if status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o077:
             return key if len(key := file.read(_BYTES + 1)) == _BYTES else b""
     return b""
 

@@ -53,7 +53,7 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
         raise ValueError(f"matching it takes more than {_SECONDS} s")
     if ended.returncode:  # a MemoryError, a RecursionError
         raise ValueError(f"matching it fails: {(ended.stderr.splitlines() or ['it crashed'])[-1][:200]}")
-    found = json.loads(ended.stdout)
-    if isinstance(found, str):
-        raise ValueError(found[:200])
-    return list(found)
+    matches = json.loads(ended.stdout)
+    if isinstance(matches, str):
+        raise ValueError(matches[:200])
+    return list(matches)

@@ -22,30 +22,32 @@ def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoi
     and headers are fetched, or with HF_HUB_OFFLINE=1 found in the cache. A `Difference` where it is an adapter or a
     stored vector, `Scaled` where it is stored in fp8. `rename` gives its tensors other names: (regular expression,
     replacement) pairs, in order. Raises BadInput, Failed."""
-    found = _open(source)
-    if found.files == [adapter.WEIGHTS]:
-        found = adapter.as_adapter(found)
+    checkpoint = _open(source)
+    if checkpoint.files == [adapter.WEIGHTS]:
+        checkpoint = adapter.as_adapter(checkpoint)
     else:
-        found = stored_vector.as_vector(found) if stored_vector.is_marked(found) else fp8.as_scaled(found)
-    found = without_tied_head(found)
-    return _rename(found, rename) if rename else found
+        checkpoint = (
+            stored_vector.as_vector(checkpoint) if stored_vector.is_marked(checkpoint) else fp8.as_scaled(checkpoint)
+        )
+    checkpoint = without_tied_head(checkpoint)
+    return _rename(checkpoint, rename) if rename else checkpoint
 
 
-def _rename(found: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkpoint:
+def _rename(checkpoint: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkpoint:
     names: dict[str, str] = {}  # the new one: the old one
-    for old in found.tensors:
+    for old in checkpoint.tensors:
         new = old
         for pattern, replacement in rename:
             new = re.sub(pattern, replacement, new)
         if names.setdefault(new, old) != old:
-            raise BadInput(f"{found.path}: vector.rename gives the name {new} to both {names[new]} and {old}")
-    tensors = {new: replace(found.tensors[old], name=new) for new, old in names.items()}
-    if isinstance(found, Difference):
-        return replace(found, tensors=tensors, forms={new: found.forms[old] for new, old in names.items()})
-    if isinstance(found, fp8.Scaled):
-        scales = {new: found.scales[old] for new, old in names.items() if old in found.scales}
-        return replace(found, tensors=tensors, scales=scales)
-    return replace(found, tensors=tensors)
+            raise BadInput(f"{checkpoint.path}: vector.rename gives the name {new} to both {names[new]} and {old}")
+    tensors = {new: replace(checkpoint.tensors[old], name=new) for new, old in names.items()}
+    if isinstance(checkpoint, Difference):
+        return replace(checkpoint, tensors=tensors, forms={new: checkpoint.forms[old] for new, old in names.items()})
+    if isinstance(checkpoint, fp8.Scaled):
+        scales = {new: checkpoint.scales[old] for new, old in names.items() if old in checkpoint.scales}
+        return replace(checkpoint, tensors=tensors, scales=scales)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _open(source: str) -> Checkpoint:

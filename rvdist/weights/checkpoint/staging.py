@@ -125,14 +125,16 @@ class Staging:
 
     def _require_ours(self) -> None:
         """Raises BadInput where this user did not make the directory, or others can write in it."""
-        found = os.fstat(self.handle.descriptor)
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:  # unless this file system shows all of ours like that
+        status = os.fstat(self.handle.descriptor)
+        if (
+            status.st_uid != os.geteuid() or status.st_mode & 0o022
+        ):  # unless this file system shows all of ours like that
             new = tempfile.mkdtemp(dir=self.partial.parent, prefix=".rvdist-")
             made = os.lstat(new)
             os.rmdir(new)
-            if found.st_uid != made.st_uid:
-                raise BadInput(f"{self.partial}: belongs to another user (uid {found.st_uid}); {_AWAY}")
-            if found.st_mode & ~made.st_mode & 0o022:
+            if status.st_uid != made.st_uid:
+                raise BadInput(f"{self.partial}: belongs to another user (uid {status.st_uid}); {_AWAY}")
+            if status.st_mode & ~made.st_mode & 0o022:
                 raise BadInput(f"{self.partial}: others can write in it, so nothing there can be relied upon; {_AWAY}")
         names = os.listdir(self.handle.descriptor)
         if names and not {_LOCK, MANIFEST} & {*names} and not self._has_replaced():  # a commit removes the lock last
@@ -316,17 +318,17 @@ def companions(base: Checkpoint) -> dict[Path, Path]:
     """What stands beside the base's weights and goes with them, by its name in the output. Raises BadInput for what is
     no regular file, or is a link to elsewhere: it would be published as a file."""
     left = ["params.json"] if any(base.path.glob("consolidated*.safetensors")) else []
-    found = {
+    files = {
         Path(entry.name): entry
         for entry in sorted(base.path.iterdir())
         if entry.suffix in COMPANIONS and not entry.name.endswith(".index.json") and entry.name not in left
         if entry.is_symlink() or not entry.is_dir()
     }
     if (templates := base.path / _TEMPLATES).is_dir():
-        found |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
-    for path in found.values():
+        files |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
+    for path in files.values():
         os.close(_open_companion(path, base))
-    return found
+    return files
 
 
 def _open_companion(path: Path, base: Checkpoint) -> int:

@@ -25,29 +25,29 @@ def part_names(name: str, form: str) -> list[str]:
     return [name + suffix for suffix in _PARTS[form]]
 
 
-def is_marked(found: Checkpoint) -> bool:
+def is_marked(checkpoint: Checkpoint) -> bool:
     """Whether its files say that they are a stored vector."""
-    return any(metadata.items() >= MARK.items() for metadata in found.metadata.values())
+    return any(metadata.items() >= MARK.items() for metadata in checkpoint.metadata.values())
 
 
-def as_vector(found: Checkpoint) -> Difference:
-    """The stored vector whose weight files are open as `found`. Raises BadInput."""
-    path = found.path / DESCRIPTION
+def as_vector(checkpoint: Checkpoint) -> Difference:
+    """The stored vector whose weight files are open as `checkpoint`. Raises BadInput."""
+    path = checkpoint.path / DESCRIPTION
     if not path.exists():
-        raise BadInput(f"{found.path}: holds a stored vector without its {DESCRIPTION}; copy it there")
+        raise BadInput(f"{checkpoint.path}: holds a stored vector without its {DESCRIPTION}; copy it there")
     said = read_json(path)
     try:
         if said["version"] != VERSION:
             raise BadInput(f"{path}: is of version {said['version']}, which this rvdist does not know; update it")
-        parts = dict(found.tensors)
+        parts = dict(checkpoint.tensors)
         forms = {name: _form(name, entry, parts) for name, entry in said["tensors"].items()}
         if parts:
             raise ValueError(f"it does not speak of {min(parts)}")
         tensors = {name: _spec(name, said["tensors"][name], form) for name, form in forms.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: does not fit the weight files beside it ({error}); copy or save it again") from None
-    stamps = found.stamps | {DESCRIPTION: stamp_beside(found, DESCRIPTION)}
-    return Difference(found.path, tensors, found.metadata, stamps, found.hub, "vector", forms)
+    stamps = checkpoint.stamps | {DESCRIPTION: stamp_beside(checkpoint, DESCRIPTION)}
+    return Difference(checkpoint.path, tensors, checkpoint.metadata, stamps, checkpoint.hub, "vector", forms)
 
 
 def _form(name: str, entry: Mapping[str, Any], parts: dict[str, TensorSpec]) -> Form:

@@ -61,39 +61,39 @@ def _default(model_type: str) -> bool:
     return False
 
 
-def without_tied_head(found: Checkpoint) -> Checkpoint:
-    """`found` without a head that is its embedding. Raises BadInput for a head that should be and is not, and where the
-    configuration contradicts itself about it."""
-    if not found.config or (isinstance(found, Difference) and found.kind != "vector"):
-        return found
-    pairs = list(_pairs(found))
+def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without a head that is its embedding. Raises BadInput for a head that should be and is not, and
+    where the configuration contradicts itself about it."""
+    if not checkpoint.config or (isinstance(checkpoint, Difference) and checkpoint.kind != "vector"):
+        return checkpoint
+    pairs = list(_pairs(checkpoint))
     if not pairs:
-        return found
-    tied = is_tied(found.config)
+        return checkpoint
+    tied = is_tied(checkpoint.config)
     if tied is None:
         raise BadInput(
-            f"{found.path}: {contradiction(found.config)}, and {pairs[0][0].name} is stored beside "
+            f"{checkpoint.path}: {contradiction(checkpoint.config)}, and {pairs[0][0].name} is stored beside "
             f"{pairs[0][1][0].name}; make them agree, so that it is known whether the head is the embedding"
         )
     if not tied:
-        return found
+        return checkpoint
     for head, embeddings in pairs:
-        if not any(_equal(found, head, embedding) for embedding in embeddings):
+        if not any(_equal(checkpoint, head, embedding) for embedding in embeddings):
             raise BadInput(
-                f"{found.path}: its config.json has {KEY}=true, and {head.name} differs from {embeddings[0].name}; set "
-                f"{KEY} to false there if the model has a head of its own, or store it without {head.name}"
+                f"{checkpoint.path}: its config.json has {KEY}=true, and {head.name} differs from {embeddings[0].name}"
+                f"; set {KEY} to false there if the model has a head of its own, or store it without {head.name}"
             )
     heads = {head.name for head, _ in pairs}
-    tensors = {name: spec for name, spec in found.tensors.items() if name not in heads}
-    if isinstance(found, Difference):
-        return replace(found, tensors=tensors, forms={name: found.forms[name] for name in tensors})
-    return replace(found, tensors=tensors)
+    tensors = {name: spec for name, spec in checkpoint.tensors.items() if name not in heads}
+    if isinstance(checkpoint, Difference):
+        return replace(checkpoint, tensors=tensors, forms={name: checkpoint.forms[name] for name in tensors})
+    return replace(checkpoint, tensors=tensors)
 
 
-def _pairs(found: Checkpoint) -> Iterator[tuple[TensorSpec, list[TensorSpec]]]:
+def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, list[TensorSpec]]]:
     """Every head and the embeddings that it may be, the likeliest first: of its shape, and with a name like its own."""
-    embeddings = [spec for name, spec in found.tensors.items() if _EMBEDDING.fullmatch(name)]
-    for name, head in found.tensors.items():
+    embeddings = [spec for name, spec in checkpoint.tensors.items() if _EMBEDDING.fullmatch(name)]
+    for name, head in checkpoint.tensors.items():
         if _HEAD.fullmatch(name) and embeddings:
             likeness = [(spec.shape == head.shape, _common(name, spec.name)) for spec in embeddings]
             order = sorted(range(len(embeddings)), key=likeness.__getitem__, reverse=True)
@@ -106,20 +106,20 @@ def _common(one: str, other: str) -> int:
     return next((k for k, (a, b) in enumerate(parts) if a != b), len(parts))
 
 
-def _equal(found: Checkpoint, head: TensorSpec, embedding: TensorSpec) -> bool:
-    if isinstance(found, Difference):
-        forms = [found.forms[spec.name] for spec in (head, embedding)]
+def _equal(checkpoint: Checkpoint, head: TensorSpec, embedding: TensorSpec) -> bool:
+    if isinstance(checkpoint, Difference):
+        forms = [checkpoint.forms[spec.name] for spec in (head, embedding)]
         stored = [form.values for form in forms if isinstance(form, Dense)]
         if len(stored) < 2:  # nobody stores such a head of a tied model in another form
             return False
         head, embedding = stored
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
-    key = (str(found.path), tuple(found.stamps.items()), head, embedding)
+    key = (str(checkpoint.path), tuple(checkpoint.stamps.items()), head, embedding)
     if key not in _compared:
         if len(_compared) >= _REMEMBERED:
             _compared.clear()
-        _compared[key] = equal_bytes(found, head, found, embedding)
+        _compared[key] = equal_bytes(checkpoint, head, checkpoint, embedding)
     return _compared[key]
 
 
