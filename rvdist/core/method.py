@@ -1,4 +1,4 @@
-"""The merge methods: one row of facts for each, from which configuration, arithmetic, cards, reports and docs are fed.
+"""The merge methods: a row of facts each, which configuration, arithmetic, cards, reports and docs read.
 
 Knows no arithmetic: a row names the file below `rvdist/weights/arithmetic/` that has it.
 """

@@ -1,4 +1,4 @@
-"""What strangers wrote, so that it can be shown: on a terminal, in a picture, in a spreadsheet."""
+"""Makes what strangers wrote fit to be shown: on a terminal, in a picture, in a spreadsheet."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Outline:
     groups: Sequence[GroupInfo] = ()
 
     def original(self, task: str) -> str | None:
-        """The task of which this one is `ORIGINAL+EDIT`, if it is there too."""
+        """The ORIGINAL of the task `ORIGINAL+EDIT`, if it is there too."""
         name, plus, _ = task.partition("+")
         return name if plus and name in self.names else None
 

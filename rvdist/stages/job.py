@@ -72,7 +72,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A job of which all is known that can be before anything is written.
+    """A job after everything was found out that can be before anything is written.
 
     `settings` are the job's, or follow from its recipe. `sources` are by name, `notes` and `digests` by point.
     `written` is what its merge still has to write, `saved` the vector that it still has to store and how, `published`

@@ -1,6 +1,6 @@
 """Stores v itself: exactly, rounded, as factors of a truncated SVD, or as its largest elements.
 
-Streams; what a tensor stored otherwise than dense needs whole is one tensor. The error is measured on what was
+Streams, and holds one tensor whole where it is stored otherwise than dense. The error is measured on what was
 written, as whoever applies the vector will read it. Knows donors and files, nothing of targets, Ray or points.
 """
 

@@ -1,5 +1,7 @@
-"""Tensors of a weight point that are read when and where vLLM copies them: into its own parameters, with no tensor in
-between, and of a tensor-parallel shard that is a range of rows those rows alone.
+"""Tensors of a weight point, read when vLLM copies them.
+
+They are read into vLLM's own parameters, with no tensor in between. Of a tensor-parallel shard that is a range of rows,
+only these rows are read.
 
 Knows nothing of vLLM: whatever is done to such a tensor other than taking rows and copying them to CPU memory gets an
 ordinary tensor, which is read then.

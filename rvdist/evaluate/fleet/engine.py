@@ -348,7 +348,7 @@ class Engine:
         return sorted(answers, key=lambda answer: int(answer.request_id))
 
     def _progress(self, prompts: Sequence[list[int]], answers: Sequence[Any], number: int) -> Progress:
-        """How far a batch is: counted, not guessed, but for prompts of which vLLM has read a part."""
+        """How far a batch is: counted, not guessed, but for prompts that vLLM has read in part."""
         going = begun(self._llm)
         return Progress(
             len(answers),

@@ -1,7 +1,7 @@
 """The forecast: how long the rest of the work takes, from the lengths and the speed that were seen so far.
 
 A slice costs a·(prompt tokens) + b·(tokens made) + c·(steps), since a step takes its time however few are answered in
-it. The costs are fitted to what engines tell, and the lengths of what is not answered yet are those seen in its task.
+it. The costs are fitted to what engines tell. Unanswered requests count as long as the answered ones of their task.
 Where little is known they are taken to be long: what is left then falls sooner than was said, and does not grow. It is
 told what happens and when, and decides nothing.
 """

@@ -139,5 +139,5 @@ def _common_lines(texts: Sequence[str]) -> str:
 
 
 def _spread_evenly(places: NDArray[np.intp]) -> list[int]:
-    """The same in an order of which any beginning is spread evenly from first to last."""
+    """The same places, in such an order that any first few are spread evenly."""
     return [int(places[i]) for i in sorted(range(len(places)), key=lambda i: i * _GOLDEN % 1)]

@@ -72,7 +72,7 @@ def shifted_low(values: Floats, weights: Floats, tail: float, step: float = 0.0)
 
 
 def lattice(values: Floats) -> float:
-    """The step of which all values are multiples, 0 where there is none: flipping moves a sum by twice the step."""
+    """The step that all values are multiples of, 0 where there is none: flipping moves a sum by twice the step."""
     sizes = np.unique(np.abs(values[values != 0]))
     if not len(sizes):
         return 0.0

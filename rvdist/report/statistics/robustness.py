@@ -34,7 +34,7 @@ Pair = Sequence[Sample]  # of the same documents: as they are, and edited
 
 @dataclass(frozen=True)
 class Change:
-    """A difference with its 95 % interval, its test and what it means. An end of which nothing is known is None."""
+    """A difference with its 95 % interval, its test and what it means. An unknown end is None."""
 
     delta: float
     ci_low: float | None

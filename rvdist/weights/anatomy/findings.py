@@ -1,6 +1,6 @@
-"""What was found out about vectors, as plain numbers: what `analyze` returns and a report shows. Computes nothing.
+"""The measures of vectors as plain numbers: `analyze` returns them, a report shows them.
 
-Only the standard library.
+Computes nothing, and imports the standard library only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Tied embeddings: where a configuration makes the head the embedding, a head that is stored too is no tensor more.
+"""Tied embeddings: where a configuration makes the head the embedding, a stored head is no tensor of its own.
 
-transformers and vLLM each have their own idea of which of the two counts, and arithmetic on both of them would make
-two of what is one. So a head equal to the embedding is left out of what a checkpoint consists of, and one that differs
-is refused. Reads two tensors, and only where there is such a head.
+transformers and vLLM do not agree which of the two counts, and arithmetic on both would make two different tensors. So
+a head equal to the embedding is left out of what a checkpoint consists of, and one that differs is refused. Reads two
+tensors, and only where there is such a head.
 """
 
 from __future__ import annotations
