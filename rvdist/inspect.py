@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rich.tree import Tree
 
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput, Failed
-from rvdist.core.foreign import parse_json
+from rvdist.core.foreign import parse_json, parse_yaml
 from rvdist.core.point import layer_count
 from rvdist.core.regular import open_regular, read_regular
 from rvdist.core.text import reason
@@ -43,10 +44,10 @@ Facts = dict[str, Any]  # of what JSON has
 _RUN_FILES = ("timing.json", "summary.json", "config.yaml")
 _MODEL_KEYS = ("model_type", "dtype", "torch_dtype", "hidden_size", "vocab_size", "tie_word_embeddings")
 _SCORE_KEYS = ("value", "ci_low", "ci_high", "p_adjusted", "verdict")
-_DEPTH = 20  # of a configuration
 _UNWRAPPED = 10_000  # columns, where no terminal says how many there are
 _FORMULA = re.compile(r"^    θ = (.+)$", re.MULTILINE)  # on the card that report.card writes
 _MOST = 64 << 20  # bytes of a file of a run that are read
+_CARD = 1 << 20  # bytes of a card
 _LINE = 1 << 16  # bytes of the first line of a journal, at most
 _ON_ONE_LINE, _BRANCHES = 6, 40  # entries at most: of a mapping that stands on one line; under one branch of the tree
 
@@ -164,8 +165,9 @@ def _manifest(path: Path) -> Facts:
     if not (path / MANIFEST).exists():
         return {}
     manifest = Manifest.read(path)
-    card = path / "README.md"
-    formula = _FORMULA.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    card, formula = path / "README.md", None
+    with suppress(OSError):
+        formula = _FORMULA.search(read_regular(card, _CARD).decode("utf-8", "replace"))
     return {
         "formula": f"θ = {formula[1]}" if formula else None,
         "plan": manifest.plan,
@@ -187,20 +189,13 @@ def _run(path: Path) -> Facts:
 
 def _settings(file: Path) -> Facts:
     """What was set otherwise than by default."""
-    import yaml
     from omegaconf import OmegaConf
 
-    depth = 0
     try:
-        text = read_regular(file, _MOST).decode("utf-8")
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEPTH or isinstance(event, yaml.AliasEvent):  # a few aliases can stand for billions of values
-                raise ValueError("it has aliases, or is nested too deep")
-        said = yaml.safe_load(text)
+        said = parse_yaml(read_regular(file, _MOST))
         if not isinstance(said, dict):
             raise ValueError("it is not a mapping")
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise BadInput(f"{file}: is not the configuration of a run ({reason(error)})") from None
     default = OmegaConf.to_container(OmegaConf.structured(Config))
     assert isinstance(default, dict)

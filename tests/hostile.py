@@ -49,11 +49,134 @@ def refused(reader: str, path: Path) -> str:
     return str(said)
 
 
+_RUN_ALL = """
+import importlib, json, os, resource, sys
+sys.path[:0] = [sys.argv[1], *json.loads(sys.argv[4])]
+from pathlib import Path
+from rvdist.core.errors import BadInput, Failed
+module, name = sys.argv[2].rsplit(".", 1)
+read = getattr(importlib.import_module(module), name)
+def spent(): return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+first, *others = map(Path, json.load(sys.stdin))
+read(first)  # what it imports counts for nothing
+held = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[3]), -1))
+for path in others:
+    began = spent()
+    try:
+        read(path)
+        said = None
+    except (BadInput, Failed) as error:
+        said = str(error)
+    except BaseException as error:
+        said = f"NOT OURS: {type(error).__name__}: {error}"[:500]
+    print(json.dumps([said, spent() - began]), flush=True)
+"""
+
+
+def outcomes(reader: str, sound: Path, others: list[Path]) -> list[tuple[str | None, float]]:
+    """What `reader`, which reads `sound` without a word, says of each of the others (None: nothing), and the seconds
+    it takes, in one process under the limits."""
+    root = Path(__file__).parent.parent
+    beside = json.dumps([entry for entry in sys.path if entry.startswith(str(root / "tests"))])
+    command = [sys.executable, "-c", _RUN_ALL, str(root), reader, str(BYTES), beside]
+    asked = json.dumps([str(path) for path in (sound, *others)])
+    environment = os.environ | {"PYTHONPATH": "", "RUST_BACKTRACE": "0"}
+    ended = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=240, env=environment)
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert ended.returncode == 0 and len(found) == len(others), f"{len(found)} were read; {ended.stderr[-2000:]}"
+    return [(said, seconds) for said, seconds in found]
+
+
 def rows(path: Path) -> object:
     """The rows of a benchmark in a file."""
     from rvdist.evaluate.tasks.local import read
 
     return read(path, ["a"])
+
+
+def config(path: Path) -> object:
+    from rvdist.weights.checkpoint.source import open_source
+
+    return open_source(str(path)).config
+
+
+def manifest(path: Path) -> object:
+    from rvdist.verify import verify
+
+    return verify(path)
+
+
+def seen(path: Path) -> object:
+    from rvdist.inspect import inspect, tree
+
+    return tree(inspect(str(path)))
+
+
+def records(path: Path) -> object:
+    from rvdist.api import load_records
+
+    return load_records(path)
+
+
+def recording(path: Path) -> object:
+    from rvdist.evaluate.replay import Recording
+
+    return Recording(path)
+
+
+def bits(path: Path) -> object:
+    from rvdist.stages.connectivity import _score
+
+    return _score(path, "text:x")
+
+
+def tokens(path: Path) -> object:
+    from rvdist.evaluate.tokenizer import load_tokenizer
+
+    return load_tokenizer(path, True)
+
+
+def vocabularies(path: Path) -> object:
+    from rvdist.weights.compat import _compare_tokenizers
+
+    return _compare_tokenizers(path, path)
+
+
+def text(path: Path) -> object:
+    from rvdist.evaluate.tasks import local
+
+    return local.paragraphs(str(path))
+
+
+def licence(path: Path) -> object:
+    from rvdist.report.card.metadata import licence_of
+
+    return licence_of(path)
+
+
+def rate(path: Path) -> object:
+    from rvdist.merge.placement import remembered_rate
+
+    return remembered_rate(path, "cpu")
+
+
+def key(path: Path) -> object:
+    from rvdist.weights.checkpoint.key import owner_key
+
+    return owner_key(path)
+
+
+def journal(path: Path) -> object:
+    from rvdist.weights.checkpoint.journal import read_journal
+
+    return list(read_journal(path, "plan", b"k" * 32))
+
+
+def cache(path: Path) -> object:
+    from rvdist.evaluate.cache import SampleCache
+
+    return SampleCache(path)
 
 
 def recipe(path: Path) -> object:

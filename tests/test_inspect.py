@@ -160,7 +160,7 @@ def test_a_hostile_journal(tmp_path, entries, reason):
 
 
 DEEP = "[" * 100_000
-BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nalpha: [*b, *b]\n"
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nalpha: [*b, *b]\n"
         ("timing.json", '{"phases": {"merge": {}}}', "is not the timing of a run"),
         ("timing.json", '{"faces": {}}', "is not the timing of a run"),
         ("timing.json", "[]", "is not a JSON object"),
-        ("config.yaml", BOMB, "it has aliases, or is nested too deep"),
-        ("config.yaml", DEEP, "nested too deep"),
+        ("config.yaml", LAUGHS, "stands for more than 100,000 values"),
+        ("config.yaml", DEEP, "nests more than 64 levels"),
         ("config.yaml", "- 1\n", "it is not a mapping"),
         ("config.yaml", "a: !!python/object/apply:os.system [x]\n", "is not the configuration of a run"),
         ("config.yaml", "\x00\xff", "is not the configuration of a run"),

@@ -13,6 +13,7 @@ from rvdist.core.text import reason
 _DEAREST = 400 << 20  # bytes that what is parsed may take
 _DEEPEST = 64  # levels
 _TOO_DEEP = f"it nests more than {_DEEPEST} levels"
+_SHORT = 64 << 10  # bytes of which little can be made
 _LONGEST_YAML, _MOST_YAML = 256 << 10, 100_000  # bytes; values, once aliases are followed
 
 
@@ -29,6 +30,16 @@ def parse_json(content: bytes) -> Any:
     if b"\\ud" in content or b"\\uD" in content:
         json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate
     return value
+
+
+def parse_line(line: bytes) -> Any:
+    """What a line of JSON Lines says, of which there may be very many. Raises ValueError."""
+    if len(line) > _SHORT:
+        return parse_json(line)
+    try:
+        return json.loads(line.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
 
 
 def require_light(content: bytes) -> None:
@@ -74,6 +85,7 @@ def _require_small(text: str) -> None:
                 sizes[anchor] = count - before
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
+            event.value.encode()  # raises for half a surrogate
             if event.anchor is not None:
                 sizes[event.anchor] = 1
         if count > _MOST_YAML:

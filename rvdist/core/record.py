@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import parse_line
+from rvdist.core.regular import read_lines
 from rvdist.core.text import reason
 
+_LONGEST = 32 << 20  # bytes of a record
 _TEXTS = ("arm", "point", "prompt", "task", "filter", "doc", "prompt_text", "target", "response", "filtered")
 
 
@@ -65,12 +68,11 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a file, which anybody may have written. Raises BadInput, for a damaged line with its number."""
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield _record(json.loads(line.decode("utf-8")))
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{path}: line {number} is no record ({reason(error)}); evaluate again") from None
+        for number, line in read_lines(path, _LONGEST):
+            try:
+                yield _record(parse_line(line))
+            except ValueError as error:
+                raise BadInput(f"{path}: line {number} is no record ({reason(error)}); evaluate again") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); give a file of records") from None
 
@@ -88,6 +90,7 @@ def _record(found: Any) -> Record:
         raise ValueError("metrics are not an object")
     for name in _TEXTS:
         _require(name, found[name], str)
+        found[name].encode()  # raises for half a surrogate, which could not be written again
     for name in ("seed", "doc_id"):
         _require(name, found[name], int)
     if record.alpha is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,6 +59,17 @@ def write_regular(path: Path, text: str) -> None:
             file.write(text)
     finally:
         handle.close()
+
+
+def read_lines(path: Path, most: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a regular file with their numbers, each of at most `most` bytes. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        number = 0
+        while line := file.readline(most + 1):
+            number += 1
+            if len(line) > most:
+                raise OSError(errno.EFBIG, f"its line {number} has more than {most:,} bytes", str(path))
+            yield number, line
 
 
 def own_places(directory: Path) -> list[Path]:

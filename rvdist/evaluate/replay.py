@@ -6,7 +6,6 @@ of weights and of vLLM. Whatever it reads may have been written by anybody.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -19,7 +18,9 @@ from typing import Any, TypeAlias, TypeVar
 import xxhash
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import parse_line
 from rvdist.core.point import WeightPoint
+from rvdist.core.regular import read_lines
 from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.fleet.schedule import Slice
 from rvdist.evaluate.request import (
@@ -41,6 +42,7 @@ T = TypeVar("T")
 Answers: TypeAlias = Mapping[tuple[WeightPoint, str], Sequence[Answer]]  # by point and task, as requests are ordered
 
 _LOGGED = re.compile(r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)\.jsonl?")  # lm-eval's names: task, date
+_LONGEST = 32 << 20  # bytes of a sample
 _HINT = "give a run directory of ours, or samples_TASK_DATE.jsonl of `lm_eval --log_samples`"
 _BOOLEANS = {"True": True, "False": False, True: True, False: False}
 
@@ -120,7 +122,7 @@ class Recording:
         for file in files:
             for number, line in _lines(file):
                 try:
-                    self._add(file, json.loads(line))
+                    self._add(file, parse_line(line))
                 except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                     raise BadInput(f"engine.replay: {file}: line {number} is no sample; {_HINT}") from None
         places = [*self._by_prompt, *((None, None, task) for task, _ in self._by_document)]
@@ -214,10 +216,12 @@ def _newest(directory: Path) -> list[Path]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    with open(file, "rb") as opened:
-        for number, line in enumerate(opened, start=1):
+    try:
+        for number, line in read_lines(file, _LONGEST):
             if line.strip():
                 yield number, line
+    except OSError as error:
+        raise BadInput(f"engine.replay: {file}: cannot be read ({error.strerror}); {_HINT}") from None
 
 
 def _of(kind: type[T], value: Any) -> T:

@@ -71,11 +71,11 @@ def load_tokenizer(path: Path, chat: bool) -> Any:
 def require_usable(path: Path) -> None:
     """Raises BadInput where there is no tokenizer, or its files are not regular, too large, too much of something, or
     have regular expressions that do not end."""
-    if not any((path / name).exists() for name in _NAMES):  # transformers would make up an empty one
+    if not any(os.path.lexists(path / name) for name in _NAMES):  # transformers would make up an empty one
         raise BadInput(f"{path}: has no tokenizer, and scoring needs one; copy the tokenizer's files there")
     folders = [path, path / _TEMPLATES] if (path / _TEMPLATES).is_dir() else [path]
     for file in sorted(file for folder in folders for file in folder.iterdir()):
-        if not _OPENED.fullmatch(file.name) or file.is_dir():
+        if not _OPENED.fullmatch(file.name):
             continue
         try:
             content = read_regular(file, _MOST if _LARGE.fullmatch(file.name) else _MOST_SMALL)

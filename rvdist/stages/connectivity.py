@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rvdist.core.config import BenchmarksConfig, SearchConfig
+from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm
 from rvdist.report.findings import Anatomy, Exhibit
 from rvdist.report.pictures.connectivity import connectivity_plot
 from rvdist.stages.evaluate import Evaluator
 from rvdist.stages.job import Prepared
 from rvdist.stages.score import Scoring
+from rvdist.weights.checkpoint.directory import read_json
 
 FILE = "connectivity.json"
 
@@ -86,5 +88,12 @@ def _shares(arms: Sequence[Arm]) -> tuple[float, ...]:
 def _bits(prepared: Prepared, arms: Sequence[Arm]) -> tuple[float, ...]:
     """lm-eval's own number, of all bytes together."""
     (task,) = prepared.settings.benchmarks.tasks
-    files = [prepared.directory / "results" / f"{arm.name}.json" for arm in arms]
-    return tuple(json.loads(file.read_text())["results"][task]["bits_per_byte,none"] for file in files)
+    return tuple(_score(prepared.directory / "results" / f"{arm.name}.json", task) for arm in arms)
+
+
+def _score(file: Path, task: str) -> float:
+    """Raises BadInput where the results say none."""
+    try:
+        return float(read_json(file)["results"][task]["bits_per_byte,none"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise BadInput(f"{file}: has no bits_per_byte of the text; run the analysis again") from None

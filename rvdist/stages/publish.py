@@ -19,6 +19,7 @@ from rvdist import __version__
 from rvdist.core.config import PLACEHOLDERS
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
+from rvdist.core.regular import read_regular
 from rvdist.report.card.metadata import Result
 from rvdist.report.summary import Outline, dissenting_rows
 from rvdist.report.wording import printable
@@ -37,6 +38,7 @@ _TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEXT_IS_IN = (Path("."), Path("additional_chat_templates"))
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_MOST_JSON = 64 << 20  # bytes
 _PATIENCE = 120.0  # seconds without a byte
 _LOCAL_PATH = re.compile(r"(?:(?:file://|~)?(?:/[^/\n]+){2,}|[A-Za-z]:\\[^\n]+)/?")
 _REASONS = {
@@ -145,8 +147,8 @@ def _without_paths(path: Path) -> tuple[Path | bytes, list[str]]:
     if path.suffix != ".json" or path.name in _VOCABULARIES:
         return path, []
     try:
-        said = parse_json(path.read_bytes())
-    except ValueError:
+        said = parse_json(read_regular(path, _MOST_JSON))
+    except (OSError, ValueError):
         return path, []
     if not isinstance(said, dict | list) or not (cut := list(_cut(said))):
         return path, []

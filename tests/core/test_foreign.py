@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from checkpoints import tensors, write_checkpoint
-from hostile import recipe, refused
+from hostile import outcomes, recipe, refused
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_yaml
@@ -79,6 +79,17 @@ def test_what_unpacks_to_more_than_any_benchmark_is_refused(kind: str, tmp_path:
         pyarrow.parquet.write_table(pyarrow.table({"a": value.cast("string")}), tmp_path / name)
         assert (tmp_path / name).stat().st_size < 1 << 20
     assert "unpacks to more than" in refused("hostile.rows", tmp_path / name)
+
+
+def test_columns_that_nobody_asked_for_are_not_read(tmp_path: Path) -> None:
+    """Two hundred million values of nothing take a little file, and would take gigabytes."""
+    false = pyarrow.array([False] * 200_000)
+    table = pyarrow.table({"a": pyarrow.array(["x"] * 200_000)} | {f"b{k}": false for k in range(1000)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((said, seconds),) = outcomes("hostile.rows", tmp_path / "rows.parquet", [tmp_path / "rows.parquet"])
+    assert said is None and seconds < 5
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), tmp_path / "rows.parquet")
+    assert "row 1 has no text in its field 'a'" in refused("hostile.rows", tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 32, b"\xff" * 32, b"../../etc", b"0" * 33, b"A" * 32])

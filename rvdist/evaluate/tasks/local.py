@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import require_light
 from rvdist.core.regular import read_regular
 from rvdist.core.text import reason
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
 _MOST = 256 << 20  # bytes of a file, packed and unpacked
 _ROWS, _BATCH = 1_000_000, 256
+_HALF = re.compile("[\ud800-\udfff]")
 _TOO_MUCH = f"it has more than {_ROWS:,} rows, or unpacks to more than {_MOST:,} bytes"
 _HUB = "-00000-of-00001"  # how the Hub names the only file of a split
 
@@ -121,7 +123,7 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
                 content = unpacked.read(_MOST + 1)
             if len(content) > _MOST:
                 raise ValueError(_TOO_MUCH)
-        rows = _parquet(content) if ".parquet" in path.suffixes else _json(content.decode("utf-8-sig"))
+        rows = _parquet(content, fields) if ".parquet" in path.suffixes else _json(content)
     except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zlib.error, MemoryError) as error:
         raise BadInput(f"{path}: cannot be read ({reason(error)}); is it a whole file, named for its format?") from None
     if not isinstance(rows, list) or not rows:
@@ -132,13 +134,17 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
                 raise BadInput(
                     f"{path}: row {number} has no text in its field {field!r}; is it another benchmark's file?"
                 )
+            if not row[field].isascii() and _HALF.search(row[field]):
+                raise BadInput(f"{path}: row {number} has half a surrogate pair in {field!r}; write it as UTF-8")
     return [{field: row[field] for field in fields} for row in rows]
 
 
-def _json(text: str) -> object:
+def _json(content: bytes) -> object:
     """A list of rows, an object that holds it as `examples` (BIG-Bench-Hard), or one row a line."""
-    if text.count("{") > _ROWS:
+    if content.count(b"{") > _ROWS:
         raise ValueError(_TOO_MUCH)
+    require_light(content)
+    text = content.decode("utf-8-sig")
     try:
         document = json.loads(text)
     except ValueError:
@@ -153,16 +159,22 @@ def _line(number: int, line: str) -> object:
         raise ValueError(f"line {number} is not JSON: {error}") from None
 
 
-def _parquet(content: bytes) -> object:
+def _parquet(content: bytes, fields: Sequence[str]) -> object:
+    """The rows, of these fields alone: of what else there is, a little file can hold very much."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
     claimed = sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups))
     if claimed > _MOST or file.metadata.num_rows > _ROWS:
         raise ValueError(_TOO_MUCH)
+    names = [
+        one.name
+        for one in file.schema_arrow
+        if pyarrow.types.is_string(one.type) or pyarrow.types.is_large_string(one.type)
+    ]
     rows: list[object] = []
     seen = 0
-    for batch in file.iter_batches(batch_size=_BATCH):
+    for batch in file.iter_batches(batch_size=_BATCH, columns=[name for name in fields if name in names]):
         seen += batch.nbytes
         if seen > _MOST:  # a value that stands once in the file may stand in every row
             raise ValueError(_TOO_MUCH)

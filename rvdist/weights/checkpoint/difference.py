@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+from rvdist.core.regular import read_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp, TensorSpec
 
@@ -55,5 +56,5 @@ def stamp_beside(checkpoint: Checkpoint, name: str) -> Stamp | HubStamp:
     """The stamp of a small file beside the weights that says what they mean, so that it counts as one of them."""
     path = checkpoint.path / name
     if checkpoint.hub:
-        return HubStamp(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+        return HubStamp(hashlib.sha256(read_regular(path, 1 << 26)).hexdigest(), path.stat().st_size)
     return Stamp.of(path)
