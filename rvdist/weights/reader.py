@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -280,15 +279,3 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
 def open_point(point: WeightPoint) -> PointReader:
     """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
     return PointReader([point], {source: open_source(source, rename) for source, rename in point.renames()})
-
-
-def read_point(point: WeightPoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor) of a point, in the base's stored dtypes: what a merge of it would write.
-
-    Raises BadInput where a source cannot be read.
-    """
-    with closing(open_point(point)) as reader:
-        for name, spec in reader.base.tensors.items():
-            tensor = torch.empty(spec.numel, dtype=reader.output_dtype(spec))
-            reader.fill(name, 0, tensor)
-            yield name, tensor.view(spec.shape)

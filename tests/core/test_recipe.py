@@ -14,6 +14,7 @@ from checkpoints import POCKET, SCORING, launch, load_checkpoint, write_checkpoi
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from points import read_point
 from safetensors.torch import load_file
 
 from rvdist.core.config import Config, OutputFormat
@@ -35,7 +36,7 @@ from rvdist.stages.warm import Warm
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane
-from rvdist.weights.reader import PointReader, read_point
+from rvdist.weights.reader import PointReader
 
 HERE = Path(__file__).parent / "mergekit"
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}

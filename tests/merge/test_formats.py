@@ -14,6 +14,7 @@ import torch
 import whole_tensors
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8
+from points import read_point
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
@@ -26,7 +27,7 @@ from rvdist.merge.plan import build_plan
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane
-from rvdist.weights.reader import PointReader, read_point
+from rvdist.weights.reader import PointReader
 
 BLOCK = (32, 20)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import whole_tensors
 from checkpoints import load_checkpoint, near, write_checkpoint
+from points import read_point
 
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
@@ -16,7 +17,7 @@ from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane
-from rvdist.weights.reader import PointReader, read_point
+from rvdist.weights.reader import PointReader
 
 METHODS = [MethodSpec("linear"), MethodSpec("ties", 0.3), MethodSpec("dare", 0.3, 5)]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapters import factors, write_adapter
 from checkpoints import launch, load_checkpoint, write_checkpoint
+from points import read_point
 
 from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, VectorConfig, WeightedVectorConfig
@@ -15,7 +16,6 @@ from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.stages.jobs import run_stages
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.reader import read_point
 
 
 def saved(tmp_path, **changes):

@@ -2,10 +2,11 @@ from pathlib import Path
 
 import torch
 from checkpoints import load_checkpoint
+from points import read_point
 
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.reader import CHUNK, PointReader, read_point
+from rvdist.weights.reader import CHUNK, PointReader
 
 
 def test_a_point_streams_as_whole_tensors_would_be_computed(family):

@@ -11,6 +11,7 @@ import torch
 from adapters import close, differences, factors, write_adapter
 from checkpoints import load_checkpoint, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8
+from points import read_point
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.method import MethodSpec
@@ -22,7 +23,6 @@ from rvdist.verify import verify
 from rvdist.weights import store as storing
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
-from rvdist.weights.reader import read_point
 from rvdist.weights.store import Storage, save
 
 BITS16 = "targets and outputs of 16 bits"

@@ -66,13 +66,6 @@ class Probe:
         handle.close()
         return None
 
-    def is_seen(self) -> bool:
-        """Whether the file is there, with what the driver wrote."""
-        handle = self.open()
-        if handle:
-            handle.close()
-        return handle is not None
-
 
 class Staging:
     """One output under construction, of the plan with digest `plan`.

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import near, tensors, write_checkpoint
+from points import read_point
 
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.fleet.deferred import Deferred, deferred
-from rvdist.weights.reader import open_point, read_point
+from rvdist.weights.reader import open_point
 
 NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48
 METHODS = [MethodSpec(), MethodSpec("ties", 0.3)]

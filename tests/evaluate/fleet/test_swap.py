@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from families import SETTINGS, Answers, Family, answers, make_deep, shard, start
+from points import read_point
 
 from rvdist.core.point import WeightPoint
 from rvdist.core.timing import anonymous_bytes
@@ -20,7 +21,6 @@ from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.fleet.mirror import mirror_obstacle
 from rvdist.evaluate.request import Choice
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.reader import read_point
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, -1.0])

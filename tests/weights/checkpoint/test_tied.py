@@ -3,13 +3,13 @@ import json
 import pytest
 import torch
 from checkpoints import near, tensors, write_checkpoint
+from points import read_point
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.tied import is_tied
-from rvdist.weights.reader import read_point
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
