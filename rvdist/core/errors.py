@@ -2,17 +2,12 @@
 
 from rvdist.core.text import printable
 
-_LONGEST, _END = 4000, 1000  # characters of a sentence, and of its end where it is cut
-
 
 class _Sentence(Exception):
     """Names what strangers wrote, so it is shown on one line that does nothing to a terminal, and is never endless."""
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST - _END]} … {text[-_END:]}"
-        return printable(text)
+        return printable(super().__str__())
 
 
 class BadInput(_Sentence):

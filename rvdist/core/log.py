@@ -18,10 +18,11 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from rvdist.core.text import printable
+from rvdist.core.text import cut, printable
 from rvdist.core.timing import Timing
 
 FILE = "log.jsonl"
+_LONGEST = 1 << 16  # characters of a text in a line
 
 
 def new_run_id() -> str:
@@ -112,5 +113,11 @@ def _append(file: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no infinity and no NaN."""
+    """JSON knows no infinity and no NaN, and no line is endless."""
+    if isinstance(value, str):
+        return cut(value, _LONGEST)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,6 +17,8 @@ from rvdist.core.regular import read_lines
 from rvdist.core.text import reason
 
 _LONGEST = 32 << 20  # bytes of a record
+LONGEST_NAME = 4200  # characters of what tables and pages name: a task may be called by the path of a text
+_NAMES = ("arm", "point", "prompt", "task", "filter", "doc")
 _TEXTS = ("arm", "point", "prompt", "task", "filter", "doc", "prompt_text", "target", "response", "filtered")
 
 
@@ -91,13 +93,21 @@ def _record(found: Any) -> Record:
     for name in _TEXTS:
         _require(name, found[name], str)
         found[name].encode()  # raises for half a surrogate, which could not be written again
+    for name in _NAMES:
+        _require_name(name, found[name])
     for name in ("seed", "doc_id"):
         _require(name, found[name], int)
     if record.alpha is not None:
         _require("alpha", record.alpha, int, float)
     for metric, value in record.metrics.items():
+        _require_name("a metric", metric)
         _require(metric, value, int, float)
     return record
+
+
+def _require_name(what: str, name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"{what} has {len(name):,} characters, and names have at most {LONGEST_NAME:,}")
 
 
 def _require(name: str, value: Any, *kinds: type) -> None:

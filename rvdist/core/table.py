@@ -15,6 +15,7 @@ from rvdist.core.text import printable
 
 Cells = Sequence[str | Text]
 _GAP = "  "
+_LONGEST = 300  # characters of a cell, which make its column as wide
 
 
 def print_table(head: Cells, rows: Sequence[Cells], console: Console, right: Collection[int] = ()) -> None:
@@ -41,7 +42,7 @@ def table_lines(
 
 
 def _as_text(cell: str | Text, style: str = "") -> Text:
-    return cell.copy() if isinstance(cell, Text) else Text(printable(cell), style=style)
+    return cell.copy() if isinstance(cell, Text) else Text(printable(cell, _LONGEST), style=style)
 
 
 def _blocks(columns: Sequence[list[Text]], width: int | None) -> list[list[list[Text]]]:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import re
 
+LONGEST = 4000  # characters of what is shown in one line
 
-def printable(text: str) -> str:
-    """One line without control or bidirectional formatting characters, for terminals and pictures."""
+
+def cut(text: str, most: int = LONGEST) -> str:
+    """`text` without its middle where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - most // 4]} … {text[-(most // 4) :]}"
+
+
+def printable(text: str, most: int = LONGEST) -> str:
+    """One line without control or bidirectional formatting characters, and not endless, for terminals and pictures."""
+    text = cut(text, most)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)

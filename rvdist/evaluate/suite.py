@@ -18,8 +18,8 @@ from typing import Any
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm
-from rvdist.core.record import Record, TaskInfo
-from rvdist.core.text import reason
+from rvdist.core.record import LONGEST_NAME, Record, TaskInfo
+from rvdist.core.text import cut, reason
 from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.tasks import catalogue
@@ -86,6 +86,9 @@ class Suite:
         """
         include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
         loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
+        for name in (*loaded["tasks"], *loaded.get("groups", {})):
+            if len(name) > LONGEST_NAME:
+                raise BadInput(f"task {cut(name, 80)}: has a name of {len(name):,} characters; give it a shorter one")
         runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
         walls = sandbox.available_mode(code == "degraded") if runs_code else None
         names_of = {id(task): name for name, task in loaded["tasks"].items()}

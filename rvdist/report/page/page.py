@@ -16,6 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from rvdist.core.text import cut
 from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.page.samples import choose_samples
 from rvdist.report.page.tables import edited_table, paper_table, spread_line, task_table
@@ -27,6 +28,7 @@ from rvdist.report.wording import (
 )
 
 _HERE = Path(__file__).parent
+_LONGEST = 100_000  # characters of a text
 
 
 def write_page(
@@ -37,7 +39,12 @@ def write_page(
     sentence, *details = [*findings.claims, *anatomy.sentences[: not findings.rows], ""]
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_cut,
     )
     environment.filters |= {"printable": printable, "name": _name, "width": _width}
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
@@ -82,6 +89,11 @@ def write_page(
         script_hash=_csp_hash(script),
     )
     path.write_bytes(html.encode("utf-8", "replace"))  # names may hold lone surrogates
+
+
+def _cut(value: object) -> object:
+    """What the template shows: no text is endless."""
+    return cut(value, _LONGEST) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _score_of(row: Row) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvdist.core.record import Record, TaskInfo
+from rvdist.core.text import cut
 
 CHARACTERS = 12_000_000  # of all texts together
 _GOLDEN = 0.6180339887498949
@@ -122,8 +123,8 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
         }
     kept = sorted(chosen)
     return {
-        "name": task.name,
-        "metric": metric,
+        "name": cut(task.name),
+        "metric": cut(metric),
         "higher_is_better": task.higher_is_better.get(metric, True),
         "documents": [[any_of[order[j]].doc_id, texts.place(any_of[order[j]].target, 1500, 500)] for j in kept],
         "answers": {arm: [chosen[j].get(arm) for j in kept] for arm in arms},
