@@ -93,11 +93,11 @@ def load(files: Mapping[str, str | None], fields: Sequence[str], **_: object) ->
     """lm-eval's `custom_dataset`: a `datasets.Dataset` of `fields` for each split, empty where there is no file."""
     from datasets import Dataset
 
-    splits = {}
+    found = {}
     for split, path in files.items():
         rows = read(Path(path), fields) if path else []
-        splits[split] = Dataset.from_dict({field: [row[field] for row in rows] for field in fields})
-    return splits
+        found[split] = Dataset.from_dict({field: [row[field] for row in rows] for field in fields})
+    return found
 
 
 def paragraphs(path: str, **_: object) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def paragraphs(path: str, **_: object) -> dict[str, Any]:
         text = read_regular(Path(path), _MOST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as a text in UTF-8 ({error})") from None
-    texts = [paragraph for paragraph in (part.strip("\n") for part in re.split(r"\n\s*\n", text)) if paragraph.strip()]
-    if not texts:
+    found = [paragraph for paragraph in (part.strip("\n") for part in re.split(r"\n\s*\n", text)) if paragraph.strip()]
+    if not found:
         raise BadInput(f"{path}: holds no text")
-    return {"test": Dataset.from_dict({"text": texts})}
+    return {"test": Dataset.from_dict({"text": found})}
 
 
 def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
