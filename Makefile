@@ -7,7 +7,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 HALVES := fast-1 fast-2
 PARTS := heavy shared $(HALVES)
 
-.PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint pocket clean
+.PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint audit pocket clean
 
 demo: $(VENV)/ready
 	$(PY) -m rvdist.launch experiment=demo
@@ -30,6 +30,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Versions with known vulnerabilities fail it, where the advisory data can be reached.
+audit:
+	$(PYTHON) tests/audit.py
 
 pocket: $(VENV)/ready
 	$(PY) -m rvdist.pocket.train outputs/pocket --seed 0

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
 
 from checkpoints import POCKET, write_family
+from guarantees import COLLECTED, cases, claims
 
 _STATUS = pytest.StashKey[int]()
 _WITHOUT = Path(__file__).with_name("without")
@@ -42,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_WITHOUT), os.environ.get("PYTHONPATH")]))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = cases(items)
     for item in items:
         if _HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker("heavy")
@@ -60,6 +63,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: statsmodels has all garbage looked for at every correction of p-values."""
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which claims of docs/guarantees.md were not tested here, for lack of what they need."""
+    named = {test for _, tests in claims() for test in tests}
+    skipped = {report.nodeid.partition("[")[0] for report in terminalreporter.stats.get("skipped", [])}
+    for test in sorted(named & skipped):
+        terminalreporter.write_line(f"a guarantee was not tested here in full: {test}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
