@@ -138,10 +138,13 @@ MEANINGS: dict[type, dict[str, str]] = {
         "max_model_len": "tokens of prompt and answer; null: the checkpoint's own",
         "max_num_seqs": "sequences at a time; null: vLLM's default",
         "gpu_memory_utilization": "the share of a GPU's memory, on GPUs",
-        "kv_cache_gib": "GiB of KV cache of each rank, on CPUs",
-        "enforce_eager": "no compilation and no graphs; the text of the two differs",
+        "device": "cpu or cuda; auto: the GPUs, where the cluster has any",
+        "accelerator_type": "the kind of GPU by Ray's name, such as H100; null: the only one of the cluster",
+        "kv_cache_gib": "GiB of KV cache of each rank; null: 1 on CPUs, what `gpu_memory_utilization` leaves on GPUs",
+        "enforce_eager": "true: no compilation and no graphs, whose text differs; false: vLLM's own; null: true on "
+        "CPUs, CUDA graphs without compilation on GPUs",
         "seed": "of sampling, with the number of the sample and its prompt",
-        "slice_size": "requests of one call to an engine, at most",
+        "slice_size": "requests of one call to an engine, at most; null: 256 on CPUs, 1024 on GPUs",
         "timeout": "seconds without a word after which an engine at work is replaced; 15 minutes unless given, or 20 "
         "times as long as its slice should take or as its start took",
         "start_timeout": "seconds that an engine may take to start; half an hour and 10 s a GB of weights unless given",

@@ -18,7 +18,7 @@ from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.evaluate.answers import Answering, Answers, Asked, Collected, answer
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
-from rvdist.evaluate.fleet.arguments import EngineSettings, further_arguments, identity
+from rvdist.evaluate.fleet.arguments import GRAPHS, EngineSettings, build, further_arguments, identity
 from rvdist.evaluate.fleet.fleet import Fleet, device_kind
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer
@@ -46,7 +46,7 @@ class Evaluator:
         """Makes ready what the job's arms are asked; what is asked already is shared. Raises BadInput for tasks that
         cannot be loaded, checkpoints that cannot be asked and a recording that lacks answers."""
         settings = prepared.settings
-        _engine_settings(prepared)
+        further_arguments(settings.engine.args)
         asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
         askings: dict[str, Asking] = {}
         for arm in prepared.arms:
@@ -70,7 +70,8 @@ class Evaluator:
         if folder and folder not in self._named:
             self._named.add(folder)
             prepared.say(f"benchmarks.include_path: you named {folder}; code of its tasks (!function) runs as you do")
-        scoring = Scoring(prepared, askings, dict(prepared.notes))
+        device = "cpu" if settings.engine.replay is not None else self._device(prepared)
+        scoring = Scoring(prepared, askings, dict(prepared.notes), config.slice_size(settings, device))
         for sentence in askings[prepared.arms[0].name].suite.lacking.values():
             scoring.add_note(prepared.arms[0], f"left out: {sentence}")
             prepared.say(f"left out: {sentence}")
@@ -78,9 +79,12 @@ class Evaluator:
             self._join_replay(scoring)
         else:
             resources = self._warm.resources()
-            identity(_engine_settings(prepared), device_kind(resources.gpus > 0))
+            identity(_engine_settings(prepared, device), _kind(prepared, device))
             config.engines(settings, resources.cpus, resources.gpus)
         return scoring
+
+    def _device(self, prepared: Prepared) -> str:
+        return config.engine_device(prepared.settings, self._warm.resources().gpus, build())
 
     def _join_replay(self, scoring: Scoring) -> None:
         recording = self._open_recording(scoring.prepared)
@@ -167,16 +171,16 @@ class Evaluator:
         return collected.answers
 
     def _make_answering(self, asking: Asking, arms: Arms) -> Answering:
-        prepared = arms[0][0].prepared
-        fleet = partial(self._fleet, asking, arms)
+        scoring, _ = arms[0]
+        prepared, fleet = scoring.prepared, partial(self._fleet, asking, arms)
         if prepared.settings.engine.replay:
-            return Answering(prepared.settings.engine.slice_size, fleet)
-        kind = device_kind(self._warm.resources().gpus > 0)
-        served_by = identity(_engine_settings(prepared), kind) | {"serving": asking.serving}
+            return Answering(scoring.slice_size, fleet)
+        device = self._device(prepared)
+        served_by = identity(_engine_settings(prepared, device), _kind(prepared, device)) | {"serving": asking.serving}
         for scoring, _ in arms:
             scoring.engine["device"] = served_by["device"]
         cache = prepared.cache if prepared.settings.cache.samples else None
-        return Answering(prepared.settings.engine.slice_size, fleet, cache, served_by)
+        return Answering(scoring.slice_size, fleet, cache, served_by)
 
     def _fleet(self, asking: Asking, arms: Arms) -> Fleet:
         """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped. Of a replay,
@@ -207,12 +211,23 @@ class Evaluator:
         self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str, resources: Resources
     ) -> tuple[Hashable, Callable[[], Fleet]]:
         """The key of the fleet that a job needs, and how it is started."""
-        settings, patience = _engine_settings(prepared), prepared.settings.cluster.timeout
+        device = config.engine_device(prepared.settings, resources.gpus, build())
+        settings, patience = _engine_settings(prepared, device), prepared.settings.cluster.timeout
+        accelerator = prepared.settings.engine.accelerator_type if device == "cuda" else None
         count, need = config.engines(prepared.settings, resources.cpus, resources.gpus)
         limits = config.engine_timeouts(prepared.settings, sum(spec.nbytes for spec in source.tensors.values()))
         base = str(source.path.absolute())
-        key = (serving, tensors, settings, count, need, limits)
-        return key, lambda: Fleet(base, settings, count, *need, patience, timeout=limits[0], start_timeout=limits[1])
+        key = (serving, tensors, settings, count, need, limits, accelerator)
+        return key, lambda: Fleet(
+            base,
+            settings,
+            count,
+            *need,
+            patience,
+            timeout=limits[0],
+            start_timeout=limits[1],
+            accelerator_type=accelerator,
+        )
 
     def _expect(self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str) -> None:
         """Lets engines start while tasks are loaded, where they are sure to be needed and nothing else needs the cores
@@ -272,20 +287,27 @@ def _path(text: str | None) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
 
-def _engine_settings(prepared: Prepared) -> EngineSettings:
-    engine = prepared.settings.engine
+def _kind(prepared: Prepared, device: str) -> str:
+    return device_kind(device == "cuda", prepared.settings.engine.accelerator_type)
+
+
+def _engine_settings(prepared: Prepared, device: str) -> EngineSettings:
+    """How engines are started on the `device`. What the configuration leaves open is: on CPUs 1 GiB of KV cache and
+    eager mode; on GPUs vLLM's own share of the card, and CUDA graphs without compilation."""
+    engine, on_cpu = prepared.settings.engine, device == "cpu"
+    graphs = engine.enforce_eager is None and not on_cpu
     return EngineSettings(
         tensor_parallel_size=engine.tensor_parallel_size,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         gpu_memory_utilization=engine.gpu_memory_utilization * engine.gpus,
-        kv_cache_gib=engine.kv_cache_gib,
+        kv_cache_gib=1.0 if engine.kv_cache_gib is None and on_cpu else engine.kv_cache_gib,
         cpu_threads=engine.cpu_threads,
-        enforce_eager=engine.enforce_eager,
+        enforce_eager=on_cpu if engine.enforce_eager is None else engine.enforce_eager,
         seed=engine.seed,
         truncate=prepared.settings.benchmarks.allow_truncation,
         allow_nonfinite=prepared.settings.allow_nonfinite,
-        args=further_arguments(engine.args),
+        args=further_arguments(({"compilation_config": GRAPHS} if graphs else {}) | engine.args),
     )
 
 

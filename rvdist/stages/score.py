@@ -33,6 +33,7 @@ class Scoring:
     prepared: Prepared
     askings: dict[str, Asking]
     notes: dict[WeightPoint, tuple[str, ...]]
+    slice_size: int
     engine: dict[str, str] = field(default_factory=dict)
     unscored: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None
@@ -76,8 +77,8 @@ class Scoring:
 
 def score_arm(scoring: Scoring, arm: Arm, asking: Asking, answered: Answers) -> Scored:
     """lm-eval's results of one arm, and its records."""
-    slice_size, seed = scoring.prepared.settings.engine.slice_size, scoring.prepared.settings.engine.seed
-    answers, _ = answers_of(scoring.locate(arm), asking.requests, slice_size, answered)
+    seed = scoring.prepared.settings.engine.seed
+    answers, _ = answers_of(scoring.locate(arm), asking.requests, scoring.slice_size, answered)
     with scoring.prepared.timing.phase("score"):
         return asking.suite.score(arm, scoring.digest(arm), asking.tokenizer, asking.requests, answers, seed)
 
@@ -88,7 +89,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
 
     from rvdist.report.statistics.compare import summarise
 
-    directory, settings = scoring.prepared.directory, scoring.prepared.settings
+    directory = scoring.prepared.directory
     records: list[Record] = []
     reported: dict[Asking, dict[str, Any]] = {}
     truncated = 0
@@ -96,7 +97,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
         for part in ("results", "samples"):
             (directory / part).mkdir(exist_ok=True)
         for arm, asking, answered in arms:
-            truncated += answers_of(scoring.locate(arm), asking.requests, settings.engine.slice_size, answered)[1]
+            truncated += answers_of(scoring.locate(arm), asking.requests, scoring.slice_size, answered)[1]
             known_scores = known.get((arm, scoring.digest(arm), asking))
             results, scored = known_scores.result() if known_scores else score_arm(scoring, arm, asking, answered)
             reported.setdefault(asking, results)

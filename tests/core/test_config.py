@@ -299,6 +299,59 @@ def test_how_many_engines_and_what_each_takes():
         engines(8, 4, count=3, tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize(
+    ("asked", "gpus", "build", "device"),
+    [
+        ("auto", 0, "cpu", "cpu"),
+        ("auto", 8, "cuda", "cuda"),
+        ("auto", 8, None, "cuda"),
+        ("cpu", 8, "cpu", "cpu"),
+        ("cuda", 8, "cuda", "cuda"),
+        ("cuda", 0, "cuda", "engine.device=cuda: the cluster has no GPU, or none yet; set cluster.address .*nodes"),
+        ("auto", 0, "cuda", "the cluster has no GPU, and the vLLM .* is built for GPUs alone; install rvdist.cpu."),
+        ("cpu", 8, "cuda", "engine.device=cpu, and the vLLM that is installed is built for GPUs alone; install"),
+        (
+            "auto",
+            8,
+            "cpu",
+            "the cluster has GPUs, and the vLLM .* is built for CPUs alone; install rvdist.gpu., or set",
+        ),
+    ],
+)
+def test_on_what_engines_compute(asked, gpus, build, device):
+    asked = settings(engine=EngineConfig(device=asked))
+    if device in ("cpu", "cuda"):
+        assert config.engine_device(asked, gpus, build) == device
+    else:
+        with pytest.raises(BadInput, match=device):
+            config.engine_device(asked, gpus, build)
+
+
+def test_engines_on_cpus_take_no_gpu_that_is_there():
+    asked = settings(engine=EngineConfig(device="cpu"), cluster=ClusterConfig("auto"))
+    assert config.engines(asked, 8, 4) == (8, (1.0, 0.0))
+
+
+def test_slices_are_larger_on_a_card_unless_given():
+    assert config.slice_size(settings(), "cpu") == 256 < config.slice_size(settings(), "cuda")
+    assert config.slice_size(settings(engine=EngineConfig(slice_size=7)), "cuda") == 7
+    with pytest.raises(BadInput, match="engine.slice_size: 0 is not a number of them"):
+        config.require_resources(settings(engine=EngineConfig(slice_size=0)))
+
+
+@pytest.mark.parametrize("key", ["timeout", "start_timeout"])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_timeout_is_a_time(key, seconds):
+    with pytest.raises(BadInput, match=rf"engine\.{key}: .* is not a time"):
+        config.require_resources(settings(engine=EngineConfig(**{key: seconds})))
+
+
+def test_a_start_may_take_as_long_as_its_bytes_do():
+    assert config.engine_timeouts(settings(), 0) == (None, 1800.0)
+    assert config.engine_timeouts(settings(), 810 * 10**9)[1] == pytest.approx(1800 + 8100)
+    assert config.engine_timeouts(settings(engine=EngineConfig(timeout=5.0, start_timeout=7.0)), 10**12) == (5.0, 7.0)
+
+
 def test_shares_of_a_gpu_that_cannot_be():
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="engine.gpus: .* is not a share of one GPU"):

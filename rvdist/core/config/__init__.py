@@ -28,9 +28,11 @@ from rvdist.core.config.points import (
 from rvdist.core.config.resources import (
     cache_directory,
     device,
+    engine_device,
     engine_timeouts,
     engines,
     require_resources,
+    slice_size,
     workers,
 )  # fmt: skip
 from rvdist.core.config.schema import (
@@ -66,7 +68,8 @@ __all__ = [
     "AnalyzeConfig", "ArmConfig", "BatchConfig", "BenchmarksConfig", "CacheConfig", "ClusterConfig", "CompatConfig",
     "Config", "DonorsConfig", "EachConfig", "EngineConfig", "HubConfig", "MaskConfig", "MergeConfig",
     "OutputFormat", "Saved", "SearchConfig", "Storage", "SweepConfig", "VectorConfig", "WeightedVectorConfig",
-    "alpha_text", "alphas", "arms", "cache_directory", "candidates", "device", "engine_timeouts", "engines",
-    "lines", "method", "outputs", "point", "repositories", "require_name", "require_recipe_alone",
-    "require_resources", "size", "stages", "vector_name", "vector_points", "vector_to_save", "workers",
+    "alpha_text",    "alphas", "arms", "cache_directory", "candidates", "device", "engine_device", "engine_timeouts",
+    "engines", "lines", "method", "outputs", "point", "repositories", "require_name", "require_recipe_alone",
+    "require_resources", "size", "slice_size", "stages", "vector_name", "vector_points", "vector_to_save",
+    "workers",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from rvdist.core.config.schema import Config
 from rvdist.core.errors import BadInput
 
 _MOST_WORKERS, _BYTES_EACH = 16, 1 << 30  # of a node, and that a worker writes at least
+_SLICES = {"cpu": 256, "cuda": 1024}  # a card answers many more at once than a few cores
 _START, _SLOWEST = 1800.0, 1e8  # seconds for a start, and bytes a second of weights at least
 
 
@@ -23,6 +24,7 @@ def require_resources(config: Config) -> None:
     ranks, part = config.engine.tensor_parallel_size, config.engine.gpus
     share = config.merge.gpus_per_worker
     for key, count in (
+        ("engine.slice_size", config.engine.slice_size),
         ("merge.workers", config.merge.workers),
         ("merge.threads", config.merge.threads),
         ("cluster.nodes", config.cluster.nodes),
@@ -75,7 +77,7 @@ def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, flo
     A cluster that is not ours may grow into it. Raises BadInput."""
     engine, local = config.engine, config.cluster.address == "local"
     ranks, share = engine.tensor_parallel_size, engine.gpus
-    if gpus:
+    if gpus and engine.device != "cpu":
         count = engine.count or max(1, int(gpus / share) // ranks)
         if local and count * ranks * share > gpus:
             raise BadInput(
@@ -86,6 +88,32 @@ def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, flo
     count = engine.count or max(1, cpus // (ranks * engine.cpu_threads))
     cores = float(ranks * engine.cpu_threads)
     return count, (min(cores, int(cpus / count * 1000) / 1000) if local else cores, 0.0)
+
+
+def engine_device(config: Config, gpus: int, build: str | None) -> str:
+    """On what the engines of a cluster with so many GPUs compute, `cpu` or `cuda`, where vLLM is a `build` for one of
+    them (None: unknown). Raises BadInput where there is no such device, or vLLM cannot use it."""
+    asked = config.engine.device
+    chosen = asked if asked != "auto" else "cuda" if gpus else "cpu"
+    if chosen == "cuda" and not gpus:
+        raise BadInput(
+            "engine.device=cuda: the cluster has no GPU, or none yet; set cluster.address to one that has, or "
+            "cluster.nodes to how many nodes are to come"
+        )
+    if build is not None and build != chosen:
+        reason = f"engine.device={chosen}" if asked != "auto" else f"the cluster has {'GPUs' if gpus else 'no GPU'}"
+        ways = {
+            "cuda": "install rvdist[gpu], or set engine.device=cpu",
+            "cpu": "install rvdist[cpu], or set cluster.address to a cluster with GPUs",
+        }
+        name = {"cuda": "GPUs", "cpu": "CPUs"}[build]
+        raise BadInput(f"{reason}, and the vLLM that is installed is built for {name} alone; {ways[chosen]}")
+    return chosen
+
+
+def slice_size(config: Config, device: str) -> int:
+    """How many requests an engine is asked at a time."""
+    return config.engine.slice_size or _SLICES[device]
 
 
 def engine_timeouts(config: Config, checkpoint_bytes: int) -> tuple[float | None, float]:

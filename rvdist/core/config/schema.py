@@ -21,6 +21,7 @@ CHOICES: dict[str, Collection[str]] = {
     "dtype": DTYPES,
     "vector.dtype": DTYPES,
     "device": ("cpu", "cuda"),
+    "engine.device": ("auto", "cpu", "cuda"),
     "log": ("text", "json"),
     "merge.method": METHODS,
     "search.method": ("racing",),
@@ -151,10 +152,12 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     gpu_memory_utilization: float = 0.9
-    kv_cache_gib: float = 1.0
-    enforce_eager: bool = True
+    device: str = "auto"
+    accelerator_type: str | None = None
+    kv_cache_gib: float | None = None
+    enforce_eager: bool | None = None
     seed: int = 0
-    slice_size: int = 256
+    slice_size: int | None = None
     timeout: float | None = None
     start_timeout: float | None = None
     args: dict[str, Any] = field(default_factory=dict)

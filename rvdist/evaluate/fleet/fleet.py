@@ -36,7 +36,8 @@ class Fleet:
     cluster. Where it has no node that could hold one, it has `patience` seconds to get one. An engine may start for
     `start_timeout` seconds, and say nothing at its work for `timeout` (None: for 15 minutes, or many times as long as
     its slice should take, or as its start took). A start that fails is tried again after each of `pauses` seconds.
-    `actor` is what answers, made of `base` and `settings`."""
+    `accelerator_type` is the
+    kind of GPU, by Ray's name, where there may be several. `actor` is what answers, made of `base` and `settings`."""
 
     def __init__(
         self,
@@ -50,11 +51,13 @@ class Fleet:
         timeout: float | None = None,
         start_timeout: float = 1800.0,
         pauses: Sequence[float] = PAUSES,
+        accelerator_type: str | None = None,
     ) -> None:
         import ray
 
         self._need = {"CPU": cpus, "GPU": gpus}
-        actor_class = ray.remote(actor).options(num_cpus=cpus, num_gpus=gpus)
+        kind = {"accelerator_type": accelerator_type} if accelerator_type else {}
+        actor_class = ray.remote(actor).options(num_cpus=cpus, num_gpus=gpus, **kind)
         self._home = WeightPoint(base)
         self._patience = patience
         self._created = time.monotonic()
@@ -68,6 +71,7 @@ class Fleet:
             count,
             start_timeout,
             pauses,
+            device="cuda" if gpus else "cpu",
             told=lambda seat, why: self._failures.add(seat.number, why),
             lost=self._outlive,
         )
@@ -302,14 +306,22 @@ class Fleet:
         )
 
 
-def device_kind(on_gpus: bool) -> str:
+def device_kind(on_gpus: bool, accelerator_type: str | None = None) -> str:
     """On what the engines of the connected cluster compute; text may differ between kinds. Of CPUs, it is this
-    machine's that is named."""
+    machine's that is named. Raises BadInput for GPUs of several kinds of which none was chosen, or another one was."""
     import ray
 
     if on_gpus:
-        kinds = [name for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
-        return ", ".join(sorted(kind.partition(":")[2] for kind in kinds)) or "GPU"
+        names = [name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+        kinds = sorted(name for name in names if not name.startswith("TPU"))
+        if accelerator_type and kinds and accelerator_type not in kinds:
+            raise BadInput(f"engine.accelerator_type={accelerator_type}: the cluster has {', '.join(kinds)}; name one")
+        if len(kinds) > 1 and not accelerator_type:
+            raise BadInput(
+                f"the cluster has GPUs of several kinds ({', '.join(kinds)}), on which text may differ; name one with "
+                f"engine.accelerator_type={kinds[0]}"
+            )
+        return accelerator_type or "".join(kinds) or "GPU"
     match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return match[1] if match else platform.machine()
 

@@ -13,7 +13,7 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
 from rvdist.core.text import reason
 from rvdist.evaluate.fleet.actor import log_end
-from rvdist.evaluate.fleet.arguments import versions
+from rvdist.evaluate.fleet.arguments import environment, versions
 from rvdist.evaluate.fleet.failures import Starts
 from rvdist.evaluate.request import Progress, Unusable
 
@@ -43,7 +43,7 @@ class Seat:
 class Seats:
     """`count` of them, filled with what `spawn` makes. An engine has `start_timeout` seconds to start, from when it has
     its room; where it fails, another is tried after each of `pauses` seconds. `told` hears why one did not start,
-    `lost` of each that was up and is no more."""
+    `lost` of each that was up and is no more. All must compute on the `device` and on one kind of it."""
 
     def __init__(
         self,
@@ -51,10 +51,12 @@ class Seats:
         count: int,
         start_timeout: float,
         pauses: Sequence[float],
+        device: str,
         told: Callable[[Seat, str], None],
         lost: Callable[[Seat], None],
     ) -> None:
         self._spawn, self._start_timeout, self._told, self._lost = spawn, start_timeout, told, lost
+        self._device, self._kind = device, ""
         self._created = time.monotonic()
         self._coming: dict[Any, Seat] = {}  # by the answer that an engine gives when it has its room
         self._starting: dict[Any, Seat] = {}  # by the answer that it gives when it is up
@@ -110,15 +112,36 @@ class Seats:
         except ray.exceptions.RayError as error:
             self._lose(seat, error)
             return None
-        for package, here in versions().items():
-            if info[package] != here:
-                raise Failed(f"an engine runs {package} {info[package]} and this process {here}; make them one")
+        self._require_alike(info)
         self._starts.succeed(seat.number)
         if seat.up is None:
             seat.up = time.monotonic()
             seat.took, seat.log = seat.up - seat.begun, info.get("log", "")
             self.first_up = self.first_up or seat.up - self._created
         return seat
+
+    def _require_alike(self, info: Mapping[str, Any]) -> None:
+        """Raises Failed for an engine whose answers may be others than those that the cache's key, or another engine,
+        stands for."""
+        for package, here in versions().items():
+            if info[package] != here:
+                raise Failed(f"an engine runs {package} {info[package]} and this process {here}; make them one")
+        on = f"on {info.get('host', 'another machine')}"
+        if (found := info.get("device", self._device)) != self._device:
+            raise Failed(
+                f"an engine {on} computes on {found} and not on {self._device}; mend the GPU's driver there, or "
+                "install the build of vLLM and torch that is installed here"
+            )
+        self._kind = self._kind or info.get("kind", "")
+        if (kind := info.get("kind", "")) != self._kind:
+            raise Failed(
+                f"engines run on {self._kind} and, {on}, on {kind}, where text may differ; set engine.accelerator_type"
+            )
+        ours, theirs = environment(), info.get("environment", environment())
+        for name in sorted(ours.keys() | theirs.keys()):
+            one, other = theirs.get(name, "not set"), ours.get(name, "not set")
+            if one != other:
+                raise Failed(f"{name} is {one} {on} and {other} here, which may change text; set it alike")
 
     def tend(self) -> None:
         """To be called about every second: tries seats again whose pause is over, and ends engines that have not

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import logging
 import os
 import re
+import stat
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,10 +38,12 @@ _QUANTIZED = "is quantized, and weights are only swapped exactly when they are n
 
 @dataclass(frozen=True)
 class Started:
-    """vLLM, on what it runs (cpu or cuda), and how many seconds its import and its start took."""
+    """vLLM, on what it runs (cpu or cuda, and of cards the kind), and how many seconds its import and its start
+    took."""
 
     llm: Any
     device: str
+    kind: str
     seconds: dict[str, float]
 
 
@@ -71,7 +76,8 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
         if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
             raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
         try:
-            llm = LLM(**arguments)
+            with alone_on([] if on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")):
+                llm = LLM(**arguments)
         except (TypeError, ValueError) as error:
             said = reason(str(error).replace(str(directory), base), 300)
             if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", said):
@@ -84,7 +90,26 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
     if llm.llm_engine.model_config.quantization:
         raise BadInput(f"{base}: {_QUANTIZED}")
     seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
-    return Started(llm, "cpu" if on_cpu else "cuda", seconds)
+    kind = "" if on_cpu else torch.cuda.get_device_name(0)
+    return Started(llm, "cpu" if on_cpu else "cuda", kind, seconds)
+
+
+@contextlib.contextmanager
+def alone_on(cards: Sequence[str]) -> Iterator[None]:
+    """No other engine of this user starts on one of these cards meanwhile: vLLM counts what a neighbour allocates as
+    its own."""
+    with contextlib.ExitStack() as locks:
+        directory = Path(tempfile.gettempdir()) / f"rvdist-{os.getuid()}"
+        with contextlib.suppress(OSError):  # a lock that cannot be had is no reason not to start
+            directory.mkdir(mode=0o700, exist_ok=True)
+            found = directory.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                for card in sorted(cards):  # in one order, so that no two wait for each other
+                    name = f"card-{re.sub('[^A-Za-z0-9-]', '-', card)}"
+                    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                    lock = locks.enter_context(os.fdopen(os.open(directory / name, flags, 0o600), "w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _files(checkpoint: Checkpoint, settings: EngineSettings) -> AbstractContextManager[Path]:

@@ -39,6 +39,7 @@ class Fake:
 
     def __init__(self, base, settings):
         self.seen, self.faults = settings
+        self.told = self.faults.get("info", [{}])
         Path(self.seen, f"pid-{os.getpid()}").touch()
 
     def _happen(self, where):
@@ -64,7 +65,12 @@ class Fake:
 
     def info(self):
         self._happen("start")
-        return versions()
+        for number, told in enumerate(self.told):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(f"{self.seen}/info-{number}", os.O_CREAT | os.O_EXCL))
+                self.told = [told]
+                break
+        return versions() | self.told[-1]
 
     def answer(self, piece, requests):
         if piece.point == OTHER:
@@ -172,6 +178,23 @@ def test_what_an_engine_fails_of_is_said_with_the_end_of_its_log(ray_local, tmp_
     with pytest.raises(Failed, match=r"RuntimeError: NCCL error; its log ends: .*card 3 fell off the bus \(/.*\.err"):
         fleet.answer(SLICES, REQUESTS)
     fleet.stop()
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ([{"device": "cuda"}], "an engine on .* computes on cuda and not on cpu; mend the GPU's driver there"),
+        (
+            [{"kind": "A100"}, {"kind": "H100"}],
+            "engines run on .100 and, on box, on .100, .*; set engine.accelerator_type",
+        ),
+        ([{"environment": {"VLLM_USE_X": "1"}}], "VLLM_USE_X is 1 on box and not set here, .*; set it alike"),
+        ([{"vllm": "0.0.1"}], "an engine runs vllm 0.0.1 and this process .*; make them one"),
+    ],
+)
+def test_an_engine_whose_answers_may_be_others_is_refused(told, reason, ray_local, tmp_path):
+    with pytest.raises(Failed, match=reason):
+        run(tmp_path, {"info": [{"host": "box"} | one for one in told], "at8": ("hang", TRIES)}, count=len(told))
 
 
 def test_one_engine_that_cannot_serve_may_be_the_only_one():
