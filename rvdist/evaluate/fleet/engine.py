@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from rvdist.core.errors import Failed
 from rvdist.core.point import Term, WeightPoint
 from rvdist.evaluate.fleet.arguments import (
     DEFAULTS,
@@ -81,7 +82,10 @@ class Engine:
         self._llm, self._device, self._seconds = started.llm, started.device, started.seconds
         self._kind = started.kind
         self.settings = settings
-        self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors),))
+        try:
+            self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors),))
+        except Failed as error:
+            raise Unusable(str(error)) from None
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._prompts = Prompts(self._tokenizer, self._max_len, settings.truncate)

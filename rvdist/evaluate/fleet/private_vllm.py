@@ -35,7 +35,7 @@ ON_CPU = (
 
 
 def require_in_engine() -> None:
-    """Raises Failed where vLLM has not what the engine takes from it. Call after its start, when it is imported."""
+    """Raises Failed where vLLM has not what the engine takes from it. Call when it is imported."""
     VLLM.require(*IN_ENGINE)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rvdist.core.errors import BadInput
+from rvdist.core.errors import BadInput, Failed
 from rvdist.core.text import reason
 from rvdist.evaluate.fleet import private_vllm
 from rvdist.evaluate.fleet.arguments import (
@@ -31,6 +31,7 @@ from rvdist.evaluate.fleet.arguments import (
     vllm_arguments,
 )
 from rvdist.evaluate.fleet.served import link_files, strays
+from rvdist.evaluate.request import Unusable
 from rvdist.weights.checkpoint.directory import Checkpoint
 
 _QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
@@ -49,7 +50,7 @@ class Started:
 
 def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> Started:
     """vLLM on the `checkpoint`, which is called `base`. Raises BadInput for one that is quantized, and for settings
-    that vLLM refuses."""
+    that vLLM refuses; Unusable for a vLLM that is not as we know it."""
     if "quantization_config" in checkpoint.config:
         raise BadInput(f"{base}: {_QUANTIZED}")
     begin = time.perf_counter()
@@ -68,6 +69,11 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
         from vllm.engine.arg_utils import EngineArgs
 
         import rvdist.evaluate.fleet.swap  # noqa: F401  before vLLM starts it in a rank
+
+        try:
+            private_vllm.require_in_engine()
+        except Failed as error:
+            raise Unusable(str(error)) from None
     imported = time.perf_counter()
     if on_cpu and settings.cpu_threads != torch.get_num_threads():
         torch.set_num_threads(settings.cpu_threads)
@@ -86,7 +92,6 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
                     "it, or leave it out"
                 ) from None
             raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({said})") from None
-    private_vllm.require_in_engine()
     if llm.llm_engine.model_config.quantization:
         raise BadInput(f"{base}: {_QUANTIZED}")
     seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}

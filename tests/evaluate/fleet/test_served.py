@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.evaluate.cache import serving_digest
+from rvdist.evaluate.fleet import private_vllm
 from rvdist.evaluate.fleet import start as start_module
 from rvdist.evaluate.fleet.arguments import further_arguments
 from rvdist.evaluate.fleet.served import link_files
+from rvdist.evaluate.request import Unusable
 from rvdist.weights.checkpoint.directory import INDEX, open_checkpoint
 
 
@@ -82,6 +84,15 @@ def test_an_engine_that_loaded_other_weights_is_found(
     monkeypatch.setattr(start_module, "link_files", lambda checkpoint: link_files(open_checkpoint(moved)))
     with pytest.raises(RuntimeError, match="vLLM loaded other weights than those that were opened"):
         start(WeightPoint(str(family.target)))
+
+
+@pytest.mark.parametrize("needed", ["IN_ENGINE", "IN_RANK"])
+def test_a_vllm_that_is_not_as_we_know_it_is_unusable(
+    needed: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_vllm, needed, ("vllm:LLM.enqueue", "vllm:LLM.gone"))
+    with pytest.raises(Unusable, match="^vllm .*: has no vllm:LLM.gone any more, which rvdist takes "):
+        start(WeightPoint(str(families["tied"].target)))
 
 
 def test_where_ranks_may_be_on_other_nodes_stray_files_are_refused(families: dict[str, Family], tmp_path: Path) -> None:
