@@ -8,6 +8,7 @@ import pytest
 from rvdist.core import private_ray
 from rvdist.core.errors import Failed
 from rvdist.core.private import Library
+from rvdist.evaluate.fleet import private_vllm
 from rvdist.evaluate.tasks import private_lm_eval
 from rvdist.stages import private_hydra
 from rvdist.weights.checkpoint import private_huggingface_hub, private_transformers
@@ -62,9 +63,12 @@ def test_lm_eval_is_patched_no_longer_than_it_is_used():
         assert env.from_string("{{x}}") is kept
 
 
-def test_nothing_for_cpus_alone_is_imported_elsewhere(monkeypatch):
-    from rvdist.evaluate.fleet import private_vllm
+def test_vllm_was_seen_on_what_is_installed():
+    """Whether all is there, every engine asks when it starts."""
+    assert private_vllm.VLLM.version == private_vllm.VLLM.seen
 
+
+def test_nothing_for_cpus_alone_is_imported_elsewhere(monkeypatch):
     for place in private_vllm.ON_CPU:
         monkeypatch.setitem(sys.modules, place.partition(":")[0], None)
     monkeypatch.setattr(private_vllm, "_is_on_cpu", lambda: False)
