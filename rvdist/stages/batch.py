@@ -25,7 +25,7 @@ _MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchMerge:
     """One merge of a batch: where it goes and what it is made of, as far as that is known, and the job that does it or
     why there is none."""
 
@@ -60,14 +60,14 @@ class Batch:
         self._merged = [stage for stage in chosen if stage in _MERGING]
         self._scorers: dict[str, Job] = {}
         self._arms: dict[WeightPoint, Arm] = {}
-        parts: list[Part] = []
+        parts: list[BatchMerge] = []
         for number, entry in enumerate(settings.batch or [BatchConfig()]):
             key = f"batch[{number}]." if settings.batch else ""
             try:
                 parts += self._entry(entry, key)
             except BadInput as error:
                 target = settings.target if entry.target is None else str(entry.target)
-                parts.append(Part(None, None, "", target, None, BadInput(f"{key}{error}")))
+                parts.append(BatchMerge(None, None, "", target, None, BadInput(f"{key}{error}")))
         self.parts = _distinct(parts)
 
     @property
@@ -78,7 +78,7 @@ class Batch:
     def scorers(self, failed: Mapping[Job, Exception]) -> list[Job]:
         """A job for every target, below the directory of the batch: it scores the target as the baseline, and what the
         merges that have not `failed` make of it."""
-        made: dict[str, list[Part]] = {}
+        made: dict[str, list[BatchMerge]] = {}
         for part in self.parts if self._scored else []:
             if isinstance(part.job, Job) and part.job not in failed:
                 made.setdefault(part.target, []).append(part)
@@ -101,7 +101,7 @@ class Batch:
         if errors and all(isinstance(error, BadInput) for error in errors):
             failed |= {job: error for job in self.merges if job not in failed and (error := errors[0])}
 
-    def _entry(self, entry: BatchConfig, key: str) -> Iterator[Part]:
+    def _entry(self, entry: BatchConfig, key: str) -> Iterator[BatchMerge]:
         """The targets, each with every vector, each with every α."""
         settings = self._job.settings
         targets = _targets(settings.target if entry.target is None else entry.target)
@@ -124,9 +124,9 @@ class Batch:
                     )
                     ((directory, point),) = config.outputs(named).items()
                     job = replace(self._job, settings=named, asked=settings, outputs={directory: point})
-                    yield Part(directory, alpha, own.name or config.vector_name(point), target, point, job)
+                    yield BatchMerge(directory, alpha, own.name or config.vector_name(point), target, point, job)
             except BadInput as error:
-                yield Part(None, None, own.name or "", listed, None, BadInput(f"{key}{error}"))
+                yield BatchMerge(None, None, own.name or "", listed, None, BadInput(f"{key}{error}"))
 
     def conclude(
         self, failed: Mapping[Job, Exception], prepared: Mapping[Job, Prepared], scores: Mapping[Job, Scores]
@@ -164,7 +164,7 @@ class Batch:
 
     def _row(
         self,
-        part: Part,
+        part: BatchMerge,
         error: Exception | None,
         prepared: Mapping[Job, Prepared],
         scores: Mapping[Job, Scores],
@@ -189,7 +189,7 @@ class Batch:
             row |= {"score": self._score(scores.get(scorer), part) if scorer else None}
         return row
 
-    def _score(self, scores: Scores | None, part: Part) -> float | None:
+    def _score(self, scores: Scores | None, part: BatchMerge) -> float | None:
         """The mean over benchmarks."""
         if scores is None or part.point not in self._arms:
             return None
@@ -208,7 +208,7 @@ class Batch:
         print_table(("output", "α", "vector", "target", *scored, "status"), table, self._job.console)
 
 
-def _arms(made: Sequence[Part]) -> dict[WeightPoint, Arm]:
+def _arms(made: Sequence[BatchMerge]) -> dict[WeightPoint, Arm]:
     """What a target is scored as beside itself; an arm has an α where all are along one vector."""
     points = {part.point: part for part in made if part.point and part.alpha}
     along = {(term.vector, term.mask) for point in points for term in point.terms}
@@ -287,9 +287,9 @@ def _matching(text: str, key: str) -> list[str]:
     return sorted(directories)
 
 
-def _distinct(parts: Sequence[Part]) -> list[Part]:
+def _distinct(parts: Sequence[BatchMerge]) -> list[BatchMerge]:
     """Without what is asked for twice; none of several that would be written to one place."""
-    points: dict[Path, dict[WeightPoint, Part]] = {}
+    points: dict[Path, dict[WeightPoint, BatchMerge]] = {}
     for part in parts:
         if part.output and part.point:
             points.setdefault(part.output, {}).setdefault(part.point, part)
