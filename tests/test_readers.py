@@ -176,7 +176,10 @@ def spoiled(sound: Path, contents: Path, into: Path, given: str, file: str | Non
     return found
 
 
-@pytest.mark.parametrize("reader", READERS)
+LONG = ["a tokenizer's configuration", "a chat template"]  # they take as long as the tokenizer's own
+
+
+@pytest.mark.parametrize("reader", [*(pytest.param(r, marks=pytest.mark.slow if r in LONG else ()) for r in READERS)])
 def test_whatever_stands_in_place_of_a_file_ends_in_one_sentence(
     reader: str, sound: Path, contents: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_hub import SHARD, hub, published, server  # noqa: F401  # fixtures
+from checkpoints import write_checkpoint
+from test_hub import SHARD, hub, server, weights  # noqa: F401  # fixtures
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.weights.checkpoint import guard
@@ -18,6 +19,17 @@ from rvdist.weights.checkpoint.hub import download, fetch_range
 from rvdist.weights.checkpoint.source import open_source
 
 MIB = b"x" * (1 << 20)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("sound") / "published", weights(), shards=2)
+
+
+@pytest.fixture
+def published(hub, sound):  # noqa: F811
+    hub.publish("org/name", sound)
+    return sound
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +78,7 @@ LISTING = {
 
 
 @pytest.mark.parametrize("how", LISTING)
-def test_an_answer(how, hub, published):  # noqa: F811
+def test_an_answer(how, hub):  # noqa: F811
     hub.tricks["/api/models"] = LISTING[how]
     with pytest.raises(Failed, match="org/name: no such directory, and not to be had from the Hub") as caught:
         open_source("org/name")
@@ -89,7 +101,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("k", range(len(WRONG)))
-def test_a_listing_that_is_none(k, hub, published):  # noqa: F811
+def test_a_listing_that_is_none(k, hub):  # noqa: F811
     body = WRONG[k].encode()
     hub.tricks["/api/models"] = lambda h: raw(h, OK + f"Content-Length: {len(body)}\n\n", body)
     with pytest.raises(Failed, match="it lists its files wrongly|bytes where"):
@@ -97,7 +109,7 @@ def test_a_listing_that_is_none(k, hub, published):  # noqa: F811
 
 
 @pytest.mark.parametrize("change", [{"size": 1 << 40}, {"size": 1 << 20, "many": 2000}, {"many": 1100}])
-def test_what_is_announced_is_looked_at_before_it_is_asked_for(change, hub, published):  # noqa: F811
+def test_what_is_announced_is_looked_at_before_it_is_asked_for(change, hub):  # noqa: F811
     file = {"size": 3, "blobId": "b" * 40} | change
     files = [{"rfilename": f"{k}.json", **file} for k in range(change.get("many", 1))]
     body = json.dumps({"sha": "a" * 40, "siblings": files}).encode()
@@ -192,7 +204,8 @@ def test_no_server_makes_us_wait_for_long(wait, hub, published, monkeypatch):  #
     waits = []
     checkpoint = open_source("org/name")
     monkeypatch.setattr(hub_module.time, "sleep", waits.append)
-    head = f'HTTP/1.1 429 T\nRetry-After: {wait}\nRateLimit: "api";r=0;t={"9" * 30}\nContent-Length: 0\n\n'
+    asks = f'Retry-After: {wait}\nRateLimit: "api";r=0;t={"9" * 30}'
+    head = f"HTTP/1.1 429 T\n{asks}\nConnection: close\nContent-Length: 0\n\n"
     hub.tricks["/resolve/"] = lambda h: raw(h, head)
     for act in (fetch_range, lambda *a: download(a[0], a[1], a[2])):
         with pytest.raises(Failed, match="HTTP status 429|64 requests"):
@@ -211,4 +224,4 @@ def test_what_is_not_the_hub_s_is_not_guarded(hub, published):  # noqa: F811
 
 def test_the_cache_keeps_nothing_outside_of_itself(hub, published, tmp_path):  # noqa: F811
     open_source("org/name")
-    assert {path.name for path in Path(tmp_path).iterdir()} == {"cache", "published"}
+    assert {path.name for path in Path(tmp_path).iterdir()} == {"cache"}
