@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from huggingface_hub import constants
 from test_hub import SHARD, hub, server, weights  # noqa: F401  # fixtures
 
 from rvdist.core.errors import BadInput, Failed
@@ -77,12 +78,20 @@ LISTING = {
 }  # fmt: skip
 
 
+SAID = {
+    "announced as endless": "announces 99999999999 bytes", "packed": "packs its answer", "byte by byte": "slower than",
+    "whose headers come byte by byte": "slower than", "to the next address": "more than 9 requests",
+    "in the open elsewhere": "only https is followed", "with endless headers": "",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("how", LISTING)
-def test_an_answer(how, hub):  # noqa: F811
+def test_an_answer(how, hub, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(guard, "_REQUESTS", 9)
     hub.tricks["/api/models"] = LISTING[how]
     with pytest.raises(Failed, match="org/name: no such directory, and not to be had from the Hub") as caught:
         open_source("org/name")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and SAID.get(how, "") in str(caught.value)
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -199,12 +208,13 @@ def test_another_file_than_announced_is_not_taken(hub, published):  # noqa: F811
     assert download(checkpoint.hub, SHARD, stamp).stat().st_size == stamp.size
 
 
+@pytest.mark.parametrize("header", ["Retry-After", "RateLimit"])
 @pytest.mark.parametrize("wait", ["9" * 5000, "²", "86400", "-1", "Wed, 21 Oct 2065 07:28:00 GMT"])
-def test_no_server_makes_us_wait_for_long(wait, hub, published, monkeypatch):  # noqa: F811
+def test_no_server_makes_us_wait_for_long(wait, header, hub, published, monkeypatch):  # noqa: F811
     waits = []
     checkpoint = open_source("org/name")
     monkeypatch.setattr(hub_module.time, "sleep", waits.append)
-    asks = f'Retry-After: {wait}\nRateLimit: "api";r=0;t={"9" * 30}'
+    asks = f"Retry-After: {wait}" if header == "Retry-After" else f'RateLimit: "api";r=0;t={wait}'
     head = f"HTTP/1.1 429 T\n{asks}\nConnection: close\nContent-Length: 0\n\n"
     hub.tricks["/resolve/"] = lambda h: raw(h, head)
     for act in (fetch_range, lambda *a: download(a[0], a[1], a[2])):
@@ -225,3 +235,23 @@ def test_what_is_not_the_hub_s_is_not_guarded(hub, published):  # noqa: F811
 def test_the_cache_keeps_nothing_outside_of_itself(hub, published, tmp_path):  # noqa: F811
     open_source("org/name")
     assert {path.name for path in Path(tmp_path).iterdir()} == {"cache"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address", "followed"),
+    [
+        ("https://hub.example", "https://cdn.example/x", True), ("https://hub.example", "http://hub.example/x", False),
+        ("https://hub.example", "http://cdn.example/x", False), ("http://hub.example", "http://hub.example:81/x", True),
+        ("http://hub.example", "http://cdn.example/x", False), ("http://hub.example", "https://cdn.example/x", True),
+        ("http://127.0.0.1:1", "http://localhost:2/x", True), ("https://127.0.0.1:1", "http://localhost:2/x", False),
+        ("http://hub.example", "ftp://hub.example/x", False),
+        ("http://hub.example", "http://hub.example@evil/x", False),
+    ],
+)  # fmt: skip
+def test_only_https_or_the_endpoint_s_own_host_is_followed(endpoint, address, followed, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    if followed:
+        guard._require_place(address)
+        return
+    with pytest.raises(guard.Refused, match="only https is followed"):
+        guard._require_place(address)
