@@ -218,7 +218,7 @@ class Crew:
                 else f"{path}: it changed or was truncated, or no node can see it; run again when it is whole"
             )
         if worker.home not in (None, worker.node):
-            self._disown()
+            self._free_files()
 
     def _path(self, need: Need) -> str:
         source, name = need
@@ -325,7 +325,7 @@ class Crew:
         for worker in self._workers:
             if silent and worker.home:  # who comes to replace another may never find room there
                 worker.home = ""
-        self._disown()
+        self._free_files()
         for worker in self._workers:
             self._feed(worker)
         if silent and self._roster.is_left and all(task.is_hello for task in self._running.values()):
@@ -335,7 +335,7 @@ class Crew:
             self._say(f"no worker has answered for {self._settings.timeout:g} s; waiting for nodes {', '.join(nodes)}")
             self._heard = time.monotonic()
 
-    def _disown(self) -> None:
+    def _free_files(self) -> None:
         """Files of a node are free for others when it has no worker left and, if it lives, none will come: another
         node must not write into a file of which this one may still hold pages."""
         orphaned = self._roster.orphans({worker.node for worker in self._workers})

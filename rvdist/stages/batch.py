@@ -111,7 +111,7 @@ class Batch:
             raise BadInput("output is not set, nor is output; set one of them")
         for listed, own in product(targets, _vectors(settings, entry)):
             try:
-                for target, vector, alpha in product(_matching(listed, "target"), own.matching(), alphas):
+                for target, vector, alpha in product(_match_directories(listed, "target"), own.vectors(), alphas):
                     named = replace(
                         settings,
                         batch=[],
@@ -239,11 +239,11 @@ class _Own:
     vector: DonorsConfig
     added: list[WeightedVectorConfig]
 
-    def matching(self) -> list[VectorConfig]:
+    def vectors(self) -> list[VectorConfig]:
         """The vectors that it stands for: more than one where its plus or path is a pattern."""
         own = {field.name: getattr(self.vector, field.name) for field in fields(DonorsConfig)}
         which = "path" if self.vector.path else "plus"
-        sources = [own[which]] if own[which] is None else _matching(own[which], f"vector.{which}")
+        sources = [own[which]] if own[which] is None else _match_directories(own[which], f"vector.{which}")
         return [VectorConfig(**own | {which: source}) for source in sources]
 
 
@@ -275,7 +275,7 @@ def _is_pattern(text: str) -> bool:
     return has_magic(text) and not Path(text).expanduser().exists()
 
 
-def _matching(text: str, key: str) -> list[str]:
+def _match_directories(text: str, key: str) -> list[str]:
     """The directories that a pattern stands for, in order, but for unfinished outputs; else the text itself."""
     if not _is_pattern(text):
         return [text]

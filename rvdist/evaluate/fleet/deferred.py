@@ -94,7 +94,7 @@ _VIEWS: dict[Any, Callable[..., Deferred | list[Deferred] | None]] = {
 }
 
 
-def deferred(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
+def defer_tensors(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (name, tensor) of the reader's only point. They can be read until the reader is closed."""
     for name, spec in reader.base.tensors.items():
         yield name, Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name))

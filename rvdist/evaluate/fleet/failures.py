@@ -36,7 +36,7 @@ class Failures:
         if self._unusable.total() > 1:
             raise Failed(reason)
 
-    def lament(self, lethal: Sequence[Slice]) -> Failed:
+    def explain_slices(self, lethal: Sequence[Slice]) -> Failed:
         """Why these slices are not answered."""
         some = ", ".join(f"{piece.task} {piece.begin} to {piece.end - 1}" for piece in lethal[:_SHOWN])
         more = f" and {len(lethal) - _SHOWN} more" if len(lethal) > _SHOWN else ""

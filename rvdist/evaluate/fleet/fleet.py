@@ -184,7 +184,7 @@ class Fleet:
         for seat in self._seats:
             self._outlive(seat)
         if schedule.lethal:
-            raise self._failures.lament(schedule.lethal)
+            raise self._failures.explain_slices(schedule.lethal)
         return answers
 
     def stop(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.deferred import deferred
+from rvdist.evaluate.fleet.deferred import defer_tensors
 from rvdist.evaluate.fleet.mirror import Tensors, mirror
 from rvdist.evaluate.fleet.private_vllm import (
     ask_for_amx,
@@ -73,7 +73,7 @@ class SwapExtension:
         """
         came: set[str] = set()
         with closing(open_point(WeightPoint.from_json(json.loads(point)))) as reader:
-            tensors = deferred(reader)
+            tensors = defer_tensors(reader)
             if exchanged:
                 tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
             loaded = reload(self, _note_names(came, tensors))

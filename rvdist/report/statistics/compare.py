@@ -17,9 +17,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.statistics.flips import FEW, Floats, lattice, shifted_low, subset_ends, tails
+from rvdist.report.statistics.flips import FEW, Floats, lattice, least_shift, subset_ends, tails
 from rvdist.report.statistics.intervals import PRIOR, mean_interval, share_interval, split, wilson
-from rvdist.report.statistics.sample import Sample, Score, rounded, sample, scores, sort_records
+from rvdist.report.statistics.sample import Sample, Score, round_off, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline, Row, baseline_of, write_summary
 
 __all__ = [
@@ -194,7 +194,7 @@ def score_interval(sample: Sample) -> tuple[float, float]:
 
 
 def _differences(sample: Sample, reference: Sample) -> Floats:
-    return rounded(sample.values - reference.values, sample.values, reference.values) * sample.weights
+    return round_off(sample.values - reference.values, sample.values, reference.values) * sample.weights
 
 
 def compare(sample: Sample, reference: Sample) -> Comparison:
@@ -220,7 +220,7 @@ def compare_differences(
     k, n, step = len(changed), len(differences), lattice(differences)
     sizes, farthest = np.abs(changed), most * float(weights.max())
     p_value = min(1.0, 2 * min(tails(differences, step)))
-    own = rounded(differences / weights, differences / weights)
+    own = round_off(differences / weights, differences / weights)
     size = float(np.abs(own).max())
     if bool((own == own[0]).all()) or (bool((sizes == size).all()) and (k <= FEW or len(strata) == 1)):
         signs = compare_discordant(int((changed > 0).sum()), int((changed < 0).sum()), n)
@@ -236,8 +236,8 @@ def compare_differences(
         low, high = max(low, -farthest), min(high, farthest)
         low, high = low * share[0 if low > 0 else 1], high * share[1 if high > 0 else 0]
     else:
-        low = shifted_low(differences, weights, half, step)
-        high = -shifted_low(-differences, weights, half, step)
+        low = least_shift(differences, weights, half, step)
+        high = -least_shift(-differences, weights, half, step)
     delta = float(min(max(differences.mean(), -most), most))
     more, few = _hidden_variance(differences, weights, strata)
     wider = few * math.sqrt(more)

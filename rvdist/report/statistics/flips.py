@@ -43,7 +43,7 @@ def subset_ends(values: Floats, tail: float) -> tuple[float, float]:
     return (float(means[place - 1]), float(means[-place])) if place else (-math.inf, math.inf)
 
 
-def shifted_low(values: Floats, weights: Floats, tail: float, step: float = 0.0) -> float:
+def least_shift(values: Floats, weights: Floats, tail: float, step: float = 0.0) -> float:
     """The least δ at which the upper tail of `values` − δ · `weights` is not below `tail`; more than 0 exactly where
     that of `values` is below."""
     distinct, counts = np.unique(np.stack([values, weights]), axis=1, return_counts=True)

@@ -22,7 +22,7 @@ from rvdist.report.statistics.sample import (
     Score,
     average,
     common,
-    rounded,
+    round_off,
     sample,
     scores,
     sort_records,
@@ -150,7 +150,7 @@ def _row(score: Score, edit: str, arm: str, pair: Pair, reference: Pair | None) 
         return row
     before, after = (compare(ours, theirs) for ours, theirs in zip(pair, reference, strict=True))
     four = [one.values for one in (*pair, *reference)]
-    differences = rounded((four[1] - four[3]) - (four[0] - four[2]), *four)
+    differences = round_off((four[1] - four[3]) - (four[0] - four[2]), *four)
     most = 2.0 if all(one.shares for one in (*pair, *reference)) else math.inf
     kept = compare_differences(differences, original.weights, original.strata, most)
     return replace(

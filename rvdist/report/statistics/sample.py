@@ -58,7 +58,7 @@ class Sample:
         return float((self.values * self.weights).mean())
 
 
-def rounded(differences: Floats, *of: Floats) -> Floats:
+def round_off(differences: Floats, *of: Floats) -> Floats:
     """Differences of numbers like those of `of`, to twelve digits of the largest: 0.3 less 0.1 + 0.2 is zero."""
     scale = max(float(np.abs(values).max()) for values in of)
     return np.round(differences, 12 - math.ceil(math.log10(scale))) + 0.0 if scale else differences

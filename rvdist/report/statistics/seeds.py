@@ -18,7 +18,7 @@ from scipy.stats import chi2
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
 from rvdist.core.text import cell
-from rvdist.report.statistics.sample import Answers, Score, rounded, sample, scores, sort_records
+from rvdist.report.statistics.sample import Answers, Score, round_off, sample, scores, sort_records
 from rvdist.report.summary import LEVEL, GroupInfo, Outline
 
 
@@ -95,7 +95,7 @@ def write_seeds(path: Path, rows: Sequence[Spread]) -> None:
 
 def _sd(values: Sequence[float]) -> float:
     array = np.array(values)
-    return float(np.std(rounded(array - array[0], array), ddof=1))
+    return float(np.std(round_off(array - array[0], array), ddof=1))
 
 
 def _interval(sd: float, n: int) -> tuple[float, float | None]:

@@ -91,7 +91,7 @@ def download(hub: Hub, file: str, stamp: HubStamp | None = None) -> Path:
     what, most = f"{hub}: {file} is", stamp.size if stamp else _MOST_SMALL
     path = Path(_persistently(what, lambda: hf_hub_download(hub.repository, file, revision=hub.commit), most))
     if stamp and (
-        path.stat().st_size != stamp.size or _cached_stamp(hub, path).etag not in (stamp.etag, _named(hub, path))
+        path.stat().st_size != stamp.size or _cached_stamp(hub, path).etag not in (stamp.etag, _etag_by_name(hub, path))
     ):
         raise Failed(f"{what} not what the Hub announced; delete {path} and run again")
     return path
@@ -256,7 +256,7 @@ def _listing(repository: str, revision: str) -> tuple[str, dict[str, HubStamp]]:
         commit, siblings = listing["sha"], listing["siblings"]
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise ValueError(f"its commit is {str(commit)[:50]!r}")
-        return commit, {_file_name(file["rfilename"]): _announced(file) for file in siblings}
+        return commit, {_file_name(file["rfilename"]): _announced_stamp(file) for file in siblings}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise guard.Refused(f"it lists its files wrongly: {reason(error)}") from None
 
@@ -269,7 +269,7 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _announced(file: dict[str, Any]) -> HubStamp:
+def _announced_stamp(file: dict[str, Any]) -> HubStamp:
     """Raises ValueError, KeyError, TypeError where no size or hash is announced."""
     size, etag = file["size"], file["lfs"]["sha256"] if file.get("lfs") else file["blobId"]
     if type(size) is not int or not 0 <= size < 1 << 60 or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
@@ -299,11 +299,11 @@ def _find_cached(hub: Hub, file: str) -> Path | None:
 def _cached_stamp(hub: Hub, path: Path) -> HubStamp:
     """What `_find` says of the file online: the cache names contents by their etag, and snapshots link to them.
     A cache without links has forgotten the etag; the commit and the name say as much, if only of this commit."""
-    etag = os.path.basename(os.readlink(path)) if path.is_symlink() else _named(hub, path)
+    etag = os.path.basename(os.readlink(path)) if path.is_symlink() else _etag_by_name(hub, path)
     return HubStamp(etag, path.stat().st_size)
 
 
-def _named(hub: Hub, path: Path) -> str:
+def _etag_by_name(hub: Hub, path: Path) -> str:
     return f"{hub.commit}/{path.name}"
 
 

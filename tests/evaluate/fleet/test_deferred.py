@@ -10,7 +10,7 @@ from points import read_point
 
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.evaluate.fleet.deferred import Deferred, deferred
+from rvdist.evaluate.fleet.deferred import Deferred, defer_tensors
 from rvdist.weights.reader import open_point
 
 NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48
@@ -32,7 +32,7 @@ def reader(point):
 
 
 def one_of(reader):
-    return dict(deferred(reader))[NAME]
+    return dict(defer_tensors(reader))[NAME]
 
 
 def memory(*shape, dtype=torch.bfloat16, device="cpu"):
@@ -46,7 +46,7 @@ def test_a_copy_reads_into_its_target(alpha, method, point, monkeypatch):
     expected = dict(read_point(asked))
     monkeypatch.delattr(Deferred, "read")
     with closing(open_point(asked)) as reader:
-        found = {name: memory(*tensor.shape).copy_(tensor) for name, tensor in deferred(reader)}
+        found = {name: memory(*tensor.shape).copy_(tensor) for name, tensor in defer_tensors(reader)}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

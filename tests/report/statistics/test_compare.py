@@ -27,7 +27,7 @@ from rvdist.report.statistics.compare import (
     write_summary,
 )
 from rvdist.report.statistics.flips import FEW, _subset_sums, _tail, lattice, tails
-from rvdist.report.statistics.sample import rounded
+from rvdist.report.statistics.sample import round_off
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)
 
@@ -261,7 +261,7 @@ def draw_sample(rng):
     by_size = rng.random() < 0.5
     weights = np.repeat([1.0 if by_size else n / (members * size) for size in sizes], sizes)
     most = 1.0 if np.abs(values).max() <= 1 and rng.random() < 0.7 else math.inf
-    return rounded(values, values) * weights, weights, sizes, most
+    return round_off(values, values) * weights, weights, sizes, most
 
 
 @pytest.mark.parametrize("seed", range(4))
