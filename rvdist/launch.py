@@ -28,7 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist.core import text
 from rvdist.core.config import Config
-from rvdist.core.ends import Watch
+from rvdist.core.ends import Watch, leave
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log
 from rvdist.stages import multirun, private_hydra
@@ -86,8 +86,7 @@ def main() -> None:
     if interrupted:
         while watch.status is None:  # it is told by the other thread
             time.sleep(0.01)
-        sys.stdout.flush()
-        os._exit(watch.status)
+        leave(watch.status)
     failures += multirun.RayLauncher.failures
     if failures:
         refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)

@@ -2,11 +2,14 @@
 
 Ray's core replaces the handler of SIGTERM, and when the GCS or the raylet dies it ends the process from inside, after
 up to a minute, with its own text. So a thread looks: it tells at once, and where the rest has not come to an end by
-then, ends the process. Only the command has this; whoever uses rvdist from Python keeps their own signals.
+then, ends the process. What processes of ours leave behind when they die is given to us, and ends with us: an engine
+may be too busy with its start to see that its raylet is gone. Only the command has this; whoever uses rvdist from
+Python keeps their own signals and children.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import select
@@ -16,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -30,6 +34,8 @@ _SAID = {
 }
 _TICK = 0.1  # seconds between looks
 _GRACE = 7.0  # seconds that a signal leaves for stopping what runs
+_ENDING = 2.0  # seconds for what is killed to be gone
+_SUBREAPER = 36  # of prctl: orphans below us become our children
 _SILENCE = 6.0  # seconds for which the GCS of a cluster that is not ours may refuse before it counts as lost
 
 
@@ -50,6 +56,8 @@ class Watch:
 
     def begin(self) -> None:
         """Takes over the signals and starts to look."""
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+        atexit.register(end_descendants)
         self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -73,7 +81,7 @@ class Watch:
             if dead and self._is_ours_to_miss():
                 self._lose(dead[0])
             if self.status is not None and time.monotonic() > self._deadline:
-                _leave(self.status)
+                leave(self.status)
             if self.status is None:
                 ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, self._handler)  # Ray's core puts its own there
                 self._know()
@@ -118,12 +126,43 @@ class Watch:
 
     def _lose(self, what: str) -> NoReturn:
         self._tell(f"the Ray cluster is lost: its {what}; {KEPT}", 1)
-        _leave(1)
+        leave(1)
 
 
-def _leave(status: int) -> NoReturn:
-    """Ends the process: Ray's own, where we started it, end with the thread that did."""
+def leave(status: int) -> NoReturn:
+    """Ends the process, and what it has started."""
+    end_descendants()
     cluster.clean()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def end_descendants() -> None:
+    """Kills every process below this one."""
+    deadline = time.monotonic() + _ENDING
+    while (found := _descendants()) and time.monotonic() < deadline:
+        for pid in found:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.01)
+
+
+def _descendants() -> list[int]:
+    found, new = [], [os.getpid()]
+    while new:
+        found += (new := [child for pid in new for child in _children(pid)])
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [
+            int(child)
+            for thread in Path(f"/proc/{pid}/task").iterdir()
+            for child in (thread / "children").read_text().split()
+        ]
+    return []

@@ -47,8 +47,9 @@ def strays(checkpoint: Checkpoint) -> list[str]:
 
 @contextmanager
 def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The directory, for as long as an engine starts: then vLLM has read it. The same checkpoint has the same name each
-    time, since a name is part of what vLLM's compiled graphs are kept under; processes share it."""
+    """The directory, for as long as an engine starts: then vLLM has read it, and what else lies beside it. The same
+    checkpoint has the same name each time, since a name is part of what vLLM's compiled graphs are kept under;
+    processes share it."""
     files = {name: (checkpoint.path / name).resolve(strict=True) for name in checkpoint.files}
     files |= {path.name: path.resolve(strict=True) for path in companions(checkpoint.path)}
     index = {"metadata": {}, "weight_map": {name: spec.file for name, spec in checkpoint.tensors.items()}}
@@ -71,7 +72,10 @@ def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
         with suppress(BlockingIOError):  # others start: the last of them does it
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in root.iterdir():
-                shutil.rmtree(left, ignore_errors=True)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
         os.close(holder)
 
 

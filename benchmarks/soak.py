@@ -1,0 +1,240 @@
+"""Random ends: merges and sweeps of the pocket family, of which a process is ended or stopped at a random moment; then
+the same command again. `python benchmarks/soak.py N [--seed S] [--only merge|sweep]` prints a line a kill, and what was
+wrong; exit status 1 where anything was not as it must be:
+
+    a run that was disturbed ends within a minute, with status 0, or with one sentence of ours and its status
+    the same command then ends with status 0, the outputs' digests and `summary.json` of an undisturbed run
+    within a minute of each end none of its processes is left, and nothing in /dev/shm or beside the output; in the
+    temporary directory nothing but what a driver leaves that is killed, and the next command that starts later removes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+POCKET = ROOT / "rvdist" / "pocket"
+FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
+COMMANDS = {
+    "merge": ["output=out", "merge.workers=2", "max_shard_size=200KB"],
+    "sweep": ["benchmarks=pocket", "benchmarks.limit=24", "sweep.alphas=[0.5,1]", "engine.count=1"],
+}
+COMMON = ["cache.dir=cache", "hydra.run.dir=run"]
+VICTIMS = {
+    "merge": ["driver", "worker", "worker", "raylet", "gcs_server"],
+    "sweep": ["driver", "engine", "engine", "raylet", "gcs_server"],
+}
+SIGNALS = {
+    "driver": [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP],
+    "raylet": [signal.SIGKILL, signal.SIGTERM],
+    "gcs_server": [signal.SIGKILL, signal.SIGTERM],
+}
+OURS = re.compile(r"rvdist: .*the same command goes on from there")
+STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+PATIENCE = 60.0  # seconds for a run that was disturbed to end, and for its processes to be gone
+PAUSE = 3.0  # seconds that a stopped process stands still
+UNDISTURBED = 300.0
+LATER = 61.0  # seconds after which a command removes what a killed one has left of Ray's
+
+
+@dataclass
+class Run:
+    """A command under way, with a mark in the environment of all its processes and a temporary directory of its own."""
+
+    place: Path
+    kind: str
+    mark: str = ""
+    process: subprocess.Popen[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mark = f"soak-{os.getpid()}-{time.monotonic_ns()}"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, *FAMILY, *COMMANDS[self.kind], *COMMON],
+            cwd=self.place,
+            env={**os.environ, "SOAK": self.mark, "TMPDIR": str(self.place.parent / "t"), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self, seconds: float) -> int | None:
+        """Its status; None where it had to be killed."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return None
+
+    @property
+    def said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read().strip()
+
+    def processes(self) -> Iterator[tuple[int, str]]:
+        """Those that carry its mark, and what they are."""
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if f"SOAK={self.mark}".encode() in Path(f"/proc/{name}/environ").read_bytes():
+                    line = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    yield int(name), line
+
+    def victim(self, what: str) -> int | None:
+        """A process of that kind, None where there is none yet."""
+        if what == "driver":
+            return self.process.pid
+        title = {"worker": "ray::WorkerActor", "engine": "ray::EngineActor"}.get(what, what)
+        found = [pid for pid, line in self.processes() if title in line.split(" ", 1)[0] or line.startswith(title)]
+        return random.choice(found) if found else None
+
+    def leftovers(self) -> list[str]:
+        """Its processes that are there after a minute: killed then."""
+        deadline = time.monotonic() + PATIENCE
+        while (left := list(self.processes())) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for pid, _ in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        return [line[:80] or "?" for _, line in left]
+
+
+# In small units, so that there is much to interrupt; SIGINT as in a terminal, whoever started this script.
+_COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rvdist.launch import main
+from rvdist.merge import crew, plan
+plan.UNIT_BYTES, crew._SYNC_BYTES = 16 << 10, 64 << 10
+main()
+"""
+
+
+def outcome(place: Path, kind: str) -> dict[str, str]:
+    """What must be equal: digests of the output, `summary.json`."""
+    if kind == "sweep":
+        return {"summary.json": (place / "run/summary.json").read_text()}
+    found = {}
+    for path in sorted((place / "out").iterdir()):
+        content = path.read_bytes()
+        if path.name == "rvdist.json":  # the seal is of who has the key in this cache.dir
+            content = json.dumps(json.loads(content) | {"seal": ""}).encode()
+        found[path.name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def files_left(place: Path, shared: set[str]) -> list[str]:
+    """What lies where nothing may."""
+    expected = {"out", "cache", "run"}
+    left = [name for name in os.listdir(place) if name not in expected]
+    return left + [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared]
+
+
+def soak(number: int, kind: str, place: Path, right: dict[str, str], seconds: float) -> list[str]:
+    """One kill and its line; returns what was not as it must be."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    shared = set(os.listdir("/dev/shm"))
+    what = random.choice(VICTIMS[kind])
+    sent = random.choice(SIGNALS.get(what, [signal.SIGKILL]))
+    wrong: list[str] = []
+    run = Run(place, kind)
+    at = time.monotonic() + random.uniform(0.5, seconds)
+    while time.monotonic() < at and run.process.poll() is None:
+        time.sleep(0.01)
+    while run.process.poll() is None and (pid := run.victim(what)) is None:
+        time.sleep(0.05)
+    struck = run.process.poll() is None
+    if struck:
+        with contextlib.suppress(OSError):
+            os.kill(pid, sent)
+            if sent == signal.SIGSTOP:
+                time.sleep(PAUSE)
+                os.kill(pid, signal.SIGCONT)
+    began = time.monotonic()
+    status, said = run.wait(UNDISTURBED if sent == signal.SIGSTOP or what in ("worker", "engine") else PATIENCE), ""
+    ended = time.monotonic() - began
+    said = run.said
+    wanted = {0, STATUS.get(sent)} if what == "driver" else {0, 1}
+    if status not in wanted:
+        wrong.append(f"ended with {status}: {said[-300:]}" if status is not None else f"did not end in {ended:.0f} s")
+    elif status not in (0, -9) and (len(said.splitlines()) != 1 or not OURS.match(said)):
+        wrong.append(f"said: {said[-300:]}")
+    wrong += [f"left running: {line}" for line in run.leftovers()]
+    second = time.monotonic()
+    again = Run(place, kind)
+    if failed := again.wait(UNDISTURBED):
+        wrong.append(f"again: ended with {failed}: {again.said[-300:]}")
+    elif outcome(place, kind) != right:
+        wrong.append("again: another outcome")
+    wrong += [f"again: left running: {line}" for line in again.leftovers()]
+    wrong += [f"left: {path}" for path in files_left(place, shared)]
+    name = f"{what} {sent.name}" if struck else "too late"
+    print(
+        f"{number:4} {kind} {name:18} status {status} {ended:5.1f} s later, again {time.monotonic() - second:5.1f} s; "
+        f"{'; '.join(wrong) if wrong else 'the same after the same command'}",
+        flush=True,
+    )
+    return [f"{kind} {name}: {one}" for one in wrong]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kills", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(COMMANDS))
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    kinds = [arguments.only] if arguments.only else ["merge", "merge", "sweep"]
+    wrong: list[str] = []
+    struck: Counter[str] = Counter()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+        place, temporary = Path(scratch) / "place", Path(scratch) / "t"
+        temporary.mkdir()
+        right, seconds = {}, {}
+        for kind in dict.fromkeys(kinds):
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            started = time.monotonic()
+            if undisturbed := Run(place, kind).wait(UNDISTURBED):
+                sys.exit(f"an undisturbed {kind} ended with {undisturbed}")
+            right[kind], seconds[kind] = outcome(place, kind), time.monotonic() - started
+        for number in range(1, arguments.kills + 1):
+            kind = random.choice(kinds)
+            found = soak(number, kind, place, right[kind], seconds[kind])
+            struck[f"{kind}: {'wrong' if found else 'right'}"] += 1
+            wrong += found
+        time.sleep(LATER)
+        if last := Run(place, kinds[0]).wait(UNDISTURBED):
+            wrong.append(f"the last run ended with {last}")
+        ours = {f"rvdist-engines-{os.getuid()}", f"torchinductor_{getpass.getuser()}"}  # of this user, for all runs
+        wrong += [f"left: {name}" for name in set(os.listdir(temporary)) - ours]
+    print(f"{arguments.kills} kills in {time.monotonic() - began:.0f} s, seed {arguments.seed}")
+    for what, count in sorted(struck.items()):
+        print(f"  {what} {count}")
+    for one in wrong:
+        print(f"  {one}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
