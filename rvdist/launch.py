@@ -28,7 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist.core import text
 from rvdist.core.config import Config
-from rvdist.core.ends import Watch, leave
+from rvdist.core.ends import KEPT, Watch, leave
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log
 from rvdist.stages import multirun, private_hydra
@@ -154,6 +154,9 @@ def _sentence(error: Exception) -> str:
     """An error as one sentence; Hydra's and OmegaConf's reports of several lines name the key."""
     if isinstance(error, BadInput | Failed):
         return str(error)
+    if isinstance(error, OSError) and error.errno:
+        where = text.reason(error.filename or "a file of the run directory", 500)
+        return f"{where}: cannot be read or written ({error.strerror}); {KEPT}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; give {error.full_key}=VALUE"
     if not isinstance(error, _BAD_INPUT):

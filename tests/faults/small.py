@@ -15,8 +15,10 @@ from pathlib import Path
 
 import xxhash
 
+from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
 from rvdist.weights.checkpoint.digest import file_digest
+from rvdist.weights.checkpoint.direct import File
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest, Written
 from rvdist.weights.checkpoint.key import owner_key
@@ -41,13 +43,15 @@ def output(overwrite: bool) -> None:
         done = []
         for start in (0, UNIT):
             claim = staging.claims.get((file, start, UNIT))
-            if claim and claim.holds(staging.partial, staging.handle.opener):
-                continue
             data = content(file, start)
-            descriptor = staging.open(file, os.O_WRONLY)
-            os.pwrite(descriptor, data, start)
-            os.fdatasync(descriptor)
-            os.close(descriptor)
+            try:
+                if claim and claim.holds(staging.partial, staging.handle.opener):
+                    continue
+                written = File(staging.partial / file, False, staging.handle)
+                written.write(memoryview(data), start)
+                written.sync()
+            except OSError as error:  # as a worker says it
+                raise Failed(f"{error.filename}: {error.strerror}") from None
             done.append(Written(file, start, UNIT, xxhash.xxh3_128_hexdigest(data)))
         staging.journal(done)
     carry_over(Checkpoint(Path("base"), {}, {}, {}), staging, None)

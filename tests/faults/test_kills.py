@@ -21,6 +21,14 @@ SMALL = ["rvdist.weights.checkpoint.staging", "rvdist.evaluate.cache", "rvdist.m
 FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
 
 
+BOTH = ["cache.dir=cache", "hydra.run.dir=run"]
+SCORED = ["benchmarks=pocket", "benchmarks.tasks=[pocket_sums]", "benchmarks.limit=8", "engine.count=1"]
+COMMANDS = {
+    "merge": [*FAMILY, *BOTH, "output=out-{alpha}", "alpha=[0.5,1]", "max_shard_size=400KB", "merge.workers=2"],
+    "sweep": [*FAMILY, *BOTH, *SCORED, "sweep.alphas=[0.5,1]", "stages=[evaluate]"],
+    "vector": [*FAMILY[1:], *BOTH, "vector.save=v"],
+}
+
 Run = Callable[..., tuple[int, str]]
 
 
@@ -179,3 +187,11 @@ def test_a_kill_at_every_boundary(small, base, tmp_path, what, before, action, u
     fault = Fault(tmp_path, tmp_path / "work", action=action)
     count = enumerate_kills(small, tmp_path, base, (what, str(umask)), fault)
     assert count > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_killed_at_every_boundary(whole, tmp_path, command):
+    (tmp_path / "start").mkdir()
+    fault = Fault(tmp_path, tmp_path / "work", action="torn")
+    assert enumerate_kills(whole, tmp_path, tmp_path / "start", tuple(COMMANDS[command]), fault) > 30

@@ -204,7 +204,7 @@ def resumed(tmp_path_factory):
     os.killpg(interrupted.pid, signal.SIGINT)  # as Ctrl-C does
     _, errors = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130 and errors == f"rvdist: interrupted; {KEPT}\n", errors
-    wait_until_gone(mark + "2", 20)
+    wait_until_gone(mark + "2", 1)
     second = journalled(place / "out.partial")
     assert 0 < first < second  # what was journalled before is in it
 
@@ -213,6 +213,7 @@ def resumed(tmp_path_factory):
     assert done.returncode == 0 and not errors, errors
     assert not list(place.glob("*.partial"))
     yield place, arguments
+    wait_until_gone(mark + "3", 1)
     wait_until_gone(mark, 100)
 
 
@@ -261,7 +262,7 @@ def test_an_end_that_is_not_ours_gets_our_sentence_and_the_same_command_goes_on(
         _, errors = running.communicate(timeout=60)
         assert time.monotonic() - began < 10
         assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}\n", errors), errors
-        wait_until_gone(mark, 30, but=AGENTS)
+        wait_until_gone(mark, 1)
         now = journalled(tmp_path / "out.partial")
         assert now > before
         before = now

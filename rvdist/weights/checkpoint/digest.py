@@ -14,6 +14,7 @@ from pathlib import Path
 
 import xxhash
 
+from rvdist.core.errors import Failed
 from rvdist.core.regular import read_regular, write_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
@@ -24,8 +25,14 @@ _DIGEST = re.compile("[0-9a-f]{32}")
 
 def file_digest(path: Path, cache: Path | None = None) -> str:
     """xxh3-128 of a file's bytes, 32 hexadecimal digits. With `cache`, a directory, a file whose stamp
-    is unchanged is not read again."""
-    stamp = Stamp.of(path)
+    is unchanged is not read again. Raises Failed where it cannot be read."""
+    try:
+        return _file_digest(path, Stamp.of(path), cache)
+    except OSError as error:
+        raise Failed(f"{path}: cannot be read ({error.strerror}); run again when it can") from None
+
+
+def _file_digest(path: Path, stamp: Stamp, cache: Path | None) -> str:
     remembered = cache / hashlib.sha256(repr(astuple(stamp)).encode()).hexdigest() if cache else None
     with suppress(OSError, ValueError):
         if remembered and _DIGEST.fullmatch(known := read_regular(remembered, 64).decode("ascii")):

@@ -273,10 +273,13 @@ class Staging:
     def release(self) -> None:
         """Lets another run have the output; what is staged stays for it to go on from."""
         if self._lock is not None:
-            self._journal.close()
-            os.close(self._lock)
-            self.handle.close()
+            with suppress(OSError):  # everything is synced that must be
+                self._journal.close()
+            with suppress(OSError):
+                os.close(self._lock)
             self._lock = None
+            with suppress(OSError):
+                self.handle.close()
 
 
 def require_free(output: Path, overwrite: bool) -> None:
@@ -320,7 +323,9 @@ def companions(base: Checkpoint) -> dict[Path, Path]:
     if (templates := base.path / _TEMPLATES).is_dir():
         files |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
     for path in files.values():
-        os.close(_open_companion(path, base))
+        descriptor = _open_companion(path, base)
+        with suppress(OSError):  # nothing was read
+            os.close(descriptor)
     return files
 
 
