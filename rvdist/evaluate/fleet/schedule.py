@@ -86,7 +86,10 @@ class _Pile:
     @property
     def rate(self) -> float:
         """Seconds a token."""
-        return next((tally.seconds / tally.work for tally in self.tallies if tally.work), _FIRST_RATE)
+        for tally in self.tallies:
+            if tally.work:
+                return tally.seconds / tally.work
+        return _FIRST_RATE
 
     @property
     def seconds(self) -> float:
@@ -109,10 +112,11 @@ class Schedule:
     def __init__(self, slices: Iterable[Slice], home: WeightPoint | None = None) -> None:
         self._ids: dict[WeightPoint, int] = {}  # points are numbered: to hash one takes long
         self._piles: list[dict[str, _Pile]] = []  # by point and task
+        self._counts: dict[int, int] = {}  # at the points where there are slices: how many
         self._by_task: dict[str, _Tally] = defaultdict(_Tally)
         self._total = _Tally()
         for piece in slices:
-            self._pile(piece).put(piece)
+            self._put(piece)
         self._home = None if home is None else self._id(home)
         self._at: dict[int, int | None] = {}
         self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
@@ -124,7 +128,7 @@ class Schedule:
     @property
     def over(self) -> bool:
         """Nothing waits and nobody works."""
-        return not self._busy and not self._waiting()
+        return not self._busy and not self._counts
 
     def join(self, engine: int, at: WeightPoint | None = None) -> None:
         """A new engine, or one that is known to be `at` a point."""
@@ -140,7 +144,7 @@ class Schedule:
             return
         self._deaths[piece] += 1
         if self._deaths[piece] < LETHAL:
-            self._pile(piece).put(piece)
+            self._put(piece)
         else:
             self.lethal.append(piece)
 
@@ -154,6 +158,9 @@ class Schedule:
         point, pile = chosen
         seconds = self._swap(here, point) + pile.longest
         piece = pile.take()
+        self._counts[point] -= 1
+        if not self._counts[point]:
+            del self._counts[point]
         self._at[engine] = point
         self._busy[engine] = (piece, now + seconds)
         return piece
@@ -178,6 +185,7 @@ class Schedule:
         self._refused.add(point)
         waiting = [other for pile in self._piles[point].values() for other in pile.slices]
         self._piles[point].clear()
+        self._counts.pop(point, None)
         self._tally_swap(swap)
         return waiting
 
@@ -188,7 +196,7 @@ class Schedule:
 
     def left(self, point: WeightPoint) -> int:
         """How many slices of a point wait."""
-        return sum(len(pile.slices) for pile in self._piles[self._id(point)].values())
+        return self._counts.get(self._id(point), 0)
 
     def _id(self, point: WeightPoint) -> int:
         if point not in self._ids:
@@ -202,18 +210,22 @@ class Schedule:
             piles[piece.task] = _Pile((_Tally(), self._by_task[piece.task], self._total))
         return piles[piece.task]
 
+    def _put(self, piece: Slice) -> None:
+        self._pile(piece).put(piece)
+        point = self._id(piece.point)
+        self._counts[point] = self._counts.get(point, 0) + 1
+
     def _waiting(self) -> dict[int, float]:
         """The points where slices wait, and the seconds that one engine would need for them."""
-        return {
-            point: sum(pile.seconds for pile in piles.values())
-            for point, piles in enumerate(self._piles)
-            if any(pile.slices for pile in piles.values())
-        }
+        return {point: sum(pile.seconds for pile in self._piles[point].values()) for point in sorted(self._counts)}
 
     def _choose(self, engine: int, here: int | None, now: float) -> tuple[int, _Pile] | None:
-        left = self._waiting()
-        if not left:
+        if not self._counts:
             return None
+        alone = all(at != here for other, at in self._at.items() if other != engine)
+        if here is not None and here in self._counts and alone:  # whatever waits at other points, which may be many
+            return here, self._longest(here)[0]
+        left = self._waiting()
         others: dict[int, list[float]] = defaultdict(list)  # when the other engines at each point are free
         for other, point in self._at.items():
             if other != engine and point is not None:

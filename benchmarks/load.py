@@ -1,0 +1,268 @@
+"""Many of everything: seconds and memory for each item, of n of them and of a quarter. Flat where nothing grows faster
+than what there is. `python benchmarks/load.py` writes the table of benchmarks/README.md; `--only NAME` takes one line,
+`--one NAME N` measures in this process and prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = Path(__file__).with_name("README.md")
+POCKET = ROOT / "rvdist" / "pocket"
+FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
+WIDTH = 64  # elements of a made-up tensor
+ENGINES, RUNS = 8, 10
+
+
+class Watch:
+    """Wall seconds of what is measured, and the anonymous memory that this process had more in it than before."""
+
+    seconds = 0.0
+    nbytes = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        before, began = _status("VmRSS"), time.perf_counter()
+        yield
+        self.seconds = time.perf_counter() - began
+        self.nbytes = max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+def command(*arguments: str, cwd: Path) -> float:
+    """The whole command; its seconds."""
+    began = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    line = [sys.executable, "-m", "rvdist.launch", *arguments, *FAMILY]
+    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return time.perf_counter() - began
+
+
+def points(n: int, place: Path, watch: Watch) -> None:
+    """Points of a sweep, two tasks of 512 requests at each: keys, cache, schedule on eight engines."""
+    from schedule import simulate
+
+    from rvdist.core.point import Term, Vector, WeightPoint
+    from rvdist.evaluate.cache import SampleCache, slice_keys
+    from rvdist.evaluate.fleet.schedule import cut
+    from rvdist.evaluate.request import Generate
+
+    requests = {task: [Generate(f"{task} {k}", 64) for k in range(512)] for task in ("a", "b")}
+    vector = Vector("plus", "minus")
+    with watch():
+        known = {WeightPoint("base", (Term(k / n, vector),)): str(k) for k in range(n)}
+        slices = [piece for point in known for piece in cut(point, requests, 256)]
+        keys = slice_keys(slices, requests, known, dict.fromkeys(requests, "1"), {})
+        SampleCache(place).read(list(keys.values()))
+        simulate(dict.fromkeys(slices, 1.0), [0.0] * ENGINES, 0.1)
+
+
+def plan(n: int, place: Path, watch: Watch) -> None:
+    """Outputs of one command, planned as one pass."""
+    alphas = ",".join(str(k / n) for k in range(1, n + 1))
+    with watch():
+        command("stages=[plan]", f"alpha=[{alphas}]", "output=out-{alpha}", "hydra.run.dir=run", cwd=place)
+
+
+def jobs(n: int, place: Path, watch: Watch) -> None:
+    """Jobs of `-m`, composed and planned."""
+    alphas = ",".join(str(k / n) for k in range(1, n + 1))
+    with watch():
+        command("-m", "stages=[plan]", f"alpha={alphas}", "output=out-{alpha}", "hydra.sweep.dir=run", cwd=place)
+
+
+def _checkpoints(place: Path, shards: int, tensors: int) -> dict[str, Path]:
+    """Target, plus and minus of so many tensors in each of so many files."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(WIDTH, generator=generator)
+    made = {}
+    for name, scale in (("target", 0.0), ("plus", 0.01), ("minus", 0.02)):
+        made[name] = place / name
+        made[name].mkdir()
+        weight_map = {}
+        for k in range(shards):
+            file = f"model-{k + 1:05d}-of-{shards:05d}.safetensors"
+            noise = scale * torch.randn(WIDTH, generator=generator)
+            weights = {f"layers.{k}.{i}.w": (whole + noise).bfloat16() for i in range(tensors)}
+            save_file(weights, made[name] / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(weights, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (made[name] / "model.safetensors.index.json").write_text(json.dumps(index))
+        (made[name] / "config.json").write_text(json.dumps({"model_type": "made_up", "tie_word_embeddings": True}))
+        (made[name] / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    return made
+
+
+def _merge(place: Path, made: dict[str, Path], watch: Watch) -> None:
+    """The whole merge but Ray: one worker, in this process."""
+    from rvdist.core.point import Term, Vector, WeightPoint
+    from rvdist.merge.plan import build_plan
+    from rvdist.merge.roster import Roster
+    from rvdist.merge.worker import MergeWorker
+    from rvdist.weights import compat
+    from rvdist.weights.checkpoint.journal import Written
+    from rvdist.weights.checkpoint.source import open_source
+    from rvdist.weights.checkpoint.staging import Staging, carry_over, write_index
+
+    point = WeightPoint(str(made["target"]), (Term(1.0, Vector(str(made["plus"]), str(made["minus"]))),))
+    with watch():
+        sources = {name: open_source(name) for name in point.sources()}
+        compat.check(point, sources)
+        built = build_plan({place / "out": point}, sources)
+        layout = built.layouts[0]
+        staging = Staging(place / "out", built.digests[0][0])
+        for name, (header, size) in layout.files.items():
+            staging.allocate(name, header, size)
+        partial = [type(built.outputs[0])(built.outputs[0].points, (staging.partial,))]
+        worker, roster = MergeWorker(partial, sources, None), Roster(built)
+        roster.meet("here", frozenset())
+        done = []
+        while unit := roster.take("here", frozenset(), {}):
+            (digest,) = worker.run(unit, (None,)).digests
+            done.append(Written(unit.file, unit.start, unit.nbytes, digest))
+        worker.sync()
+        staging.journal(done)
+        carry_over(sources[point.base], staging, None)
+        write_index(staging, layout.tensors, list(layout.files))
+        staging.commit()
+
+
+def shards(n: int, place: Path, watch: Watch) -> None:
+    """Files of a checkpoint, eight tensors each, merged but for Ray."""
+    _merge(place, _checkpoints(place, n, 8), watch)
+
+
+def tensors(n: int, place: Path, watch: Watch) -> None:
+    """Tensors of a checkpoint of ten files, merged but for Ray."""
+    _merge(place, _checkpoints(place, 10, n // 10), watch)
+
+
+def records(n: int, place: Path, watch: Watch) -> None:
+    """Records of a report of 20 arms and five tasks: read, compared, shown."""
+    from significance import write_experiment
+
+    from rvdist.core.point import Arm, WeightPoint
+    from rvdist.core.record import TaskInfo, read_records
+    from rvdist.report.findings import Findings, Making
+    from rvdist.report.report import write_report
+    from rvdist.report.statistics.compare import summarise
+
+    write_experiment(place, 20, n // 100)
+    said = json.loads((place / "tasks.json").read_text())
+    infos = [TaskInfo(name, "1", (("score", "none"),), ("score", "none"), {"score": True}) for name in said["tasks"]]
+    arms = [Arm(name, WeightPoint(name), "plain", None) for name in said["arms"]]
+    with watch():
+        found = list(read_records(place / "records.jsonl"))
+        rows = summarise(arms, found, infos, arms[0].name)
+        write_report(place, Findings(arms, rows, found, infos), Making("", "", {arm.name: arm.name for arm in arms}))
+
+
+def runs(n: int, place: Path, watch: Watch) -> None:
+    """Slices of 256 answers that ten runs write into one cache at once, eight of them together."""
+    from rvdist.evaluate.cache import SampleCache
+
+    SampleCache(place).close()
+    with watch():
+        processes = [multiprocessing.Process(target=_write, args=(place, run, n // RUNS)) for run in range(RUNS)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                sys.exit("a run failed")
+    found = SampleCache(place).read([f"{run}-{k}" for run in range(RUNS) for k in range(n // RUNS)])
+    assert len(found) == n // RUNS * RUNS
+
+
+def _write(place: Path, run: int, count: int) -> None:
+    from rvdist.evaluate.cache import SampleCache
+    from rvdist.evaluate.request import Answered, Completion
+
+    cache = SampleCache(place)
+    answers = Answered(tuple(Completion("An answer. " * 10, "stop", 100, 30) for _ in range(256)), 0, 1.0)
+    for first in range(0, count, 8):
+        cache.write((f"{run}-{k}", "point", "task", answers) for k in range(first, min(first + 8, count)))
+
+
+LOADS: dict[str, tuple[int, Callable[[int, Path, Watch], None]]] = {
+    "points": (1_000, points),
+    "plan": (1_000, plan),
+    "jobs": (10_000, jobs),
+    "shards": (1_000, shards),
+    "tensors": (50_000, tensors),
+    "records": (100_000, records),
+    "runs": (800, runs),
+}
+
+
+def one(name: str, n: int) -> None:
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as place:
+        LOADS[name][1](n, Path(place), watch)
+    print(json.dumps([watch.seconds, watch.nbytes]))
+
+
+def measure(name: str, n: int) -> tuple[float, int]:
+    line = [sys.executable, __file__, "--one", name, str(n)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    seconds, nbytes = json.loads(done.stdout.splitlines()[-1])
+    return seconds, nbytes
+
+
+def row(name: str, n: int) -> str:
+    of, cells = LOADS[name][1].__doc__ or "", []
+    taken = [measure(name, count) for count in (n // 4, n)]
+    for count, (seconds, nbytes) in zip((n // 4, n), taken, strict=True):
+        memory = "" if name in ("plan", "jobs", "runs") else f", {nbytes / count / 1024:.1f} KiB"
+        cells.append(f"{seconds:.1f} s: {1000 * seconds / count:.2f} ms{memory}")
+    grows = taken[1][0] / taken[0][0] / 4
+    return f"| {n:,} | {of.partition(': ')[0].rstrip('.')} | {cells[0]} | {cells[1]} | {grows:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(LOADS))
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "N"))
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(arguments.one[0], int(arguments.one[1]))
+        return
+    lines = []
+    for name in [arguments.only] if arguments.only else LOADS:
+        lines.append(row(name, LOADS[name][0]))
+        print(lines[-1], flush=True)
+    head = ["| n | of | n / 4 of them, and one | n, and one | × a quarter's |", "|---|---|---|---|---|"]
+    if not arguments.only:
+        begin, end = "<!-- load.py -->", "<!-- /load.py -->"
+        before, _, rest = README.read_text().partition(begin)
+        README.write_text(f"{before}{begin}\n" + "\n".join([*head, *lines]) + f"\n{end}{rest.partition(end)[2]}")
+
+
+if __name__ == "__main__":
+    main()
