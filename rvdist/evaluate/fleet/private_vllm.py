@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvdist.core.private import Library
@@ -48,6 +49,21 @@ def _is_on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+@contextmanager
+def meeting_at(file: Path) -> Iterator[None]:
+    """A patch while an engine starts: its only rank finds itself by this file, where vLLM would leave one in the temporary
+    directory. Of several ranks the file may be needed later. Where vLLM has no such function, nothing is lost."""
+    from vllm.v1.executor import uniproc_executor
+
+    name = "get_file_store_init_method"
+    own = getattr(uniproc_executor, name, None)
+    setattr(uniproc_executor, name, lambda: f"file://{file}")
+    try:
+        yield
+    finally:
+        setattr(uniproc_executor, name, own)
 
 
 @contextmanager

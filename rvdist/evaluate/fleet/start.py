@@ -80,7 +80,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
         torch.set_num_threads(settings.cpu_threads)
     with (
         _files(checkpoint, settings) as directory,
-        _meet_at(directory.with_name(f"ranks-{uuid4().hex}")),
+        private_vllm.meeting_at(directory.with_name(f"ranks-{uuid4().hex}")),
         warnings.catch_warnings(action="ignore", category=FutureWarning),
     ):
         arguments = vllm_arguments(str(directory), settings, on_cpu)
@@ -132,20 +132,6 @@ def _files(checkpoint: Checkpoint, settings: EngineSettings) -> AbstractContextM
             f"{checkpoint.path / others[0]}: is no part of the checkpoint, and vLLM would read it; move it away"
         )
     return nullcontext(checkpoint.path)
-
-
-@contextlib.contextmanager
-def _meet_at(file: Path) -> Iterator[None]:
-    """The file by which an engine's only rank finds itself: vLLM would leave one in the temporary directory."""
-    from vllm.v1.executor import uniproc_executor
-
-    name = "get_file_store_init_method"  # of several ranks the file may be needed later
-    own = getattr(uniproc_executor, name, None)
-    setattr(uniproc_executor, name, lambda: f"file://{file}")
-    try:
-        yield
-    finally:
-        setattr(uniproc_executor, name, own)
 
 
 @contextlib.contextmanager
