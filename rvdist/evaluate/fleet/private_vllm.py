@@ -53,8 +53,9 @@ def _is_on_cpu() -> bool:
 
 @contextmanager
 def meeting_at(file: Path) -> Iterator[None]:
-    """A patch while an engine starts: its only rank finds itself by this file, where vLLM would leave one in the temporary
-    directory. Of several ranks the file may be needed later. Where vLLM has no such function, nothing is lost."""
+    """A patch while an engine starts: its only rank finds itself by this file, where vLLM would leave one in the
+    temporary directory. Of several ranks the file may be needed later. Where vLLM has no such function, nothing is
+    lost."""
     from vllm.v1.executor import uniproc_executor
 
     name = "get_file_store_init_method"
