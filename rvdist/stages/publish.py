@@ -38,7 +38,7 @@ _TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEXT_IS_IN = (Path("."), Path("additional_chat_templates"))
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_MOST_JSON = 64 << 20  # bytes
+_MOST_JSON, _MOST_LISTING = 64 << 20, 32 << 20  # bytes
 _PATIENCE = 120.0  # seconds without a byte
 _LOCAL_PATH = re.compile(r"(?:(?:file://|~)?(?:/[^/\n]+){2,}|[A-Za-z]:\\[^\n]+)/?")
 _REASONS = {
@@ -214,13 +214,16 @@ def _send(repository: str, private: bool, contents: Contents, bars: bool) -> str
         get_session,
     )
 
+    from rvdist.weights.checkpoint import guard
+
     # What the client would warn of holds addresses that are as good as a token for a while.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not bars:
         disable_progress_bars()
     try:
-        get_session().timeout = _PATIENCE
-        return _upload(HfApi(), repository, private, contents)
+        with guard.sending():
+            get_session().timeout = _PATIENCE
+            return _upload(HfApi(), repository, private, contents)
     except (BadInput, Failed):
         raise
     except Exception as error:  # the client's errors share no base class with those of its transports
@@ -235,11 +238,14 @@ def _upload(api: HfApi, repository: str, private: bool, contents: Contents) -> s
     not sent again."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    from rvdist.weights.checkpoint import guard
+
     name, _, branch = repository.partition("@")
     api.create_repo(name, private=private, exist_ok=True)
     if branch:
         api.create_branch(name, branch=branch, exist_ok=True)
-    there = api.model_info(name, revision=branch or None, timeout=_PATIENCE)
+    with guard.at_most(_MOST_LISTING):
+        there = api.model_info(name, revision=branch or None, timeout=_PATIENCE)
     if bool(there.private) != private:
         raise BadInput(
             f"publish: {name} exists and is {'private' if there.private else 'public'}; set "
@@ -266,7 +272,10 @@ def _upload(api: HfApi, repository: str, private: bool, contents: Contents) -> s
 
 def _require_equal(api: HfApi, name: str, commit: str, added: Mapping[str, Any]) -> None:
     """Raises Failed unless the commit has every file, with the size and the digest of ours."""
-    info = api.model_info(name, revision=commit, files_metadata=True, timeout=_PATIENCE)
+    from rvdist.weights.checkpoint import guard
+
+    with guard.at_most(_MOST_LISTING):
+        info = api.model_info(name, revision=commit, files_metadata=True, timeout=_PATIENCE)
     there = {file.rfilename: file for file in info.siblings or []}
     for path, operation in added.items():
         file, ours = there.get(path), operation.path_or_fileobj

@@ -315,6 +315,30 @@ def test_a_hub_that_falls_silent_is_asked_again(hub, vector, monkeypatch):
     assert "vector.safetensors" in there(hub, "org/v")
 
 
+def test_weights_are_sent_by_https_or_to_the_endpoint_alone(hub, vector, monkeypatch):
+    monkeypatch.setattr(hub, "warehouse", "http://192.0.2.1")
+    with pytest.raises(
+        Failed, match=r"could not be uploaded \(it leads to http://192.0.2.1, and only https is followed"
+    ):
+        vector(publish="org/v")
+    assert not [path for path in writes(hub) if "/commit/" in path]
+
+
+def test_a_hub_whose_listing_has_no_end(hub, vector, monkeypatch):
+    endless = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+
+    def answer(handler) -> bool:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with suppress(OSError):
+            while not hub.stopped.is_set():
+                handler.wfile.write(endless)
+        return True
+
+    hub.tricks["/api/models/org/v"] = answer
+    with pytest.raises(Failed, match=r"could not be uploaded \(it sends more than the 33,554,432 bytes that are due"):
+        vector(publish="org/v")
+
+
 @pytest.mark.parametrize("lost", ["vector.json", "vector.safetensors"])
 def test_what_the_hub_has_is_compared(hub, vector, monkeypatch, lost):
     change = hub.change

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ _LONGEST_WAIT = 300  # seconds that a server may ask for: the Hub counts request
 _HEAD = 128 << 10  # bytes of headers; of a body as many again, and an eighth, for what stands around its pieces
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _current = threading.local()
+_sending = False
 
 
 class Refused(Exception):
@@ -62,6 +64,19 @@ def at_most(nbytes: int) -> Iterator[None]:
         yield
     finally:
         _current.guard = before
+
+
+@contextmanager
+def sending() -> Iterator[None]:
+    """Whatever a thread of this process sends or asks for meanwhile goes by https, or to the endpoint. Raises Refused,
+    in that thread."""
+    global _sending
+    install()
+    before, _sending = _sending, True
+    try:
+        yield
+    finally:
+        _sending = before
 
 
 class _Stream:
@@ -107,9 +122,10 @@ def _transport(inner: Any) -> Any:
     class Transport(base):  # type: ignore[misc, valid-type]
         def handle_request(self, request: Any) -> Any:
             guard: _Guard | None = getattr(_current, "guard", None)
+            if guard is not None or _sending:
+                _require_place(str(request.url))
             if guard is None:
                 return inner.handle_request(request)
-            _require_place(str(request.url))
             request.headers["Accept-Encoding"] = "identity"
             guard.begin()
             response = inner.handle_request(request)
@@ -173,6 +189,7 @@ def _seconds(wait: str) -> int:
     return int(re.findall(r"\d+", wait)[-1])
 
 
+@lru_cache(maxsize=1)
 def install() -> None:
     """From now on this process's clients of the Hub know guards."""
     wrap_transports(_transport)
