@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -70,6 +72,14 @@ def read_lines(path: Path, most: int) -> Iterator[tuple[int, bytes]]:
             if len(line) > most:
                 raise OSError(errno.EFBIG, f"its line {number} has more than {most:,} bytes", str(path))
             yield number, line
+
+
+def allow_many_files() -> None:
+    """Lets this process open as many files as the system allows it at all: every shard of every source and output is
+    held open, and many systems begin with 1,024."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def own_places(directory: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from rvdist.core.config import DTYPES
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
+from rvdist.core.regular import allow_many_files
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.crew import Crew, MergeStats
 from rvdist.merge.plan import Plan
@@ -41,6 +42,7 @@ def merge(
     """
     started = time.time()
     stats = MergeStats()
+    allow_many_files()
     stagings = _stage(plan, overwrite, key, say)
     try:
         Crew(plan, stagings, sources, settings, allow_nonfinite, stats, progress, say).run()

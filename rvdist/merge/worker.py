@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from rvdist.core.errors import Failed
-from rvdist.core.regular import Handle
+from rvdist.core.regular import Handle, allow_many_files
 from rvdist.core.timing import anonymous_bytes
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.weights.arithmetic.method import warm_up
@@ -40,6 +40,7 @@ class MergeWorker:
         device: str = "cpu",
         direct_io: bool = True,
     ) -> None:
+        allow_many_files()
         torch.set_num_threads(threads)
         warm_up()
         self._outputs, self._sources = outputs, sources

@@ -55,6 +55,7 @@ class RayLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `launch`."""
         self._context, self._config = hydra_context, config
+        self._take = private_hydra.compose_once(hydra_context.config_loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Returns the mean primary score of each job, None of one that failed or scored nothing."""
@@ -107,7 +108,7 @@ class RayLauncher(Launcher):
             directory = Path(HydraConfig.get().runtime.output_dir)
             jobs.append(Job(settings, directory, command, timing, RayLauncher.log))
 
-        config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+        config = self._take(self._config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         returned = run_job(
@@ -117,6 +118,7 @@ class RayLauncher(Launcher):
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+        returned.cfg = returned.hydra_cfg = None  # nobody asks, and of ten thousand jobs they are gigabytes
         return returned, jobs[0] if jobs else private_hydra.returned(returned)
 
     @classmethod

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
 
 from rvdist.core.private import Library
 
@@ -36,6 +39,24 @@ def register(name: str, module: str, launcher: type[Launcher], settings: type) -
 def returned(job: JobReturn) -> Any:
     """What a job returned, or raised: its public property prints what was raised."""
     return job._return_value
+
+
+def compose_once(loader: ConfigLoader) -> Callable[[DictConfig, Sequence[str]], DictConfig]:
+    """A patch of a sweep's loader: Hydra composes every job to see whether it can be, and throws it away. What is
+    returned composes a job, unless that has been done."""
+    found: dict[tuple[str, ...], DictConfig] = {}
+    compose = loader.load_sweep_config
+
+    def keep(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        found[tuple(sweep_overrides)] = config = compose(master_config, sweep_overrides)
+        return config
+
+    def take(master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        known = found.pop(tuple(sweep_overrides), None)
+        return compose(master_config, list(sweep_overrides)) if known is None else known
+
+    setattr(loader, "load_sweep_config", keep)  # noqa: B010
+    return take
 
 
 def parse_override(argument: str) -> None:

@@ -14,6 +14,7 @@ from test_kills import COMMANDS, SMALL_RUNS, Run, base, outcome, require_clean, 
 
 __all__ = ["base", "small", "whole"]  # fixtures
 EVERY = (*CHANGES, "open", "read", "close")
+SOME = ("sync", "rename", "remove", "size")  # where little time is
 SENTENCE = re.compile(r"rvdist: (?!failed: )[^\n]*\n")
 OURS = re.compile(r"(?s).*\nrvdist\.core\.errors\.(Failed|BadInput): [^\n]*\n?")  # the end of a traceback
 
@@ -59,7 +60,7 @@ AT_ONCE = [("output", None, "EIO")]
     + [
         pytest.param(*run, error, marks=pytest.mark.slow)
         for run in SMALL_RUNS
-        for error in ("EIO", "ENOSPC", "short")
+        for error in ("EIO", "ENOSPC", "short", "EDQUOT")
         if (*run, error) not in AT_ONCE
     ],
 )
@@ -67,7 +68,7 @@ def test_an_error_of_every_operation(small, base, tmp_path, what, before, error)
     if before:
         before(base)
     action = error if error == "short" else str(getattr(errno, error))
-    operations = ("read", "write") if error == "short" else EVERY
+    operations = ("read", "write") if error == "short" else SOME if (what, before, error) in AT_ONCE else EVERY
     fault = Fault(tmp_path, tmp_path / "work", operations, action)
     assert enumerate_errors(small, tmp_path, base, (what, "18"), fault, OURS) > 3
 

@@ -75,7 +75,7 @@ def outcome(work: Path) -> dict[str, str]:
     for path in sorted(work.rglob("*")):
         name = str(path.relative_to(work))
         if (
-            name.startswith("cache/")
+            name.split("/")[0] == "cache"
             or path.name in ("log.jsonl", "timing.json", "report.html")
             or path.suffix == ".pdf"
         ):
