@@ -210,7 +210,7 @@ def _write(place: Path, run: int, count: int) -> None:
 LOADS: dict[str, tuple[int, Callable[[int, Path, Watch], None]]] = {
     "points": (1_000, points),
     "plan": (1_000, plan),
-    "jobs": (10_000, jobs),
+    "jobs": (1_000, jobs),
     "shards": (1_000, shards),
     "tensors": (50_000, tensors),
     "records": (100_000, records),
