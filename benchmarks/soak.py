@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(COMMANDS))
+    parser.add_argument("--later", type=float, default=LATER, help="0: do not look at the temporary directory")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     kinds = [arguments.only] if arguments.only else ["merge", "merge", "sweep"]
@@ -227,11 +228,11 @@ def main() -> None:
             number += 1
             struck[f"{kind}: {'wrong' if found else 'right'}"] += 1
             wrong += found
-        time.sleep(LATER)
-        if last := Run(place, kinds[0]).wait(UNDISTURBED):
+        time.sleep(arguments.later)
+        if arguments.later and (last := Run(place, kinds[0]).wait(UNDISTURBED)):
             wrong.append(f"the last run ended with {last}")
         ours = {f"rvdist-engines-{os.getuid()}", f"torchinductor_{getpass.getuser()}"}  # of this user, for all runs
-        wrong += [f"left: {name}" for name in set(os.listdir(temporary)) - ours]
+        wrong += [f"left: {name}" for name in set(os.listdir(temporary)) - ours if arguments.later]
     print(f"{arguments.kills} kills in {time.monotonic() - began:.0f} s, seed {arguments.seed}")
     for what, count in sorted(struck.items()):
         print(f"  {what} {count}")

@@ -117,6 +117,13 @@ class Schedule:
         self._total = _Tally()
         for piece in slices:
             self._put(piece)
+        # Points of which no slice was ever taken, by their work at each task: those alike take equally long.
+        self._alike = {
+            point: frozenset((task, pile.work) for task, pile in self._piles[point].items()) for point in self._counts
+        }
+        self._untaken: dict[frozenset[tuple[str, float]], dict[int, None]] = {}
+        for point, kind in self._alike.items():
+            self._untaken.setdefault(kind, {})[point] = None
         self._home = None if home is None else self._id(home)
         self._at: dict[int, int | None] = {}
         self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
@@ -158,6 +165,7 @@ class Schedule:
         point, pile = chosen
         seconds = self._swap(here, point) + pile.longest
         piece = pile.take()
+        self._touch(point)
         self._counts[point] -= 1
         if not self._counts[point]:
             del self._counts[point]
@@ -185,6 +193,7 @@ class Schedule:
         self._refused.add(point)
         waiting = [other for pile in self._piles[point].values() for other in pile.slices]
         self._piles[point].clear()
+        self._touch(point)
         self._counts.pop(point, None)
         self._tally_swap(swap)
         return waiting
@@ -225,24 +234,39 @@ class Schedule:
         alone = all(at != here for other, at in self._at.items() if other != engine)
         if here is not None and here in self._counts and alone:  # whatever waits at other points, which may be many
             return here, self._longest(here)[0]
-        left = self._waiting()
         others: dict[int, list[float]] = defaultdict(list)  # when the other engines at each point are free
         for other, point in self._at.items():
             if other != engine and point is not None:
                 others[point].append(self._free(other, now))
-        if here is not None and here in left:
-            there = self._needier(here, left, others)
+        if here is not None and here in self._counts:
+            there = self._needier(here, self._waiting(), others)
             return there, self._longest(there)[0]
-        if untouched := [point for point in left if point not in others]:
-            fresh = here is None
-            there = max(untouched, key=lambda point: (fresh and point == self._home, left[point]))
-            return there, self._longest(there)[0]
+        if (free := self._longest_free(others, fresh=here is None)) is not None:
+            return free, self._longest(free)[0]
+        left = self._waiting()
         for there in sorted(left, key=lambda point: left[point] / (len(others[point]) + 1), reverse=True):
             without, swap = self._seconds_without(there, others[there]), self._swap(here, there)
             for pile in self._longest(there):
                 if swap + pile.longest < without:
                     return there, pile
         return None
+
+    def _longest_free(self, others: Mapping[int, object], fresh: bool) -> int | None:
+        """Of the points where slices wait and no other engine is, the one that takes longest; for a fresh engine first
+        the home. Not every point is looked at: of those that are alike, the first."""
+        if fresh and self._home in self._counts and self._home not in others:
+            return self._home
+        begun = [point for point in self._counts if point not in self._alike]
+        firsts = [next((point for point in alike if point not in others), None) for alike in self._untaken.values()]
+        free = sorted(point for point in [*begun, *firsts] if point is not None and point not in others)
+        return max(free, key=lambda point: sum(pile.seconds for pile in self._piles[point].values()), default=None)
+
+    def _touch(self, point: int) -> None:
+        """A slice of the point is taken, or none ever will be."""
+        if (kind := self._alike.pop(point, None)) is not None:
+            del self._untaken[kind][point]
+            if not self._untaken[kind]:
+                del self._untaken[kind]
 
     def _needier(self, here: int, left: Mapping[int, float], others: Mapping[int, Sequence[float]]) -> int:
         """Where an engine goes that has work at hand: elsewhere only for a much longer slice, which would start too

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rvdist.core.point import WeightPoint
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.fleet.schedule import Schedule, Slice, cut
 from rvdist.evaluate.request import Choice, Generate
 
@@ -158,3 +158,28 @@ def test_a_refused_point_is_asked_no_more():
         schedule.finish(left, 0.0, 1.0)
         asked += 1
     assert asked == 6 and schedule.over and not schedule.lethal and schedule.left(bad) == 0
+
+
+def test_of_many_points_the_one_is_chosen_that_a_look_at_all_of_them_finds(monkeypatch):
+    choose, chosen = Schedule._longest_free, []
+
+    def compare(self, others, fresh):
+        found = choose(self, others, fresh)
+        left = {point: seconds for point, seconds in self._waiting().items() if point not in others}
+        best = max(left, key=lambda point: (fresh and point == self._home, left[point]), default=None)
+        chosen.append(found)
+        assert found == best
+        return found
+
+    monkeypatch.setattr(Schedule, "_longest_free", compare)
+    drawn = random.Random(0)
+    for _ in range(20):
+        points = [WeightPoint("base", (Term(k / 100, Vector("plus", "minus")),)) for k in range(30)]
+        seconds = {
+            Slice(point, task, k, k + 1, work := drawn.choice([10.0, 10.0, 77.0])): work / 50
+            for point in points
+            for task in ("a", "b")
+            for k in range(drawn.randrange(4))
+        }
+        benchmark.simulate(seconds, [drawn.random() for _ in range(drawn.randrange(1, 9))], 0.1, {0: 0.5})
+    assert len(set(chosen)) > 20
