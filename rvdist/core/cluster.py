@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import secrets
 import socket
 import stat
@@ -26,6 +27,8 @@ _PATIENCE = 60.0  # seconds for a node to say what it sees
 _STARTS = 2  # of a Ray of our own, which times out where much else runs
 _LOOPBACK = "127.0.0.1"
 _leaving = False
+_settled = False  # whether it was we who chose the mode below
+_MODE = "RAY_AUTH_MODE"
 _session: SessionDirectory | None = None
 
 
@@ -77,8 +80,12 @@ def connect(
     if address == "local" and _IN_A_JOB in os.environ:
         address = "auto"
     if not ray.is_initialized():
-        _require_listener(address)
         _guard_token(address)
+        if address == "auto" and not {"RAY_ADDRESS", _IN_A_JOB} & os.environ.keys():
+            address = _find_cluster()
+        _require_listener(address)
+        if _MODE not in os.environ and re.fullmatch(r"[^/]+:\d+", address) and private_ray.takes_token(address):
+            raise BadInput(f"cluster.address={address}: the cluster takes a token; {_TOKEN}")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice, 15, starves them on a shared machine
         try:
@@ -133,10 +140,34 @@ def _is_on_loopback_alone(address: str) -> bool:
     return host in (_LOOPBACK, "localhost") and not answers(f"{private_ray.own_address()}:{port}")
 
 
+def _find_cluster() -> str:
+    """The address of the cluster that this machine belongs to. Ray would take one that another command has for itself,
+    too, and would use a token wherever there is a file with one: whether it does is settled here. Raises BadInput where
+    there is no cluster, or there are several."""
+    global _settled
+    addresses = private_ray.clusters_here()
+    if not addresses:
+        raise BadInput(
+            "cluster.address=auto: no Ray cluster can be reached from this machine; start one with `ray start --head`, "
+            "or name its address"
+        )
+    if len(addresses) > 1:
+        raise BadInput(
+            f"cluster.address=auto: this machine belongs to several Ray clusters ({', '.join(addresses)}); name one"
+        )
+    if _MODE not in os.environ:
+        _settled = True
+        if private_ray.takes_token(addresses[0]):
+            private_ray.send_token()
+        else:
+            os.environ[_MODE] = "disabled"
+    return addresses[0]
+
+
 def _guard_token(address: str) -> None:
     """Lets nobody else read the token: Ray makes its file as the umask has it. Raises BadInput where others can read
     that of a cluster which is not ours alone: then they have it."""
-    mode, variable = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    mode, variable = os.environ.get(_MODE), os.environ.get("RAY_AUTH_TOKEN_PATH")
     sends = mode.lower() == "token" if mode is not None else address in ("local", "auto")
     if not sends or os.environ.get("RAY_AUTH_TOKEN"):
         return
@@ -258,9 +289,12 @@ def disconnect() -> None:
     """Leaves the cluster, and ends it where `connect` started it."""
     import ray
 
-    global _leaving
+    global _leaving, _settled
     _leaving = True
     ray.shutdown()
+    if _settled:
+        os.environ.pop(_MODE, None)
+        _settled = False
     clean()
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from rvdist.core.private import Library
+from rvdist.core.session import is_ours
 
 RAY = Library("ray", "2.60.0")
 _SERVICES = ("ray._private.services:resolve_ip_for_localhost", "ray._private.services:node_ip_address_from_perspective")
+_NOTED, _CLIENT = "ray._private.utils:read_ray_address", "ray._raylet:GcsClient"
+_ENABLE = "ray._private.authentication.authentication_token_setup:maybe_enable_token_auth_if_token_available"
 NEEDED = (
     *_SERVICES,
+    _NOTED,
+    _CLIENT,
+    _ENABLE,
     "ray._private.worker:_global_node",
     "ray._private.worker:global_worker.connected",
     "ray._private.node:Node.raylet_socket_name",
@@ -45,6 +53,54 @@ def loopback_taken_at_its_word() -> Iterator[None]:
 def own_address() -> str:
     """The address of this machine, which Ray asks in place of a loopback address."""
     return str(RAY.get(_SERVICES[1])())
+
+
+def clusters_here() -> list[str]:
+    """The addresses of the clusters that this machine belongs to: that of the last `ray start`, as it has noted it; or
+    else those of its raylets, but for what commands of ours started for themselves alone."""
+    if noted := RAY.get(_NOTED)(None):
+        return [str(noted)]
+    addresses = set()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = command.read_text(errors="replace").split("\0")
+            flags = dict(word.partition("=")[::2] for word in words)
+            address = flags.get("--gcs-address")
+            if address and Path(words[0]).name == "raylet" and not is_ours(flags.get("--session_dir", "")):
+                addresses.add(address)
+    return sorted(addresses)
+
+
+def takes_token(address: str) -> bool | None:
+    """Whether the GCS there answers only whoever has its token; None where none answers in time."""
+    import ray
+
+    try:
+        with _unheard():
+            RAY.get(_CLIENT)(address=address).internal_kv_get(b"rvdist", b"rvdist", timeout=10)
+        return False
+    except ray.exceptions.AuthenticationError:
+        return True
+    except Exception:  # Ray says what it is, when it connects
+        return None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is written on standard error meanwhile is not seen: Ray's own code warns there of what is only asked."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def send_token() -> None:
+    """Ray sends the user's token from here on, where there is one."""
+    RAY.get(_ENABLE)(warn_if_disabled=False)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ _NEW = 60.0  # seconds for which one without a holder may be about to get one
 _PATIENCE = 1.0  # seconds in which what still writes in it ends
 
 
+def is_ours(session: str) -> bool:
+    """Whether a Ray that keeps its files there was started by a command of ours, for itself."""
+    return any(_NAME.fullmatch(part) for part in Path(session).parts[:-1])
+
+
 class SessionDirectory:
     """Made for one start of Ray; removed by `remove`, or, where its process was killed, by a later one's. Raises
     BadInput where none can be made."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rvdist.core.cluster import live_nodes
@@ -88,7 +88,7 @@ class Crew:
         self._stats, self._progress, self._say = stats, progress, say
         self._settings, self._count = settings, max(1, min(settings.workers, len(plan.units)))
         self._partial = [
-            Output(output.points, tuple(s.partial if s else DISCARD for s in staged))
+            Output(output.points, tuple(s.partial.absolute() if s else DISCARD for s in staged))
             for output, staged in zip(plan.outputs, stagings, strict=True)
         ]
         self._sources, self._dtype = dict(sources), plan.dtype
@@ -109,7 +109,9 @@ class Crew:
         try:
             if not self._group.wait(self._settings.timeout):
                 raise BadInput(self._no_room(bundle))
-            self._arguments = (ray.put(self._partial), ray.put(self._sources), self._dtype, self._settings)
+            # Workers of a cluster that is there already stand in other directories than this process
+            sources = {name: replace(one, path=one.path.absolute()) for name, one in self._sources.items()}
+            self._arguments = (ray.put(self._partial), ray.put(sources), self._dtype, self._settings)
             for number in range(self._count):
                 self._start(number)
             self._heard = time.monotonic()
@@ -161,7 +163,12 @@ class Crew:
         )
         worker = _Worker(actor_class.remote(*self._arguments), bundle, home, in_vain)
         self._workers.append(worker)
-        probes = [staging.probe for staged in self._stagings for staging in staged if staging]
+        probes = [
+            replace(staging.probe, path=staging.probe.path.absolute())
+            for staged in self._stagings
+            for staging in staged
+            if staging
+        ]
         self._running[worker.actor.hello.remote(self._roster.needs, probes)] = _Task(worker)
 
     def _step(self) -> None:
@@ -355,6 +362,11 @@ class Crew:
             return Failed(f"{self._path(need)}: the node that could read it is gone; {kept} when it is back")
         if self._why_none_starts:
             return Failed(f"no worker could start: {self._why_none_starts}; {kept}")
+        if not self._roster.has_met_a_node and not self._workers:
+            return Failed(
+                "every worker died before it could begin; Ray's logs on the nodes say why (such as another version "
+                f"of Python or Ray there, or a token that only one side has); {kept}"
+            )
         if not self._roster.has_met_a_node:
             return Failed(f"no worker has begun in {self._settings.timeout:g} s; raise cluster.timeout; {kept}")
         return Failed(

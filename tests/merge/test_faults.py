@@ -387,6 +387,16 @@ def test_a_unit_at_which_every_worker_raises_ends_the_merge_with_the_reason(run,
     goes_on(run, tmp_path / "out", right)
 
 
+def test_workers_that_all_die_before_they_begin_are_said_to(run, tmp_path, monkeypatch):
+    class Dying(crew.WorkerActor):
+        def hello(self, needs, probes):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(crew, "WorkerActor", Dying)
+    with pytest.raises(Failed, match="^every worker died before it could begin; .*; what is done is kept"):
+        run(tmp_path / "out")
+
+
 def test_a_worker_that_cannot_start_says_why(run, tmp_path, monkeypatch):
     class Here(crew.WorkerActor):
         pass
