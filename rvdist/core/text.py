@@ -22,6 +22,11 @@ def printable(text: str, most: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
+def is_url(text: str) -> bool:
+    """Whether it is one, such as s3://bucket/name: no path, though Path would make one of it."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
 def reason(error: object, most: int = 200) -> str:
     """What an error says, on one line of at most so many characters; where it says nothing, its type."""
     return printable(" ".join(str(error).split()))[:most] or type(error).__name__

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from rvdist.core import config
 from rvdist.core.config import (
     ArmConfig,
     BenchmarksConfig,
+    CacheConfig,
     ClusterConfig,
     Config,
     DonorsConfig,
@@ -260,6 +262,27 @@ def test_donors_may_be_renamed():
     ):
         with pytest.raises(BadInput, match=reason):
             config.point(settings(vector=VectorConfig("p", "m", rename=rename)), 1.0)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://b/{alpha}", "file:///tmp/x", "https://host/x"])
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("output", lambda url: {"output": url}),
+        ("vector.save", lambda url: {"vector": VectorConfig("p", "m", save=url)}),
+        ("cache.dir", lambda url: {"cache": CacheConfig(dir=url)}),
+    ],
+)
+def test_a_url_is_no_path(url, key, given):
+    with pytest.raises(BadInput, match=f"^{key}={re.escape(url)}: is a URL, and this is a path; mount it, or copy"):
+        settings(**given(url))
+
+
+def test_a_home_that_the_shell_left_as_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/one")
+    asked = settings(target="base", output="~/out", vector=VectorConfig("p", "m", save="~/v"))
+    assert list(config.outputs(asked)) == [Path("/home/one/out")]
+    assert config.vector_to_save(asked).directory == Path("/home/one/v")
 
 
 @pytest.mark.parametrize(

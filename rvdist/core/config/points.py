@@ -135,7 +135,7 @@ def _merges(config: Config, recipe: WeightPoint | None) -> Iterator[tuple[Path, 
         return
     for alpha in alphas(config.alpha):
         merged = recipe or point(config, alpha)
-        yield Path(_fill(config, config.output, merged, alpha)).absolute(), alpha, merged
+        yield Path(_fill(config, config.output, merged, alpha)).expanduser().absolute(), alpha, merged
 
 
 def _fill(config: Config, text: str, merged: WeightPoint, alpha: float) -> str:
@@ -383,4 +383,4 @@ def vector_to_save(config: Config) -> Saved | None:
         raise BadInput("vector.rank and vector.density are two ways to store a vector; set one of them")
     dtype = DTYPES[own.dtype] if own.dtype else None
     storage = Storage(dtype, own.rank, own.density, config.output_format.max_shard_size)
-    return Saved(_vector(own, "vector"), Path(own.save).absolute(), storage)
+    return Saved(_vector(own, "vector"), Path(own.save).expanduser().absolute(), storage)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rvdist.core.errors import BadInput
 from rvdist.core.method import METHODS
+from rvdist.core.text import is_url
 
 STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # our word: that of safetensors
@@ -28,6 +29,9 @@ CHOICES: dict[str, Collection[str]] = {
     "benchmarks.sandbox": ("strict", "degraded"),
     "compat.extra_rows": ("refuse", "keep"),
 }
+DIRECTORIES = (
+    "output", "vector.save", "recipe", "cache.dir", "benchmarks.data_dir", "benchmarks.include_path", "engine.replay",
+)  # fmt: skip
 PLAIN = "plain"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -264,6 +268,11 @@ class Config:
             for value in given if isinstance(given, list) else [given]:
                 if value is not None and value not in choices:
                     raise BadInput(f"{key}: {value!r} is not one of {', '.join(choices)}")
+        for key in DIRECTORIES:
+            if is_url(str(attrgetter(key)(self) or "")):
+                raise BadInput(
+                    f"{key}={attrgetter(key)(self)}: is a URL, and this is a path; mount it, or copy from there"
+                )
         _ = self.output_format
 
     @property

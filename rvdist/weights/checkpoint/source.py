@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rvdist.core.errors import BadInput
+from rvdist.core.text import is_url
 from rvdist.weights.checkpoint import adapter, fp8, stored_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
@@ -51,6 +52,11 @@ def _rename(checkpoint: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkp
 
 
 def _open(source: str) -> Checkpoint:
+    if is_url(source):
+        raise BadInput(
+            f"{source}: is a URL, and a checkpoint is a directory or a Hub repository, ORG/NAME[@REVISION]; copy it to "
+            "a directory, or mount it"
+        )
     path = Path(source).expanduser()
     if path.exists() or not _REPOSITORY.fullmatch(source):
         return open_checkpoint(path)

@@ -123,3 +123,9 @@ def test_digests_name_contents_and_remember_them(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     assert file_digest(path, cache) != before
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/model", "https://host/org/name", "hf://org/name"])
+def test_a_url_is_no_source(url):
+    with pytest.raises(BadInput, match=rf"^{url}: is a URL, and a checkpoint is a directory or a Hub repository"):
+        open_source(url)
