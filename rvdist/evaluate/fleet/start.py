@@ -35,6 +35,7 @@ from rvdist.evaluate.fleet.served import link_files, strays
 from rvdist.evaluate.request import Unusable
 from rvdist.weights.checkpoint.directory import Checkpoint
 
+_TEMPLATE = "{{ messages[0]['content'] }}"  # vLLM renders one when it starts: not a stranger's, which may never end
 _QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
 
 
@@ -88,7 +89,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
             raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
         try:
             with alone_on([] if on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")):
-                llm = LLM(**arguments)
+                llm = LLM(**arguments, chat_template=_TEMPLATE)
         except (TypeError, ValueError) as error:
             said = reason(str(error).replace(str(directory), base), 300)
             if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", said):

@@ -409,3 +409,12 @@ if __name__ == "__main__":
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_template_of_a_stranger_s_is_rendered_where_vllm_starts(families: dict[str, Family], tmp_path: Path) -> None:
+    """vLLM renders one to warm up, in the engine's process, where nothing would end this one."""
+    path = shutil.copytree(families["tied"].target, tmp_path / "target")
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (path / "chat_template.jinja").write_text(endless)
+    engine = start(WeightPoint(str(path)))
+    assert engine._tokenizer.chat_template == endless and len(engine.generate([Generate("12 + 34", 4)])) == 1
