@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     """Whatever test comes first, the first engine of the process has experts."""
-    made = {kind: make_family(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+    made = {kind: make_family(kind, tmp_path_factory.mktemp(kind)) for kind in [*KINDS, "mla"]}
     start(WeightPoint(str(made["moe"].target)))
     return made
 

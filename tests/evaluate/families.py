@@ -70,8 +70,8 @@ def shard(family: Family, out: Path, shards: int = 3) -> Family:
 
 
 def make_family(kind: str, out: Path) -> Family:
-    """`kind`: "tied" or "untied" (Qwen2), "llama", "moe" (Qwen3-MoE)."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
+    """`kind`: "tied" or "untied" (Qwen2), "llama", "moe" (Qwen3-MoE), "mla" (DeepSeek-V2)."""
+    from transformers import DeepseekV2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     shape = {
@@ -93,6 +93,20 @@ def make_family(kind: str, out: Path) -> Family:
         "untied": lambda: Qwen2Config(**shape),
         "llama": lambda: LlamaConfig(**shape),
         "moe": lambda: Qwen3MoeConfig(**shape, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+        "mla": lambda: DeepseekV2Config(
+            **(shape | {"num_key_value_heads": 4, "head_dim": 64}),
+            q_lora_rank=48,
+            kv_lora_rank=512,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=64,
+            v_head_dim=32,
+            first_k_dense_replace=1,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+        ),
     }[kind]()
     paths = []
     for seed, name in enumerate(["target", "plus", "minus"]):

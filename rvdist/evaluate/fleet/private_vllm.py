@@ -120,13 +120,16 @@ def watch_logits(model_runner: Any) -> torch.Tensor:
 
 
 def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-    """Hands the tensors to a rank of vLLM; returns the parameters it says it loaded, of which it keeps no record: its
-    model is patched meanwhile."""
+    """Hands the tensors to a rank of vLLM; returns the parameters that were to be loaded and were not. It keeps no
+    record of them, so its model is patched meanwhile. What it makes of others after loading, such as W_UV of MLA, is
+    not among them; nor is a tied lm_head, which has a weight of its own only while it loads."""
     model = worker.model_runner.get_model()
+    loadable: set[str] = set()
     loaded: set[str] = set()
     load_weights = model.load_weights
 
     def recording(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        loadable.update(name for name, _ in model.named_parameters())
         loaded.update(load_weights(weights))
         return loaded
 
@@ -135,7 +138,7 @@ def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]
         worker.reload_weights(weights_iterator=tensors)
     finally:
         del model.load_weights
-    return loaded
+    return {name for name, _ in model.named_parameters() if name in loadable} - loaded
 
 
 def clear_caches(caches: Iterable[Any]) -> None:

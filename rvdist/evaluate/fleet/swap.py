@@ -75,13 +75,14 @@ class SwapExtension:
         with closing(open_point(WeightPoint.from_json(json.loads(point)))) as reader:
             tensors = defer_tensors(reader)
             if exchanged:
-                tensors = mirror(tensors, self.model_config.hf_text_config.hidden_size, exchanged)
-            loaded = reload(self, _note_names(came, tensors))
+                config = self.model_config.hf_text_config
+                tensors = mirror(tensors, config.hidden_size, exchanged, getattr(config, "kv_lora_rank", None) or 0)
+            stale = reload(self, _note_names(came, tensors))
             spoiled = {name: "" if number else reader.blame(name) for number, name in enumerate(reader.spoiled)}
             self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:
             raise RuntimeError(f"{LACKS}: {_some(missing)}")
-        if stale := {name for name, _ in self.model_runner.get_model().named_parameters()} - loaded:
+        if stale:
             raise RuntimeError(f"{LEFT}: {_some(stale)}")
         repair_packed_copies(self.model_runner.get_model())
         clear_caches(self.model_runner.kv_caches)

@@ -31,6 +31,22 @@ def test_swapped_equals_fresh(engine: Engine, base: Answers, family: Family, alp
     assert swapped.texts != base.texts and swapped.scores != base.scores
 
 
+def test_what_vllm_makes_of_weights_after_loading_them_follows_a_swap(
+    families: dict[str, Family], tmp_path: Path
+) -> None:
+    """MLA: of kv_b_proj vLLM makes two parameters, which no checkpoint has."""
+    family = families["mla"]
+    engine = start(WeightPoint(str(family.target)))
+    base = answers(engine)
+    engine.swap(family.point(0.5))
+    swapped = answers(engine)
+    assert engine.info()["probe"] == "passed"
+    assert swapped == answers(start(family.write(0.5, tmp_path / "merged")))
+    assert swapped.texts != base.texts and swapped.scores != base.scores
+    engine.swap(family.point(0.0))
+    assert answers(engine) == base
+
+
 def test_a_donor_is_a_point_too(engine: Engine, family: Family) -> None:
     donor = WeightPoint(str(family.plus))
     engine.swap(donor)
@@ -141,10 +157,11 @@ def test_the_probe_finds_a_stale_packed_copy(
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
 
 
+@pytest.mark.parametrize("kind", ["tied", pytest.param("mla", marks=pytest.mark.slow)])
 def test_the_probe_finds_any_matrix_or_bias_left_behind(
-    families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
+    kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family, mirror = families["tied"], swap.mirror
+    family, mirror = families[kind], swap.mirror
     old = dict(read_point(WeightPoint(str(family.target))))
     engine = start(WeightPoint(str(family.target)))
     home = engine._at
