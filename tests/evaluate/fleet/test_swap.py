@@ -97,7 +97,7 @@ def test_a_point_where_the_engine_is_already_is_not_read(
     engine: Engine, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.swap(family.point(0.0))
-    monkeypatch.delattr(swap, "deferred")
+    monkeypatch.delattr(swap, "defer_tensors")
     engine.swap(WeightPoint(str(family.target)))
     with pytest.raises(NameError):
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
@@ -128,9 +128,9 @@ def test_shards_change_nothing(kind: str, families: dict[str, Family], tmp_path:
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
 def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, read = families["untied"], swap.deferred
+    family, read = families["untied"], swap.defer_tensors
     engine = start(WeightPoint(str(family.target)))
-    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
+    monkeypatch.setattr(swap, "defer_tensors", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
     with pytest.raises(RuntimeError, match=lost):
         engine.swap(family.point(0.5))
     with pytest.raises(RuntimeError, match="start a new engine"):
@@ -140,8 +140,8 @@ def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monke
 
 
 def test_what_vllm_did_not_load_is_named(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, read = families["untied"], swap.deferred
-    monkeypatch.setattr(swap, "deferred", lambda reader: (pair for pair in read(reader) if "norm" not in pair[0]))
+    family, read = families["untied"], swap.defer_tensors
+    monkeypatch.setattr(swap, "defer_tensors", lambda reader: (pair for pair in read(reader) if "norm" not in pair[0]))
     monkeypatch.setattr(swap.SwapExtension, "_rvdist_expected", lambda self: set())
     with pytest.raises(RuntimeError, match=r"vLLM did not load.*model\.norm\.weight"):
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
