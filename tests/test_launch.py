@@ -24,10 +24,10 @@ def contents(place):
     return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
 
 
-def refused(place, *arguments):
+def refused(place, *arguments, **environment):
     """Runs the command, which must end with status 2, one sentence and nothing written; returns the sentence."""
     before = contents(place)
-    done = launch(*arguments, cwd=place)
+    done = launch(*arguments, cwd=place, **environment)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     (sentence,) = done.stderr.strip().splitlines()
@@ -116,6 +116,11 @@ def test_a_different_tokenizer(place):
 )
 def test_bad_values(place, arguments, reason):
     assert reason in refused(place, *arguments)
+
+
+def test_an_address_from_the_environment_at_which_nobody_answers(place):
+    sentence = refused(place, *merge("cluster=existing"), RAY_ADDRESS="127.0.0.1:1")
+    assert sentence.startswith("rvdist: RAY_ADDRESS=127.0.0.1:1: no Ray cluster can be reached there")
 
 
 @pytest.mark.slow

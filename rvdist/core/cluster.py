@@ -81,20 +81,23 @@ def connect(
         address = "auto"
     if not ray.is_initialized():
         _guard_token(address)
-        if address == "auto" and not {"RAY_ADDRESS", _IN_A_JOB} & os.environ.keys():
+        named = "cluster.address"
+        if address == "auto" and (given := os.environ.get("RAY_ADDRESS")):
+            address, named = given, "RAY_ADDRESS"
+        elif address == "auto" and _IN_A_JOB not in os.environ:
             address = _find_cluster()
-        _require_listener(address)
+        _require_listener(address, named)
         if _MODE not in os.environ and re.fullmatch(r"[^/]+:\d+", address) and private_ray.takes_token(address):
-            raise BadInput(f"cluster.address={address}: the cluster takes a token; {_TOKEN}")
+            raise BadInput(f"{named}={address}: the cluster takes a token; {_TOKEN}")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice, 15, starves them on a shared machine
         try:
             _init(address, namespace)
         except ray.exceptions.AuthenticationError:
-            raise BadInput(f"cluster.address={address}: there is no token for it; {_TOKEN}") from None
+            raise BadInput(f"{named}={address}: there is no token for it; {_TOKEN}") from None
         except (ConnectionError, ValueError) as error:
             hint = "" if address == "auto" else f"; if it wants a token, {_TOKEN}"
-            raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error}){hint}") from None
+            raise BadInput(f"{named}={address}: no Ray cluster can be reached there ({error}){hint}") from None
     over = over or threading.Event()
     deadline = time.monotonic() + timeout
     while len(alive := _nodes()) < nodes and not over.is_set():
@@ -267,7 +270,7 @@ def _nodes() -> tuple[Node, ...]:
     return tuple(Node(name, int(has.get("CPU", 0)), int(has.get("GPU", 0))) for name, has in alive)
 
 
-def _require_listener(address: str) -> None:
+def _require_listener(address: str, named: str) -> None:
     """Ray waits for minutes where nobody answers: ask first."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
@@ -275,7 +278,7 @@ def _require_listener(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise BadInput(f"cluster.address={address}: no Ray cluster can be reached there ({error})") from None
+        raise BadInput(f"{named}={address}: no Ray cluster can be reached there ({error})") from None
 
 
 def is_connected() -> bool:
