@@ -43,7 +43,7 @@ pocket: $(VENV)/ready
 
 # Without a GPU: exactly what constraints.txt lists, from wherever pip's own settings say. It is complete, and pip
 # resolves nothing: packages ask for things that are large, or break vLLM, and that nothing here needs. So parts of the
-# list are installed beside each other, and compiled thereafter: alone, pip takes three times as long.
+# list are installed beside each other, and compiled thereafter.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "rvdist needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
