@@ -183,9 +183,12 @@ class Seats:
                     yield seat, ray.get(seat.actor.info.remote(), timeout=_REPLY)
 
     def stop(self) -> None:
-        """Ends every engine."""
+        """Ends every engine, and lets go of all that is Ray's: to free it while another thread leaves the cluster would
+        end this process."""
         for seat in self._seats:
             kill(seat.actor)
+            seat.actor = None
+        self._coming, self._starting = {}, {}
 
     def _start(self, seat: Seat) -> None:
         seat.actor, seat.up, seat.at, seat.until, seat.log = self._spawn(), None, None, None, ""

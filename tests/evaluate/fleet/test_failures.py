@@ -1,6 +1,7 @@
 """Engines that raise, hang and do not start: every request is answered as if nothing had happened."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -121,6 +122,17 @@ def test_every_request_is_answered_whatever_an_engine_does(kind, where, ray_loca
     assert at in told and said in told
     assert fleet.stats.deaths == (where != "start")
     assert not alive(tmp_path), "an engine that is replaced is ended, a stopped one too"
+
+
+def test_a_fleet_that_is_stopped_holds_nothing_of_rays(ray_local, tmp_path):
+    """Ray ends a process in which an actor's handle is freed while another thread leaves the cluster."""
+    import ray
+
+    _, fleet = run(tmp_path, {"at8": ("die", 1)})
+    gc.collect()
+    handles = [held for held in gc.get_objects() if isinstance(held, ray.actor.ActorHandle)]
+    assert fleet.started and not [held for held in handles if "Fake" in repr(held)]
+    assert not fleet._seats.pending
 
 
 def test_a_slice_on_which_two_engines_raise_is_named_after_all_else_is_answered(ray_local, tmp_path):
