@@ -32,7 +32,7 @@ def benchmark(tmp_path, *arguments):
     return subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "gpu.py", "--work", tmp_path, *arguments],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -86,7 +86,12 @@ ALLOWED = (
     "scheduler_reserve_full_isl skip_mm_profiling watermark"
 )
 
-_HARMLESS = "LOG|TRACE|CACHE_ROOT|CONFIG_ROOT|ASSETS|API_KEY|HOST_IP|PORT|USAGE|DEBUG|PLUGINS|MULTIPROC|TIMEOUT|RPC|S3_"
+# Parts of names of variables that change no text, or that vLLM sets by itself where an engine has started.
+_BY_ITSELF = "DIST_IDENT|OBJECT_STORAGE|SSM_CONV_STATE_LAYOUT|DISABLE_SHARED_EXPERTS_STREAM"
+_HARMLESS = (
+    f"{_BY_ITSELF}|LOG|TRACE|CACHE_ROOT|CONFIG_ROOT|ASSETS|API_KEY|HOST_IP|PORT|USAGE|DEBUG|PLUGINS|MULTIPROC|TIMEOUT|"
+    "RPC|S3_"
+)
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # CUDA graphs of what is computed as in eager mode
 
 # Part of what names a cached sample: raise it with every change here that may change an answer.

@@ -4,7 +4,6 @@ import multiprocessing
 import time
 
 import pytest
-import ray
 
 from rvdist.core.errors import BadInput
 from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, build, environment, identity, vllm_arguments
@@ -61,6 +60,8 @@ def test_variables_that_may_change_text_are_part_of_what_names_a_sample(monkeypa
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/somewhere")
     assert identity(DEFAULTS, "H100") == before and environment() == {}
+    monkeypatch.setenv("VLLM_DIST_IDENT", "which vLLM sets by itself")
+    assert environment() == {}
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
     assert identity(DEFAULTS, "H100") == before | {"environment": {"VLLM_USE_FLASHINFER_SAMPLER": "1"}}
 
@@ -83,7 +84,10 @@ def test_what_vllm_is_built_for(monkeypatch):
     assert installed() is None
 
 
+@pytest.mark.heavy
 def test_cards_of_several_kinds_want_a_choice(monkeypatch):
+    import ray
+
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 9, "accelerator_type:H100": 1})
     assert device_kind(True) == device_kind(True, "H100") == "H100"
     with pytest.raises(BadInput, match="engine.accelerator_type=A100: the cluster has H100; name one"):
