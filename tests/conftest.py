@@ -15,7 +15,6 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
 
-import workers
 from checkpoints import POCKET, write_family
 from guarantees import COLLECTED, cases, claims
 
@@ -110,7 +109,6 @@ def ray_local():
     """One Ray for all tests that need no more."""
     from rvdist.core import cluster
 
-    with workers.forking():
-        cluster.connect("local", namespace="rvdist-tests")
+    cluster.connect("local", namespace="rvdist-tests")
     yield
     cluster.disconnect()
