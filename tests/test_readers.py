@@ -199,6 +199,7 @@ def test_whatever_stands_in_place_of_a_file_ends_in_one_sentence(
 # What opens files in another way than core.regular, and why it may.
 OWN = {
     "core.cluster": "what the command has just written", "core.log": "appends", "core.session": "its own lock",
+    "core.ends": "/proc", "core.private_ray": "/proc", "evaluate.fleet.start": "its own lock",
     "core.timing": "/proc", "core.record": "writes", "core.regular": "the one place",
     "evaluate.fleet.actor": "the end of its own log", "evaluate.fleet.fleet": "/proc",
     "evaluate.fleet.served": "its own directory", "evaluate.sandbox.box": "a pipe", "evaluate.sandbox.jail": "/proc",

@@ -52,7 +52,7 @@ def _rename(checkpoint: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkp
 
 
 def _open(source: str) -> Checkpoint:
-    if is_url(source):
+    if is_url(str(source)):
         raise BadInput(
             f"{source}: is a URL, and a checkpoint is a directory or a Hub repository, ORG/NAME[@REVISION]; copy it to "
             "a directory, or mount it"

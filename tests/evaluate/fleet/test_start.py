@@ -43,6 +43,7 @@ def test_a_lock_that_somebody_planted_is_not_followed(tmp_path, monkeypatch):
         assert not any((tmp_path / "theirs").iterdir())
 
 
+@pytest.mark.heavy
 def test_graphs_without_compilation_are_settings_that_vllm_knows():
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
