@@ -31,11 +31,12 @@ def test_swapped_equals_fresh(engine: Engine, base: Answers, family: Family, alp
     assert swapped.texts != base.texts and swapped.scores != base.scores
 
 
+@pytest.mark.parametrize("kind", [pytest.param("mla", id="moe-mla")])
 def test_what_vllm_makes_of_weights_after_loading_them_follows_a_swap(
-    families: dict[str, Family], tmp_path: Path
+    kind: str, families: dict[str, Family], tmp_path: Path
 ) -> None:
     """MLA: of kv_b_proj vLLM makes two parameters, which no checkpoint has."""
-    family = families["mla"]
+    family = families[kind]
     engine = start(WeightPoint(str(family.target)))
     base = answers(engine)
     engine.swap(family.point(0.5))
@@ -157,7 +158,7 @@ def test_the_probe_finds_a_stale_packed_copy(
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
 
 
-@pytest.mark.parametrize("kind", ["tied", pytest.param("mla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["tied", pytest.param("mla", id="moe-mla", marks=pytest.mark.slow)])
 def test_the_probe_finds_any_matrix_or_bias_left_behind(
     kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
 ) -> None:
