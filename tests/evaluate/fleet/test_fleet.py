@@ -125,10 +125,9 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alo
 
     warm.cool()
     fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
-    while fleet._seats.pending and len(fleet._seats.unsure) < 2:
+    while fleet.started < 2:
         ready, _ = ray.wait(fleet._seats.pending, num_returns=1)
         fleet._seats.hear(ready[0])
-    ray.wait([ref for ref, seat in fleet._seats._starting.items()], num_returns=2)
     kept, seen, killed = {}, [], []
 
     def keep(came):
