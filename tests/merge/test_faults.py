@@ -333,17 +333,23 @@ def test_verify_finds_a_resumed_output_sound_and_every_harm(
     assert re.search(reason, said), said
 
 
-def test_a_unit_that_kills_every_worker_ends_the_merge(run, right, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("dies", "3 workers died while writing it, perhaps"), ("raises", "3 workers failed while writing it .*ECC error")],
+)
+def test_a_unit_at_which_every_worker_fails_ends_the_merge(kind, reason, run, right, tmp_path, monkeypatch):
     real = crew.WorkerActor
 
-    class Poisoned(real):
+    class Failing(real):
         def run(self, unit, claims):
             if unit.file.startswith("model-00003"):
+                if kind == "raises":
+                    raise RuntimeError("CUDA error: uncorrectable ECC error")
                 os.kill(os.getpid(), signal.SIGKILL)
             return real.run(self, unit, claims)
 
-    monkeypatch.setattr(crew, "WorkerActor", Poisoned)
-    with pytest.raises(Failed, match="model-00003.*: 3 workers died while writing it.*the same command goes on"):
+    monkeypatch.setattr(crew, "WorkerActor", Failing)
+    with pytest.raises(Failed, match=f"model-00003.*: {reason}.*the same command goes on"):
         run(tmp_path / "out")
     monkeypatch.setattr(crew, "WorkerActor", real)
     goes_on(run, tmp_path / "out", right)
@@ -369,22 +375,6 @@ def test_a_worker_that_raises_or_hangs_is_replaced(kind, run, right, tmp_path, m
     reason = "CUDA error: an illegal memory" if kind == "raises" else "it said nothing for 3 s; .* raise merge.timeout"
     (sentence,) = [sentence for sentence in said if "another takes its place" in sentence]
     assert re.search(rf"failed \({reason}", sentence)
-
-
-def test_a_unit_at_which_every_worker_raises_ends_the_merge_with_the_reason(run, right, tmp_path, monkeypatch):
-    real = crew.WorkerActor
-
-    class Faulty(real):
-        def run(self, unit, claims):
-            if unit.file.startswith("model-00003"):
-                raise RuntimeError("CUDA error: uncorrectable ECC error")
-            return real.run(self, unit, claims)
-
-    monkeypatch.setattr(crew, "WorkerActor", Faulty)
-    with pytest.raises(Failed, match="model-00003.*: 3 workers failed while writing it .*ECC error.*; what is done is"):
-        run(tmp_path / "out")
-    monkeypatch.setattr(crew, "WorkerActor", real)
-    goes_on(run, tmp_path / "out", right)
 
 
 def test_workers_that_all_die_before_they_begin_are_said_to(run, tmp_path, monkeypatch):
