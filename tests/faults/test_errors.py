@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import errno
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from shim import CHANGES, Fault
-from test_kills import COMMANDS, SMALL_RUNS, Run, base, outcome, require_clean, small, whole
+from test_kills import COMMANDS, SMALL_RUNS, Run, afresh, base, outcome, require_clean, small, whole
 
 __all__ = ["base", "small", "whole"]  # fixtures
 EVERY = (*CHANGES, "open", "read", "close")
@@ -24,18 +23,13 @@ def enumerate_errors(
 ) -> int:
     """Fails each operation of the run in turn, each time from what is in `start`; returns how many there were."""
     work = place / "work"
-
-    def begin() -> None:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(start, work)
-
-    begin()
+    afresh(start, work)
     status, errors = run(work, fault.at(-1), *arguments)
     assert status == 0, errors
     right, number = outcome(work), 0
     wrong = []
     while True:
-        begin()
+        afresh(start, work)
         status, errors = run(work, fault.at(number), *arguments)
         if not fault.happened:
             break

@@ -101,22 +101,23 @@ def require_clean(work: Path) -> None:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def afresh(start: Path, work: Path) -> None:
+    """`work` is what `start` is, and nothing else."""
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(start, work)
+
+
 def enumerate_kills(run: Run, place: Path, start: Path, arguments: tuple[str, ...], fault: Fault) -> int:
     """Kills the run at each of its operations, each time from what is in `start`; returns how many there were."""
     work = place / "work"
-
-    def begin() -> None:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(start, work)
-
-    begin()
+    afresh(start, work)
     status, errors = run(work, fault.at(-1), *arguments)
     assert status == 0, errors
     right, count, told = outcome(work), fault.count, fault.told
     require_clean(work)
     number = 0
     while True:
-        begin()
+        afresh(start, work)
         status, errors = run(work, fault.at(number), *arguments)
         if not fault.happened:
             break
