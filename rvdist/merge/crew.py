@@ -104,7 +104,8 @@ class Crew:
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        bundle = {"CPU": self._share()} | ({"GPU": self._settings.gpus} if self._settings.gpus else {})
+        cores = share_cores([node["Resources"] for node in live_nodes()], self._settings, self._count)
+        bundle = {"CPU": cores} | ({"GPU": self._settings.gpus} if self._settings.gpus else {})
         self._group = placement_group([bundle] * self._count, strategy="SPREAD")
         try:
             if not self._group.wait(self._settings.timeout):
@@ -128,17 +129,6 @@ class Crew:
         that it is known which node can read what."""
         missing = any(worker.node is None and worker.home is None for worker in self._workers)
         return missing and time.monotonic() - self._met < _PATIENCE
-
-    def _share(self) -> float:
-        """The cores each worker gets: its threads, or the most that lets all of them fit where there are fewer."""
-        cores = [node["Resources"].get("CPU", 0.0) for node in live_nodes()]
-        threads = float(self._settings.threads)
-        parts = {int(have / k * 1000) / 1000 for have in cores for k in range(1, self._count + 1)}
-        for share in sorted((part for part in parts if 0 < part < threads), reverse=True):
-            if sum(int(have / threads) for have in cores) >= self._count:
-                break
-            threads = share
-        return threads
 
     def _no_room(self, bundle: Mapping[str, float]) -> str:
         import ray
@@ -373,3 +363,19 @@ class Crew:
             "every worker died, perhaps for want of memory or because its node is gone, and none could be started in "
             f"its place; {kept}"
         )
+
+
+def share_cores(nodes: Sequence[Mapping[str, float]], settings: WorkerSettings, count: int) -> float:
+    """The cores that each of `count` workers gets of nodes with such resources: its threads, or the most that lets all
+    of them fit where there are fewer. Workers that take GPUs fit where there are some."""
+    room = [
+        (has.get("CPU", 0.0), int(has.get("GPU", 0)) * int(1 / settings.gpus) if settings.gpus else count)
+        for has in nodes
+    ]
+    threads = float(settings.threads)
+    parts = {int(cores / k * 1000) / 1000 for cores, most in room if most for k in range(1, count + 1)}
+    for share in sorted((part for part in parts if 0 < part < threads), reverse=True):
+        if sum(min(int(cores / threads), most) for cores, most in room) >= count:
+            break
+        threads = share
+    return threads

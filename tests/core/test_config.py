@@ -298,6 +298,8 @@ def test_a_home_that_the_shell_left_as_it_is(monkeypatch):
         ([(64, 8), (64, 0)], 100, {"device": "cuda"}, [8, 0]),
         ([(64, 8)], 100, {"device": "cuda", "gpus_per_worker": 0.25}, [16]),
         ([(192, 0)] * 3, 1, {"workers": 100}, [34, 33, 33]),
+        ([(64, 0), (64, 8)], 100, {"device": "cuda"}, [0, 8]),
+        ([(64, 0), (64, 8), (64, 1)], 1, {"device": "cuda", "workers": 3}, [0, 2, 1]),
     ],
 )
 def test_how_many_workers_each_node_gets(nodes, gib, keys, given):

@@ -8,6 +8,7 @@
  * FAULT_ROLE   "worker" or "driver": only Ray's workers, only others
  * FAULT_LOG    a line an operation
  * FAULT_NO_EXCHANGE  names cannot be exchanged, as on some file systems
+ * FAULT_NO_ALLOCATE  no room can be set aside, as on NFS before 4.2
  *
  * All is read when something happens, so that a forked process can be given others.
  */
@@ -253,16 +254,10 @@ int ftruncate64(int fd, off64_t size) { FAIL(by_descriptor("size", fd, 0)); retu
 int fchmod(int fd, mode_t mode) { FAIL(by_descriptor("mode", fd, 0)); return REAL(fchmod)(fd, mode); }
 int chmod(const char *path, mode_t mode) { FAIL(by_name("mode", AT_FDCWD, path)); return REAL(chmod)(path, mode); }
 
-int posix_fallocate(int fd, off_t at, off_t size)
+int fallocate(int fd, int mode, off_t at, off_t size)
 {
-    int how = by_descriptor("size", fd, 0);
-    return how > 0 ? how : REAL(posix_fallocate)(fd, at, size);
-}
-
-int posix_fallocate64(int fd, off64_t at, off64_t size)
-{
-    int how = by_descriptor("size", fd, 0);
-    return how > 0 ? how : REAL(posix_fallocate64)(fd, at, size);
+    FAIL(getenv("FAULT_NO_ALLOCATE") ? EOPNOTSUPP : by_descriptor("size", fd, 0));
+    return REAL(fallocate)(fd, mode, at, size);
 }
 
 int rename(const char *from, const char *to) { FAIL(by_name("rename", AT_FDCWD, to)); return REAL(rename)(from, to); }

@@ -88,6 +88,6 @@ def memory() -> None:
 if __name__ == "__main__":
     os.umask(int(sys.argv[2]))
     if sys.argv[1] == "overwrite-in-steps":
-        os.environ["FAULT_NO_EXCHANGE"] = "1"
+        os.environ["FAULT_NO_EXCHANGE"] = os.environ["FAULT_NO_ALLOCATE"] = "1"
     what = {"output": lambda: output(False), "cache": cache, "memory": memory}
     what.get(sys.argv[1], lambda: output(True))()

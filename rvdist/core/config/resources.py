@@ -57,11 +57,15 @@ def device(config: Config, gpus: int) -> str:
 
 def workers(config: Config, nodes: Sequence[tuple[int, int]], nbytes: int) -> list[int]:
     """How many workers each node of so many (cores, GPUs) gets, to write so many bytes: `merge.workers` evenly; or as
-    many as its cores or GPUs have room for, 16 at most, and one a GiB of all of them together; one at least."""
+    many as its cores or GPUs have room for, 16 at most, and one a GiB of all of them together; one at least. With
+    device=cuda nodes without GPUs get none."""
     merge = config.merge
+    on_cards = device(config, sum(gpus for _, gpus in nodes)) == "cuda"
     if merge.workers:
-        return [(merge.workers + k) // len(nodes) for k in range(len(nodes))][::-1]
-    if device(config, sum(gpus for _, gpus in nodes)) == "cuda":
+        able = [k for k, (_, gpus) in enumerate(nodes) if gpus or not on_cards]
+        evenly = [(merge.workers + k) // len(able) for k in range(len(able))][::-1]
+        return [evenly[able.index(k)] if k in able else 0 for k in range(len(nodes))]
+    if on_cards:
         room = [gpus * int(1 / merge.gpus_per_worker) for _, gpus in nodes]
     else:
         room = [cores // merge.threads for cores, _ in nodes]
