@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
 
+import forked
 from checkpoints import POCKET, write_family
 from guarantees import COLLECTED, cases, claims
 
@@ -58,6 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = set(mine)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = mine
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Commands of heavy tests share a Ray; those of slow ones start one each, as commands do."""
+    forked.is_ray_shared = part(item) == "heavy" and not item.get_closest_marker("slow")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -2,6 +2,9 @@
 
 A command's own start, its arguments, streams, status and end are those of a process of its own; only what modules do
 when they are imported is done once. Who wants that too, or other settings for it, starts a process instead.
+
+Where `is_ray_shared`, commands join one Ray, as jobs that were submitted to it do, instead of starting one each: all
+but those with settings of their own, which its workers would not have.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ MODULES = [
 ]
 # Settings that are read by modules when they are imported: the first by any, the others by none of the light ones.
 _BY_ANY, _BY_OTHERS = ("PYTHON", "TORCH"), ("HF_", "TRANSFORMERS_")
+_SHOWN = {"COLUMNS"}  # settings that no worker minds
+is_ray_shared = False
 
 
 @cache
@@ -51,6 +56,17 @@ def serve(modules: Sequence[str], environment: Mapping[str, str]) -> socket.sock
     return ours
 
 
+@cache
+def ray() -> dict[str, str]:
+    """What makes a command join the one Ray, which is started for the first and ends with this process."""
+    command = [sys.executable, str(Path(__file__).with_name("hold_ray.py"))]
+    held = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_settings(), text=True)
+    assert held.stdout
+    address = held.stdout.readline().strip()
+    assert address, "no Ray could be started"
+    return {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+
+
 def run(
     module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
@@ -59,7 +75,9 @@ def run(
     if any(key.startswith(_BY_ANY) for key in other):
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
-    return ask(_server(any(key.startswith(_BY_OTHERS) for key in other)), module, arguments, cwd, environment, timeout)
+    line = _server(any(key.startswith(_BY_OTHERS) for key in other))
+    joining = ray() if is_ray_shared and other <= _SHOWN else {}
+    return ask(line, module, arguments, cwd, {**environment, **joining}, timeout)
 
 
 def ask(
@@ -108,6 +126,8 @@ def _answer(line: socket.socket) -> None:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    if raylet := sys.modules.get("ray._raylet"):
+        raylet.Config.initialize("")  # it read RAY_AUTH_MODE when it was imported
     sys.path[0] = asked["cwd"]
     sys.argv[:] = [asked["module"], *asked["arguments"]]
 

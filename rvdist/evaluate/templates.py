@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_SECONDS, _EACH = 3.0, 0.05  # of processor time: in all, and more for each text
+_SECONDS, _EACH = 3.0, 0.05  # of processor time: for a text at most, and for all of them more by each
 _BYTES = 512 << 20  # of memory
 _CHARACTERS, _TIMES = 64 << 10, 8  # of a text: so many, and so many times those of its messages
 _AT_MOST = 120.0  # seconds for an answer, on a busy machine
@@ -51,7 +51,8 @@ except Exception:  # another version of it knows more of transformers
     import transformers.utils.chat_template_utils as module
 began = time.process_time()
 for count, line in enumerate(sys.stdin, start=1):
-    signal.setitimer(signal.ITIMER_PROF, max(0.1, seconds + each * count - (time.process_time() - began)))
+    left = seconds + each * count - (time.process_time() - began)
+    signal.setitimer(signal.ITIMER_PROF, min(seconds, max(0.1, left)))
     try:
         asked = json.loads(line)
         (text,), _ = module.render_jinja_template(**asked)

@@ -86,13 +86,24 @@ EVIL = {
 def test_an_evil_template_ends_in_one_sentence(kind, tokenizer):
     tokenizer.chat_template, said = EVIL[kind]
     apply = lambda: apply_template(tokenizer, TALKS[0], True)  # noqa: E731
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=said):
         apply()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
-    assert time.monotonic() - began < 60
     tokenizer.chat_template = CHATML
     assert apply().startswith("<|im_start|>user"), "the next one is rendered"
+
+
+def test_what_is_endless_takes_no_longer_after_many_that_were_quick(tokenizer, monkeypatch):
+    monkeypatch.setattr(templates, "_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "_renderer", templates._Renderer())
+    for _ in range(60):
+        apply_template(tokenizer, TALKS[0], True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    tokenizer.chat_template = ENDLESS
+    with pytest.raises(ValueError, match=r"takes more than 0\.3 s of processor time"):
+        apply_template(tokenizer, TALKS[0], True)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2, "3.3 s were left for all"
 
 
 def test_many_slow_ones_are_ended_together(tokenizer, monkeypatch):

@@ -1,0 +1,12 @@
+"""Run as a program: a Ray that the commands of tests share. Prints its address, and ends it with its input."""
+
+import sys
+
+import ray
+
+from rvdist.core import cluster
+
+cluster.connect("local", namespace="rvdist-tests")
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+cluster.disconnect()
