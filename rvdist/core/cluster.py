@@ -10,6 +10,7 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has t
 _PATIENCE = 60.0  # seconds for a node to say what it sees
 _STARTS = 2  # of a Ray of our own, which times out where much else runs
 _LOOPBACK = "127.0.0.1"
+_LOST = {
+    "GPU": "see what nvidia-smi shows in a step of it (srun nvidia-smi -L), and unset CUDA_VISIBLE_DEVICES",
+    "CPU": "let its steps have all of its cores (srun nproc says how many they have)",
+}
 _leaving = False
 _settled = False  # whether it was we who chose the mode below
 _MODE = "RAY_AUTH_MODE"
@@ -106,7 +111,22 @@ def connect(
                 f"cluster.nodes={nodes}: only {len(alive)} joined the cluster in {timeout:g} s; start more, or lower it"
             )
         over.wait(0.5)
+    _require_given(live_nodes())
     return Resources(alive)
+
+
+def _require_given(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raises BadInput for a node on which Ray sees less than its labels say that it has: what `launch/slurm.sh` was
+    given there does not reach Ray. Of cores, half may be other threads of the same."""
+    for node in nodes:
+        for label, kind, least in (("rvdist-gpus", "GPU", 1.0), ("rvdist-cores", "CPU", 0.5)):
+            given = float(node.get("Labels", {}).get(label) or 0)
+            if (sees := node["Resources"].get(kind, 0.0)) < given * least:
+                what = {"GPU": "GPUs", "CPU": "cores"}[kind]
+                raise BadInput(
+                    f"{node['NodeManagerHostname']}: the job was given {given:g} {what} there and Ray sees {sees:g}; "
+                    f"{_LOST[kind]}"
+                )
 
 
 def _init(address: str, namespace: str | None) -> None:

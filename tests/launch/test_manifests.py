@@ -25,12 +25,32 @@ POD = {
             {
                 "name!": "string",
                 "image": "string",
+                "env": [
+                    {
+                        "name!": "string",
+                        "value": "string",
+                        "valueFrom": {"secretKeyRef": {"name!": "string", "key!": "string", "optional": "boolean"}},
+                    }
+                ],
                 "ports": [{"containerPort!": "integer", "name": "string"}],
                 "resources": {"requests": {"*": "quantity"}, "limits": {"*": "quantity"}},
                 "volumeMounts": [{"name!": "string", "mountPath!": "string"}],
             }
         ],
-        "volumes": [{"name!": "string", "persistentVolumeClaim": {"claimName!": "string"}}],
+        "securityContext": {
+            "runAsUser": "integer",
+            "runAsGroup": "integer",
+            "fsGroup": "integer",
+            "fsGroupChangePolicy": "string",
+        },
+        "tolerations": [{"key": "string", "operator": "string", "effect": "string"}],
+        "volumes": [
+            {
+                "name!": "string",
+                "persistentVolumeClaim": {"claimName!": "string"},
+                "emptyDir": {"medium": "string", "sizeLimit": "quantity"},
+            }
+        ],
     },
 }
 GROUP = {
@@ -170,10 +190,24 @@ def test_the_rayjob_runs_a_command_that_is_ours(rayjob: dict[str, Any], tmp_path
     (run_directory,) = (word.partition("=")[2] for word in words if word.startswith("hydra.run.dir="))
     for pod in pods(rayjob):
         (container,) = pod["containers"]
-        (mount,) = container["volumeMounts"]
-        assert mount["name"] in {volume["name"] for volume in pod["volumes"]}
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
         kept = (run_directory, composed["output"], composed["cache"]["dir"], composed["target"])
-        assert all(path.startswith(mount["mountPath"] + "/") for path in kept)
+        assert all(path.startswith(mounted["shared"] + "/") for path in kept)
+
+
+def test_every_pod_of_the_rayjob_has_the_same(rayjob: dict[str, Any]) -> None:
+    """One image, since versions must agree; the image's user, who may write on the volume; what is downloaded once."""
+    (user,) = {word for name, rest in instructions() if name == "RUN" for word in re.findall(r"--uid (\d+)", rest)}
+    for pod in pods(rayjob):
+        (container,) = pod["containers"]
+        assert container["image"] == pods(rayjob)[0]["containers"][0]["image"]
+        assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == int(user)
+        home, token = container["env"]
+        assert home == {"name": "HF_HOME", "value": "/shared/huggingface"}
+        assert token["name"] == "HF_TOKEN" and token["valueFrom"]["secretKeyRef"]["optional"] and "value" not in token
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pods(rayjob)[1]["tolerations"]
 
 
 def test_kuberay_gives_the_token(rayjob: dict[str, Any]) -> None:
@@ -196,6 +230,8 @@ def test_ray_up_takes_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = re.findall(r"^\$\(VENV\)/ready: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(needed[0].split()) | {"Makefile", "rvdist", "conf", "README.md", "LICENSE"} <= local
     assert "~/.ray/auth_token" in given["file_mounts"]
+    (made,) = [command for command in given["setup_commands"] if command.startswith("make ")]
+    assert {"EXTRA=cpu", "PYTHON=python3.11"} < set(made.split()), "the same on machines with a GPU and without"
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         (start,) = [command for command in given[key] if "ray start" in command]
         assert start.startswith("RAY_AUTH_MODE=token ")

@@ -23,6 +23,15 @@ from machines import NAMES, connected, processes_in
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm.sh"
 STUBS = Path(__file__).with_name("slurm")
+CORES = len(os.sched_getaffinity(0))
+# Python on a node: Ray is told of as many GPUs as it would find; what the command ends with may be another status.
+PYTHON = """#!/bin/bash
+case "$2 $3" in
+  "ray.scripts.scripts start") exec {python} "$@" --num-gpus="${{STEP_GPUS:-0}}" ;;
+  rvdist.launch*) {python} "$@" && exit "${{ENDS:-0}}" ;;
+  *) exec {python} "$@" ;;
+esac
+"""
 _jobs = itertools.count(os.getpid() * 10)
 
 
@@ -86,9 +95,12 @@ class Allocation:
             (self.nodes / name).touch()
         for machine in self.machines:
             (self.nodes / machine.name).write_text(str(machine.pid))
+        self.python = place / "python"
+        self.python.write_text(PYTHON.format(python=sys.executable))
+        self.python.chmod(0o755)
 
-    def sbatch(self, place: Path, *arguments: str, together: int = 0) -> Job:
-        """Runs a copy of the script on the first node, as slurmd does."""
+    def sbatch(self, place: Path, *arguments: str, together: int = 0, **more: str) -> Job:
+        """Runs a copy of the script on the first node, as slurmd does, with `more` in its environment."""
         number = next(_jobs)
         spooled = self.nodes / f"job{number}" / "slurm_script"
         spooled.parent.mkdir()
@@ -97,9 +109,11 @@ class Allocation:
             "SLURM_JOB_ID": str(number),
             "SLURM_JOB_NODELIST": ",".join(NAMES),
             "SLURM_JOB_NUM_NODES": str(len(NAMES)),
+            "SLURM_JOB_CPUS_PER_NODE": f"{CORES}(x{len(NAMES)})",
             "NODES": str(self.nodes),
             "PATH": f"{STUBS}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
+            **more,
         }
         command = ["bash", str(spooled), *arguments]
         if self.machines:
@@ -132,9 +146,26 @@ def merge(*more: str, workers: str = "2") -> tuple[str, ...]:
 
 
 def test_a_merge_on_two_nodes(allocation: Allocation, tmp_path: Path) -> None:
-    job = allocation.sbatch(tmp_path, *merge("alpha=0.5", "output=out", "hydra.run.dir=run"), together=2)
+    """That have GPUs, one of them more than the other: steps get them, and none of what would contradict that."""
+    cards = {"GRES": "nvme:1,gpu:a100:2(IDX:0,5)", "LAST_GRES": "gpu:1g.10gb:3(IDX:0-2),gpu:t4:1(IDX:3)"}
+    asked = {"SLURM_GPUS_PER_NODE": "2", "SLURM_MEM_PER_CPU": "4096"}
+    steps = allocation.nodes / "steps"
+    steps.write_text("")
+    job = allocation.sbatch(
+        tmp_path,
+        *merge("alpha=0.5", "output=out", "hydra.run.dir=run"),
+        together=2,
+        PYTHON=str(allocation.python),
+        **cards,
+        **asked,
+    )
     status, shown = job.end()
     assert status == 0, shown
+    assert [line.split()[:2] for line in steps.read_text().splitlines() if " bash " in line] == [
+        ["rv1", "2"],
+        ["rv2", "4"],
+    ]
+    assert not list(tmp_path.glob("*-logs"))
     assert "not seen" not in shown
     target, plus, minus = (load_checkpoint(POCKET / name) for name in ("target", "grpo", "sft"))
     merged = load_checkpoint(tmp_path / "out")
@@ -156,6 +187,13 @@ def test_what_is_refused_and_what_is_told(allocation: Allocation, tmp_path: Path
     allocation.machines[1].do(f"mount -t tmpfs none {tmp_path}/private")
     status, shown = allocation.sbatch(tmp_path, *merge("output=out", "alhpa=1", "hydra.run.dir=run")).end()
     assert status == 2 and "rvdist: alhpa: no such key; did you mean alpha?" in shown, shown
+    job = allocation.sbatch(tmp_path, *merge("output=out", "hydra.run.dir=run"), LAST_GRES="gpu:8(IDX:0-7)")
+    status, shown = job.end()
+    assert status == 2 and "rvdist: rv2: the job was given 8 GPUs there and Ray sees 0; see what nvidia-smi" in shown
+    cores = {"SLURM_JOB_CPUS_PER_NODE": f"{CORES * 64},{CORES}"}
+    status, shown = allocation.sbatch(tmp_path, *merge("output=out", "hydra.run.dir=run"), **cores).end()
+    assert status == 2 and f"rv1: the job was given {CORES * 64} cores there and Ray sees {CORES};" in shown, shown
+    assert not list(tmp_path.glob("*-logs"))
     status, shown = allocation.sbatch(tmp_path, *merge("output=out", "hydra.run.dir=private/run")).end()
     assert status == 0, shown
     where = tmp_path / "private/run"
@@ -165,11 +203,24 @@ def test_what_is_refused_and_what_is_told(allocation: Allocation, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_the_logs_of_a_job_that_fails(allocation: Allocation, tmp_path: Path) -> None:
+    keys = merge("output=out", "hydra.run.dir=run")
+    job = allocation.sbatch(tmp_path, *keys, PYTHON=str(allocation.python), ENDS="1")
+    (tmp_path / f".rvdist-{job.number}-left").mkdir()  # by the same job on a node that failed
+    status, shown = job.end()
+    kept = tmp_path / f"rvdist-{job.number}-logs"
+    assert status == 1 and shown.splitlines()[-1] == f"rvdist: what Ray and its workers wrote is in {kept}"
+    assert sorted(path.name for path in kept.iterdir()) == list(NAMES)
+    names = {path.name for path in kept.glob("*/*")}  # of one here, since their disks are one
+    assert {"raylet.out", "gcs_server.out"} < names and any(name.startswith("worker-") for name in names)
+
+
+@pytest.mark.slow
 def test_a_sweep_on_all_cores(allocation: Allocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the environment says of threads, each node has a worker for each of its cores."""
+    """Whatever the environment says of threads, each node has a worker for each of its cores, if so many are wanted."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    everyone = merge("alpha=0.5,1", "output=out/{alpha}", "hydra.sweep.dir=sweep", workers="null")
-    workers = min(4, len(NAMES) * len(os.sched_getaffinity(0)))
+    workers = min(4, len(NAMES) * CORES)
+    everyone = merge("alpha=0.5,1", "output=out/{alpha}", "hydra.sweep.dir=sweep", workers=str(workers))
     job = allocation.sbatch(tmp_path, "-m", *everyone, together=workers)
     status, shown = job.end()
     assert status == 0, shown
