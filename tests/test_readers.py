@@ -23,6 +23,8 @@ from rvdist.weights.checkpoint.journal import JOURNAL
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.store import Storage, save
 
+pytestmark = pytest.mark.heavy
+
 # Each: what reads (tests/hostile.py), what it is given, and the file of it in whose place something else is put.
 READERS = {
     "a checkpoint's configuration": ("config", "checkpoint", "config.json"),

@@ -11,6 +11,8 @@ import pytest
 from shim import CHANGES, Fault
 from test_kills import COMMANDS, SMALL_RUNS, Run, afresh, base, outcome, require_clean, small, whole
 
+pytestmark = pytest.mark.heavy
+
 __all__ = ["base", "small", "whole"]  # fixtures
 EVERY = (*CHANGES, "open", "read", "close")
 SOME = ("sync", "rename", "remove", "size")  # where little time is

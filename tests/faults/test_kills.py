@@ -16,6 +16,8 @@ import pytest
 from checkpoints import POCKET
 from shim import Fault, build
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["rvdist.weights.checkpoint.staging", "rvdist.evaluate.cache", "rvdist.merge.placement"]
 FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
