@@ -32,6 +32,7 @@ _LOST = {
     "CPU": "let its steps have all of its cores (srun nproc says how many they have)",
 }
 _leaving = False
+_starting: frozenset[int] | None = None  # while a Ray of our own starts: the GCSs that there were
 _settled = False  # whether it was we who chose the mode below
 _MODE = "RAY_AUTH_MODE"
 _session: SessionDirectory | None = None
@@ -133,11 +134,11 @@ def _init(address: str, namespace: str | None) -> None:
     """Raises Failed where a Ray of our own does not start."""
     import ray
 
-    global _leaving, _session
+    global _leaving, _session, _starting
     private_ray.require()
     more: dict[str, Any] = {}
     for start in range(1, _STARTS + 1):
-        _leaving = False
+        _leaving, _starting = False, private_ray.gcs_servers() if address == "local" else None
         if address == "local":
             _session = SessionDirectory()
             more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK, "_temp_dir": _session.path}
@@ -155,6 +156,8 @@ def _init(address: str, namespace: str | None) -> None:
                     f"Ray could not be started on this machine, though it was tried {_STARTS} times "
                     f"({reason(error, 300)}); run the same command again when less else runs here"
                 ) from None
+        finally:
+            _starting = None
 
 
 def _is_on_loopback_alone(address: str) -> bool:
@@ -228,7 +231,9 @@ def _write_token(path: Path) -> None:
 
 def vital() -> Vital | None:
     """None where no cluster is connected, or we are about to leave it."""
-    return None if _leaving else private_ray.vital()
+    if _leaving:
+        return None
+    return private_ray.vital() or (None if _starting is None else private_ray.starting(_starting))
 
 
 def answers(address: str) -> bool:

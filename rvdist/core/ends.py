@@ -36,6 +36,7 @@ _TICK = 0.1  # seconds between looks
 _GRACE = 7.0  # seconds that a signal leaves for stopping what runs
 _ENDING = 2.0  # seconds for what is killed to be gone
 _SUBREAPER = 36  # of prctl: orphans below us become our children
+_STOPPED = 10.0  # seconds for which a process of Ray's may stand still, stopped, before it counts as lost
 _SILENCE = 6.0  # seconds for which the GCS of a cluster that is not ours may refuse before it counts as lost
 
 
@@ -50,7 +51,9 @@ class Watch:
     def __init__(self, tell: Callable[[str, int], None]) -> None:
         self.status: int | None = None
         self._tell, self._deadline = tell, 0.0
-        self._vital: dict[int, str] = {}  # a pidfd of each process that must live: what it is
+        self._vital: dict[int, tuple[int, str]] = {}  # a pidfd of each process that must live: its id, what it is
+        self._stopped: dict[int, float] = {}  # seconds for which it has been found stopped, by id
+        self._looked = time.monotonic()  # when that was
         self._cluster: Vital | None = None
         self._asked = self._answered = 0.0  # when the GCS was
 
@@ -77,9 +80,10 @@ class Watch:
         while True:
             ready, _, _ = select.select([self._woken, *self._vital], [], [], _TICK)
             self._hear()
-            dead = [name for descriptor, name in self._vital.items() if descriptor in ready]
+            dead = [f"{name} (process {pid}) ended" for fd, (pid, name) in self._vital.items() if fd in ready]
             if dead and self._is_ours_to_miss():
                 self._lose(dead[0])
+            self._look_for_stopped()
             if self.status is not None and time.monotonic() > self._deadline:
                 leave(self.status)
             if self.status is None:
@@ -111,7 +115,17 @@ class Watch:
         self._vital, self._cluster, self._answered = {}, now, time.monotonic()
         for pid, name in now.processes if now else ():
             with suppress(OSError):
-                self._vital[os.pidfd_open(pid)] = f"{name} (process {pid}) ended"
+                self._vital[os.pidfd_open(pid)] = pid, name
+
+    def _look_for_stopped(self) -> None:
+        """One that was stopped answers nobody, and Ray waits for it. A terminal may stop and continue all of us: of the
+        time since the last look a second counts."""
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, 1.0), now
+        for pid, name in self._vital.values():
+            self._stopped[pid] = self._stopped.get(pid, 0.0) + passed if _is_stopped(pid) else 0.0
+            if self._stopped[pid] > _STOPPED and self._is_ours_to_miss():
+                self._lose(f"{name} (process {pid}) has been stopped for {_STOPPED:.0f} s")
 
     def _ask(self) -> None:
         """Looks whether the GCS of a cluster that is not ours answers."""
@@ -149,6 +163,12 @@ def end_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.01)
+
+
+def _is_stopped(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1] == b"T"
+    return False
 
 
 def _descendants() -> list[int]:

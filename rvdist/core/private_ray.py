@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from rvdist.core.private import Library
 from rvdist.core.session import is_ours
@@ -25,7 +24,6 @@ NEEDED = (
     _CLIENT,
     _ENABLE,
     "ray._private.worker:_global_node",
-    "ray._private.worker:global_worker.connected",
     "ray._private.node:Node.raylet_socket_name",
     "ray._private.node:Node.gcs_address",
 )
@@ -113,11 +111,10 @@ class Vital:
 
 
 def vital() -> Vital | None:
-    """None where no cluster is connected. Ray has no public word for these processes. May be called while another
-    thread imports Ray: `require` has asked for what it needs."""
-    worker: Any = sys.modules.get("ray._private.worker")
-    node = getattr(worker, "_global_node", None)
-    if not node or not worker.global_worker.connected:
+    """None where no cluster is connected or about to be. Ray has no public word for these processes. May be called
+    while another thread imports Ray: `require` has asked for what it needs."""
+    node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
+    if not node:
         return None
     own = [
         (started[0].process.pid, name)
@@ -128,6 +125,24 @@ def vital() -> Vital | None:
         return Vital(tuple(own), None)
     raylet = _listener(node.raylet_socket_name)
     return Vital(((raylet, "raylet"),) if raylet else (), str(node.gcs_address))
+
+
+def starting(since: frozenset[int]) -> Vital | None:
+    """The same while `ray.init` makes a cluster of our own: its GCS, without which it waits for a minute and then ends
+    the process; a raylet that ends is made up for by another start. `since`: `gcs_servers` before."""
+    return Vital(tuple((pid, "GCS") for pid in sorted(gcs_servers() - since)), None)
+
+
+def gcs_servers() -> frozenset[int]:
+    """Those that are children of this process, and not dead."""
+    found = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in children.read_text().split():
+                status = Path(f"/proc/{pid}/stat").read_text()
+                if "(gcs_server) " in status and "(gcs_server) Z" not in status:
+                    found.add(int(pid))
+    return frozenset(found)
 
 
 @lru_cache(maxsize=1)

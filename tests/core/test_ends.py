@@ -39,6 +39,8 @@ def wait_for(condition, seconds=240):
     [
         ("gcs_server", 1, r"the Ray cluster is lost: its GCS \(process \d+\) ended"),
         ("raylet", 1, r"the Ray cluster is lost: its raylet \(process \d+\) ended"),
+        ("gcs_server SIGSTOP", 1, r"the Ray cluster is lost: its GCS \(process \d+\) has been stopped for 10 s"),
+        ("raylet SIGSTOP", 1, r"the Ray cluster is lost: its raylet \(process \d+\) has been stopped for 10 s"),
         (None, 143, r"terminated \(SIGTERM\)"),
     ],
 )
@@ -49,18 +51,65 @@ def test_a_sweep_ends_with_our_sentence_and_goes_on(place, victim, status, sente
     running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (place / "cache/samples.sqlite").exists() and (place / "run/log.jsonl").exists())
     began = time.monotonic()
-    if victim:
-        os.kill(descendants(running.pid)[victim], signal.SIGKILL)
+    what, _, stopped = (victim or "").partition(" ")
+    if what:
+        os.kill(descendants(running.pid)[what], signal.SIGSTOP if stopped else signal.SIGKILL)
     else:
         running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < (25 if stopped else 10)
     assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}; {KEPT}\n", errors), errors
     told = [json.loads(line) for line in (place / "run/log.jsonl").read_text().splitlines()]
     assert [line["status"] for line in told if line["event"] == "failed"] == [status]  # phases may end after it
     again = launch(*arguments, cwd=place)
     assert again.returncode == 0, again.stderr
     assert (place / "run/summary.json").exists()
+
+
+WATCHED = """
+import subprocess, sys, time
+from rvdist.core import cluster, ends
+from rvdist.core.private_ray import Vital
+vital = subprocess.Popen(["sleep", "600"])
+cluster.vital = lambda: Vital(((vital.pid, "raylet"),), None)
+ends._STOPPED = 1.0
+ends.Watch(lambda sentence, status: print(sentence, status, file=sys.stderr)).begin()
+print(vital.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_part_of_ray_that_stands_still_ends_the_command():
+    """And one that stands still for a moment does not."""
+    with subprocess.Popen([sys.executable, "-c", WATCHED], stdout=-1, stderr=-1, text=True) as running:
+        vital = int(running.stdout.readline())
+        for _ in range(2):
+            os.kill(vital, signal.SIGSTOP)
+            time.sleep(0.6)
+            os.kill(vital, signal.SIGCONT)
+            time.sleep(0.5)
+        assert running.poll() is None
+        os.kill(vital, signal.SIGSTOP)
+        _, errors = running.communicate(timeout=30)
+    assert running.returncode == 1
+    assert errors == f"the Ray cluster is lost: its raylet (process {vital}) has been stopped for 1 s; {KEPT} 1\n"
+    assert not Path(f"/proc/{vital}").exists()
+
+
+@pytest.mark.slow
+def test_a_gcs_that_is_killed_while_ray_starts_ends_the_command(place):
+    """Ray itself would wait for a minute and then end the process with words of its own."""
+    arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "output=out"]
+    command = [sys.executable, "-m", "rvdist.launch", *arguments]
+    running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: "gcs_server" in descendants(running.pid))
+    time.sleep(0.5)
+    os.kill(descendants(running.pid)["gcs_server"], signal.SIGKILL)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 1
+    assert re.fullmatch(rf"rvdist: the Ray cluster is lost: its GCS \(process \d+\) ended; {KEPT}\n", errors), errors
+    again = launch(*arguments, cwd=place)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.heavy

@@ -1,10 +1,10 @@
 /* What a process does to files, counted; at one of them the process ends, or the file system fails. For LD_PRELOAD.
  *
  * FAULT_STATE  a file of four 64-bit numbers: how many operations were counted, at which of them it happens (-1: never),
- *              whether it did (else 0), and whether it does at all after it too
+ *              whether it did (else 0), and whether it does at all after it too; and what happens: "kill", "stop", "torn"
+ *              (half of a write, then the end), "short" (half of a read or write), or an errno
  * FAULT_UNDER  only what lies below this directory is counted
  * FAULT_OPS    which operations, separated by commas: create write sync rename remove mkdir mode size open read close
- * FAULT_DO     "kill", "stop", "torn" (half of a write, then the end), "short" (half of a read or write), or an errno
  * FAULT_ROLE   "worker" or "driver": only Ray's workers, only others
  * FAULT_LOG    a line an operation
  * FAULT_NO_EXCHANGE  names cannot be exchanged, as on some file systems
@@ -32,7 +32,7 @@
 #define PASS 0
 #define SHORT (-1)
 
-struct state { long count, target, fired, onwards; };
+struct state { long count, target, fired, onwards; char action[16]; };
 
 static void *real(const char *name)
 {
@@ -100,8 +100,8 @@ static void end(int with)
 static int decide(const char *op, const char *path, int can_tear)
 {
     const char *file = getenv("FAULT_STATE"), *under = getenv("FAULT_UNDER"), *ops = getenv("FAULT_OPS");
-    const char *role = getenv("FAULT_ROLE"), *action = getenv("FAULT_DO");
-    if (!file || !under || !ops || !action || strncmp(path, under, strlen(under)) || !listed(ops, op))
+    const char *role = getenv("FAULT_ROLE");
+    if (!file || !under || !ops || strncmp(path, under, strlen(under)) || !listed(ops, op))
         return PASS;
     if (role && strcmp(role, is_worker() ? "worker" : "driver"))
         return PASS;
@@ -115,6 +115,7 @@ static int decide(const char *op, const char *path, int can_tear)
     if (state->target < 0 || number < state->target || (number > state->target && !state->onwards))
         return PASS;
     state->fired = getpid();
+    const char *action = state->action;
     if (!strcmp(action, "kill") || (!strcmp(action, "torn") && !can_tear))
         end(SIGKILL);
     if (!strcmp(action, "stop"))
@@ -126,8 +127,9 @@ static int decide(const char *op, const char *path, int can_tear)
 
 static int torn(void)
 {
-    const char *action = getenv("FAULT_DO");
-    return action && !strcmp(action, "torn");
+    const char *file = getenv("FAULT_STATE");
+    struct state *state = file ? shared(file) : NULL;
+    return state && !strcmp(state->action, "torn");
 }
 
 static const char *of_descriptor(int fd, char *into)

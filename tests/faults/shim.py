@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 CHANGES = ("create", "write", "sync", "rename", "remove", "mkdir", "mode", "size")  # what leaves something behind
-_STATE = struct.Struct("4q")
+_STATE = struct.Struct("4q16s")
 
 
 def build(place: Path) -> Path:
@@ -41,7 +41,9 @@ class Fault:
 
     def at(self, number: int, onwards: bool = False) -> Fault:
         """Counts anew; it happens at this one (-1: never), or from there on."""
-        self._file.write_bytes(_STATE.pack(0, number, 0, onwards))
+        self._file.touch()
+        with open(self._file, "r+b") as file:  # processes may have it mapped
+            file.write(_STATE.pack(0, number, 0, onwards, self.action.encode()))
         self._log.write_text("")
         return self
 
@@ -53,7 +55,6 @@ class Fault:
             "FAULT_LOG": str(self._log),
             "FAULT_UNDER": str(self.under),
             "FAULT_OPS": ",".join(self.operations),
-            "FAULT_DO": self.action,
         }
         return found | ({"FAULT_ROLE": self.role} if self.role else {})
 

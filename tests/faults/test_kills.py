@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
 import shutil
-import socket
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import forked
 import pytest
 from checkpoints import POCKET
-from shim import Fault, build
+from serving import Run
+from shim import Fault
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["rvdist.weights.checkpoint.staging", "rvdist.evaluate.cache", "rvdist.merge.placement"]
 FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
 
 
@@ -30,44 +27,6 @@ COMMANDS = {
     "sweep": [*FAMILY, *BOTH, *SCORED, "sweep.alphas=[0.5,1]", "stages=[evaluate]"],
     "vector": [*FAMILY[1:], *BOTH, "vector.save=v"],
 }
-
-Run = Callable[..., tuple[int, str]]
-
-
-def serving(place: Path, *modules: str) -> tuple[socket.socket, dict[str, str]]:
-    """A process that forks others which meet faults."""
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(build(place)),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    }
-    return forked.serve(modules, environment), environment
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`small(work, fault, what)`: tests/faults/small.py."""
-    line, environment = serving(tmp_path_factory.mktemp("small"), *SMALL)
-
-    def run(work: Path, fault: Fault, *arguments: str) -> tuple[int, str]:
-        done = forked.ask(line, "small", arguments, work, environment | fault.environment, 60)
-        return done.returncode, done.stderr
-
-    yield run
-    line.close()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`whole(work, fault, arguments…)`: the command, with workers and engines in its own process."""
-    line, environment = serving(tmp_path_factory.mktemp("whole"), *forked.MODULES, "inline")
-
-    def run(work: Path, fault: Fault, *arguments: str) -> tuple[int, str]:
-        done = forked.ask(line, "rvdist.launch", arguments, work, environment | fault.environment, 300)
-        return done.returncode, done.stderr
-
-    yield run
-    line.close()
 
 
 def outcome(work: Path) -> dict[str, str]:
@@ -109,16 +68,19 @@ def afresh(start: Path, work: Path) -> None:
     shutil.copytree(start, work)
 
 
-def enumerate_kills(run: Run, place: Path, start: Path, arguments: tuple[str, ...], fault: Fault) -> int:
-    """Kills the run at each of its operations, each time from what is in `start`; returns how many there were."""
+def enumerate_kills(
+    run: Run, place: Path, start: Path, arguments: tuple[str, ...], fault: Fault, only: tuple[str, ...] = ()
+) -> int:
+    """Kills the run at each of its operations, each time from what is in `start`, or at the middle one of each kind
+    named; returns how many there were."""
     work = place / "work"
     afresh(start, work)
     status, errors = run(work, fault.at(-1), *arguments)
     assert status == 0, errors
     right, count, told = outcome(work), fault.count, fault.told
     require_clean(work)
-    number = 0
-    while True:
+    killed = 0
+    for number in middles(told, only) if only else itertools.count():
         afresh(start, work)
         status, errors = run(work, fault.at(number), *arguments)
         if not fault.happened:
@@ -129,19 +91,15 @@ def enumerate_kills(run: Run, place: Path, start: Path, arguments: tuple[str, ..
         assert status == 0, (before, errors)
         assert outcome(work) == right, before
         require_clean(work)
-        number += 1
-    assert number >= count * 0.9
-    return number
+        killed += 1
+    assert killed >= (len(only) or count * 0.9)
+    return killed
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A directory with what tests/faults/small.py begins with."""
-    start = tmp_path / "start"
-    (start / "base").mkdir(parents=True)
-    (start / "base/config.json").write_text("{}")
-    (start / "base/tokenizer.json").write_text("{}")
-    return start
+def middles(told: Sequence[str], kinds: Sequence[str]) -> list[int]:
+    """Of the operations of each kind the one in their middle; a kind is a part of their lines."""
+    found = [[number for number, line in enumerate(told) if kind in line] for kind in kinds]
+    return [numbers[len(numbers) // 2] for numbers in found]
 
 
 def foreign(start: Path) -> None:
@@ -190,6 +148,21 @@ def test_a_kill_at_every_boundary(small, base, tmp_path, what, before, action, u
     fault = Fault(tmp_path, tmp_path / "work", action=action)
     count = enumerate_kills(small, tmp_path, base, (what, str(umask)), fault)
     assert count > 10
+
+
+MIDDLES = {
+    "merge": ("write {}/out-1.partial/journal.jsonl", "sync {}/out-0.5.partial/model", "rename {}/out-1"),
+    "sweep": ("write {}/cache/samples.sqlite",),
+}
+
+
+@pytest.mark.parametrize("command", MIDDLES)
+def test_a_command_killed_at_some_boundaries(whole, tmp_path, command):
+    """The short form of what follows."""
+    (tmp_path / "start").mkdir()
+    fault = Fault(tmp_path, tmp_path / "work", action="torn")
+    only = tuple(kind.format(tmp_path / "work") for kind in MIDDLES[command])
+    assert enumerate_kills(whole, tmp_path, tmp_path / "start", tuple(COMMANDS[command]), fault, only) == len(only)
 
 
 @pytest.mark.slow

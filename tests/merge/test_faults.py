@@ -34,6 +34,7 @@ from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import Staging
 
 MIB = 1 << 20
+STOPPED = "has been stopped for 10 s"
 AGENTS = (
     "ray::DashboardAgent",
     "ray::RuntimeEnvAgent",
@@ -244,13 +245,16 @@ def part_of(mark, name):
 
 @pytest.mark.slow
 def test_an_end_that_is_not_ours_gets_our_sentence_and_the_same_command_goes_on(tmp_path):
-    """SIGTERM, then a killed GCS, then a killed raylet, each in the middle of the merge; within 10 s."""
+    """SIGTERM, then a GCS and a raylet that are killed or stopped, each in the middle of the merge; within 10 s, or 25
+    of a stop."""
     arguments = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
     arguments += ["output=out", "merge.workers=1", "max_shard_size=100KB", "hydra.run.dir=run"]
     ends = (
         ("python", signal.SIGTERM, 143, rf"terminated \(SIGTERM\); {KEPT}"),
         ("gcs_server", signal.SIGKILL, 1, rf"the Ray cluster is lost: its GCS \(process \d+\) ended; {KEPT}"),
         ("raylet", signal.SIGKILL, 1, rf"the Ray cluster is lost: its raylet \(process \d+\) ended; {KEPT}"),
+        ("gcs_server", signal.SIGSTOP, 1, rf"the Ray cluster is lost: its GCS \(process \d+\) {STOPPED}; {KEPT}"),
+        ("raylet", signal.SIGSTOP, 1, rf"the Ray cluster is lost: its raylet \(process \d+\) {STOPPED}; {KEPT}"),
     )
     before = 0
     for victim, with_signal, status, sentence in ends:
@@ -260,7 +264,7 @@ def test_an_end_that_is_not_ours_gets_our_sentence_and_the_same_command_goes_on(
         began = time.monotonic()
         os.kill(running.pid if victim == "python" else part_of(mark, victim), with_signal)
         _, errors = running.communicate(timeout=60)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < (25 if with_signal == signal.SIGSTOP else 10)
         assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}\n", errors), errors
         wait_until_gone(mark, 1)
         now = journalled(tmp_path / "out.partial")
