@@ -246,6 +246,13 @@ def answers(address: str) -> bool:
         return False
 
 
+def own_gpus() -> int:
+    """How many GPUs a Ray that is started on this machine would find, without starting one."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def live_nodes() -> list[dict[str, Any]]:
     """What Ray says of every node of the connected cluster that lives."""
     import ray

@@ -20,8 +20,9 @@ from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
 from rvdist.evaluate.fleet.arguments import GRAPHS, EngineSettings, build, further_arguments, identity
 from rvdist.evaluate.fleet.fleet import Fleet, device_kind
+from rvdist.evaluate.foresight import Memory
 from rvdist.evaluate.replay import Recording, ReplayActor
-from rvdist.evaluate.request import Answer
+from rvdist.evaluate.request import Answer, Completion
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.stages.job import Prepared
@@ -59,7 +60,7 @@ class Evaluator:
                 if not self._askings:
                     self._expect(prepared, source, serving, tensors)
                 with prepared.timing.phase("tasks"):
-                    suite = _suite(prepared, prompt)
+                    suite = suite_of(prepared, prompt)
                 self._warm.resources()  # importing transformers beside it, Ray takes half as long again to start
                 with prepared.timing.phase("tasks"):
                     tokenizer = load_tokenizer(source.path, settings.benchmarks.apply_chat_template)
@@ -244,6 +245,16 @@ class Evaluator:
                     return
         self._warm.expect(partial(self._needed_fleet, prepared, source, serving, tensors))
 
+    def _remember(self, arms: Arms, collected: Collected) -> None:
+        """How fast engines were and how long answers, for plans to come."""
+        scoring, arm = arms[0]
+        prepared, fleet = scoring.prepared, collected.fleet
+        if fleet is not None and prepared.settings.engine.replay is None:
+            nbytes = sum(spec.nbytes for spec in prepared.sources[arm.point.base].tensors.values())
+            tokens, seconds = fleet.stats.prompt_tokens + fleet.stats.tokens, fleet.stats.generate
+            kind, lengths = scoring.engine["device"], _lengths(collected.answers)
+            Memory.read(prepared.cache).remember(prepared.cache, kind, nbytes, tokens, seconds, lengths)
+
     def _tell(self, arms: Arms, collected: Collected) -> None:
         """What became of some arms, for the timing, the report and the reader of the log."""
         prepared = arms[0][0].prepared
@@ -257,6 +268,7 @@ class Evaluator:
             prepared.say(f"evaluate: all {collected.cached} requests were answered before: no engine is needed")
             return
         _note_fleet(arms, fleet, collected.start)
+        self._remember(arms, collected)
         spoiled = {piece.point: found.spoiled for piece, found in collected.answers.items() if found.spoiled}
         for scoring, arm in arms:
             if reason := fleet.refused.get(scoring.locate(arm)):
@@ -267,7 +279,16 @@ class Evaluator:
                 scoring.prepared.note(sentence)
 
 
-def _suite(prepared: Prepared, prompt: str) -> Suite:
+def _lengths(answered: Answers) -> dict[str, float]:
+    """The mean tokens of an answer, by task."""
+    lengths: dict[str, list[int]] = {}
+    for piece, found in answered.items():
+        lengths.setdefault(piece.task, []).extend(one.tokens for one in found.answers if isinstance(one, Completion))
+    return {task: sum(own) / len(own) for task, own in lengths.items() if own}
+
+
+def suite_of(prepared: Prepared, prompt: str) -> Suite:
+    """The tasks that a job asks, in a style of `prompt`. Raises BadInput."""
     benchmarks = prepared.settings.benchmarks
     return Suite.load(
         benchmarks.tasks,

@@ -76,8 +76,8 @@ class Prepared:
 
     `settings` are the job's, or follow from its recipe. `sources` are by name, `notes` and `digests` by point.
     `written` is what its merge still has to write, `saved` the vector that it still has to store and how, `published`
-    what goes to the Hub by the directory it is in. `arms` are scored, `examined` are points with one vector each, by
-    its name, and along each of `lines` a text is read."""
+    what goes to the Hub by the directory it is in. `arms` are scored, `foreseen` those that a plan is asked of,
+    `examined` are points with one vector each, by its name, and along each of `lines` a text is read."""
 
     job: Job
     settings: Config
@@ -88,6 +88,7 @@ class Prepared:
     saved: tuple[Saved, Vector] | None
     published: Mapping[Path, WeightPoint | Vector]
     arms: Sequence[Arm]
+    foreseen: Sequence[Arm]
     examined: Mapping[str, WeightPoint]
     lines: Mapping[str, Sequence[Arm]]
 

@@ -23,7 +23,7 @@ from rvdist.report.card.metadata import licence_of
 from rvdist.stages.batch import Batch, is_batch
 from rvdist.stages.job import Ended, Job, Notes, Prepared, Scores, versions
 from rvdist.stages.merge import card, common_plan, group_alike, merge_together, save_vector, sources_of
-from rvdist.stages.plan import print_plan
+from rvdist.stages.plan import print_evaluation, print_plan
 from rvdist.stages.prepare import Known, prepare, require_no_source
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import read_json
@@ -120,6 +120,7 @@ class _Command:
         return [
             _each(lambda one: True, lambda one: require_no_source(one.settings, one.written, read)),
             Step(lambda jobs: group_alike([one for one in jobs if _in("plan", one)]), self._show_plan),
+            _each(lambda one: one.foreseen, print_evaluation),
             _each(lambda one: not _in("merge", one), self._write_nothing),
             # Ray starts beside what is made ready to be asked; what can be refused is refused before anything begins.
             _each(_needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
@@ -203,7 +204,9 @@ class _Command:
 
     def _show_plan(self, group: Group) -> None:
         """One plan for all that are merged as one."""
-        print_plan(group[0], common_plan(group))
+        plan = common_plan(group)
+        if plan.outputs or not any(one.foreseen for one in group):
+            print_plan(group[0], plan)
 
     def _write_nothing(self, prepared: Prepared) -> None:
         self._prepared[prepared.job] = replace(prepared, written={})

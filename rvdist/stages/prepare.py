@@ -59,6 +59,9 @@ def prepare(job: Job, known: Known) -> Prepared:
     merges = settings.output and {"plan", "merge"} & set(stages)
     asked = job.outputs or (config.outputs(settings, recipe) if merges else {})
     listed = job.arms or (config.arms(settings, recipe) if "evaluate" in stages else [])
+    foreseen = listed
+    if "plan" in stages and not listed and settings.benchmarks.tasks:
+        foreseen = config.arms(settings, recipe)
     stored = config.vector_to_save(settings)
     examined = config.vector_points(settings) if "analyze" in stages else {}
     lines = config.lines(settings) if examined and settings.analyze.text else {}
@@ -74,7 +77,7 @@ def prepare(job: Job, known: Known) -> Prepared:
         on_lines = [arm.point for line in lines.values() for arm in line]
         index = _Index(job, settings, known)
         vector = index.add_vector(stored, asked) if stored and "merge" in stages else None
-        index.add([*asked.values(), *(arm.point for arm in listed), *examined.values(), *on_lines])
+        index.add([*asked.values(), *(arm.point for arm in foreseen), *examined.values(), *on_lines])
         outputs = {output: index.settle(point) for output, point in asked.items()}
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
@@ -109,6 +112,7 @@ def prepare(job: Job, known: Known) -> Prepared:
         saved=saved,
         published=outputs | ({stored.directory: vector} if stored and vector else {}) if "publish" in stages else {},
         arms=[replace(arm, point=index.settle(arm.point)) for arm in listed],
+        foreseen=[replace(arm, point=index.settle(arm.point)) for arm in foreseen if "plan" in stages],
         examined={name: index.settle(point) for name, point in examined.items()},
         lines={name: [replace(arm, point=index.settle(arm.point)) for arm in line] for name, line in lines.items()},
     )
