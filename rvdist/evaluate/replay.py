@@ -20,6 +20,7 @@ import xxhash
 from rvdist.core.errors import BadInput
 from rvdist.core.foreign import parse_line
 from rvdist.core.point import WeightPoint
+from rvdist.core.record import require_ends
 from rvdist.core.regular import read_lines
 from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.fleet.schedule import Slice
@@ -76,9 +77,11 @@ class _Kept:
     doc_id: int
     doc: str
     response: str
+    tokens: Sequence[int] = ()
+    finish: Sequence[str] = ()
 
     def answers(self, document: Document) -> list[Answer]:
-        return parse_answers(self.response, document.requests)
+        return parse_answers(self.response, document.requests, self.tokens, self.finish)
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,23 @@ class Recording:
 
     def answers(
         self, documents: Mapping[str, Sequence[Document]], point: str, seed: int, arm: str
-    ) -> tuple[dict[str, list[Answer]], int]:
-        """The answers to these documents by task, as their requests are ordered, at the point of this digest; and how
-        many of the documents lm-eval asked in other words. `arm` is for people. Raises BadInput where answers lack."""
+    ) -> tuple[dict[str, list[Answer]], int, int]:
+        """The answers to these documents by task, as their requests are ordered, at the point of this digest; how many
+        of the documents lm-eval asked in other words; and of how many a completion went on where the task says it
+        ends, as no engine's does, and was cut there. `arm` is for people. Raises BadInput where answers lack."""
         by_task: dict[str, list[Answer]] = {}
         lacking: list[str] = []
-        reworded = 0
+        reworded = shortened = 0
         for task, asked in documents.items():
             by_task[task] = []
             for document in asked:
                 prompt = _prompt(document.requests[0][0])
                 place = (None, None, task, prompt) if self.logged else (point, seed, task, prompt)
                 try:
-                    by_task[task] += self._sample(place, document).answers(document)
+                    found = self._sample(place, document).answers(document)
+                    ended = [_end(*pair) for pair in zip(document.flat, found, strict=True)]
+                    shortened += ended != found
+                    by_task[task] += ended
                 except ValueError as error:
                     lacking.append(f"{task} {document.doc_id} ({error})")
                 reworded += place not in self._by_prompt
@@ -156,7 +163,7 @@ class Recording:
                 f"asked, first to {lacking[0]}; set target, vectors, prompts, benchmarks.limit and num_fewshot as when "
                 "they were recorded, or ask an engine"
             )
-        return by_task, reworded
+        return by_task, reworded, shortened
 
     def _sample(self, place: _Place, document: Document) -> _Sample:
         """What is recorded of a document, whose contents tell it where nothing was asked in its words."""
@@ -174,7 +181,9 @@ class Recording:
         doc_id = _of(int, sample["doc_id"])
         if "response" in sample:
             point, task, prompt = (_of(str, sample[key]) for key in ("point", "task", "prompt_text"))
-            kept = _Kept(doc_id, _of(str, sample["doc"]), _of(str, sample["response"]))
+            ends = [_of(list, sample.get(key, [])) for key in ("tokens", "finish")]
+            require_ends(*ends)
+            kept = _Kept(doc_id, _of(str, sample["doc"]), _of(str, sample["response"]), *ends)
             self._by_prompt[point, _of(int, sample["seed"]), task, prompt].setdefault(doc_id, kept)
             return
         responses, arguments = _of(list, sample["resps"]), _arguments(sample.get("arguments"))
@@ -248,13 +257,21 @@ def _prompt(request: Request) -> str:
     return request.continuation if isinstance(request, Rolling) else request.context
 
 
+def _end(request: Request, answer: Answer) -> Answer:
+    """The answer, a completion without what follows the first stop string of what is asked."""
+    if not isinstance(answer, Completion) or not isinstance(request, Generate):
+        return answer
+    places = [place for stop in request.stop if (place := answer.text.find(stop)) >= 0]
+    return Completion(answer.text[: min(places)], "", 0, 0) if places else answer
+
+
 def _response(request: Request, given: Any) -> Answer:
     """One of lm-eval's responses, in which numbers and truth values may be texts."""
     try:
         if not isinstance(request, Generate):
             logprob, greedy = (given, False) if isinstance(request, Rolling) else given
             return likelihood(logprob, _BOOLEANS[greedy])
-        return Completion(_of(str, given), "stop", 0, 0)
+        return Completion(_of(str, given), "", 0, 0)
     except (ValueError, TypeError, LookupError, OverflowError):
         pass
     raise ValueError("its responses are of another kind than what is asked for")

@@ -53,7 +53,8 @@ class Generate:
 
 @dataclass(frozen=True)
 class Completion:
-    """`text` without its stop string; `finish` is "stop" or "length"; both counts are in tokens."""
+    """`text` without its stop string; `finish` is "stop" or "length", empty where nobody wrote down why it ended and
+    how long it is; both counts are in tokens."""
 
     text: str
     finish: str

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ class Document:
     doc_id: int
     doc: str
     requests: tuple[tuple[Request, ...], ...]
+
+    @property
+    def flat(self) -> list[Request]:
+        """Every repeat of every request, in order."""
+        return [request for repeats in self.requests for request in repeats]
 
 
 @dataclass(frozen=True)
@@ -202,12 +207,27 @@ class Suite:
         if self.walls:
             results["sandbox"] = self.walls
         samples = results.pop("samples")
-        records = [
-            _record(arm, digest, task, self.tasks[task].aggregation(), entry, seed)
-            for task, entries in samples.items()
-            for entry in entries
-        ]
+        records = []
+        for task, entries in samples.items():
+            together, found = self.tasks[task].aggregation(), formatted(self.tasks[task], entries)
+            written = self._written(task, answers[task])
+            for entry in entries:
+                ours = written.get(int(entry["doc_id"]), ())
+                record = _record(arm, digest, task, together, entry, seed)
+                tokens, finish = tuple(one.tokens for one in ours), tuple(one.finish for one in ours)
+                records.append(replace(record, tokens=tokens, finish=finish, in_format=found.get(record.doc_id)))
         return results, records
+
+    def _written(self, task: str, answers: Sequence[Answer]) -> dict[int, list[Completion]]:
+        """The completions of each document, where it is known how long all of them are and why they ended."""
+        left, chosen = iter(answers), self.chosen and self.chosen[task]
+        written: defaultdict[int, list[Completion]] = defaultdict(list)
+        for instance in self.tasks[task].instances:
+            place = chosen[instance.doc_id] if chosen else instance.doc_id
+            for answer in islice(left, instance.repeats):
+                if isinstance(answer, Completion):
+                    written[place].append(answer)
+        return {place: own for place, own in written.items() if all(one.finish for one in own)}
 
     def infos(self, records: Sequence[Record]) -> list[TaskInfo]:
         """What the statistics must know of each task, given one arm's records."""
@@ -307,28 +327,54 @@ def _higher_is_better(task: Any, metric: str) -> bool:
     return bool(known.get(metric, known.get(metric.removeprefix(_LOGARITHM), True)))
 
 
-def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one sample whose means say something, given how lm-eval puts each metric `together`.
+def formatted(task: Any, entries: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
+    """By document, whether its answers were as the task asks for them: whether of its filters that may find nothing, by
+    a regular expression, the one called strict-match, or else the first, found something in each. Empty where it has
+    none."""
+    from lm_eval.api.registry import get_filter
+    from lm_eval.filters.extraction import RegexFilter
+
+    filters = task.config.filter_list or ()
+    for ensemble in sorted(filters, key=lambda ensemble: ensemble["name"] != "strict-match"):
+        for step in ensemble["filter"]:
+            kind = get_filter(step["function"]) if isinstance(step["function"], str) else step["function"]
+            if isinstance(kind, type) and issubclass(kind, RegexFilter):
+                nothing = step.get("fallback", "[invalid]")
+                of_filter = [entry for entry in entries if entry["filter"] == ensemble["name"]]
+                return {int(entry["doc_id"]): nothing not in _each(entry["filtered_resps"]) for entry in of_filter}
+    return {}
+
+
+def _each(filtered: Sequence[Any]) -> list[Any]:
+    """What was made of each answer to each request: lists of them, where a filter kept several."""
+    return [one for own in filtered for one in (own if isinstance(own, list) else [own])]
+
+
+def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """The numbers of one sample whose means say something, given how lm-eval puts each metric `together`; and of those
+    that are pooled, what each counts.
 
     A perplexity is of all documents together: exp of the negative sum of log-likelihoods over the sum of words, bytes
     or documents. A record has the binary logarithm of the perplexity of its document alone, as `log2_word_perplexity`
     and so on: bits for each word. Their mean counts every document once, however long, where lm-eval's counts every
-    word. `bits_per_byte` is of the document alone, too. What else comes as more than a number (F1, MCC, BLEU, …)
-    has no value for one sample and is left out.
+    word. `bits_per_byte` is of the document alone, too, which counts by its bytes, so that the mean is lm-eval's. What
+    else comes as more than a number (F1, MCC, BLEU, …) has no value for one sample and is left out.
     """
     from lm_eval.api.registry import get_aggregation
 
     logarithms = {get_aggregation("perplexity"), get_aggregation("weighted_perplexity")}
-    numbers = {}
+    numbers, weights = {}, {}
     for metric in entry["metrics"]:
         value, how = entry[metric], together.get(metric)
         if how in logarithms or how is get_aggregation("bits_per_byte"):
             logprob, count = value if isinstance(value, tuple) else (value, 1)
             name = _LOGARITHM + metric if how in logarithms else metric
             numbers[name] = -logprob / count / math.log(2) if count else 0.0
+            if how not in logarithms:
+                weights[name] = float(count)
         elif isinstance(value, Real):
             numbers[metric] = float(value)
-    return numbers
+    return numbers, weights
 
 
 def _record(
@@ -344,6 +390,7 @@ def _record(
     target = entry["target"]
     if len(arguments) > 1 and isinstance(target, int) and 0 <= target < len(arguments):
         target = str(arguments[target][1]).strip()
+    metrics, weights = _numbers(together, entry)
     return Record(
         arm=arm.name,
         point=digest,
@@ -354,7 +401,8 @@ def _record(
         seed=seed,
         doc_id=int(entry["doc_id"]),
         doc=str(entry["doc_hash"]),
-        metrics=_numbers(together, entry),
+        metrics=metrics,
+        weights=weights,
         prompt_text=str(arguments[0][0]),
         target=str(target),
         response=response,

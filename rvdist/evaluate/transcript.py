@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rvdist.evaluate.request import Answer, Completion, Generate, Loglikelihood, Request, Rolling
@@ -43,9 +44,12 @@ def _heading(number: int, count: int, length: int) -> str:
     return f"[{number} of {count}, {length} characters]\n"
 
 
-def parse_answers(response: str, requests: Sequence[Sequence[Request]]) -> list[Answer]:
-    """The answers that a record's `response` shows: to the repeats of each request of its document, without counts of
-    tokens. Raises ValueError where it shows something else."""
+def parse_answers(
+    response: str, requests: Sequence[Sequence[Request]], tokens: Sequence[int] = (), finish: Sequence[str] = ()
+) -> list[Answer]:
+    """The answers that a record's `response` shows: to the repeats of each request of its document. `tokens` are those
+    of each completion and `finish` why it ended, as the record has them. Raises ValueError where it shows something
+    else."""
     answers: list[Answer] = []
     left = response
     for repeats in requests:
@@ -62,6 +66,12 @@ def parse_answers(response: str, requests: Sequence[Sequence[Request]]) -> list[
             left = rest + left[size:]
     if left:
         raise ValueError(_ELSE)
+    if len(tokens) == len(finish) == sum(isinstance(answer, Completion) for answer in answers):
+        ends = iter(zip(finish, tokens, strict=True))
+        for place, answer in enumerate(answers):
+            if isinstance(answer, Completion):
+                why, count = next(ends)
+                answers[place] = replace(answer, finish=why, tokens=count)
     return answers
 
 
@@ -74,7 +84,7 @@ def _after(beginning: str, text: str) -> str:
 def _read(text: str, request: Request) -> tuple[Answer, str]:
     """The answer that a text begins with, and what follows."""
     if isinstance(request, Generate):
-        return Completion(text, "stop", 0, 0), ""
+        return Completion(text, "", 0, 0), ""
     if isinstance(request, Rolling):
         number, line_end, rest = text.partition("\n")
         return likelihood(number, False), line_end + rest

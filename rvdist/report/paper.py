@@ -67,6 +67,7 @@ class Line:
     metric: str = ""
     unit: str = ""
     n: int = 0
+    filter: str = ""
     cells: Mapping[str, Cell] = field(default_factory=dict)
     lacking: str = ""
 
@@ -78,7 +79,8 @@ def paper_lines(rows: Sequence[Row], reported: Reported, lacking: Mapping[str, s
         scale = Scale(group)
         said = reported.get(task, {})
         cells = {row.arm: Cell(row, scale, said.get(row.arm) if row.delta is not None else None) for row in group}
-        lines.append(Line(task, metric_name(group[0].metric, group[0].filter), scale.unit, group[0].n, cells))
+        first = group[0]
+        lines.append(Line(task, metric_name(first.metric, first.filter), scale.unit, first.n, first.filter, cells))
     return lines + [Line(task, lacking=reason) for task, reason in lacking.items()]
 
 
@@ -88,13 +90,14 @@ def paper_arms(lines: Sequence[Line]) -> list[str]:
 
 
 def write_paper_table(path: Path, lines: Sequence[Line]) -> None:
-    """As CSV in the paper's layout, numbers in points: a line for each benchmark, eight columns for each arm."""
+    """As CSV in the paper's layout, numbers in points: a line for each benchmark, eight columns for each arm. A verdict
+    is what holds after correction; the `filter` is the one that read the answers."""
     parts = ("score", "score_low", "score_high", "change", "change_low", "change_high", "verdict", "reported")
     arms = paper_arms(lines)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["benchmark", "metric", "unit", "n", *(cell(f"{arm} {part}") for arm in arms for part in parts)]
+            ["benchmark", "metric", "unit", "n", "filter", *(cell(f"{arm} {part}") for arm in arms for part in parts)]
         )
         for line in lines:
             if not line.cells:
@@ -106,4 +109,4 @@ def write_paper_table(path: Path, lines: Sequence[Line]) -> None:
                 row, factor = shown.row, shown.scale.factor
                 found = (row.value, row.ci_low, row.ci_high, row.delta, row.delta_ci_low, row.delta_ci_high)
                 numbers += [None if x is None else round(factor * x, 6) for x in found] + [row.verdict, shown.reported]
-            writer.writerow([*map(cell, (line.task, line.metric, line.unit, line.n)), *numbers])
+            writer.writerow([*map(cell, (line.task, line.metric, line.unit, line.n, line.filter)), *numbers])

@@ -22,7 +22,8 @@ class Row:
 
     `n` counts documents. `seed` is the arm's sampling seed, None where several seeds are pooled. The
     fields from `delta` on are None for the baseline itself and without a baseline; an interval end is
-    None where the data say nothing about it (one document of an unbounded metric, say).
+    None where the data say nothing about it (one document of an unbounded metric, say). `verdict` is what holds after
+    Holm's correction, as `p_adjusted` does; `verdict_alone` is what the comparison says by itself, as its interval.
     """
 
     arm: str
@@ -46,17 +47,20 @@ class Row:
     p_value: float | None = None
     p_adjusted: float | None = None
     verdict: str | None = None
+    verdict_alone: str | None = None
 
 
 @dataclass(frozen=True)
 class GroupInfo:
     """Tasks with a score together, such as the 27 of BIG-Bench-Hard: the mean over their documents, or, not
-    `by_size`, the mean of their means. `metrics` are the (metric, filter) pairs they share, the primary one first."""
+    `by_size`, the mean of their means. `metrics` are the (metric, filter) pairs they share, the primary one first;
+    those in `otherwise` are put together in the other way."""
 
     name: str
     tasks: tuple[str, ...]
     metrics: tuple[tuple[str, str], ...]
     by_size: bool = True
+    otherwise: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,12 @@ def baseline_of(rows: Sequence[Row]) -> str | None:
 
 
 def dissenting_rows(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """By task and arm, the scores through other filters than the primary one whose verdict is another."""
+    """By task and arm, the scores through other filters than the primary one whose verdict, taken alone, is another."""
     primary = {(row.task, row.arm, row.metric): row for row in rows if row.primary}
     dissent: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         counts = primary.get((row.task, row.arm, row.metric))
-        if counts and row.filter != counts.filter and row.verdict != counts.verdict:
+        if counts and row.filter != counts.filter and row.verdict_alone != counts.verdict_alone:
             dissent.setdefault((row.task, row.arm), []).append(row)
     return dissent
 

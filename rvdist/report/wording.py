@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from rvdist.report.statistics.sweep import Limit, Sweep
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
+_UNITS = {  # of metrics that are no shares, however small
+    "bits_per_byte": "bits per byte",
+    "log2_byte_perplexity": "bits per byte",
+    "log2_word_perplexity": "bits per word",
+    "log2_perplexity": "bits",
+}
 MARK = "†"
 MARK_NOTE = f"{MARK} significant alone, but does not survive Holm's correction for the number of comparisons."
 
@@ -37,12 +43,15 @@ def by_task(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 class Scale:
-    """How the numbers of one task are written: percent when the score is a share, else as they are."""
+    """How the numbers of one task are written: percent when the score is a share, else as they are, in their `unit`;
+    differences are in `step`."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         ends = [x for row in rows for x in (row.value, row.ci_low, row.ci_high) if x is not None]
-        self.percent = all(0 <= x <= 1 for x in ends)
-        self.unit = "%" if self.percent else ""
+        own = _UNITS.get(rows[0].metric) if rows else None
+        self.percent = own is None and all(0 <= x <= 1 for x in ends)
+        self.unit = own or "%" * self.percent
+        self.step = "points" if self.percent else self.unit
         self.factor = 100 if self.percent else 1
 
     def number(self, x: float | None, sign: bool = False) -> str:
@@ -68,7 +77,7 @@ class Scale:
 
     def amount(self, x: float) -> str:
         """How large a difference is, with its unit."""
-        return f"{self.number(abs(x))} points" if self.percent else self.number(abs(x))
+        return f"{self.number(abs(x))} {self.step}".strip()
 
 
 def p_text(p: float | None) -> str:
@@ -107,7 +116,7 @@ def mark(tested: Tested) -> str:
 
 
 def verdict_text(tested: Tested) -> str:
-    """The verdict with its mark; baseline where nothing was compared."""
+    """The verdict, with a mark where the comparison alone says more; baseline where nothing was compared."""
     return (tested.verdict or "baseline" * (tested.delta is None)) + mark(tested)
 
 
@@ -157,7 +166,7 @@ def _direction(row: Row, scale: Scale) -> str:
 
 def _evidence(row: Row, scale: Scale) -> str:
     low, high = scale.number(row.delta_ci_low, sign=True), scale.number(row.delta_ci_high, sign=True)
-    said = f"(95 % interval {low} to {high}; adjusted p {p_text(row.p_adjusted)}): {row.verdict}"
+    said = f"(95 % interval {low} to {high}; adjusted p {p_text(row.p_adjusted)}): {row.verdict_alone}"
     return f"{said}." if survives(row) else f"{said}, but this does not survive the correction."
 
 
@@ -193,7 +202,7 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
         text += f" It cannot be told from α = {_join_names(equal, 'or')}."
     if not sweep.level and sweep.best in (sweep.arms[0], sweep.arms[-1]):
         text += f" No {'smaller' if sweep.best == sweep.arms[0] else 'larger'} α was tried."
-    if worst is not best and significant(worst) and worst.verdict == "worse":
+    if worst is not best and significant(worst) and worst.verdict_alone == "worse":
         text += f" With α = {_alpha(worst.alpha)}, the worst, it {_direction(worst, scale)} {_evidence(worst, scale)}"
     return text
 

@@ -31,6 +31,7 @@ from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 
 Arms = Sequence[tuple[Scoring, Arm]]
+Recorded = tuple[dict[str, list[Answer]], int, int]  # answers by task; documents asked in other words, and cut
 
 
 class Evaluator:
@@ -94,13 +95,17 @@ class Evaluator:
                 f"engine.replay: {recording.path} has samples of lm-eval's, which are of one model, and there are "
                 f"{len(scoring.arms)} arms; leave out vector, arms and sweep.alphas"
             )
-        reworded = 0
+        reworded = shortened = 0
         for arm in scoring.arms:
-            _, own = self._recorded_answers(scoring.askings[arm.name], scoring, arm)
-            reworded += own
+            _, own, cut = self._recorded_answers(scoring.askings[arm.name], scoring, arm)
+            reworded, shortened = reworded + own, shortened + cut
         scoring.engine |= {"replay": str(recording.path), "replay digest": recording.digest}
         if reworded:
             sentence = f"{reworded} documents were asked with another prompt when they were recorded"
+            scoring.add_note(scoring.arms[0], sentence)
+            scoring.prepared.note(sentence)
+        if shortened:
+            sentence = f"{shortened} recorded answers went on behind a stop string of their task and were cut there"
             scoring.add_note(scoring.arms[0], sentence)
             scoring.prepared.note(sentence)
 
@@ -113,7 +118,7 @@ class Evaluator:
                 self._recordings[path] = Recording(path)
         return self._recordings[path]
 
-    def _recorded_answers(self, asking: Asking, scoring: Scoring, arm: Arm) -> tuple[dict[str, list[Answer]], int]:
+    def _recorded_answers(self, asking: Asking, scoring: Scoring, arm: Arm) -> Recorded:
         prepared = scoring.prepared
         with prepared.timing.phase("replay"):
             seed = prepared.settings.engine.seed

@@ -112,14 +112,14 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
         for sentence in asking.suite.metrics_left_out(reported[asking], tasks):
             scoring.add_note(first, sentence)
         scored_arms = [arm for arm, _, _ in arms]
-        groups = _groups(asking.suite, tasks)
+        groups = groups_of(asking.suite, tasks)
         baseline = None if scoring.arms[0].name in scoring.unscored else first.name
         rows = summarise(scored_arms, records, tasks, baseline, groups)
         write_summary(directory / "summary.json", rows)
         scoring.scores = Scores(scored_arms, rows, records, tasks, groups, asking.suite.lacking)
 
 
-def _groups(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
+def groups_of(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
     """The groups that lm-eval scores, by the metrics that it puts together and that their records have."""
     known = {task.name: task for task in tasks}
     infos = []
@@ -134,5 +134,7 @@ def _groups(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:
         if together:
             counts = known[members[0]].primary[1]
             metrics = tuple(sorted((pair for pair in shared if pair in together), key=lambda pair: pair[1] != counts))
-            infos.append(GroupInfo(name, tuple(members), metrics, bool(together[metrics[0]].weight_by_size)))
+            by_size = {pair: bool(together[pair].weight_by_size) for pair in metrics}
+            otherwise = tuple(pair for pair in metrics if by_size[pair] != by_size[metrics[0]])
+            infos.append(GroupInfo(name, tuple(members), metrics, by_size[metrics[0]], otherwise))
     return infos

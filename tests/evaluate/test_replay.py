@@ -107,7 +107,7 @@ def recorded(suite, tokenizer, tmp_path_factory):
 def test_what_a_record_shows_is_read_again_to_the_last_digit(suite, tokenizer, recorded):
     run, answers, _ = recorded
     for path in (run, run / "samples", run / "samples" / "baseline.jsonl"):
-        assert Recording(path).answers(suite.documents_asked(tokenizer), "digest", 0, "baseline") == (answers, 0)
+        assert Recording(path).answers(suite.documents_asked(tokenizer), "digest", 0, "baseline") == (answers, 0, 0)
     responses = [json.loads(line) for line in lines_of(run / "samples/baseline.jsonl")]
     shown = next(sample["response"] for sample in responses if sample["task"] == "chosen")
     first = answers["chosen"][0]
@@ -117,7 +117,7 @@ def test_what_a_record_shows_is_read_again_to_the_last_digit(suite, tokenizer, r
 def test_some_documents_alone_are_found(suite, tokenizer, recorded):
     run, answers, _ = recorded
     some = suite.restrict({"said": [1, 4], "chosen": [3]})
-    found, _ = Recording(run).answers(some.documents_asked(tokenizer), "digest", 0, "baseline")
+    found, *_ = Recording(run).answers(some.documents_asked(tokenizer), "digest", 0, "baseline")
     assert found == {"said": answers["said"][2:4] + answers["said"][8:], "chosen": answers["chosen"][18:24]}
 
 
@@ -228,7 +228,7 @@ def test_of_lm_evals_files_the_newest_counts_and_of_models_one_is_to_be_given(su
             file.write_text(json.dumps({"doc_id": 0, "doc_hash": document.doc, "resps": [[text, text]]}))
     with pytest.raises(BadInput, match=r"holds samples of 2 models; give one, such as .*/one$"):
         Recording(tmp_path)
-    found, reworded = Recording(tmp_path / "one").answers(only.documents_asked(tokenizer), "digest", 0, "baseline")
+    found, reworded, _ = Recording(tmp_path / "one").answers(only.documents_asked(tokenizer), "digest", 0, "baseline")
     assert [answer.text for answer in found["said"]] == ["new", "new"] and reworded == 1
 
 
@@ -256,7 +256,7 @@ def test_lm_evals_samples_score_as_lm_eval_scored_them(folder, suite, tokenizer,
         kept = [{key: value for key, value in line.items() if key not in change} for line in lines]
         file.write_text("".join(json.dumps(line) + "\n" for line in kept))
     recording = Recording(tmp_path)
-    answers, reworded = recording.answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
+    answers, reworded, _ = recording.answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
     ours, records = samples_of(suite, tokenizer, answers)
     assert ours["results"] == results["results"]
     assert recording.logged and reworded == (25 if "arguments" in change else 0)
@@ -296,7 +296,8 @@ def test_gsm8k_scores_as_lm_eval_scored_it(tokenizer, tmp_path, rows):
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(line + "\n" for line in lines_of(rows)[:40]))
     results = gsm8k_by_lm_eval(tmp_path / "out", tmp_path / "gsm8k_test.jsonl", tmp_path / "cache")
     suite = Suite.load(["gsm8k_cot_zeroshot"], chat=False, data_dir=tmp_path)
-    answers, reworded = Recording(tmp_path / "out").answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
+    recording = Recording(tmp_path / "out")
+    answers, reworded, _ = recording.answers(suite.documents_asked(tokenizer), "digest", 0, "baseline")
     ours, _ = samples_of(suite, tokenizer, answers)
     names = ("exact_match,strict-match", "exact_match,flexible-extract")
     both = [{name: one["results"]["gsm8k_cot_zeroshot"][name] for name in names} for one in (ours, results)]
@@ -306,4 +307,5 @@ def test_gsm8k_scores_as_lm_eval_scored_it(tokenizer, tmp_path, rows):
     assert Recording(tmp_path / "out").answers(chatty.documents_asked(tokenizer), "digest", 0, "baseline") == (
         answers,
         len(answers["gsm8k_cot_zeroshot"]),
+        0,
     ), "in the chat template the prompts are others, and the documents the same"

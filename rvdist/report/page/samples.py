@@ -21,7 +21,7 @@ from rvdist.core.text import cut
 CHARACTERS = 12_000_000  # of all texts together
 _GOLDEN = 0.6180339887498949
 
-Answers = Mapping[str, Mapping[str, Record]]  # to one task, by arm and document
+Answers = Mapping[str, Mapping[int, Record]]  # to one task, by arm and place of the document
 
 
 def choose_samples(
@@ -36,11 +36,11 @@ def choose_samples(
     arms, by their places, how many documents there are that the second does better, worse and the same on, shown or
     not. All text is in `texts`, once, and pointed into. A document that was asked several times is shown by its first
     record."""
-    first: dict[str, defaultdict[str, dict[str, Record]]] = {task.name: defaultdict(dict) for task in tasks}
+    first: dict[str, defaultdict[str, dict[int, Record]]] = {task.name: defaultdict(dict) for task in tasks}
     filters = {task.name: task.primary[1] for task in tasks}
     for record in records:
         if filters.get(record.task) == record.filter:
-            first[record.task][record.arm].setdefault(record.doc, record)
+            first[record.task][record.arm].setdefault(record.doc_id, record)
     texts = _Texts()
     shown = {}
     smallest_first = sorted(tasks, key=lambda task: sum(map(len, first[task.name].values())))
@@ -92,7 +92,7 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
     """Documents are added until the texts are as long as `limit`."""
     metric = task.primary[0]
     any_of = {doc: record for arm in arms for doc, record in answers.get(arm, {}).items()}
-    order = sorted(any_of, key=lambda doc: (any_of[doc].doc_id, doc))
+    order = sorted(any_of)
     scores = np.full((len(arms), len(order)), np.nan)
     for i, arm in enumerate(arms):
         for j, doc in enumerate(order):

@@ -75,7 +75,7 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], baseline: str | None, join
     axes.set_xticks(labelled := _label(alphas), [f"{a:g}".replace("-", "−") for a in labelled])
     axes.set_xlim(alphas[0] - 0.06 * span, alphas[-1] + span * (0.06 + bool(others) * (0.06 + 0.09 * len(others))))
     axes.set_xlabel("α")
-    axes.set_ylabel(label(metric_name(rows[0].metric, rows[0].filter)) + (", %" if scale.percent else ""))
+    axes.set_ylabel(label(metric_name(rows[0].metric, rows[0].filter)) + (f", {scale.unit}" if scale.unit else ""))
     title(axes, task, f"{rows[0].n} documents")
     grid(axes, "y")
     return legend

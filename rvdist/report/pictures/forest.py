@@ -68,7 +68,7 @@ def robustness_figure(rows: Sequence[Edited], scales: Mapping[str, Scale]) -> Fi
     parts = figure.add_gridspec(len(tasks), 1 + bool(gaining), height_ratios=heights)
     legend: dict[str, Any] = {}
     for line, (task, group) in enumerate(tasks):
-        factor, unit = scales[task].factor, ", points" if scales[task].percent else ""
+        factor, unit = scales[task].factor, f", {scales[task].step}".removesuffix(", ")
         names = edits[task]
         axes = figure.add_subplot(parts[line, 0])
         for row in group:

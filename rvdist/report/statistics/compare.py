@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+UNDETECTED = "no detectable difference"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A paired difference. The interval excludes zero exactly when `p_value` < 0.05; NaN: unknown."""
@@ -50,7 +53,7 @@ class Comparison:
     def verdict(self, higher_is_better: bool) -> str:
         """better, worse, or no detectable difference."""
         if self.p_value >= LEVEL:
-            return "no detectable difference"
+            return UNDETECTED
         return "better" if (self.delta > 0) == higher_is_better else "worse"
 
 
@@ -83,7 +86,7 @@ def summarise(
                     delta_ci_low=known(comparison.low),
                     delta_ci_high=known(comparison.high),
                     p_value=comparison.p_value,
-                    verdict=comparison.verdict(score.higher_is_better),
+                    verdict_alone=comparison.verdict(score.higher_is_better),
                 )
             rows.append(row)
     return _adjust(rows, Outline([task.name for task in tasks], groups))
@@ -179,8 +182,9 @@ def _stderr(sample: Sample) -> float | None:
     if n == 1:
         return None
     variance = 0.0
-    for part, weights in zip(split(sample.values, sample.strata), split(sample.weights, sample.strata), strict=True):
-        own = part if len(part) > 1 else sample.values  # a member of one document: as all documents vary
+    values, all_weights = sample.steady
+    for part, weights in zip(split(values, sample.strata), split(all_weights, sample.strata), strict=True):
+        own = part if len(part) > 1 else values  # a member of one document: as all documents vary
         variance += float(own.var(ddof=1)) * float((weights**2).sum())
     return math.sqrt(variance) / n
 
@@ -190,7 +194,7 @@ def score_interval(sample: Sample) -> tuple[float, float]:
     if sample.exact:
         return wilson(sample.score, len(sample.values))
     interval = share_interval if sample.shares else mean_interval
-    return interval(sample.values, sample.weights, sample.strata)
+    return interval(*sample.steady, sample.strata)
 
 
 def _differences(sample: Sample, reference: Sample) -> Floats:
@@ -292,7 +296,7 @@ def _adjust(rows: list[Row], outline: Outline) -> list[Row]:
             families[table if row.primary else "others"].append(i)
     for family in families.values():
         for i, p in zip(family, holm([rows[i].p_value or 0.0 for i in family]), strict=True):
-            rows[i] = replace(rows[i], p_adjusted=p)
+            rows[i] = replace(rows[i], p_adjusted=p, verdict=rows[i].verdict_alone if p < LEVEL else UNDETECTED)
     return rows
 
 

@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
 from rvdist.core.text import cell
-from rvdist.report.statistics.compare import Comparison, compare, compare_differences, holm, known
+from rvdist.report.statistics.compare import UNDETECTED, Comparison, compare, compare_differences, holm, known
 from rvdist.report.statistics.sample import (
     Answers,
     Sample,
@@ -34,7 +35,7 @@ Pair = Sequence[Sample]  # of the same documents: as they are, and edited
 
 @dataclass(frozen=True)
 class Change:
-    """A difference with its 95 % interval, its test and what it means. An unknown end is None."""
+    """A difference with its 95 % interval, its test and what it means, after correction. An unknown end is None."""
 
     delta: float
     ci_low: float | None
@@ -193,6 +194,10 @@ def _said(row: Edited) -> Edited:
     return replace(row, persistence=words, persistence_p=p_value)
 
 
+def _corrected(change: Change, p_adjusted: float) -> Change:
+    return replace(change, p_adjusted=p_adjusted, verdict=change.verdict if p_adjusted < LEVEL else UNDETECTED)
+
+
 def _survives(change: Change) -> bool:
     return change.p_adjusted is not None and change.p_adjusted < LEVEL
 
@@ -203,11 +208,12 @@ def _adjust(rows: Sequence[Edited], surviving: Mapping[tuple[str, str, str, str]
     adjusted = holm([getattr(rows[i], name).p_value for i, name in tests])
     found = list(rows)
     for (i, name), p_value in zip(tests, adjusted, strict=True):
-        found[i] = replace(found[i], **{name: replace(getattr(rows[i], name), p_adjusted=p_value)})
+        corrected: dict[str, Any] = {name: _corrected(getattr(rows[i], name), p_value)}
+        found[i] = replace(found[i], **corrected)
     for i, row in enumerate(found):
         if row.gain_original:
             # Over the documents that were asked both ways, which may be fewer than the summary's.
             p_value = surviving[row.task, row.metric, row.filter, row.arm] or 0.0
-            original = replace(row.gain_original, p_adjusted=max(p_value, row.gain_original.p_value))
+            original = _corrected(row.gain_original, max(p_value, row.gain_original.p_value))
             found[i] = replace(row, gain_original=original)
     return found

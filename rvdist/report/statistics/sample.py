@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvdist.core.record import Record, TaskInfo
+from rvdist.report.statistics.intervals import split
 from rvdist.report.summary import GroupInfo
 
 Floats = NDArray[np.float64]
@@ -38,9 +39,11 @@ class Score:
 class Sample:
     """One arm's answers under one score.
 
-    `values` are the documents' own scores, `weights` (1 in the mean) what each counts in the score. `strata` counts the
-    documents of one stratum after the other: a task is one, a group has one for each member. `shares` is whether every
-    record scores 0 or 1; `exact` is that with one record a document and one stratum: the case with exact methods.
+    `documents` are named by content and, where the same is there again, by which of them it is. `values` are their own
+    scores, `weights` (1 in the mean) what each counts in the score: of a pooled metric as much as it is long. `strata`
+    counts the documents of one stratum after the other: a task is one, a group has one for each member. `shares` is
+    whether every record scores 0 or 1; `exact` is that with one record a document and one stratum: the case with exact
+    methods.
     """
 
     documents: tuple[str, ...]
@@ -56,6 +59,18 @@ class Sample:
     def score(self) -> float:
         """The mean over documents; of a group the weighted mean of its members'."""
         return float((self.values * self.weights).mean())
+
+    @property
+    def steady(self) -> tuple[Floats, Floats]:
+        """Values and weights of the same score, as sure as this, where all documents of a stratum weigh the same: what
+        a pooled metric's ratio of sums is in the first order (Cochran 1977, chapter 6)."""
+        values, weights = [], []
+        for own, weight in zip(split(self.values, self.strata), split(self.weights, self.strata), strict=True):
+            mean = float(weight.mean())
+            ratio = float((own * weight).mean()) / mean
+            values.append(own if (weight == weight[0]).all() else ratio + weight / mean * (own - ratio))
+            weights.append(np.full(len(own), mean))
+        return np.concatenate(values), np.concatenate(weights)
 
 
 def round_off(differences: Floats, *of: Floats) -> Floats:
@@ -82,7 +97,8 @@ def scores(tasks: Sequence[TaskInfo], groups: Sequence[GroupInfo] = ()) -> Itera
             members = tuple(name for name in group.tasks if name in known)
             for pair in group.metrics:
                 better = task.higher_is_better.get(pair[0], True)
-                yield Score(group.name, *pair, pair == group.metrics[0], better, members, group.by_size)
+                by_size = group.by_size != (pair in group.otherwise)
+                yield Score(group.name, *pair, pair == group.metrics[0], better, members, by_size)
         for pair in task.metrics:
             yield Score(task.name, *pair, pair == task.primary, task.higher_is_better.get(pair[0], True))
 
@@ -100,26 +116,51 @@ def _task_sample(answers: Answers, arm: str, task: str, metric: str, filter_: st
     if not records:
         raise ValueError(f"arm {arm!r} has no record of task {task!r} under the filter {filter_!r}")
     scores: defaultdict[str, list[float]] = defaultdict(list)
-    for record in records:
+    weights: dict[str, float] = {}
+    for record, place in zip(records, document_names(records), strict=True):
         value = float(record.metrics.get(metric, math.nan))
         if not math.isfinite(value):
             raise ValueError(f"arm {arm!r} has no finite {metric!r} for document {record.doc_id} of task {task!r}")
-        scores[record.doc].append(value)
+        scores[place].append(value)
+        weights[place] = record.weights.get(metric, 1.0)
     points = {record.point for record in records}
     if len(points) > 1:
         raise ValueError(f"the records of arm {arm!r} come from {len(points)} weight points, not one")
     documents = tuple(sorted(scores))
     binary = all(value in (0.0, 1.0) for own in scores.values() for value in own)
+    counts = np.array([weights[doc] for doc in documents])
     return Sample(
         documents=documents,
         values=np.array([math.fsum(scores[doc]) / len(scores[doc]) for doc in documents]),
-        weights=np.ones(len(documents)),
+        weights=_normal(counts) if counts.any() else np.ones(len(documents)),
         strata=(len(documents),),
         exact=binary and all(len(own) == 1 for own in scores.values()),
         shares=binary,
         point=points.pop(),
         seeds=frozenset(record.seed for record in records),
     )
+
+
+def document_names(records: Sequence[Record]) -> list[str]:
+    """What each record's document is called, alike in every arm and in every edit of a task: by its contents, and by
+    which of those with the same it is."""
+    places: defaultdict[str, set[int]] = defaultdict(set)
+    for record in records:
+        places[record.doc].add(record.doc_id)
+    again = {
+        (doc, doc_id): f"{doc} ({number})"
+        for doc, ids in places.items()
+        if len(ids) > 1
+        for number, doc_id in enumerate(sorted(ids))
+        if number
+    }
+    return [again.get((record.doc, record.doc_id), record.doc) for record in records]
+
+
+def _normal(weights: Floats) -> Floats:
+    """With a mean of 1, and none so small that what is divided by it is no number."""
+    normal: Floats = np.maximum(weights / weights.mean(), 1e-9)
+    return normal
 
 
 def _join(parts: Sequence[Sample], score: Score) -> Sample:
@@ -132,7 +173,7 @@ def _join(parts: Sequence[Sample], score: Score) -> Sample:
     return Sample(
         documents=tuple(f"{name}/{doc}" for _, name, part, _ in pieces for doc in part.documents),
         values=np.concatenate([part.values for _, _, part, _ in pieces]),
-        weights=np.concatenate([np.full(size, weight) for size, _, _, weight in pieces]),
+        weights=np.concatenate([part.weights * weight for _, _, part, weight in pieces]),
         strata=tuple(size for size, *_ in pieces),
         exact=False,
         shares=all(part.shares for part in parts),
@@ -153,7 +194,7 @@ def _reduce(part: Sample, documents: Collection[str]) -> Sample:
         part,
         documents=tuple(doc for doc in part.documents if doc in documents),
         values=part.values[kept],
-        weights=part.weights[kept],
+        weights=_normal(part.weights[kept]),
         strata=(int(kept.sum()),),
     )
 

@@ -54,7 +54,7 @@ def agrees(row: Row) -> bool:
 def test_row_is_the_contract_of_summary_json():
     assert " ".join(field.name for field in fields(Row)) == (
         "arm point alpha prompt task metric filter primary higher_is_better seed value stderr ci_low ci_high n "
-        "delta delta_ci_low delta_ci_high p_value p_adjusted verdict"
+        "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone"
     )
 
 
