@@ -1,6 +1,7 @@
 """Random ends: merges and sweeps of the pocket family, of which a process is ended or stopped at a random moment; then
-the same command again. `python benchmarks/soak.py N [--seed S] [--only merge|sweep]` prints a line a kill, and what was
-wrong; exit status 1 where anything was not as it must be:
+the same command again. `python benchmarks/soak.py N [--seed S] [--only merge|sweep] [--log FILE]` prints a line a kill,
+and what was wrong; exit status 1 where anything was not as it must be. With a log N counts the kills that are in it:
+several such commands, one after the other or at once, come to N together, and the last says what all of them found.
 
     a run that was disturbed goes on to status 0, or ends within a minute with one sentence of ours and its status
     the same command then ends with status 0, the outputs' digests and `summary.json` of an undisturbed run
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import getpass
 import hashlib
 import json
@@ -26,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +45,14 @@ VICTIMS = {
 }
 SIGNALS = {
     "driver": [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP],
-    "raylet": [signal.SIGKILL, signal.SIGTERM],
-    "gcs_server": [signal.SIGKILL, signal.SIGTERM],
+    "worker": [signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP],
+    "engine": [signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP],
+    "raylet": [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP],
+    "gcs_server": [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP],
 }
-OURS = re.compile(r"rvdist: .*the same command goes on from there")
+OURS = re.compile(
+    r"rvdist: .*(the same command goes on from there|run the same command again when less else runs here)"
+)
 STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 60.0  # seconds for a run that was disturbed to end, and for its processes to be gone
 PAUSE = 3.0  # seconds that a stopped process stands still
@@ -142,14 +148,39 @@ def outcome(place: Path, kind: str) -> dict[str, str]:
 
 
 def files_left(place: Path, shared: set[str]) -> list[str]:
-    """What lies where nothing may."""
+    """What lies where nothing may; what a process of others has open in /dev/shm is theirs."""
     expected = {"out", "cache", "run"}
     left = [name for name in os.listdir(place) if name not in expected]
-    return left + [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared]
+    new = {f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared}
+    for maps in Path("/proc").glob("[0-9]*/maps") if new else ():
+        with contextlib.suppress(OSError):
+            content = maps.read_text()
+            new -= {path for path in new if path in content}
+    return left + [path for path in new if os.path.exists(path)]
 
 
-def soak(number: int, kind: str, place: Path, right: dict[str, str], seconds: float) -> list[str] | None:
-    """One kill and its line; returns what was not as it must be, None where the run had ended before."""
+@dataclass(frozen=True)
+class Kill:
+    """A line of the log: what was killed, how its run ended after how many seconds, how long the same command took
+    thereafter, and what was not as it must be. `commit`: of this script and all else; the load of the machine."""
+
+    commit: str
+    load: float
+    kind: str
+    what: str
+    status: int | None
+    seconds: float
+    again: float
+    wrong: list[str]
+
+    def __str__(self) -> str:
+        ended = "; ".join(self.wrong) if self.wrong else "the same after the same command"
+        times = f"status {self.status} {self.seconds:5.1f} s later, again {self.again:5.1f} s"
+        return f"{self.kind} {self.what:18} {times}; {ended}"
+
+
+def soak(kind: str, place: Path, right: dict[str, str], seconds: float) -> Kill | None:
+    """One kill; None where the run had ended before."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     shared = set(os.listdir("/dev/shm"))
@@ -187,13 +218,39 @@ def soak(number: int, kind: str, place: Path, right: dict[str, str], seconds: fl
         wrong.append("again: another outcome")
     wrong += [f"again: left running: {line}" for line in again.leftovers()]
     wrong += [f"left: {path}" for path in files_left(place, shared)]
-    name = f"{what} {sent.name}"
-    print(
-        f"{number:4} {kind} {name:18} status {status} {ended:5.1f} s later, again {time.monotonic() - second:5.1f} s; "
-        f"{'; '.join(wrong) if wrong else 'the same after the same command'}",
-        flush=True,
+    again_took = round(time.monotonic() - second, 1)
+    return Kill(
+        commit(),
+        round(os.getloadavg()[0], 1),
+        kind,
+        f"{what} {sent.name}",
+        status,
+        round(ended, 1),
+        again_took,
+        wrong,
     )
-    return [f"{kind} {name}: {one}" for one in wrong]
+
+
+@functools.cache
+def commit() -> str:
+    """The last one of the tree, with a + where files of it have changed since."""
+    line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(line, capture_output=True, text=True).stdout.strip()
+
+
+def kills(log: Path) -> list[Kill]:
+    """What a log has so far."""
+    return [Kill(**json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def summary(found: list[Kill]) -> str:
+    """How many of what ended how, and what was wrong."""
+    ended = Counter(f"{kill.kind}, {kill.what}: {'wrong' if kill.wrong else 'right'}" for kill in found)
+    commits = ", ".join(sorted({kill.commit for kill in found}))
+    loads = sorted(kill.load for kill in found)
+    lines = [f"{len(found)} kills at commit {commits}, at loads of {loads[0]} to {loads[-1]}"]
+    lines += [f"  {what} {count}" for what, count in sorted(ended.items())]
+    return "\n".join(lines + [f"  {kill}" for kill in found if kill.wrong])
 
 
 def main() -> None:
@@ -201,15 +258,14 @@ def main() -> None:
     parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(COMMANDS))
+    parser.add_argument("--log", type=Path, help="keeps a line of JSON a kill, and goes on from those that it has")
     parser.add_argument("--later", type=float, default=LATER, help="0: do not look at the temporary directory")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     kinds = [arguments.only] if arguments.only else ["merge", "merge", "sweep"]
-    wrong: list[str] = []
-    struck: Counter[str] = Counter()
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         place, temporary = Path(scratch) / "place", Path(scratch) / "t"
+        log = arguments.log or Path(scratch) / "log.jsonl"
         temporary.mkdir()
         right, seconds = {}, {}
         for kind in dict.fromkeys(kinds):
@@ -219,26 +275,25 @@ def main() -> None:
             if undisturbed := Run(place, kind).wait(UNDISTURBED):
                 sys.exit(f"an undisturbed {kind} ended with {undisturbed}")
             right[kind], seconds[kind] = outcome(place, kind), time.monotonic() - started
-        number = 1
-        while number <= arguments.kills:
+        while len(kills(log)) < arguments.kills:
             kind = random.choice(kinds)
-            found = soak(number, kind, place, right[kind], seconds[kind])
-            if found is None:
+            kill = soak(kind, place, right[kind], seconds[kind])
+            if kill is None:
                 continue
-            number += 1
-            struck[f"{kind}: {'wrong' if found else 'right'}"] += 1
-            wrong += found
+            with open(log, "a") as file:
+                file.write(json.dumps(asdict(kill)) + "\n")
+            print(f"{len(kills(log)):4} {kill}", flush=True)
         time.sleep(arguments.later)
+        wrong = []
         if arguments.later and (last := Run(place, kinds[0]).wait(UNDISTURBED)):
             wrong.append(f"the last run ended with {last}")
         ours = {f"rvdist-engines-{os.getuid()}", f"torchinductor_{getpass.getuser()}"}  # of this user, for all runs
         wrong += [f"left: {name}" for name in set(os.listdir(temporary)) - ours if arguments.later]
-    print(f"{arguments.kills} kills in {time.monotonic() - began:.0f} s, seed {arguments.seed}")
-    for what, count in sorted(struck.items()):
-        print(f"  {what} {count}")
+        found = kills(log)
+    print(summary(found))
     for one in wrong:
         print(f"  {one}")
-    sys.exit(bool(wrong))
+    sys.exit(bool(wrong) or any(kill.wrong for kill in found))
 
 
 if __name__ == "__main__":
