@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,15 +48,22 @@ def _status(field: str) -> int:
     return int(found[1]) << 10
 
 
-def command(*arguments: str, cwd: Path) -> float:
-    """The whole command; its seconds."""
-    began = time.perf_counter()
+def command(*arguments: str, cwd: Path) -> None:
+    """The whole command."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     line = [sys.executable, "-m", "rvdist.launch", *arguments, *FAMILY]
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    return time.perf_counter() - began
+
+
+def of_a_command(watch: Watch, n: int, take: Callable[[int], None]) -> None:
+    """Seconds of `take(n)`, and what its process had more in memory than that of `take(1)`."""
+    take(1)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    with watch():
+        take(n)
+    watch.nbytes = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - before) << 10
 
 
 def points(n: int, place: Path, watch: Watch) -> None:
@@ -79,16 +87,22 @@ def points(n: int, place: Path, watch: Watch) -> None:
 
 def plan(n: int, place: Path, watch: Watch) -> None:
     """Outputs of one command, planned as one pass."""
-    alphas = ",".join(str(k / n) for k in range(1, n + 1))
-    with watch():
+
+    def take(count: int) -> None:
+        alphas = ",".join(str(k / count) for k in range(1, count + 1))
         command("stages=[plan]", f"alpha=[{alphas}]", "output=out-{alpha}", "hydra.run.dir=run", cwd=place)
+
+    of_a_command(watch, n, take)
 
 
 def jobs(n: int, place: Path, watch: Watch) -> None:
     """Jobs of `-m`, composed and planned."""
-    alphas = ",".join(str(k / n) for k in range(1, n + 1))
-    with watch():
+
+    def take(count: int) -> None:
+        alphas = ",".join(str(k / count) for k in range(1, count + 1))
         command("-m", "stages=[plan]", f"alpha={alphas}", "output=out-{alpha}", "hydra.sweep.dir=run", cwd=place)
+
+    of_a_command(watch, n, take)
 
 
 def _checkpoints(place: Path, shards: int, tensors: int) -> dict[str, Path]:
@@ -210,7 +224,7 @@ def _write(place: Path, run: int, count: int) -> None:
 LOADS: dict[str, tuple[int, Callable[[int, Path, Watch], None]]] = {
     "points": (1_000, points),
     "plan": (1_000, plan),
-    "jobs": (1_000, jobs),
+    "jobs": (10_000, jobs),
     "shards": (1_000, shards),
     "tensors": (50_000, tensors),
     "records": (100_000, records),
@@ -239,7 +253,7 @@ def row(name: str, n: int) -> str:
     of, cells = LOADS[name][1].__doc__ or "", []
     taken = [measure(name, count) for count in (n // 4, n)]
     for count, (seconds, nbytes) in zip((n // 4, n), taken, strict=True):
-        memory = "" if name in ("plan", "jobs", "runs") else f", {nbytes / count / 1024:.1f} KiB"
+        memory = "" if name == "runs" else f", {nbytes / count / 1024:.1f} KiB"
         cells.append(f"{seconds:.1f} s: {1000 * seconds / count:.2f} ms{memory}")
     grows = taken[1][0] / taken[0][0] / 4
     return f"| {n:,} | {of.partition(': ')[0].rstrip('.')} | {cells[0]} | {cells[1]} | {grows:.2f} |"

@@ -38,7 +38,9 @@ class Log:
         self.run, self.as_json = new_run_id(), as_json
         self._seen, self._unseen = console or Console(), Console(quiet=True, force_terminal=False)
         self._lines: list[str] = []
-        self._files: list[Path] = []
+        self._named: dict[str, list[str]] = {}  # the same, by the directory that they name
+        self._files: dict[str, Path] = {}  # by run directory
+        self._whole: Path | None = None  # the file that has the lines of all jobs
         self._lock = threading.Lock()
 
     @property
@@ -61,30 +63,48 @@ class Log:
         if not self.as_json:
             print(f"rvdist: {printable(sentence)}", file=sys.stderr)
 
+    def gather(self, directory: Path) -> None:
+        """Of several jobs FILE of this directory above theirs has all lines, and each run directory's what names it;
+        until `release`, and the first directory that is given."""
+        with self._lock:
+            self._whole = self._whole or directory / FILE
+
     def keep(self, directory: Path) -> None:
         """Appends what was told since the last `release`, and what will be, to FILE of this run directory."""
-        file = directory / FILE
+        own = str(directory)
         with self._lock:
-            if file not in self._files:
-                self._files.append(file)
-                _append(file, "".join(self._lines))
+            if own in self._files:
+                return
+            if self._whole and not self._files:
+                _append(self._whole, "".join(self._lines))
+            file = self._files[own] = directory / FILE
+            if file != self._whole:
+                _append(file, "".join(self._named.get(own, []) if self._whole else self._lines))
 
     def release(self) -> None:
         """Lets go of the run directories: the jobs that told of themselves are over."""
         with self._lock:
-            self._files, self._lines = [], []
+            self._lines, self._named, self._files, self._whole = [], {}, {}, None
 
     def _write(self, event: str, message: str, level: str, fields: Mapping[str, Any], printed: TextIO) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         told = {"time": now, "run": self.run, "level": level, "event": event, "message": message, **fields}
         line = json.dumps({key: _plain(value) for key, value in told.items()}, allow_nan=False) + "\n"
         with self._lock:
+            own = str(fields.get("directory", ""))
             self._lines.append(line)
-            for file in self._files:
+            self._named.setdefault(own, []).append(line)
+            for file in self._kept(own):
                 _append(file, line)
             if self.as_json:
                 printed.write(line)
                 printed.flush()
+
+    def _kept(self, own: str) -> set[Path]:
+        """The files of a line that names this directory, or none."""
+        if not self._files or not self._whole:
+            return set(self._files.values())
+        return {self._whole, self._files.get(own, self._whole)}
 
 
 class LoggedTiming(Timing):

@@ -104,6 +104,7 @@ class _Command:
             job.log.record("begin", job.command, directory=str(job.directory), version=__version__)
         for job in self._jobs:
             if is_batch(job.settings):
+                job.log.gather(job.directory)
                 self._try(job, lambda job: self._batches.update({job: Batch(job)}))
         of_batches = {job: batch.merges for job, batch in self._batches.items()}
         self._prepare([one for job in self._jobs for one in of_batches.get(job, [job])])

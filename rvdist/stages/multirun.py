@@ -55,7 +55,7 @@ class RayLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `launch`."""
         self._context, self._config = hydra_context, config
-        self._take = private_hydra.compose_once(hydra_context.config_loader)
+        self._take = private_hydra.compose_alike(hydra_context.config_loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Returns the mean primary score of each job, None of one that failed or scored nothing."""
@@ -71,6 +71,7 @@ class RayLauncher(Launcher):
             self._compose(number, overrides, timing) for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
         runs = [job for _, job in composed if isinstance(job, Job)]
+        self._gather_logs(runs)
         directories = [str(job.directory) if isinstance(job, Job) else "" for _, job in composed]
         try:
             ended = dict(zip(runs, run_jobs(runs, RayLauncher._warm), strict=True))
@@ -95,6 +96,12 @@ class RayLauncher(Launcher):
                     rows.append([str(number), own, shown, str(directory)])
         print_table(("job", "", "mean score", "directory"), rows, RayLauncher.log.console)
         return [returned for returned, _ in composed]
+
+    def _gather_logs(self, runs: Sequence[Job]) -> None:
+        """In the sweep's directory, where all are below it: each job's would else have the lines of all others."""
+        sweep = Path(self._config.hydra.sweep.dir).absolute()
+        if len(runs) > 1 and all(sweep in job.directory.parents for job in runs):
+            RayLauncher.log.gather(sweep)
 
     def _compose(self, number: int, overrides: Sequence[str], timing: Timing) -> tuple[JobReturn, Job | Exception]:
         """A job as Hydra makes it ready, and what there is to run or why there is nothing."""

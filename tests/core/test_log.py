@@ -67,6 +67,29 @@ def test_what_is_released_is_told_no_more(tmp_path):
     assert [event["message"] for event in events((tmp_path / "second" / FILE).read_text())] == ["second"]
 
 
+def test_of_several_jobs_each_keeps_its_own_lines_and_one_file_has_all(tmp_path):
+    """What 10,000 jobs write grows with their number, not with its square."""
+    log = Log()
+    log.gather(tmp_path)
+    directories = [tmp_path / name for name in ("first", "second")]
+    for directory in directories:
+        log.record("begin", directory.name, directory=str(directory))
+    log.record("phase_begin", "index begins")
+    assert not (tmp_path / FILE).exists(), "nothing is written as long as all may be refused"
+    for directory in directories:
+        directory.mkdir()
+        log.keep(directory)
+        log.keep(directory)
+    log.record("phase_end", "index took 1 s")
+    for directory in directories:
+        log.record("end", f"{directory.name} done", directory=str(directory))
+    log.release()
+    log.record("phase_end", "report took 1 s")
+    kept = [[event["message"] for event in events((where / FILE).read_text())] for where in (tmp_path, *directories)]
+    begin, end = ["first", "second", "index begins"], ["index took 1 s", "first done", "second done"]
+    assert kept == [begin + end, ["first", "first done"], ["second", "second done"]]
+
+
 def test_phases_are_told(tmp_path, capsys):
     log = Log(as_json=True)
     timing = LoggedTiming(log)
@@ -171,7 +194,8 @@ def test_a_sweep_told_in_json(place):
     ]
     (failed,) = events(done.stderr)
     assert failed["message"].startswith("job 1 (alpha=nan): alpha: nan") and failed["run"] == told[0]["run"]
-    assert events((place / "sweep/0" / FILE).read_text())[-1] == ends[-1] and not (place / "sweep/1").exists()
+    assert events((place / "sweep" / FILE).read_text())[-1] == ends[-1]
+    assert events((place / "sweep/0" / FILE).read_text())[-1] == ends[0] and not (place / "sweep/1").exists()
 
 
 def test_the_rate_of_a_bar_leaves_out_what_was_waited_before_it_began(monkeypatch, capsys):
