@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rvdist.core import config
-from rvdist.core.cluster import Resources
+from rvdist.core.cluster import Resources, blind_nodes
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.evaluate.answers import Answering, Answers, Asked, Collected, answer
@@ -23,6 +23,8 @@ from rvdist.evaluate.fleet.fleet import Fleet, device_kind
 from rvdist.evaluate.foresight import Memory
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer, Completion
+from rvdist.evaluate.resolved import name_of as name_of_engines
+from rvdist.evaluate.resolved import remember, remembered
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.stages.job import Prepared
@@ -42,6 +44,7 @@ class Evaluator:
         self._warm = warm
         self._askings: dict[str, Asking] = {}
         self._recordings: dict[Path, Recording] = {}
+        self._blind: dict[Path, list[str]] = {}  # nodes that do not see a directory of the Hub's cache
         self._named: set[Path] = set()  # directories with tasks whose code runs
 
     def join(self, prepared: Prepared) -> Scoring:
@@ -82,8 +85,30 @@ class Evaluator:
         else:
             resources = self._warm.resources()
             identity(_engine_settings(prepared, device), _kind(prepared, device))
-            config.engines(settings, resources.cpus, resources.gpus)
+            scoring.places = self._places(prepared, device)
+            config.engines(settings, resources.counts)
         return scoring
+
+    def _places(self, prepared: Prepared, device: str) -> dict[str, str]:
+        """What engines call those Hub sources whose files not every node has: each node gets them for itself. Raises
+        BadInput for an engine over several nodes, whose ranks read one directory."""
+        places: dict[str, str] = {}
+        for name, source in prepared.sources.items():
+            if source.hub and len(self._warm.resources().nodes) > 1:
+                if source.path not in self._blind:
+                    self._blind[source.path] = blind_nodes(
+                        next(path for path in source.path.iterdir() if path.is_file())
+                    )
+                if not (blind := self._blind[source.path]):
+                    continue
+                where = f"{source.hub}: its files are in HF_HOME here, which {', '.join(blind)} does not see"
+                if device == "cuda" and config.over_nodes(prepared.settings):
+                    raise BadInput(
+                        f"{where}; an engine over several nodes needs one that they share: set HF_HOME to it"
+                    )
+                prepared.note(f"{where}; each node downloads them, or set HF_HOME to a directory that all share")
+                places[name] = str(source.hub)
+        return places
 
     def _device(self, prepared: Prepared) -> str:
         return config.engine_device(prepared.settings, self._warm.resources().gpus, build())
@@ -193,7 +218,7 @@ class Evaluator:
         one that has the answers."""
         scoring, arm = arms[0]
         prepared = scoring.prepared
-        base, patience = str(prepared.sources[arm.point.base].path.absolute()), prepared.settings.cluster.timeout
+        base, patience = scoring.locate(arm).base, prepared.settings.cluster.timeout
         if prepared.settings.engine.replay:
             answers = {
                 (owner.locate(own), task): recorded
@@ -203,26 +228,27 @@ class Evaluator:
             return self._warm.fleet(
                 object(), lambda: Fleet(base, answers, 1, cpus=0.0, patience=patience, actor=ReplayActor)
             )
-        for source in {source.path: source for own, _ in arms for source in own.prepared.sources.values()}.values():
+        everything = [(own, name, one) for own, _ in arms for name, one in own.prepared.sources.items()]
+        for source in {one.path: one for own, name, one in everything if name not in own.places}.values():
             if source.hub:
                 from rvdist.weights.checkpoint.hub import download_weights
 
                 download_weights(source)
         source = prepared.sources[arm.point.base]
         return self._warm.fleet(
-            *self._needed_fleet(prepared, source, asking.serving, asking.tensors, self._warm.resources())
+            *self._needed_fleet(prepared, source, base, asking.serving, asking.tensors, self._warm.resources())
         )
 
     def _needed_fleet(
-        self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str, resources: Resources
+        self, prepared: Prepared, source: Checkpoint, base: str, serving: str, tensors: str, resources: Resources
     ) -> tuple[Hashable, Callable[[], Fleet]]:
         """The key of the fleet that a job needs, and how it is started."""
         device = config.engine_device(prepared.settings, resources.gpus, build())
         settings, patience = _engine_settings(prepared, device), prepared.settings.cluster.timeout
         accelerator = prepared.settings.engine.accelerator_type if device == "cuda" else None
-        count, need = config.engines(prepared.settings, resources.cpus, resources.gpus)
+        count, need = config.engines(prepared.settings, resources.counts)
         limits = config.engine_timeouts(prepared.settings, sum(spec.nbytes for spec in source.tensors.values()))
-        base = str(source.path.absolute())
+        engines = name_of_engines(identity(settings, _kind(prepared, device)) | {"serving": serving}, tensors)
         key = (serving, tensors, settings, count, need, limits, accelerator)
         return key, lambda: Fleet(
             base,
@@ -233,6 +259,8 @@ class Evaluator:
             timeout=limits[0],
             start_timeout=limits[1],
             accelerator_type=accelerator,
+            resolved=remembered(prepared.cache, engines) if prepared.settings.cache.samples else None,
+            over_nodes=device == "cuda" and config.over_nodes(prepared.settings),
         )
 
     def _expect(self, prepared: Prepared, source: Checkpoint, serving: str, tensors: str) -> None:
@@ -248,13 +276,18 @@ class Evaluator:
             with closing(SampleCache(prepared.cache)) as cache:
                 if all(cache.knows(prepared.digests[arm.point]) for arm in prepared.arms):
                     return
-        self._warm.expect(partial(self._needed_fleet, prepared, source, serving, tensors))
+        self._warm.expect(partial(self._needed_fleet, prepared, source, str(source.path.absolute()), serving, tensors))
 
     def _remember(self, arms: Arms, collected: Collected) -> None:
         """How fast engines were and how long answers, for plans to come."""
         scoring, arm = arms[0]
         prepared, fleet = scoring.prepared, collected.fleet
         if fleet is not None and prepared.settings.engine.replay is None:
+            if prepared.settings.cache.samples and (chosen := next(iter(fleet.info()), {}).get("resolved")):
+                asking, device = scoring.askings[arm.name], self._device(prepared)
+                served_by = identity(_engine_settings(prepared, device), _kind(prepared, device))
+                engines = name_of_engines(served_by | {"serving": asking.serving}, asking.tensors)
+                remember(prepared.cache, engines, chosen)
             nbytes = sum(spec.nbytes for spec in prepared.sources[arm.point.base].tensors.values())
             tokens, seconds = fleet.stats.prompt_tokens + fleet.stats.tokens, fleet.stats.generate
             kind, lengths = scoring.engine["device"], _lengths(collected.answers)
@@ -356,6 +389,7 @@ def _note_fleet(arms: Arms, fleet: Fleet, start: float) -> None:
     for scoring, _ in arms:
         scoring.engine.pop("samples", None)
         scoring.engine |= {key: str(info[key]) for key in ("dtype", "mode", "probe") if key in info}
+        scoring.engine |= {name.replace("_", " "): value for name, value in info.get("resolved", {}).items()}
         scoring.engine["utilisation"] = f"{timing.fleet['utilisation']:.0%}"
     prepared.say(
         f"fleet: {fleet.started} of {fleet.size} engines worked, {stats.utilisation:.0%} of their time; {stats.swaps} "

@@ -132,12 +132,12 @@ def _print_engines(prepared: Prepared, tokens: int, memory: Memory) -> None:
     arms = f"{len(prepared.foreseen)} arms" + (", of which a race asks less" if settings.search.method else "")
     try:
         device = config.engine_device(settings, resources.gpus, build())
-        count, (cores, gpus) = config.engines(settings, resources.cpus, resources.gpus)
+        count, (cores, gpus) = config.engines(settings, resources.counts)
     except BadInput as error:
         prepared.say(f"engines for {arms}, {tokens:,} tokens, cannot be foretold here: {error}")
         return
     takes = f"{gpus:g} GPUs" if gpus else f"{cores:g} cores"
-    ranks = settings.engine.tensor_parallel_size
+    ranks = config.ranks(settings)
     prepared.say(
         f"{count} engines of {takes} each, {count * (gpus or cores):g} together, for {arms} and about {tokens:,} tokens"
         f"; weights are {nbytes / ranks / 1e9:,.2f} GB of each {'GPU' if gpus else 'rank'}"

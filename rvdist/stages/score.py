@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ Known = dict[tuple[Arm, str, Asking], Future[Scored]]  # what lm-eval finds, by 
 class Scoring:
     """What the evaluate stage knows of a job, more with every step: what each arm is asked, by its name; what the
     `engine` was; `notes` by point; arms that are `unscored`, and why, in sentences; in the end `scores`, and how arms
-    were chosen where a `race` did it."""
+    were chosen where a `race` did it. `places` are what sources are called where not every node has their files."""
 
     prepared: Prepared
     askings: dict[str, Asking]
@@ -38,6 +38,7 @@ class Scoring:
     unscored: dict[str, str] = field(default_factory=dict)
     scores: Scores | None = None
     race: RaceAccount | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -51,7 +52,8 @@ class Scoring:
 
     def locate(self, arm: Arm) -> WeightPoint:
         """The point with paths that hold wherever an engine runs."""
-        return arm.point.relocate({name: str(one.path.absolute()) for name, one in self.prepared.sources.items()})
+        own = {name: str(one.path.absolute()) for name, one in self.prepared.sources.items()}
+        return arm.point.relocate(own | dict(self.places))
 
     def digest(self, arm: Arm) -> str:
         """That of the arm's point."""

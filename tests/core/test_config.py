@@ -309,8 +309,9 @@ def test_how_many_workers_each_node_gets(nodes, gib, keys, given):
 
 
 def test_how_many_engines_and_what_each_takes():
-    def engines(cpus, there, address="local", **engine):
-        return config.engines(settings(engine=EngineConfig(**engine), cluster=ClusterConfig(address)), cpus, there)
+    def engines(cpus, there, address="local", nodes=1, **engine):
+        asked = settings(engine=EngineConfig(**engine), cluster=ClusterConfig(address))
+        return config.engines(asked, [(cpus, there)] * nodes)
 
     assert engines(8, 0) == (8, (1.0, 0.0))
     assert engines(8, 0, cpu_threads=4) == (2, (4.0, 0.0))
@@ -322,6 +323,24 @@ def test_how_many_engines_and_what_each_takes():
     assert engines(8, 4, "auto", count=9, tensor_parallel_size=2) == (9, (0.0, 2.0))
     with pytest.raises(BadInput, match="engine.count=3 times 2 GPUs each are more than this machine's 4"):
         engines(8, 4, count=3, tensor_parallel_size=2)
+    assert engines(8, 4, "auto", tensor_parallel_size=3, nodes=3) == (3, (0.0, 3.0)), "of GPUs of one node"
+    assert engines(8, 2, gpus=0.4) == (4, (0.0, 0.4)), "of one GPU"
+    assert engines(8, 8, tensor_parallel_size=2, args={"pipeline_parallel_size": 2}) == (2, (0.0, 4.0))
+    assert engines(8, 0, cpu_threads=2, tensor_parallel_size=2) == (2, (4.0, 0.0))
+
+
+def test_an_engine_that_is_larger_than_a_node():
+    def engines(**args):
+        asked = settings(engine=EngineConfig(tensor_parallel_size=8, args=args), cluster=ClusterConfig("auto"))
+        config.require_resources(asked)
+        return config.engines(asked, [(64, 8), (64, 8), (64, 0)])
+
+    assert engines() == (2, (0.0, 8.0))
+    with pytest.raises(BadInput, match="an engine of 16 GPUs .* more than the 8 of any node; lower it, or set .*=ray"):
+        engines(pipeline_parallel_size=2)
+    assert engines(pipeline_parallel_size=2, distributed_executor_backend="ray") == (1, (0.0, 16.0))
+    with pytest.raises(BadInput, match="pipeline_parallel_size='2' is not a number of them"):
+        engines(pipeline_parallel_size="2")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +373,7 @@ def test_on_what_engines_compute(asked, gpus, build, device):
 
 def test_engines_on_cpus_take_no_gpu_that_is_there():
     asked = settings(engine=EngineConfig(device="cpu"), cluster=ClusterConfig("auto"))
-    assert config.engines(asked, 8, 4) == (8, (1.0, 0.0))
+    assert config.engines(asked, [(8, 4)]) == (8, (1.0, 0.0))
 
 
 def test_slices_are_larger_on_a_card_unless_given():
@@ -381,7 +400,7 @@ def test_shares_of_a_gpu_that_cannot_be():
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(BadInput, match="engine.gpus: .* is not a share of one GPU"):
             config.require_resources(settings(engine=EngineConfig(gpus=share)))
-    with pytest.raises(BadInput, match="engine.gpus=0.5: an engine of engine.tensor_parallel_size=2 takes whole GPUs"):
+    with pytest.raises(BadInput, match="engine.gpus=0.5: an engine of 2 ranks takes whole GPUs"):
         config.require_resources(settings(engine=EngineConfig(gpus=0.5, tensor_parallel_size=2)))
 
 

@@ -21,7 +21,7 @@ def cache_directory(config: Config) -> Path:
 
 def require_resources(config: Config) -> None:
     """Raises BadInput unless there can be so many nodes and workers, such a device and such shares of it."""
-    ranks, part = config.engine.tensor_parallel_size, config.engine.gpus
+    each, part = ranks(config), config.engine.gpus
     share = config.merge.gpus_per_worker
     for key, count in (
         ("engine.slice_size", config.engine.slice_size),
@@ -42,10 +42,8 @@ def require_resources(config: Config) -> None:
         raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
     if not 0 < part <= 1:
         raise BadInput(f"engine.gpus: {part:g} is not a share of one GPU; give a number above 0, at most 1")
-    if part < 1 and ranks > 1:
-        raise BadInput(
-            f"engine.gpus={part:g}: an engine of engine.tensor_parallel_size={ranks} takes whole GPUs; set one to 1"
-        )
+    if part < 1 and (each > 1 or over_nodes(config)):
+        raise BadInput(f"engine.gpus={part:g}: an engine of {each} ranks takes whole GPUs; set one of both to 1")
 
 
 def device(config: Config, gpus: int) -> str:
@@ -76,21 +74,46 @@ def workers(config: Config, nodes: Sequence[tuple[int, int]], nbytes: int) -> li
     return given if any(given) else [1, *given[1:]]
 
 
-def engines(config: Config, cpus: int, gpus: int) -> tuple[int, tuple[float, float]]:
-    """How many engines a run wants, and the cores and GPUs that each takes, of a cluster that has so many now.
-    A cluster that is not ours may grow into it. Raises BadInput."""
+def ranks(config: Config) -> int:
+    """How many GPUs an engine takes, or how many ranks it has on CPUs. Raises BadInput."""
+    found = config.engine.tensor_parallel_size
+    for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
+        size = config.engine.args.get(name, 1)
+        if type(size) is not int or size < 1:
+            raise BadInput(f"engine.args: {name}={size!r} is not a number of them; give at least 1")
+        found *= size
+    return found
+
+
+def over_nodes(config: Config) -> bool:
+    """Whether an engine's ranks may be on several nodes."""
+    return bool(config.engine.args.get("distributed_executor_backend") == "ray")
+
+
+def engines(config: Config, nodes: Sequence[tuple[int, int]]) -> tuple[int, tuple[float, float]]:
+    """How many engines a run wants, and the cores and GPUs that each takes, of nodes that have so many (cores, GPUs)
+    now. A cluster that is not ours may grow into it. Raises BadInput."""
     engine, local = config.engine, config.cluster.address == "local"
-    ranks, share = engine.tensor_parallel_size, engine.gpus
+    each, share = ranks(config), engine.gpus
+    cpus, gpus = sum(cores for cores, _ in nodes), sum(cards for _, cards in nodes)
     if gpus and engine.device != "cpu":
-        count = engine.count or max(1, int(gpus / share) // ranks)
-        if local and count * ranks * share > gpus:
+        most = max(cards for _, cards in nodes)
+        if each > most and not over_nodes(config):
             raise BadInput(
-                f"engine.count={count} times {ranks * share:g} GPUs each are more than this machine's {gpus}; lower "
+                f"an engine of {each} GPUs (engine.tensor_parallel_size times pipeline_parallel_size) is more than the "
+                f"{most} of any node; lower it, or set engine.args.distributed_executor_backend=ray for one over "
+                "several nodes, which has never run on cards"
+            )
+        room = [gpus // each] if over_nodes(config) else [cards * int(1 / share) // each for _, cards in nodes]
+        count = engine.count or max(1, sum(room))
+        if local and count > sum(room):
+            raise BadInput(
+                f"engine.count={count} times {each * share:g} GPUs each are more than this machine's {gpus}; lower "
                 "engine.count, engine.tensor_parallel_size or engine.gpus"
             )
-        return count, (0.0, ranks * share)
-    count = engine.count or max(1, cpus // (ranks * engine.cpu_threads))
-    cores = float(ranks * engine.cpu_threads)
+        return count, (0.0, each * share)
+    count = engine.count or max(1, cpus // (each * engine.cpu_threads))
+    cores = float(each * engine.cpu_threads)
     return count, (min(cores, int(cpus / count * 1000) / 1000) if local else cores, 0.0)
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rvdist.core.errors import Failed
@@ -40,6 +41,7 @@ from rvdist.evaluate.request import (
     Unscorable,
     Unusable,
 )
+from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.source import open_source
 
 _TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for each
@@ -78,6 +80,8 @@ class Engine:
 
     def __init__(self, base: str, settings: EngineSettings = DEFAULTS) -> None:
         self._base, self._checkpoint = base, open_source(base)
+        self._here: dict[str, str] = {}  # where this node has the files of a source that is called otherwise
+        self._place(base, self._checkpoint)
         started = start_vllm(base, self._checkpoint, settings)
         self._llm, self._device, self._seconds = started.llm, started.device, started.seconds
         self._kind = started.kind
@@ -110,6 +114,7 @@ class Engine:
             "kind": self._kind,
             "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch."),
             "max_model_len": self._max_len,
+            "resolved": self._llm.collective_rpc("rvdist_resolved")[0],
             "truncated": self.truncated,
             "probe": self._probe or "not run",
             "cpu_seconds": time.process_time(),
@@ -147,7 +152,21 @@ class Engine:
         """Whether the weights of `point` are those that it has."""
         return self._at == (point.base, point.active_terms)
 
+    def _place(self, source: str, opened: Checkpoint | None = None) -> str:
+        """The directory of a source on this node; of a Hub repository all files are fetched, once by all engines of a
+        node. Raises BadInput, Failed."""
+        if source not in self._here:
+            here = Path(source)
+            if not here.exists():
+                from rvdist.weights.checkpoint.hub import download_weights
+
+                download_weights(opened := opened or open_source(source))
+                here = opened.path
+            self._here[source] = str(here)
+        return self._here[source]
+
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
+        point = point.relocate({source: self._place(source) for source in point.sources()})
         self._at = None  # undefined, should the next line fail
         from rvdist.evaluate.fleet.swap import LACKS, LEFT
 

@@ -7,6 +7,7 @@ another engine starts in its place.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import time
@@ -36,8 +37,9 @@ class Fleet:
     cluster. Where it has no node that could hold one, it has `patience` seconds to get one. An engine may start for
     `start_timeout` seconds, and say nothing at its work for `timeout` (None: for 15 minutes, or many times as long as
     its slice should take, or as its start took). A start that fails is tried again after each of `pauses` seconds.
-    `accelerator_type` is the
-    kind of GPU, by Ray's name, where there may be several. `actor` is what answers, made of `base` and `settings`."""
+    `accelerator_type` is the kind of GPU, by Ray's name, where there may be several. `over_nodes`: the GPUs of an
+    engine may be on several nodes. `resolved`: what vLLM must choose, where that is known.
+    `actor` is what answers, made of `base` and `settings`."""
 
     def __init__(
         self,
@@ -52,12 +54,15 @@ class Fleet:
         start_timeout: float = 1800.0,
         pauses: Sequence[float] = PAUSES,
         accelerator_type: str | None = None,
+        over_nodes: bool = False,
+        resolved: Mapping[str, str] | None = None,
     ) -> None:
         import ray
 
+        self._over_nodes, self._groups = over_nodes, dict[int, Any]()  # by seat
         self._need = {"CPU": cpus, "GPU": gpus}
         kind = {"accelerator_type": accelerator_type} if accelerator_type else {}
-        actor_class = ray.remote(actor).options(num_cpus=cpus, num_gpus=gpus, **kind)
+        actor_class, own = ray.remote(actor), dict[str, Any](num_cpus=cpus, num_gpus=gpus, **kind)
         self._home = WeightPoint(base)
         self._patience = patience
         self._created = time.monotonic()
@@ -67,13 +72,16 @@ class Fleet:
         self.stats = FleetStats()
         self._begin = self._created  # of the present call of `answer`
         self._seats = Seats(
-            lambda: actor_class.remote(base, settings),
+            lambda number: actor_class.options(**(self._place(number, kind) if over_nodes else own)).remote(
+                base, settings
+            ),
             count,
             start_timeout,
             pauses,
             device="cuda" if gpus else "cpu",
             told=lambda seat, why: self._failures.add(seat.number, why),
             lost=self._outlive,
+            resolved=resolved or {},
         )
 
     @property
@@ -190,6 +198,24 @@ class Fleet:
     def stop(self) -> None:
         """Ends every engine."""
         self._seats.stop()
+        for group in self._groups.values():
+            from ray.util.placement_group import remove_placement_group
+
+            with contextlib.suppress(Exception):  # as of actors: whatever Ray says of what is gone already
+                remove_placement_group(group)
+        self._groups = {}
+
+    def _place(self, number: int, kind: Mapping[str, str]) -> dict[str, Any]:
+        """How an engine over several nodes is started: it takes nothing itself, and its ranks find their GPUs in the
+        placement group of its seat, which Ray moves where a node of it is gone."""
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        if number not in self._groups:
+            bundle = {"GPU": 1.0} | {f"accelerator_type:{name}": 0.001 for name in kind.values()}
+            self._groups[number] = placement_group([bundle] * int(self._need["GPU"]), strategy="PACK")
+        inside = PlacementGroupSchedulingStrategy(self._groups[number], 0, placement_group_capture_child_tasks=True)
+        return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": inside}
 
     def _fail(self, seat: Seat, schedule: Schedule, busy: set[int], error: Exception, piece: Slice) -> None:
         """Another engine for a seat whose engine died, raised or was silent, at work on `piece`. Raises what is bad
@@ -242,12 +268,13 @@ class Fleet:
         waited = time.monotonic() - self._created
         if self.first_up is None and waited > self._patience and not self._has_room():
             wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in self._need.items() if amount)
-            raise Failed(
-                f"no engine could start in {waited:.0f} s: none of the cluster's nodes has {wanted}, which each takes"
-            )
+            lack = "all nodes together lack" if self._over_nodes else "none of the cluster's nodes has"
+            raise Failed(f"no engine could start in {waited:.0f} s: {lack} {wanted}, which each takes")
 
     def _has_room(self) -> bool:
         alive = [node["Resources"] for node in live_nodes()]
+        if self._over_nodes:
+            return bool(sum(node.get("GPU", 0) for node in alive) >= self._need["GPU"])
         return any(all(node.get(kind, 0) >= amount for kind, amount in self._need.items()) for node in alive)
 
     def _count(self, seat: Seat, answered: Answered, swap: float) -> None:

@@ -119,6 +119,20 @@ def watch_logits(model_runner: Any) -> torch.Tensor:
     return rows
 
 
+def resolved(worker: Any) -> dict[str, str]:
+    """What vLLM has chosen by itself in a rank, of which text may depend: how many requests share a batch at most, the
+    kernels of attention, and the code that runs the model. What a version does not tell is not among it."""
+    runner, found = worker.model_runner, dict[str, str]()
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if value := getattr(worker.vllm_config.scheduler_config, name, None):
+            found[name] = str(value)
+    groups = [group for groups in getattr(runner, "attn_groups", ()) for group in groups]
+    if backends := {str(group.backend.get_name()) for group in groups if hasattr(group, "backend")}:
+        found["attention_backend"] = ", ".join(sorted(backends))
+    found["runner"] = f"{type(runner).__module__}.{type(runner).__qualname__}".removeprefix("vllm.")
+    return found
+
+
 def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
     """Hands the tensors to a rank of vLLM; returns the parameters that were to be loaded and were not. It keeps no
     record of them, so its model is patched meanwhile. What it makes of others after loading, such as W_UV of MLA, is

@@ -41,22 +41,25 @@ class Seat:
 
 
 class Seats:
-    """`count` of them, filled with what `spawn` makes. An engine has `start_timeout` seconds to start, from when it has
-    its room; where it fails, another is tried after each of `pauses` seconds. `told` hears why one did not start,
-    `lost` of each that was up and is no more. All must compute on the `device` and on one kind of it."""
+    """`count` of them, filled with what `spawn` makes for each by its number. An engine has `start_timeout` seconds to
+    start, from when it has its room; where it fails, another is tried after each of `pauses` seconds. `told` hears why
+    one did not start, `lost` of each that was up and is no more. All must compute on the `device`, on one kind of
+    it, and as vLLM has `resolved` its choices where answers in the sample cache were made (empty: not known)."""
 
     def __init__(
         self,
-        spawn: Callable[[], Any],
+        spawn: Callable[[int], Any],
         count: int,
         start_timeout: float,
         pauses: Sequence[float],
         device: str,
         told: Callable[[Seat, str], None],
         lost: Callable[[Seat], None],
+        resolved: Mapping[str, str],
     ) -> None:
         self._spawn, self._start_timeout, self._told, self._lost = spawn, start_timeout, told, lost
         self._device, self._kind = device, ""
+        self._resolved, self._resolved_by = dict(resolved), "in the sample cache"
         self._created = time.monotonic()
         self._coming: dict[Any, Seat] = {}  # by the answer that an engine gives when it has its room
         self._starting: dict[Any, Seat] = {}  # by the answer that it gives when it is up
@@ -137,6 +140,16 @@ class Seats:
             raise Failed(
                 f"engines run on {self._kind} and, {on}, on {kind}, where text may differ; set engine.accelerator_type"
             )
+        chosen = info.get("resolved", {})
+        for name in sorted(self._resolved.keys() & chosen.keys()):
+            if chosen[name] != self._resolved[name]:
+                raise Failed(
+                    f"vLLM chose {name} {chosen[name]} {on}, and for answers {self._resolved_by} "
+                    f"{self._resolved[name]}, which may change text; set it alike (engine.max_num_seqs, engine.args), "
+                    "or another cache.dir"
+                )
+        if chosen and not self._resolved:
+            self._resolved, self._resolved_by = dict(chosen), on
         ours, theirs = environment(), info.get("environment", environment())
         for name in sorted(ours.keys() | theirs.keys()):
             one, other = theirs.get(name, "not set"), ours.get(name, "not set")
@@ -191,7 +204,7 @@ class Seats:
         self._coming, self._starting = {}, {}
 
     def _start(self, seat: Seat) -> None:
-        seat.actor, seat.up, seat.at, seat.until, seat.log = self._spawn(), None, None, None, ""
+        seat.actor, seat.up, seat.at, seat.until, seat.log = self._spawn(seat.number), None, None, None, ""
         seat.cpu_seconds, seat.bytes_read = 0.0, 0
         self._coming[seat.actor.__ray_ready__.remote()] = seat
 

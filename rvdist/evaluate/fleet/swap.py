@@ -24,6 +24,7 @@ from rvdist.evaluate.fleet.private_vllm import (
     reload,
     repair_packed_copies,
     require_in_rank,
+    resolved,
     watch_logits,
 )
 from rvdist.weights.reader import open_point
@@ -48,6 +49,10 @@ class SwapExtension:
     def rvdist_bytes(self) -> int:
         """How many bytes the swaps of this rank read."""
         return self._rvdist_bytes
+
+    def rvdist_resolved(self) -> dict[str, str]:
+        """What vLLM has chosen in this rank."""
+        return resolved(self)
 
     def rvdist_ready(self, tensors: list[str]) -> None:
         """Call once after start on a checkpoint of these tensors. Raises Failed where vLLM is not as we know it."""

@@ -120,6 +120,9 @@ def test_cut_prompts_are_lm_evals(families: dict[str, Family], lm_eval_backend: 
     theirs = lm_eval_backend.loglikelihood([_Request(long, "=46")], disable_tqdm=True)
     assert [(score.logprob, score.greedy)] == theirs
     assert engine.info()["truncated"] == 2
+    resolved = engine.info()["resolved"]
+    assert resolved["max_num_seqs"] == "16" and resolved["runner"].endswith("CPUModelRunner")
+    assert resolved["attention_backend"] == "CPU_ATTN" and int(resolved["max_num_batched_tokens"]) > 0
     with pytest.raises(ValueError, match="no room for its context"):
         engine.loglikelihood([Choice("9", "7" * 300)])
 

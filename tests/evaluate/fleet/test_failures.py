@@ -201,12 +201,24 @@ def test_what_an_engine_fails_of_is_said_with_the_end_of_its_log(ray_local, tmp_
             "engines run on .100 and, on box, on .100, .*; set engine.accelerator_type",
         ),
         ([{"environment": {"VLLM_USE_X": "1"}}], "VLLM_USE_X is 1 on box and not set here, .*; set it alike"),
+        (
+            [{"resolved": {"runner": "a", "max_num_seqs": one}} for one in ("256", "512")],
+            "vLLM chose max_num_seqs ... on box, and for answers on box ..., .*; set it alike",
+        ),
         ([{"vllm": "0.0.1"}], "an engine runs vllm 0.0.1 and this process .*; make them one"),
     ],
 )
 def test_an_engine_whose_answers_may_be_others_is_refused(told, reason, ray_local, tmp_path):
     with pytest.raises(Failed, match=reason):
         run(tmp_path, {"info": [{"host": "box"} | one for one in told], "at8": ("hang", TRIES)}, count=len(told))
+
+
+def test_an_engine_of_other_choices_than_those_of_the_cache_is_refused(ray_local, tmp_path):
+    chosen = {"info": [{"host": "box", "resolved": {"attention_backend": "FLASHINFER", "runner": "a"}}]}
+    before = {"attention_backend": "FLASH_ATTN", "of another version": "x"}
+    with pytest.raises(Failed, match="chose attention_backend FLASHINFER on box, .* in the sample cache FLASH_ATTN"):
+        run(tmp_path, chosen, count=1, resolved=before)
+    assert run(tmp_path, chosen, count=1, resolved={"runner": "a"})[0] == UNDISTURBED
 
 
 def test_one_engine_that_cannot_serve_may_be_the_only_one():
