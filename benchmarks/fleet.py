@@ -328,11 +328,14 @@ def overhead(name: Path, rounds: int) -> Overhead:
         answers: dict[str, list[Any]] = {task: [] for task in requests}
         seconds = 0.0
         for piece in cut(point, requests, SLICE_SIZE):
-            asked: list[Any] = requests[piece.task][piece.begin : piece.end]
+            asked: list[Any] = piece.take(requests)
             method = engine.generate if isinstance(asked[0], Generate) else engine.loglikelihood
             sent = time.perf_counter()
-            answers[piece.task] += method(asked)
+            found = method(asked)
             seconds += time.perf_counter() - sent
+            for part in piece.parts:
+                answers[part.task] += found[: part.end - part.begin]
+                del found[: part.end - part.begin]
         suite.score(Arm("baseline", point, alpha=0.0), "", tokenizer, requests, answers, seed=0)
         return seconds
 

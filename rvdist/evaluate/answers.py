@@ -86,7 +86,7 @@ def answer(
         def keep(came: Mapping[Slice, Answered]) -> None:
             if cache:
                 cache.write(
-                    (keys[piece], points[piece.point].digest, piece.task, found) for piece, found in came.items()
+                    (keys[piece], points[piece.point].digest, piece.kind, found) for piece, found in came.items()
                 )
             answered.update(came)
             for piece in came:
@@ -114,7 +114,7 @@ def answer(
 
 def _requests_by_key(keys: Mapping[Slice, str], requests: Requests) -> dict[str, Sequence[Request]]:
     """What was asked in the slice with each key."""
-    return {key: requests[piece.task][piece.begin : piece.end] for piece, key in keys.items()}
+    return {key: piece.take(requests) for piece, key in keys.items()}
 
 
 def from_whole(
@@ -134,15 +134,15 @@ def from_whole(
         keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, identity)
         known = cache.read(list(keys.values()), _requests_by_key(keys, whole.requests))
         answers = {
-            (piece.task, piece.begin + place): answer
+            place: answer
             for piece, key in keys.items()
             if key in known and not known[key].truncated  # of which one does not know whose they are
-            for place, answer in enumerate(known[key].answers)
+            for place, answer in zip(_places(piece), known[key].answers, strict=True)
         }
         for piece in lacking if answers else ():
             if piece.point == point:
-                asked = requests[piece.task][piece.begin : piece.end]
-                own = [answers.get((piece.task, whole.places[piece.task].get(with_repeat(one), -1))) for one in asked]
+                asked = zip(_places(piece), piece.take(requests), strict=True)
+                own = [answers.get((task, whole.places[task].get(with_repeat(one), -1))) for (task, _), one in asked]
                 if all(own):
                     sliced[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
     return sliced
@@ -152,9 +152,15 @@ def answers_of(
     point: WeightPoint, requests: Requests, slice_size: int, answered: Mapping[Slice, Answered]
 ) -> tuple[dict[str, list[Any]], int]:
     """A point's answers by task, in the order of the requests, and how many prompts were cut to fit."""
-    answers: dict[str, list[Any]] = {task: [] for task in requests}
+    answers: dict[str, list[Any]] = {task: [None] * len(asked) for task, asked in requests.items()}
     truncated = 0
     for piece in cut(point, requests, slice_size):
-        answers[piece.task] += answered[piece].answers
+        for (task, place), answer in zip(_places(piece), answered[piece].answers, strict=True):
+            answers[task][place] = answer
         truncated += answered[piece].truncated
     return answers, truncated
+
+
+def _places(piece: Slice) -> list[tuple[str, int]]:
+    """The task of each request of a slice, and where it is among that task's."""
+    return [(part.task, place) for part in piece.parts for place in range(part.begin, part.end)]

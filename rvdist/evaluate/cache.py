@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.schedule import Slice
+from rvdist.evaluate.fleet.schedule import Part, Slice
 from rvdist.evaluate.fleet.served import companions
 from rvdist.evaluate.request import Answer, Answered, Completion, Generate, Loglikelihood, Request
 from rvdist.weights.checkpoint.digest import file_digest
@@ -59,17 +59,23 @@ def slice_keys(
     tasks: Mapping[str, str],
     engine: Mapping[str, Any],
 ) -> dict[Slice, str]:
-    """The key of each slice: of its requests all together, its point's digest in `points`, its task's version in
-    `tasks`, and `engine`, which is everything else that decides the answers."""
-    asked: dict[tuple[str, int, int], str] = {}
+    """The key of each slice: of its requests all together, its point's digest in `points`, the versions in `tasks` of
+    those it has requests of, and `engine`, which is everything else that decides the answers."""
+    asked: dict[tuple[Part, ...], str] = {}
     served_by = _digest(engine)
     keys = {}
     for piece in slices:
-        place = (piece.task, piece.begin, piece.end)
-        if place not in asked:
-            batch = [[type(request).__name__, *astuple(request)] for request in requests[piece.task][slice(*place[1:])]]
-            asked[place] = _digest([piece.task, tasks[piece.task], batch])
-        keys[piece] = _digest([_LAYOUT, points[piece.point], asked[place], served_by])
+        if piece.parts not in asked:
+            parts = [
+                [
+                    part.task,
+                    tasks[part.task],
+                    [[type(one).__name__, *astuple(one)] for one in requests[part.task][part.begin : part.end]],
+                ]
+                for part in piece.parts
+            ]
+            asked[piece.parts] = _digest(parts if piece.others else parts[0])
+        keys[piece] = _digest([_LAYOUT, points[piece.point], asked[piece.parts], served_by])
     return keys
 
 

@@ -64,9 +64,11 @@ class ReplayActor:
     def answer(self, piece: Slice, requests: Sequence[Request]) -> tuple[Answered | Refused, float]:
         """The recorded answers of a slice, and no seconds of a swap."""
         begin = time.perf_counter()
-        recorded = tuple(self._answers[piece.point, piece.task][piece.begin : piece.end])
+        recorded = tuple(
+            answer for part in piece.parts for answer in self._answers[piece.point, part.task][part.begin : part.end]
+        )
         if any(isinstance(answer, Loglikelihood) and math.isnan(answer.logprob) for answer in recorded):
-            return Refused(f"a recorded log-probability of {piece.task} is not a number; leave the arm out"), 0.0
+            return Refused(f"a recorded log-probability of {piece.name} is not a number; leave the arm out"), 0.0
         return Answered(recorded, 0, time.perf_counter() - begin), 0.0
 
 

@@ -60,7 +60,11 @@ def test_another_point_or_task_adds_cells_and_leaves_the_others():
     assert len(keys()) == 2 * (3 + 3)
     assert keys(digests={POINT: "d0"}) < keys()
     assert keys(requests={"choice": REQUESTS["choice"]}) < keys()
-    assert keys(requests={"more": [Generate("?", 8)]} | REQUESTS) > keys()
+    assert keys(requests={"more": [Generate("?", 8)] * 2} | REQUESTS) > keys()
+    shared = keys(requests={"more": [Generate("?", 8)]} | REQUESTS)
+    assert len(keys() - shared) == len(shared - keys()) == 2, "what is left of both is one batch now"
+    versions = VERSIONS | {"more": "1.1"}
+    assert len(shared - keys(requests={"more": [Generate("?", 8)]} | REQUESTS, versions=versions)) == 2
     longer = REQUESTS | {"sums": [*REQUESTS["sums"], Generate("6 + 6 =", 8, ("\n",))]}
     assert len(keys(requests=longer) & keys()) == 2 * (2 + 3), "a larger limit: the last slice of a task grows"
 

@@ -127,7 +127,7 @@ def test_the_actor_answers_slices_as_an_engine_does(suite, tokenizer, recorded):
     actor = ReplayActor("t", {(point, task): own for task, own in answers.items()})
     given = {task: [] for task in requests}
     for piece in cut(point, requests, 3):
-        answered, swap = actor.answer(piece, requests[piece.task][piece.begin : piece.end])
+        answered, swap = actor.answer(piece, piece.take(requests))
         assert swap == 0 and answered.truncated == 0
         given[piece.task] += answered.answers
     assert given == answers

@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.answers import from_whole
+from rvdist.evaluate.answers import answers_of, from_whole
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import SampleCache, slice_keys
 from rvdist.evaluate.fleet.schedule import cut
@@ -53,3 +53,20 @@ def test_what_may_be_another_answer_is_not_taken(tmp_path):
     assert reused(tmp_path / "point", [request(0)], point=OTHER) == []
     assert reused(tmp_path / "engine", [request(0)], served_by="another") == []
     assert reused(tmp_path / "same", [request(0)]) == [["a0"]]
+
+
+def test_answers_in_a_batch_of_several_tasks_are_found(tmp_path):
+    """What is left of two tasks was one batch; each wanted one is found under its own task."""
+    suite = SimpleNamespace(versions={"t": "1", "u": "1"})
+    asked = {task: [Generate(f"{task}{k}", 8) for k in range(3)] for task in ("t", "u")}
+    cache = SampleCache(tmp_path)
+    (piece,) = cut(POINT, asked, 9)
+    keys = slice_keys([piece], asked, DIGESTS, suite.versions, {})
+    texts = [Completion(one.prompt.upper(), "stop", 1, 1) for one in piece.take(asked)]
+    cache.write([(keys[piece], "p", piece.kind, Answered(tuple(texts), 0, 1.0))])
+    part = {"t": asked["t"][1:2], "u": asked["u"][2:]}
+    whole = Asking("serving", "tensors", suite, None, asked)
+    found = from_whole(whole, cut(POINT, part, 9), part, 9, DIGESTS, {}, cache)
+    cache.close()
+    answers, _ = answers_of(POINT, part, 9, found)
+    assert {task: [answer.text for answer in own] for task, own in answers.items()} == {"t": ["T1"], "u": ["U2"]}

@@ -23,7 +23,7 @@ class Failures:
     def add(self, engine: int, reason: str, piece: Slice | None = None) -> None:
         """The engine of this number has failed; at work on `piece`, or before it could be given one."""
         if piece:
-            at = f" at {piece.task} {piece.begin} to {piece.end - 1}"
+            at = f" at {piece.name}"
             self._last[piece] = reason
         else:
             at = " as it started"
@@ -38,7 +38,7 @@ class Failures:
 
     def explain_slices(self, lethal: Sequence[Slice]) -> Failed:
         """Why these slices are not answered."""
-        some = ", ".join(f"{piece.task} {piece.begin} to {piece.end - 1}" for piece in lethal[:_SHOWN])
+        some = ", ".join(piece.name for piece in lethal[:_SHOWN])
         more = f" and {len(lethal) - _SHOWN} more" if len(lethal) > _SHOWN else ""
         return Failed(
             f"{LETHAL} engines failed on each of these slices of requests: {some}{more}; the last of "

@@ -257,7 +257,7 @@ class Fleet:
                 expected = max(schedule.due(seat.number) - now, seat.took)
                 seat.until = now + (self._timeout or max(_SILENCE, _SLOW * expected))
                 forecast.begin(piece, now)
-                batch = requests[piece.task][piece.begin : piece.end]
+                batch = piece.take(requests)
                 running[seat.actor.answer.remote(piece, batch)] = (seat, piece)
 
     def _require_engines(self, running: Mapping[Any, Any]) -> None:

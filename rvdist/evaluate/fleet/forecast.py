@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from rvdist.evaluate.fleet.schedule import CHARACTERS_PER_TOKEN, Slice
+from rvdist.evaluate.fleet.schedule import CHARACTERS_PER_TOKEN, Part, Slice
 from rvdist.evaluate.request import Answered, Completion, Generate, Progress, Request
 
 Floats = NDArray[np.float64]
@@ -87,7 +87,7 @@ class Forecast:
     """Of these slices of `requests`."""
 
     def __init__(self, slices: Iterable[Slice], requests: Mapping[str, Sequence[Request]]) -> None:
-        self._sizes: dict[tuple[str, int, int], _Size] = {}
+        self._sizes: dict[tuple[Part, ...], _Size] = {}
         self._tasks: dict[str, _Task] = defaultdict(_Task)
         self._works: dict[Slice, _Work] = {}
         self._squares, self._products = np.zeros((_KINDS, _KINDS)), np.zeros(_KINDS)  # of the least squares
@@ -95,26 +95,25 @@ class Forecast:
         self._said: float | None = None
         self._held, self._answering = 0.0, 0.0  # by finished slices: with their swaps and on the way, and without
         for piece in slices:
-            place = (piece.task, piece.begin, piece.end)
-            if place not in self._sizes:
-                self._sizes[place] = _size(requests[piece.task][piece.begin : piece.end])
-            self._tasks[piece.task].waiting.add(self._sizes[place])
+            if piece.parts not in self._sizes:
+                self._sizes[piece.parts] = _size(piece.take(requests))
+            self._tasks[piece.kind].waiting.add(self._sizes[piece.parts])
 
     def begin(self, piece: Slice, now: float) -> None:
         """An engine works at a slice."""
-        size = self._sizes[piece.task, piece.begin, piece.end]
-        self._tasks[piece.task].waiting.add(size, -1)
-        self._works[piece] = _Work(piece.task, size, now)
+        size = self._sizes[piece.parts]
+        self._tasks[piece.kind].waiting.add(size, -1)
+        self._works[piece] = _Work(piece.kind, size, now)
 
     def drop(self, piece: Slice) -> None:
         """The engine is gone."""
-        self._tasks[piece.task].waiting.add(self._works.pop(piece).size)
+        self._tasks[piece.kind].waiting.add(self._works.pop(piece).size)
 
     def refuse(self, piece: Slice, waiting: Iterable[Slice]) -> None:
         """A slice has no answers, and those that wait at its point are not asked."""
         del self._works[piece]
         for other in waiting:
-            self._tasks[other.task].waiting.add(self._sizes[other.task, other.begin, other.end], -1)
+            self._tasks[other.kind].waiting.add(self._sizes[other.parts], -1)
 
     def hear(self, piece: Slice, progress: Progress, now: float) -> None:
         """How far a slice is."""
@@ -130,7 +129,7 @@ class Forecast:
 
     def finish(self, piece: Slice, answered: Answered, now: float) -> None:
         """A slice is answered."""
-        work, task = self._works.pop(piece), self._tasks[piece.task]
+        work, task = self._works.pop(piece), self._tasks[piece.kind]
         progress = work.progress
         if work.heard is None:
             prompts = sum(one.prompt_tokens for one in answered.answers if isinstance(one, Completion))

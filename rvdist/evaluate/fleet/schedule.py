@@ -22,34 +22,83 @@ _FIRST_RATE = 1e-3  # seconds a token, until a slice has been timed
 
 
 @dataclass(frozen=True)
+class Part:
+    """The requests `begin` to `end` of a task."""
+
+    task: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Slice:
-    """The requests `begin` to `end` of a task at one point. `work` guesses what they cost, in tokens."""
+    """The requests `begin` to `end` of a task at one point, and those of other tasks that share their batch. `work`
+    guesses what they cost, in tokens."""
 
     point: WeightPoint
     task: str
     begin: int
     end: int
     work: float
+    others: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What it has of each task."""
+        return (Part(self.task, self.begin, self.end), *self.others)
 
     @property
     def count(self) -> int:
         """How many requests it has."""
-        return self.end - self.begin
+        return sum(part.end - part.begin for part in self.parts)
+
+    @property
+    def kind(self) -> str:
+        """Whose requests it has: slices of one kind take equally long for what they are."""
+        return " and ".join(part.task for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        """What it is called in a sentence."""
+        others = f" with {len(self.others)} more tasks" if self.others else ""
+        return f"{self.task} {self.begin} to {self.end - 1}{others}"
+
+    def take(self, requests: Mapping[str, Sequence[Request]]) -> list[Request]:
+        """Its own of all `requests`, in order."""
+        return [request for part in self.parts for request in requests[part.task][part.begin : part.end]]
 
 
 def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_size: int) -> list[Slice]:
-    """The slices of one point: requests of one task and kind, in order, at most `slice_size` together. So another
-    task leaves those of all others alone, and more requests of a task all but its last."""
-    slices = []
+    """The slices of one point: requests of one kind, in order, at most `slice_size` together. Where there are that many
+    of a task, they are of this task alone; what is left of each shares slices with what is left of the next. So another
+    task leaves full slices alone, and so do more requests of a task."""
+    slices: list[Slice] = []
+    left: dict[type, list[tuple[Part, float]]] = {}
     for task, asked in requests.items():
         begin = 0
         while begin < len(asked):
             end = begin + 1
             while end < min(len(asked), begin + slice_size) and type(asked[end]) is type(asked[begin]):
                 end += 1
-            slices.append(Slice(point, task, begin, end, sum(map(_work, asked[begin:end]))))
+            work = sum(map(_work, asked[begin:end]))
+            if end - begin == slice_size:
+                slices.append(Slice(point, task, begin, end, work))
+            else:
+                left.setdefault(type(asked[begin]), []).append((Part(task, begin, end), work))
             begin = end
+    for parts in left.values():
+        while parts:
+            count, together = 0, 0
+            while together < len(parts) and (count := count + _count(parts[together][0])) <= slice_size:
+                together += 1
+            (first, *others), works = zip(*parts[:together], strict=True)
+            slices.append(Slice(point, first.task, first.begin, first.end, sum(works), tuple(others)))
+            del parts[:together]
     return slices
+
+
+def _count(part: Part) -> int:
+    return part.end - part.begin
 
 
 def _work(request: Request) -> float:
@@ -68,7 +117,7 @@ class _Tally:
 
 @dataclass
 class _Pile:
-    """The waiting slices of one task at one point, the longest last. `tallies`: first of the slices most like them."""
+    """The waiting slices of one kind at one point, the longest last. `tallies`: first of the slices most like them."""
 
     tallies: tuple[_Tally, _Tally, _Tally]
     slices: list[Slice] = field(default_factory=list)
@@ -111,9 +160,9 @@ class Schedule:
 
     def __init__(self, slices: Iterable[Slice], home: WeightPoint | None = None) -> None:
         self._ids: dict[WeightPoint, int] = {}  # points are numbered: to hash one takes long
-        self._piles: list[dict[str, _Pile]] = []  # by point and task
+        self._piles: list[dict[str, _Pile]] = []  # by point and kind
         self._counts: dict[int, int] = {}  # at the points where there are slices: how many
-        self._by_task: dict[str, _Tally] = defaultdict(_Tally)
+        self._by_kind: dict[str, _Tally] = defaultdict(_Tally)
         self._total = _Tally()
         for piece in slices:
             self._put(piece)
@@ -215,9 +264,10 @@ class Schedule:
 
     def _pile(self, piece: Slice) -> _Pile:
         piles = self._piles[self._id(piece.point)]
-        if piece.task not in piles:
-            piles[piece.task] = _Pile((_Tally(), self._by_task[piece.task], self._total))
-        return piles[piece.task]
+        kind = piece.kind
+        if kind not in piles:
+            piles[kind] = _Pile((_Tally(), self._by_kind[kind], self._total))
+        return piles[kind]
 
     def _put(self, piece: Slice) -> None:
         self._pile(piece).put(piece)

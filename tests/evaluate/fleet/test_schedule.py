@@ -24,19 +24,34 @@ def slices(point, count, task="t", work=1000.0):
     return [Slice(point, task, k, k + 1, work) for k in range(count)]
 
 
-def test_slices_hold_one_task_and_kind_and_cover_everything_once():
-    requests = {"a": [Generate("p", 1)] * 5, "b": [Choice("b", "c")] * 2 + [Generate("p", 1)]}
+def test_slices_hold_one_kind_and_cover_everything_once():
+    requests = {"a": [Generate("p", 1)] * 5, "b": [Choice("b", "c")] * 2 + [Generate("q", 1)]}
     found = cut(ONE, requests, 2)
-    assert [(s.task, s.begin, s.end) for s in found] == [
-        ("a", 0, 2), ("a", 2, 4), ("a", 4, 5), ("b", 0, 2), ("b", 2, 3),
+    assert [[(part.task, part.begin, part.end) for part in piece.parts] for piece in found] == [
+        [("a", 0, 2)], [("a", 2, 4)], [("b", 0, 2)], [("a", 4, 5), ("b", 2, 3)],
     ]  # fmt: skip
+    assert [piece.count for piece in found] == [2] * 4
+    assert (
+        found[-1].take(requests) == [Generate("p", 1), Generate("q", 1)]
+        and found[2].take(requests) == [Choice("b", "c")] * 2
+    )
+    assert sum(piece.work for piece in found) == sum(cut(ONE, requests, 1)[k].work for k in range(8))
 
 
-def test_another_task_or_more_requests_leave_other_slices_alone():
+def test_what_is_left_of_tasks_shares_slices_whole():
+    """27 subsets of two documents are one batch; what is left of a task is never split."""
+    subsets = {f"t{k:02}": [Generate(f"{k}", 1)] * 2 for k in range(27)}
+    (one,) = cut(ONE, subsets, 64)
+    assert [part.task for part in one.parts] == list(subsets) and one.name == "t00 0 to 1 with 26 more tasks"
+    assert [piece.count for piece in cut(ONE, subsets, 5)] == [4] * 13 + [2]
+
+
+def test_another_task_or_more_requests_leave_full_slices_alone():
     few = {"a": [Generate("p", 1)] * 5}
     assert set(cut(ONE, few, 2)) < set(cut(ONE, {"z": [Choice("b", "c")], **few}, 2))
-    more = {"a": [Generate("p", 1)] * 7}
-    assert set(cut(ONE, few, 2)[:-1]) < set(cut(ONE, more, 2))
+    for more in ({"a": [Generate("p", 1)] * 7}, {"z": [Generate("p", 1)] * 3, **few}):
+        assert set(cut(ONE, few, 2)[:-1]) < set(cut(ONE, more, 2))
+        assert cut(ONE, few, 2)[-1] not in cut(ONE, more, 2)
 
 
 def test_a_fresh_engine_begins_at_home_and_the_next_ones_spread():
