@@ -86,6 +86,8 @@ def simulate(
                 (now + (cost + seconds[piece]) / 2, "die") if piece in poison else (now + cost + seconds[piece], "done")
             )
             heapq.heappush(events, (ends[0], idle, ends[1], (cost, seconds[piece])))
+        for busy in working:
+            schedule.hold(busy)
         if len(working) < len(engines) and not asked and not schedule.over:
             asked = True
             heapq.heappush(events, (now + _ASK_AGAIN, -1, "ask", (0.0, 0.0)))

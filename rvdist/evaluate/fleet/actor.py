@@ -26,9 +26,12 @@ _LINES, _BYTES = 4, 2000  # of a log that are shown
 
 
 class EngineActor:
-    """An engine as a Ray actor answers a whole slice in one call. Any class of these methods can be in its place; one
-    that does not tell how far it is returns what this one yields last. It is made at once and started by the first
-    `info`, so that one that waits for room on the cluster is told from one that starts."""
+    """An engine as a Ray actor answers a whole slice in one call. Any class of these methods can be in its place;
+    one that does not tell how far it is returns what this one yields last; one that `reads_ahead` takes what may
+    come after, too. It is made at once and started by the first `info`, so that one that waits for room on the
+    cluster is told from one that starts."""
+
+    reads_ahead = True
 
     def __init__(self, base: str, settings: EngineSettings) -> None:
         # Ray sets it to num_cpus. A runtime environment would too, but takes a process and two seconds more
@@ -45,11 +48,11 @@ class EngineActor:
             return self._engine.info() | {"log": _log(), "host": platform.node(), "environment": self._told}
 
     def answer(
-        self, piece: Slice, requests: Sequence[Request]
+        self, piece: Slice, requests: Sequence[Request], after: Sequence[Request] = ()
     ) -> Iterator[Progress | tuple[Answered | Refused, float]]:
-        """How far it is, now and then; last the answers, or why there are none at this point, and the seconds that the
-        swap took (0: none was needed). Raises BadInput for a prompt that does not fit, Unusable and Failed as `info`
-        does."""
+        """How far it is, now and then; meanwhile the prompts of what may come `after` are made ready. Last the
+        answers, or why there are none at this point, and the seconds that the swap took (0: none was needed). Raises
+        BadInput for a prompt that does not fit, Unusable and Failed as `info` does."""
         engine = self._engine
         assert engine is not None
         begin, truncated, moved = time.perf_counter(), engine.truncated, not engine.is_at(piece.point)
@@ -58,6 +61,7 @@ class EngineActor:
             try:
                 engine.swap(piece.point)
                 swapped = time.perf_counter()
+                engine.prepare(after)
                 answers = yield from engine.answer_all(requests)
             except Unscorable as error:
                 yield Refused(str(error)), (swapped - begin) * moved

@@ -11,6 +11,7 @@ import json
 import math
 import operator
 import re
+import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -237,6 +238,11 @@ class Engine:
     def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
         """One score a text, in order; the requests are one batch, as in `generate`."""
         return _finish(self._score_texts(requests))
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Makes prompts ready in the background, of requests that may come next."""
+        if requests:
+            threading.Thread(target=self._prompts.remember, args=(list(requests),), daemon=True).start()
 
     def answer_all(self, requests: Sequence[Request]) -> Running[Sequence[Answer]]:
         """The answers to requests of one kind, as the methods above give them; meanwhile, about twice a second, how far

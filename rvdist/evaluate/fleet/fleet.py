@@ -71,6 +71,8 @@ class Fleet:
         self.refused: dict[WeightPoint, str] = {}  # in the last call of `answer`: points without a score, and why
         self.stats = FleetStats()
         self._begin = self._created  # of the present call of `answer`
+        self._ahead: dict[int, Any] = {}  # the answers to what seats hold while they answer
+        self._reads_ahead: bool = getattr(actor, "reads_ahead", False)
         self._seats = Seats(
             lambda number: actor_class.options(**(self._place(number, kind) if over_nodes else own)).remote(
                 base, settings
@@ -131,6 +133,9 @@ class Fleet:
 
         self.stats, self.refused, self._failures = FleetStats(), {}, Failures()
         self.stats.failures = self._failures.told
+        self._ahead = {}
+        for seat in self._seats:
+            seat.told = set()
         slices = list(slices)
         schedule, forecast = Schedule(slices, self._home), Forecast(slices, requests)
         answers: dict[Slice, Answered] = {}
@@ -177,9 +182,11 @@ class Fleet:
                     self.refused.setdefault(piece.point, answered.reason)
                     forecast.refuse(piece, schedule.refuse(seat.number, swap))
                     self._count_swap(swap)
+                    self._begin_held(seat, schedule, forecast, running)
                     continue
                 schedule.finish(seat.number, swap, answered.seconds)
                 forecast.finish(piece, answered, time.monotonic())
+                self._begin_held(seat, schedule, forecast, running)
                 self._count(seat, answered, swap)
                 answers[piece] = answered
                 came[piece] = answered
@@ -226,6 +233,7 @@ class Fleet:
         if isinstance(cause(error), BadInput):
             raise BadInput(why)
         schedule.leave(seat.number)
+        self._ahead.pop(seat.number, None)
         self.stats.deaths += 1
         self._failures.add(seat.number, why, piece)
         self._seats.replace(seat)
@@ -253,12 +261,39 @@ class Fleet:
                 continue
             now = time.monotonic()
             if piece := schedule.take(seat.number, now):
-                seat.at, seat.progress = piece.point, None
-                expected = max(schedule.due(seat.number) - now, seat.took)
-                seat.until = now + (self._timeout or max(_SILENCE, _SLOW * expected))
-                forecast.begin(piece, now)
-                batch = piece.take(requests)
-                running[seat.actor.answer.remote(piece, batch)] = (seat, piece)
+                running[self._send(seat, piece, schedule, requests)] = (seat, piece)
+                self._expect(seat, piece, schedule, forecast, now)
+        for seat, _ in list(running.values()):  # when nobody is idle
+            if held := schedule.hold(seat.number):
+                self._ahead[seat.number] = self._send(seat, held, schedule, requests)
+
+    def _send(self, seat: Seat, piece: Slice, schedule: Schedule, requests: Mapping[str, Sequence[Request]]) -> Any:
+        """The answer to come, of an engine that may still be at another slice. It is told what it may be asked then, so
+        that it makes the prompts ready meanwhile."""
+        seat.told.add(piece.parts)
+        after = schedule.after(seat.number) if self._reads_ahead else None
+        if after is None or after.parts in seat.told:
+            return seat.actor.answer.remote(piece, piece.take(requests))
+        seat.told.add(after.parts)
+        return seat.actor.answer.remote(piece, piece.take(requests), after.take(requests))
+
+    def _begin_held(
+        self, seat: Seat, schedule: Schedule, forecast: Forecast, running: dict[Any, tuple[Seat, Slice]]
+    ) -> None:
+        """An engine has answered and is, if it held a slice, at that by now."""
+        if seat.number in self._ahead:
+            now = time.monotonic()
+            piece = schedule.take(seat.number, now)
+            assert piece is not None
+            running[self._ahead.pop(seat.number)] = (seat, piece)
+            self._expect(seat, piece, schedule, forecast, now)
+
+    def _expect(self, seat: Seat, piece: Slice, schedule: Schedule, forecast: Forecast, now: float) -> None:
+        """The engine is at a slice from now on."""
+        seat.at, seat.progress = piece.point, None
+        expected = max(schedule.due(seat.number) - now, seat.took)
+        seat.until = now + (self._timeout or max(_SILENCE, _SLOW * expected))
+        forecast.begin(piece, now)
 
     def _require_engines(self, running: Mapping[Any, Any]) -> None:
         """Raises Failed where nothing works and nothing can come."""

@@ -5,14 +5,15 @@ Knows a tokenizer; nothing of vLLM or weights.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rvdist.core.text import reason
-from rvdist.evaluate.request import Choice
+from rvdist.evaluate.request import Choice, Generate, Request
 
 _REMEMBERED = 2**24  # tokens of prompts, so that no prompt is cut into tokens again for every point
 _PATIENCE, _SLOWEST = 10.0, 20_000  # seconds for a text, and one more for so many characters
@@ -74,6 +75,7 @@ class Prompts:
         self._prefix_text: str = tokenizer.decode(self._prefix)
         self._tokens: dict[tuple[str, bool | None], array[int]] = {}
         self._memory = _REMEMBERED
+        self._lock = threading.Lock()
 
     def fit(self, tokens: list[int], room: int, to_generate: int) -> list[int]:
         """`tokens`, at most `room` of them."""
@@ -97,13 +99,24 @@ class Prompts:
         if text.startswith(self._prefix_text):
             special = False
         keywords = {} if special is None else {"add_special_tokens": special}
-        known = self._tokens.get((text, special))
-        if known is None:
-            known = self._cutter.cut(text, keywords)
-            if self._memory >= len(known):  # the next point is asked the same
-                self._memory -= len(known)
-                self._tokens[text, special] = known
+        with self._lock:
+            known = self._tokens.get((text, special))
+            if known is None:
+                known = self._cutter.cut(text, keywords)
+                if self._memory >= len(known):  # the next point is asked the same
+                    self._memory -= len(known)
+                    self._tokens[text, special] = known
         return known.tolist()
+
+    def remember(self, requests: Iterable[Request]) -> None:
+        """Cuts what is asked into tokens, so that it is ready when it is asked; in a thread beside. What cannot be cut
+        is found out then."""
+        with contextlib.suppress(Exception):
+            for request in requests:
+                if isinstance(request, Choice):
+                    self.encode_pair(request)
+                else:
+                    self.encode(request.prompt if isinstance(request, Generate) else request.continuation)
 
     def encode_pair(self, request: Choice) -> tuple[list[int], list[int]]:
         """lm-eval's `loglikelihood` and `_encode_pair`: white space at the end of the context is scored with the

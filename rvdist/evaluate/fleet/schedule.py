@@ -18,6 +18,7 @@ from rvdist.evaluate.request import Generate, Request
 LETHAL = 2  # engines that may die on a slice before it is given up
 CHARACTERS_PER_TOKEN = 4
 _MUCH = 4 / 3  # times as long: what an engine leaves its point's shorter slices for
+_DEEP = 8  # slices for each engine at its point that let them hold one more than they answer
 _FIRST_RATE = 1e-3  # seconds a token, until a slice has been timed
 
 
@@ -154,8 +155,9 @@ class Schedule:
 
     An engine stays at its point while there is work, then takes a point that no other engine is at, then helps where
     most is left: but only with a slice that it has done, its swap included, before the engines there would have done
-    everything without it. It leaves sooner only for a much longer slice at a point that is behind its own. What
-    slices and swaps take is learned from those that are finished. `home` is the point of an engine just started.
+    everything without it. It leaves sooner only for a much longer slice at a point that is behind its own. While it
+    answers it holds what it does next, where enough is left for all at its point. What slices and swaps take is learned
+    from those that are finished. `home` is the point of an engine just started.
     """
 
     def __init__(self, slices: Iterable[Slice], home: WeightPoint | None = None) -> None:
@@ -176,6 +178,7 @@ class Schedule:
         self._home = None if home is None else self._id(home)
         self._at: dict[int, int | None] = {}
         self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
+        self._held: dict[int, Slice] = {}
         self._deaths: Counter[Slice] = Counter()
         self._swaps = _Tally()  # its work: how many
         self._refused: set[int] = set()
@@ -184,7 +187,7 @@ class Schedule:
     @property
     def over(self) -> bool:
         """Nothing waits and nobody works."""
-        return not self._busy and not self._counts
+        return not self._busy and not self._counts and not self._held
 
     def join(self, engine: int, at: WeightPoint | None = None) -> None:
         """A new engine, or one that is known to be `at` a point."""
@@ -193,6 +196,9 @@ class Schedule:
     def leave(self, engine: int) -> None:
         """The engine is gone; if it was working, its slice goes back whole, or among the `lethal`."""
         del self._at[engine]
+        held = self._held.pop(engine, None)
+        if held is not None and self._id(held.point) not in self._refused:
+            self._put(held)
         if engine not in self._busy:
             return
         piece, _ = self._busy.pop(engine)
@@ -208,19 +214,52 @@ class Schedule:
         """What an idle engine does next. None: nothing that others will not have done sooner; ask again later,
         since they may be late."""
         here = self._at[engine]
+        if engine in self._held:
+            piece = self._held.pop(engine)
+            self._busy[engine] = (piece, now + self._seconds(piece))
+            return piece
         chosen = self._choose(engine, here, now)
         if chosen is None:
             return None
         point, pile = chosen
         seconds = self._swap(here, point) + pile.longest
+        piece = self._pull(point, pile)
+        self._at[engine] = point
+        self._busy[engine] = (piece, now + seconds)
+        return piece
+
+    def hold(self, engine: int) -> Slice | None:
+        """What a busy engine takes next: it is given that before it is idle. None: it has that, or too little waits at
+        its point for all to end together."""
+        here = self._at[engine]
+        if here is None or engine in self._held or engine not in self._busy or not self._total.work:
+            return None
+        if self._counts.get(here, 0) <= _DEEP * self._engines_at(here):
+            return None
+        self._held[engine] = self._pull(here, self._longest(here)[0])
+        return self._held[engine]
+
+    def after(self, engine: int) -> Slice | None:
+        """What it will hold next, as far as one can say: its prompts may be made ready."""
+        here = self._at[engine]
+        if here is None or here not in self._counts:
+            return None
+        waiting = self._longest(here)[0].slices
+        return waiting[max(0, len(waiting) - self._engines_at(here))]
+
+    def _engines_at(self, point: int) -> int:
+        return sum(at == point for at in self._at.values())
+
+    def _pull(self, point: int, pile: _Pile) -> Slice:
         piece = pile.take()
         self._touch(point)
         self._counts[point] -= 1
         if not self._counts[point]:
             del self._counts[point]
-        self._at[engine] = point
-        self._busy[engine] = (piece, now + seconds)
         return piece
+
+    def _seconds(self, piece: Slice) -> float:
+        return piece.work * self._pile(piece).rate
 
     def due(self, engine: int) -> float:
         """When the engine should have answered its slice."""
@@ -236,7 +275,7 @@ class Schedule:
 
     def refuse(self, engine: int, swap: float) -> list[Slice]:
         """The engine has no answers at the point of its slice, after a `swap` of so many seconds: nobody is asked at
-        that point again. Returns what waited there."""
+        that point again, but for the slices that engines have been given. Returns what waited there."""
         piece, _ = self._busy.pop(engine)
         point = self._id(piece.point)
         self._refused.add(point)
@@ -350,7 +389,8 @@ class Schedule:
 
     def _free(self, engine: int, now: float) -> float:
         """In how many seconds an engine should be idle. One that is late will be late by as much again."""
-        return abs(self._busy[engine][1] - now) if engine in self._busy else 0.0
+        late = abs(self._busy[engine][1] - now) if engine in self._busy else 0.0
+        return late + (self._seconds(self._held[engine]) if engine in self._held else 0.0)
 
     def _swap(self, here: int | None, point: int) -> float:
         same = point == (self._home if here is None else here)

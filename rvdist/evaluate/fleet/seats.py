@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rvdist.core.errors import BadInput, Failed
@@ -15,6 +15,7 @@ from rvdist.core.text import reason
 from rvdist.evaluate.fleet.actor import log_end
 from rvdist.evaluate.fleet.arguments import environment, versions
 from rvdist.evaluate.fleet.failures import Starts
+from rvdist.evaluate.fleet.schedule import Part
 from rvdist.evaluate.request import Progress, Unusable
 
 PAUSES = (2.0, 15.0)  # seconds before a start that failed is tried again
@@ -38,6 +39,7 @@ class Seat:
     cpu_seconds: float = 0.0  # of the engine, as it last said
     bytes_read: int = 0
     progress: Progress | None = None  # of the slice at which it works
+    told: set[tuple[Part, ...]] = field(default_factory=set)  # requests that its engine has been sent
 
 
 class Seats:
@@ -205,7 +207,7 @@ class Seats:
 
     def _start(self, seat: Seat) -> None:
         seat.actor, seat.up, seat.at, seat.until, seat.log = self._spawn(seat.number), None, None, None, ""
-        seat.cpu_seconds, seat.bytes_read = 0.0, 0
+        seat.cpu_seconds, seat.bytes_read, seat.told = 0.0, 0, set()
         self._coming[seat.actor.__ray_ready__.remote()] = seat
 
     def _lose(self, seat: Seat, error: Exception) -> None:

@@ -238,3 +238,20 @@ def test_a_start_is_final_for_the_run_only_where_no_engine_is_up():
     assert set(starts.empty) == {0, 1, 2, 3}
     starts.succeed(0)
     assert starts.fail(0, "slow", None, 0) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["raise", "die", "none"])
+def test_engines_that_hold_their_next_slice_lose_nothing(ray_local, tmp_path, kind):
+    """While one answers it has its next slice already; should it fail, both go back, and one is to blame."""
+    requests = {"t": [Generate(f"{k}", 8) for k in range(80)]}
+    slices, fleet = cut(BASE, requests, 2), None
+    fleet = Fleet("base", (str(tmp_path), {"at40": (kind, 1)}), 2, cpus=0.1, actor=Fake, pauses=(0.1,))
+    ahead = []
+    try:
+        found = fleet.answer(slices, requests, watch=lambda status: ahead.append(len(fleet._ahead)))
+    finally:
+        fleet.stop()
+    assert {piece: [one.text for one in given.answers] for piece, given in found.items()} == {
+        piece: [f"0 {k}" for k in range(piece.begin, piece.end)] for piece in slices
+    }
+    assert max(ahead) > 0 and ahead[-1] == 0 and fleet.stats.deaths == (kind != "none")

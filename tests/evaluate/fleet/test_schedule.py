@@ -137,14 +137,14 @@ def test_whatever_happens_every_slice_is_answered_once(seed):
     assert 0 < outcome.busy <= outcome.lifetimes
 
 
-def test_recorded_times_on_64_engines_end_within_a_tenth_of_the_bound():
+def test_recorded_times_on_64_engines_end_near_the_bound():
     seconds, swap = benchmark.recorded()
     outcome = benchmark.simulate(seconds, [0.0] * 64, swap)
-    assert outcome.makespan <= 1.10 * benchmark.lower_bound(seconds, [0.0] * 64)
+    assert outcome.makespan <= 1.07 * benchmark.lower_bound(seconds, [0.0] * 64, swap)
     assert outcome.swaps < 2 * 64 and outcome.busy / outcome.lifetimes > 0.9
     half = sum(seconds.values()) / 64 / 2
     joins = [0.0] * 32 + [half] * 32
-    assert benchmark.simulate(seconds, joins, swap).makespan <= 1.10 * benchmark.lower_bound(seconds, joins)
+    assert benchmark.simulate(seconds, joins, swap).makespan <= 1.07 * benchmark.lower_bound(seconds, joins, swap)
 
 
 def test_swaps_as_dear_as_five_slices_cost_little_beside_those_that_cannot_be_saved():
@@ -154,6 +154,48 @@ def test_swaps_as_dear_as_five_slices_cost_little_beside_those_that_cannot_be_sa
     bound = benchmark.lower_bound(seconds, joins, swap)
     assert benchmark.simulate(seconds, joins, swap).makespan <= 1.15 * bound
     assert bound > 1.2 * benchmark.lower_bound(seconds, joins)
+
+
+def test_a_busy_engine_holds_its_next_slice_where_many_wait():
+    schedule = Schedule([*slices(ONE, 16), *slices(TWO, 16)])
+    for engine, point in enumerate((ONE, TWO)):
+        schedule.join(engine, point)
+        schedule.take(engine, 0.0)
+        assert schedule.hold(engine) is None, "nothing is known of what a slice takes"
+    schedule.finish(0, 0.0, 1.0)
+    taken = schedule.take(0, 1.0)
+    held = schedule.hold(0)
+    assert held.point == ONE and held != taken and schedule.hold(0) is None
+    assert schedule.after(0).point == ONE and schedule.after(0) not in (held, taken) and schedule.left(ONE) == 13
+    schedule.finish(0, 0.0, 1.0)
+    assert schedule.take(0, 2.0) == held
+    again = schedule.hold(0)
+    schedule.leave(0)
+    schedule.join(2, ONE)
+    came = {schedule.take(2, 3.0)}
+    while not schedule.over and (schedule.finish(2, 0.0, 1.0) or True):
+        if (piece := schedule.take(2, 4.0)) is None or piece.point != ONE:
+            break
+        came.add(piece)
+    assert {held, again} <= came and not schedule.lethal, "both came back, and one death is nobody's fault"
+    few = Schedule(slices(ONE, 10))
+    few.join(0, ONE)
+    few.take(0, 0.0)
+    few.finish(0, 0.0, 1.0)
+    few.take(0, 1.0)
+    assert few.hold(0) is None, "too few wait"
+
+
+def test_what_an_engine_holds_of_a_refused_point_is_its_own():
+    schedule = Schedule(slices(ONE, 16))
+    schedule.join(0, ONE)
+    schedule.take(0, 0.0)
+    schedule.finish(0, 0.0, 1.0)
+    schedule.take(0, 1.0)
+    held = schedule.hold(0)
+    assert held and len(schedule.refuse(0, 0.0)) == 13
+    assert not schedule.over and schedule.take(0, 2.0) == held
+    assert schedule.refuse(0, 0.0) == [] and schedule.over
 
 
 def test_the_bound():
