@@ -96,9 +96,8 @@ class Evaluator:
         for name, source in prepared.sources.items():
             if source.hub and len(self._warm.resources().nodes) > 1:
                 if source.path not in self._blind:
-                    self._blind[source.path] = blind_nodes(
-                        next(path for path in source.path.iterdir() if path.is_file())
-                    )
+                    small = next((path for path in sorted(source.path.glob("*.json")) if path.is_file()), None)
+                    self._blind[source.path] = blind_nodes(small) if small else []
                 if not (blind := self._blind[source.path]):
                     continue
                 where = f"{source.hub}: its files are in HF_HOME here, which {', '.join(blind)} does not see"
