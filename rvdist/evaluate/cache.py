@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -96,7 +97,12 @@ class SampleCache:
             directory.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and not self._path.is_file():
                 raise OSError("it is no file")
-            self._connection = sqlite3.connect(self._path, timeout=_PATIENCE, isolation_level=None)
+            if self._path.is_symlink() and not self._path.exists():
+                raise OSError("it is a link to a file that is not there")
+            with suppress(FileExistsError):  # SQLite would make what such a link names
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            place = f"{self._path.absolute().as_uri()}?mode=rw"
+            self._connection = sqlite3.connect(place, uri=True, timeout=_PATIENCE, isolation_level=None)
             self._connection.text_factory = _text
             self._connection.set_progress_handler(lambda: time.monotonic() > self._until, 100_000)
             for setting in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA"):

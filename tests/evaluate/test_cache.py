@@ -234,6 +234,25 @@ def test_a_file_that_cannot_be_used_is_one_sentence(spoil, tmp_path):
     assert "\n" not in str(one.value)
 
 
+def test_a_link_to_nothing_is_not_followed(tmp_path):
+    """One to a file is: somebody keeps it elsewhere."""
+    cache, elsewhere = tmp_path / "cache?mode=memory", tmp_path / "elsewhere"
+    cache.mkdir()
+    (cache / FILE).symlink_to(elsewhere)
+    with pytest.raises(Failed, match=r"samples.sqlite: .* \(it is a link to a file that is not there\); move it away"):
+        SampleCache(cache)
+    assert not elsewhere.exists()
+    elsewhere.touch()
+    SampleCache(cache).write([("0", "p", "t", COMPLETIONS)])
+    assert elsewhere.stat().st_size and not (tmp_path / "cache").exists()
+    journal = cache / "other" / f"{FILE}-journal"
+    journal.parent.mkdir()
+    journal.symlink_to(tmp_path / "victim")
+    with pytest.raises(Failed, match="samples.sqlite: the sample cache cannot be used"):
+        SampleCache(journal.parent)
+    assert not (tmp_path / "victim").exists()
+
+
 @pytest.mark.parametrize(
     "change",
     [

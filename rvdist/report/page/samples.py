@@ -6,6 +6,7 @@ text and of all texts together is bounded, and what is left out is counted.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from rvdist.core.record import Record, TaskInfo
 from rvdist.core.text import cut
 
-CHARACTERS = 12_000_000  # of all texts together
+CHARACTERS = 12_000_000  # of all texts together; three bytes of the page are one, an answer is forty
+_BYTES, _ANSWER = 3, 40
 _GOLDEN = 0.6180339887498949
 
 Answers = Mapping[str, Mapping[int, Record]]  # to one task, by arm and place of the document
@@ -70,8 +72,13 @@ def empty_answers(records: Iterable[Record], tasks: Sequence[TaskInfo]) -> list[
     return [(task, arm, none, all_) for (task, arm), (none, all_) in counts.items() if 2 * none >= all_ > 0]
 
 
+def written_bytes(text: str) -> int:
+    """Of a text in the page: in JSON of ASCII alone, without <, > and & (page.py)."""
+    return len(json.dumps(text)) + 5 * sum(map(text.count, "<>&"))
+
+
 class _Texts:
-    """Every text once, and how long they are together."""
+    """Every text once, and how long they are together, with what points into them."""
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}
@@ -84,7 +91,7 @@ class _Texts:
             whole = f"{whole[:head]}\n[… {left_out:,} characters left out …]\n{whole[-tail:]}"
         if whole not in self.places:
             self.places[whole] = len(self.places)
-            self.size += len(whole)
+            self.size += max(len(whole), written_bytes(whole) // _BYTES)
         return self.places[whole]
 
 
@@ -121,6 +128,7 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
             ]
             for arm, record in by_arm.items()
         }
+        texts.size += _ANSWER * len(by_arm)
     kept = sorted(chosen)
     return {
         "name": cut(task.name),

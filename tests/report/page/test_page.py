@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from made_up import REPORTED, make_arm, make_experiment, make_paper, make_records, make_task, write
 
 from rvdist.report.findings import Anatomy, Exhibit, Findings, Making
-from rvdist.report.page.page import write_page
+from rvdist.report.page.page import _json_for_html, write_page
 from rvdist.report.page.samples import choose_samples
 
 HOSTILE = (
@@ -20,6 +22,8 @@ HOSTILE = (
     "\u202egnp.exe\u2066\x00\u2028&lt;i&gt;\ud800{{ 7 * 7 }}\"'"
 )
 LONG = "x" * 100_000
+ROOT = Path(__file__).resolve().parents[3]
+BENCHMARK = ROOT / "benchmarks" / "page.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -162,6 +166,30 @@ def test_what_flipped_comes_first_when_there_is_too_much():
     same = [number for number, (a, b) in shown if a == b]
     assert min(same) < 100 and max(same) > 300  # spread over the task, not its beginning
     assert len(flips(chosen, 1)) == 3  # a small task is not crowded out
+
+
+@pytest.mark.parametrize("character", ["中", "🤯", "<", '"', "x", ""])
+def test_the_page_is_bounded_whatever_texts_are_made_of(character):
+    """Some characters take twelve bytes in it, and answers of none take some as well."""
+    n, limit = 3000, 60_000
+    records = [replace(r, prompt_text="", filtered="", response=f"{r.doc_id}{character * 200}") for r in made_of(n)]
+    chosen = choose_samples(records, [make_task()], ["baseline"], None, characters=limit)
+    assert len(_json_for_html(chosen)) < 3.2 * limit
+    assert len(chosen["tasks"][0]["documents"]) > 10
+
+
+def made_of(n):
+    return make_records("baseline", [1.0] * n)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_page_of_100_000_records_opens_in_3_s():
+    line = [sys.executable, str(BENCHMARK), "--browser", CHROMIUM]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    megabytes, seconds = map(float, re.search(r"([\d.]+) MB, loaded after ([\d.]+) s", done.stdout).groups())
+    assert megabytes < 50 and seconds < 3
 
 
 def test_what_prompts_begin_with_is_stored_once():
