@@ -61,6 +61,8 @@ class HubServer:
         self.private: dict[str, bool] = {}
         self.tricks: dict[str, Callable[[BaseHTTPRequestHandler], bool]] = {}
         """What answers, if it wants to, whoever asks for what has this in its path."""
+        self.has_xet = False
+        """Whether it says of weights that they are to be had from Xet, too."""
         self._storage = Path(tempfile.mkdtemp(prefix="hub-"))
         self._failures: list[Failure] = []
         self._commits: dict[tuple[str, str], Path] = {}
@@ -238,6 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._body(hub, file.read_bytes(), common | {"ETag": f'"{git_id(file)}"'})
         digest = sha256(file)
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(file.stat().st_size)}
+        if hub.has_xet:
+            linked |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": f"{hub.endpoint}/api/xet-read-token"}
         self._head(302, common | linked | {"Location": f"{hub.warehouse}/warehouse/{digest}", "Content-Length": "0"})
 
     def do_PUT(self) -> None:

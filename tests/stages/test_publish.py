@@ -14,6 +14,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
 from checkpoints import POCKET, launch, load_checkpoint, write_checkpoint
@@ -31,6 +32,7 @@ from rvdist.stages.job import Job, Scores
 from rvdist.stages.jobs import run_stages
 from rvdist.stages.publish import require, results
 from rvdist.verify import verify
+from rvdist.weights.checkpoint import guard
 from rvdist.weights.checkpoint.source import open_source
 
 TOKEN = "hf_secretOfNobody"
@@ -49,7 +51,7 @@ def hub(server, tmp_path, monkeypatch):
     """The server as this process's Hub, which takes TOKEN."""
     server.stand_in(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(guard, "_xet_is_disabled", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return server
 
@@ -337,6 +339,24 @@ def test_a_hub_whose_listing_has_no_end(hub, vector, monkeypatch):
     hub.tricks["/api/models/org/v"] = answer
     with pytest.raises(Failed, match=r"could not be uploaded \(it sends more than the 33,554,432 bytes that are due"):
         vector(publish="org/v")
+
+
+@pytest.mark.parametrize("act", ["do_PUT", "_batch", "_preupload", "_commit"])
+def test_an_answer_to_an_upload_that_has_no_end(hub, vector, monkeypatch, act):
+    """Those that weights are sent with come to threads of the client's."""
+
+    def answer(handler, *_: object) -> None:
+        if act == "do_PUT":
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with suppress(OSError):
+            while not hub.stopped.is_set():
+                handler.wfile.write(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n")
+
+    monkeypatch.setattr(hub_server._Handler, act, answer)
+    with pytest.raises(Failed, match=r"could not be uploaded \(it sends more than the 33,554,432 bytes that are due"):
+        vector(publish="org/v")
+    assert hub.commit("org/v", "main") is None or not there(hub, "org/v").get("vector.safetensors")
 
 
 @pytest.mark.parametrize("lost", ["vector.json", "vector.safetensors"])

@@ -7,6 +7,7 @@ were.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import threading
 import time
@@ -24,10 +25,13 @@ _PATIENCE = 60.0  # seconds of waiting for bytes that are owed
 _SLOWEST = 8 << 10  # bytes that make up for a second of it
 _REQUESTS = 64  # of one act, redirects and second attempts among them
 _LONGEST_WAIT = 300  # seconds that a server may ask for: the Hub counts requests over five minutes
+_ANSWER = 32 << 20  # bytes of an answer to what is sent
+_SENT_PATIENCE = 120.0  # seconds of waiting for it
 _HEAD = 128 << 10  # bytes of headers; of a body as many again, and an eighth, for what stands around its pieces
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _current = threading.local()
 _sending = False
+_xet_is_disabled = False  # as the user wants it
 
 
 class Refused(Exception):
@@ -35,8 +39,9 @@ class Refused(Exception):
 
 
 class _Guard:
-    def __init__(self, most: int) -> None:
-        self.most, self.requests, self.left, self.patience = most, 0, 0, _PATIENCE
+    def __init__(self, most: int, patience: float) -> None:
+        self.most, self.requests, self.left = most, 0, 0
+        self._whole_patience = self.patience = patience
 
     def begin(self) -> None:
         self.requests += 1
@@ -49,7 +54,7 @@ class _Guard:
 
     def count(self, nbytes: int, seconds: float) -> None:
         self.left -= nbytes
-        self.patience = min(_PATIENCE, self.patience - seconds + nbytes / _SLOWEST)
+        self.patience = min(self._whole_patience, self.patience - seconds + nbytes / _SLOWEST)
         if self.left < 0:
             raise Refused(f"it sends more than the {self.most:,} bytes that are due, or endless headers")
         if self.patience <= 0:
@@ -59,7 +64,7 @@ class _Guard:
 @contextmanager
 def at_most(nbytes: int) -> Iterator[None]:
     """What this thread asks a server for has at most so many bytes, and comes in time. Raises Refused."""
-    before, _current.guard = getattr(_current, "guard", None), _Guard(nbytes)
+    before, _current.guard = getattr(_current, "guard", None), _Guard(nbytes, _PATIENCE)
     try:
         yield
     finally:
@@ -68,15 +73,22 @@ def at_most(nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def sending() -> Iterator[None]:
-    """Whatever a thread of this process sends or asks for meanwhile goes by https, or to the endpoint. Raises Refused,
-    in that thread."""
+    """Whatever a thread of this process sends or asks for meanwhile goes by https, or to the endpoint, and is answered
+    in time, with no more bytes than any answer has. Raises Refused, in that thread. Xet is used as the user wants."""
     global _sending
     install()
     before, _sending = _sending, True
+    disabled, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, _xet_is_disabled
     try:
         yield
     finally:
-        _sending = before
+        _sending, constants.HF_HUB_DISABLE_XET = before, disabled
+
+
+def _active() -> _Guard | None:
+    """The guard of what this thread asks, or of its last request while something is sent."""
+    guard: _Guard | None = getattr(_current, "guard", None)
+    return getattr(_current, "of_sent", None) if guard is None and _sending else guard
 
 
 class _Stream:
@@ -86,7 +98,7 @@ class _Stream:
         self._stream = stream
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        guard: _Guard | None = getattr(_current, "guard", None)
+        guard = _active()
         if guard is None:
             return bytes(self._stream.read(max_bytes, timeout))
         began = time.monotonic()
@@ -124,6 +136,8 @@ def _transport(inner: Any) -> Any:
             guard: _Guard | None = getattr(_current, "guard", None)
             if guard is not None or _sending:
                 _require_place(str(request.url))
+            if guard is None and _sending:
+                guard = _current.of_sent = _Guard(_ANSWER, _SENT_PATIENCE)
             if guard is None:
                 return inner.handle_request(request)
             request.headers["Accept-Encoding"] = "identity"
@@ -191,5 +205,10 @@ def _seconds(wait: str) -> int:
 
 @lru_cache(maxsize=1)
 def install() -> None:
-    """From now on this process's clients of the Hub know guards."""
+    """From now on this process's clients of the Hub know guards. What comes by hf_xet would know none: it is not asked,
+    unless HF_HUB_DISABLE_XET is set, to 0."""
+    global _xet_is_disabled
     wrap_transports(_transport)
+    _xet_is_disabled = constants.HF_HUB_DISABLE_XET
+    if "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True

@@ -201,6 +201,19 @@ def test_a_download(kind, hub, published, tmp_path):  # noqa: F811
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 32 << 20
 
 
+def test_nothing_is_fetched_by_a_client_without_bounds(hub, published, monkeypatch):  # noqa: F811
+    hub.has_xet = True
+    checkpoint = open_source("org/name")
+    stamp = checkpoint.stamps[SHARD]
+    path = download(checkpoint.hub, SHARD, stamp)
+    assert path.stat().st_size == stamp.size and not any("xet" in request.path for request in hub.requests)
+    path.resolve().unlink()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # as HF_HUB_DISABLE_XET=0 leaves it
+    with pytest.raises(BadInput, match="is not to be had from the Hub"):
+        download(checkpoint.hub, SHARD, stamp)
+    assert any("xet" in request.path for request in hub.requests)
+
+
 def test_another_file_than_announced_is_not_taken(hub, published):  # noqa: F811
     checkpoint = open_source("org/name")
     stamp = checkpoint.stamps[SHARD]
