@@ -365,6 +365,7 @@ def _engine_settings(prepared: Prepared, device: str) -> EngineSettings:
         seed=engine.seed,
         truncate=prepared.settings.benchmarks.allow_truncation,
         allow_nonfinite=prepared.settings.allow_nonfinite,
+        prefix_caching=engine.prefix_caching,
         args=further_arguments(({"compilation_config": GRAPHS} if graphs else {}) | engine.args),
     )
 

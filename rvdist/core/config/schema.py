@@ -162,6 +162,7 @@ class EngineConfig:
     enforce_eager: bool | None = None
     seed: int = 0
     slice_size: int | None = None
+    prefix_caching: bool = False
     timeout: float | None = None
     start_timeout: float | None = None
     args: dict[str, Any] = field(default_factory=dict)

@@ -47,8 +47,9 @@ REFUSED = {
         "enable_sleep_mode sleep_mode_offload_cudagraph sleep_preserve_parameter_names"
     ),
     "keeps what older weights made of a prompt, and is not the same to the bit": (
-        "enable_prefix_caching kv_transfer_config kv_offloading_size kv_offloading_backend"
+        "kv_transfer_config kv_offloading_size kv_offloading_backend"
     ),
+    "is engine.prefix_caching": "enable_prefix_caching",
     "adds weights that a swap leaves as they are; an adapter is a vector of a weight point": (
         "enable_lora default_mm_loras lora_target_modules max_loras max_lora_rank max_cpu_loras lora_dtype "
         "fully_sharded_loras"
@@ -105,7 +106,8 @@ class EngineSettings:
     `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs, unless there is
     `kv_cache_gib` (GiB a rank, on CPUs zeroed at start: two seconds a GiB). `cpu_threads` counts on CPUs, where a
     thread too many on a busy machine costs far more than one too few. `truncate`: cut prompts that do not fit from
-    the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served. `args`: what else vLLM is
+    the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served.
+    `prefix_caching`: texts of one slice share what they begin with. `args`: what else vLLM is
     started with, as `further_arguments` gives it.
     """
 
@@ -120,6 +122,7 @@ class EngineSettings:
     seed: int = 0
     truncate: bool = False
     allow_nonfinite: bool = False
+    prefix_caching: bool = False
     args: str = "{}"
 
 
@@ -172,7 +175,7 @@ def vllm_arguments(checkpoint: str, settings: EngineSettings, on_cpu: bool) -> d
         "seed": settings.seed,
         "trust_remote_code": False,
         "generation_config": "vllm",  # sampling parameters come from the request alone
-        "enable_prefix_caching": False,  # hits are not bitwise reproducible, and stale after a swap
+        "enable_prefix_caching": settings.prefix_caching,  # a hit may change bits, and is stale after a swap
         "worker_extension_cls": "rvdist.evaluate.fleet.swap.SwapExtension",
         "use_tqdm_on_load": False,
     }
@@ -185,7 +188,10 @@ def identity(settings: EngineSettings, device: str) -> dict[str, Any]:
     if "vllm" not in installed:
         raise BadInput("vLLM is not installed, and scoring needs it; install rvdist[cpu] or rvdist[gpu]")
     variables = {"environment": told} if (told := environment()) else {}
-    return {"engine": VERSION, "device": device, **installed, **asdict(settings), **variables}
+    decides = asdict(settings)
+    if not settings.prefix_caching:
+        del decides["prefix_caching"]  # keys are as they were before it could be set
+    return {"engine": VERSION, "device": device, **installed, **decides, **variables}
 
 
 def build() -> str | None:

@@ -178,7 +178,12 @@ class Engine:
                 raise Unusable(found[0].rstrip("'\"")) from None
             raise
         self.spoiled = {name: why for rank in spoiled for name, why in rank.items()}
-        self._llm.reset_prefix_cache()
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        """Nothing that was read of a prompt is left for the next."""
+        if not self._llm.reset_prefix_cache() and self.settings.prefix_caching:
+            raise Unusable("this vLLM keeps what older weights made of a prompt; set engine.prefix_caching=false")
 
     def _check_start(self) -> None:
         """Swaps in the base as it was opened: it must give the log-probabilities that vLLM's own loading gave."""
@@ -257,6 +262,8 @@ class Engine:
         from vllm import SamplingParams
 
         self._require_finite()
+        if self.settings.prefix_caching:
+            self._forget_prefixes()  # shared within a batch alone: what was asked before changes no answer
         prompts = [
             self._prompts.fit(
                 self._prompts.encode(request.prompt), self._max_len - request.max_tokens, request.max_tokens

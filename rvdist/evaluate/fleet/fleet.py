@@ -204,6 +204,7 @@ class Fleet:
 
     def stop(self) -> None:
         """Ends every engine."""
+        self._ahead = {}
         self._seats.stop()
         for group in self._groups.values():
             from ray.util.placement_group import remove_placement_group

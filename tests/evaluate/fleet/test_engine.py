@@ -333,7 +333,7 @@ def test_a_base_that_vllm_finds_quantized_is_refused(families: dict[str, Family]
         ({"quantization": "fp8"}, "quantization makes weights that a swap cannot give to the bit; leave it out"),
         ({"block_size": 32, "cpu_offload_gb": 4}, "cpu_offload_gb puts weights where no swap has been shown to reach"),
         ({"enable_sleep_mode": True}, "enable_sleep_mode lets an engine wake with other weights"),
-        ({"enable_prefix_caching": True}, "enable_prefix_caching keeps what older weights made of a prompt"),
+        ({"enable_prefix_caching": True}, "enable_prefix_caching is engine.prefix_caching"),
         ({"enable_lora": True}, "enable_lora adds weights that a swap leaves as they are"),
         ({"speculative_config": {"method": "ngram"}}, "speculative_config brings a second model"),
         ({"trust_remote_code": True}, "trust_remote_code runs code that comes with the checkpoint"),
@@ -421,3 +421,59 @@ def test_no_template_of_a_stranger_s_is_rendered_where_vllm_starts(families: dic
     (path / "chat_template.jinja").write_text(endless)
     engine = start(WeightPoint(str(path)))
     assert engine._tokenizer.chat_template == endless and len(engine.generate([Generate("12 + 34", 4)])) == 1
+
+
+def test_shared_prefixes_are_of_one_batch_and_one_point(families: dict[str, Family]) -> None:
+    """Prompts are read in part from each other; what was asked before, and other weights, change no answer."""
+    family = families["tied"]
+    target, other = WeightPoint(str(family.target)), family.point(1.0)
+    settings = dataclasses.replace(SETTINGS, prefix_caching=True)
+    engine = Engine(str(family.target), settings)
+    core, hits = engine._llm.llm_engine, [0]
+    step = core.step
+
+    def spying() -> Any:
+        answers = step()
+        hits[0] += sum(answer.num_cached_tokens or 0 for answer in answers)
+        return answers
+
+    core.step = spying
+    common = "what is 12+34? ab " * 5
+    batch = [Generate(f"{common}{k} = ", 12) for k in range(6)]
+    before = [Generate(f"{common}what is 3+4?", 12), Generate("qu a a", 12)]
+
+    def ask(requests: list[Generate]) -> list[Any]:
+        *_, last = iter_all(engine.answer_all(requests))
+        return last
+
+    alone = ask(batch)
+    assert hits[0] > 0
+    hits[0] = 0
+    ask([batch[0]])
+    assert hits[0] == 0, "another batch"
+    ask(before)
+    assert ask(batch) == alone
+    engine.swap(other)
+    elsewhere = ask(batch)
+    engine.swap(target)
+    assert ask(batch) == alone != elsewhere
+    engine.swap(other)
+    assert ask(batch) == elsewhere
+    fresh = Engine(str(family.target), settings)
+    fresh.swap(other)
+    assert fresh.generate(batch) == elsewhere
+
+
+def iter_all(running: Any) -> Any:
+    """All that comes, the end last."""
+    while True:
+        try:
+            yield next(running)
+        except StopIteration as end:
+            yield end.value
+            return
+
+
+def test_keys_are_as_they_were_where_prefixes_are_not_shared() -> None:
+    assert "prefix_caching" not in identity(EngineSettings(), "cpu")
+    assert identity(EngineSettings(prefix_caching=True), "cpu")["prefix_caching"] is True

@@ -1,0 +1,103 @@
+"""Answers a second through the driver: 64 engines that answer at once, on real Ray, into a real sample cache.
+
+    python benchmarks/driver.py [--engines 64] [--answers 262144] [--size 256]
+
+A fake engine returns answers of a typical length without a model. What is left is the driver: the schedule, requests on
+their way out, answers on their way in, the cache. Beside it what lm-eval's scoring takes of the same answers, in the
+driver's process. Into benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rvdist.core import cluster
+from rvdist.core.log import Log
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.timing import Timing
+from rvdist.evaluate.answers import Answering, Asked, answer
+from rvdist.evaluate.asking import Asking
+from rvdist.evaluate.fleet.arguments import versions
+from rvdist.evaluate.fleet.fleet import Fleet
+from rvdist.evaluate.fleet.schedule import Slice
+from rvdist.evaluate.request import Answered, Completion, Generate, Progress, Request
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- driver.py -->", "<!-- /driver.py -->"
+PROMPT, TEXT = "Q: what is the sum? " * 40, "First I add them, then I look again. " * 8  # 800 and 296 characters
+TASKS, POINTS = 8, 16
+
+
+class Instant:
+    """An engine that has every answer at once."""
+
+    def __init__(self, base: str, settings: Any) -> None:
+        pass
+
+    def info(self) -> dict[str, Any]:
+        return versions()
+
+    def answer(self, piece: Slice, requests: Sequence[Request]) -> Iterator[Progress | tuple[Answered, float]]:
+        yield Answered(tuple(Completion(TEXT, "stop", 200, 74) for _ in requests), 0, 1e-3), 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", type=int, default=64)
+    parser.add_argument("--answers", type=int, default=2**18)
+    parser.add_argument("--size", type=int, default=256)
+    given = parser.parse_args()
+    each = given.answers // TASKS // POINTS
+    requests = {f"t{t}": [Generate(f"{PROMPT}{t} {k}", 256) for k in range(each)] for t in range(TASKS)}
+    vector = Vector("plus", "minus")
+    points = {WeightPoint("base", (Term(p / 8, vector),)): Asked(f"digest {p}", f"{p}") for p in range(POINTS)}
+    suite: Any = SimpleNamespace(versions=dict.fromkeys(requests, "1"))
+    cluster.connect("local")
+    began = time.perf_counter()
+    fleet = Fleet("base", None, given.engines, cpus=1 / 64, actor=Instant)
+    import ray
+
+    while fleet.started < given.engines:
+        fleet._seats.tend()
+        for ready in ray.wait(fleet._seats.pending, timeout=1.0)[0]:
+            fleet._seats.hear(ready)
+    print(f"{fleet.started} engines up in {time.perf_counter() - began:.0f} s", flush=True)
+    lines = []
+    for cached in (False, True):
+        with tempfile.TemporaryDirectory() as place:
+            asking = Asking("serving", "tensors", suite, None, requests)
+            answering = Answering(given.size, lambda: fleet, Path(place) if cached else None, {"engine": "fake"})
+            began, used = time.perf_counter(), time.process_time()
+            found = answer(asking, points, answering, Timing(), Log())
+            wall, cpu = time.perf_counter() - began, time.process_time() - used
+        count = sum(len(one.answers) for one in found.answers.values())
+        assert count == TASKS * POINTS * each
+        how = "kept in the cache" if cached else "not kept"
+        lines.append(f"| {how} | {count:,} | {wall:.1f} | {count / wall:,.0f} | {cpu:.1f} | {count / cpu:,.0f} |")
+        print(lines[-1], flush=True)
+    fleet.stop()
+    ray.shutdown()
+    text = "\n".join(
+        [
+            f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores.",
+            "",
+            "| answers | how many | s | answers/s | s of the driver's CPU | answers a second of it |",
+            "|---|---|---|---|---|---|",
+            *lines,
+        ]
+    )
+    print(text)
+    before, _, rest = README.read_text().partition(BEGIN)
+    if rest:
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
