@@ -142,7 +142,7 @@ def through_the_fleet(rounds: int) -> list[str]:
 
     cluster.connect("local")
     fleet = Fleet(TARGET, replace(SETTINGS, max_num_seqs=None), count=1, cpus=1.0)
-    requests = {"t": [Generate(f"Q: {k} + 1 = ?\nA:", 8, temperature=1.0) for k in range(1600)]}
+    requests = {"t": [Generate(f"Q: {k} + 1 = ?\nA:", 8, temperature=1.0) for k in range(800)]}
     slices, deep = cut(WeightPoint(TARGET), requests, 8), schedule._DEEP
     fleet.answer(slices[:20], requests)
     found: dict[int, list[float]] = {deep: [], 10**9: []}
@@ -180,7 +180,7 @@ def main() -> None:
             "|---|---|---|---|",
             *real(rounds),
             "",
-            "| real engine through the fleet, 200 slices of 8 | of its time it answers |",
+            "| real engine through the fleet, 100 slices of 8 | of its time it answers |",
             "|---|---|",
             *fleet,
             "",

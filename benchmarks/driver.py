@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,14 +21,16 @@ from typing import Any
 
 from rvdist.core import cluster
 from rvdist.core.log import Log
-from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.point import Arm, Term, Vector, WeightPoint
 from rvdist.core.timing import Timing
 from rvdist.evaluate.answers import Answering, Asked, answer
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import Slice
-from rvdist.evaluate.request import Answered, Completion, Generate, Progress, Request
+from rvdist.evaluate.request import Answered, Completion, Generate, Loglikelihood, Progress, Request
+from rvdist.evaluate.suite import Suite
+from rvdist.evaluate.tokenizer import load_tokenizer
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- driver.py -->", "<!-- /driver.py -->"
@@ -46,6 +49,45 @@ class Instant:
 
     def answer(self, piece: Slice, requests: Sequence[Request]) -> Iterator[Progress | tuple[Answered, float]]:
         yield Answered(tuple(Completion(TEXT, "stop", 200, 74) for _ in requests), 0, 1e-3), 0.0
+
+
+class Scorer:
+    """Scores answers of the pocket family's tasks by lm-eval, again and again, in a thread beside as a command does."""
+
+    def __init__(self) -> None:
+        target = Path(__file__).resolve().parent.parent / "rvdist" / "pocket" / "target"
+        self._suite, self._tokenizer = Suite.load(["pocket_sums", "pocket_choice"]), load_tokenizer(target, True)
+        self._requests = self._suite.requests(self._tokenizer)
+        self._answers: dict[str, list[Any]] = {
+            task: [
+                Completion("12 = 46", "stop", 9, 9) if isinstance(one, Generate) else Loglikelihood(-1.0, True, 2)
+                for one in asked
+            ]
+            for task, asked in self._requests.items()
+        }
+        self._arm, self._over, self._rounds = Arm("baseline", WeightPoint(str(target)), alpha=0.0), True, 0
+        self._thread: threading.Thread | None = None
+        self._score()
+
+    def _score(self) -> None:
+        self._suite.score(self._arm, "digest", self._tokenizer, self._requests, self._answers, seed=0)
+
+    def _run(self) -> None:
+        while not self._over:
+            self._score()
+            self._rounds += 1
+
+    def begin(self, wanted: bool) -> None:
+        self._over, self._rounds = not wanted, 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def end(self, seconds: float) -> float:
+        """How many answers it scored a second."""
+        rounds, self._over = self._rounds, True
+        assert self._thread
+        self._thread.join()
+        return rounds * sum(map(len, self._requests.values())) / seconds
 
 
 def main() -> None:
@@ -70,7 +112,9 @@ def main() -> None:
             fleet._seats.hear(ready)
     print(f"{fleet.started} engines up in {time.perf_counter() - began:.0f} s", flush=True)
     lines = []
-    for cached in (False, True):
+    scorer = Scorer()
+    for cached, scored in ((False, False), (True, False), (True, True)):
+        scorer.begin(scored)
         with tempfile.TemporaryDirectory() as place:
             asking = Asking("serving", "tensors", suite, None, requests)
             answering = Answering(given.size, lambda: fleet, Path(place) if cached else None, {"engine": "fake"})
@@ -79,7 +123,8 @@ def main() -> None:
             wall, cpu = time.perf_counter() - began, time.process_time() - used
         count = sum(len(one.answers) for one in found.answers.values())
         assert count == TASKS * POINTS * each
-        how = "kept in the cache" if cached else "not kept"
+        rate = scorer.end(wall)
+        how = ("kept in the cache" if cached else "not kept") + (f", {rate:,.0f}/s scored beside" if scored else "")
         lines.append(f"| {how} | {count:,} | {wall:.1f} | {count / wall:,.0f} | {cpu:.1f} | {count / cpu:,.0f} |")
         print(lines[-1], flush=True)
     fleet.stop()
@@ -88,7 +133,7 @@ def main() -> None:
         [
             f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores.",
             "",
-            "| answers | how many | s | answers/s | s of the driver's CPU | answers a second of it |",
+            "| answers | how many | s | answers/s | s of the driver's CPU, scoring's too | answers a second of it |",
             "|---|---|---|---|---|---|",
             *lines,
         ]

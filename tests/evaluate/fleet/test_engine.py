@@ -427,8 +427,8 @@ def test_shared_prefixes_are_of_one_batch_and_one_point(families: dict[str, Fami
     """Prompts are read in part from each other; what was asked before, and other weights, change no answer."""
     family = families["tied"]
     target, other = WeightPoint(str(family.target)), family.point(1.0)
-    settings = dataclasses.replace(SETTINGS, prefix_caching=True)
-    engine = Engine(str(family.target), settings)
+    settings = dataclasses.replace(SETTINGS, prefix_caching=True, args=json.dumps({"block_size": 32}))
+    engine = start(target, settings)
     core, hits = engine._llm.llm_engine, [0]
     step = core.step
 
@@ -459,7 +459,7 @@ def test_shared_prefixes_are_of_one_batch_and_one_point(families: dict[str, Fami
     assert ask(batch) == alone != elsewhere
     engine.swap(other)
     assert ask(batch) == elsewhere
-    fresh = Engine(str(family.target), settings)
+    fresh = start(target, settings)
     fresh.swap(other)
     assert fresh.generate(batch) == elsewhere
 
