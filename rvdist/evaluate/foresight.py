@@ -12,7 +12,8 @@ from typing import Any
 
 from rvdist.core.foreign import parse_json
 from rvdist.core.regular import read_regular, write_regular
-from rvdist.evaluate.request import Generate, Request
+from rvdist.evaluate.fleet.schedule import Slice
+from rvdist.evaluate.request import Answered, Completion, Generate, Request
 
 _SAMPLE = 64  # requests of a task whose tokens are counted
 _WORTH_REMEMBERING = 10.0  # seconds of engines that say something of their rate
@@ -41,6 +42,17 @@ def load_of(requests: Sequence[Request], tokenizer: Any, length: float | None) -
     generated = any(isinstance(one, Generate) for one in requests)
     made = sum(most) if length is None or not generated else sum(min(length, one) for one in most)
     return Load(len(requests), round(prompt), round(made), length is not None or not generated)
+
+
+def mean_lengths(answered: Mapping[Slice, Answered]) -> dict[str, float]:
+    """The mean tokens of an answer that was generated, by task."""
+    lengths: dict[str, list[int]] = {}
+    for piece, found in answered.items():
+        tasks = (part.task for part in piece.parts for _ in range(part.begin, part.end))
+        for task, one in zip(tasks, found.answers, strict=True):
+            if isinstance(one, Completion):
+                lengths.setdefault(task, []).append(one.tokens)
+    return {task: sum(own) / len(own) for task, own in lengths.items()}
 
 
 @dataclass

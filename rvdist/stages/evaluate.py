@@ -20,9 +20,9 @@ from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
 from rvdist.evaluate.fleet.arguments import GRAPHS, EngineSettings, build, further_arguments, identity
 from rvdist.evaluate.fleet.fleet import Fleet, device_kind
-from rvdist.evaluate.foresight import Memory
+from rvdist.evaluate.foresight import Memory, mean_lengths
 from rvdist.evaluate.replay import Recording, ReplayActor
-from rvdist.evaluate.request import Answer, Completion
+from rvdist.evaluate.request import Answer
 from rvdist.evaluate.resolved import name_of as name_of_engines
 from rvdist.evaluate.resolved import remember, remembered
 from rvdist.evaluate.suite import Suite
@@ -289,7 +289,7 @@ class Evaluator:
                 remember(prepared.cache, engines, chosen)
             nbytes = sum(spec.nbytes for spec in prepared.sources[arm.point.base].tensors.values())
             tokens, seconds = fleet.stats.prompt_tokens + fleet.stats.tokens, fleet.stats.generate
-            kind, lengths = scoring.engine["device"], _lengths(collected.answers)
+            kind, lengths = scoring.engine["device"], mean_lengths(collected.answers)
             Memory.read(prepared.cache).remember(prepared.cache, kind, nbytes, tokens, seconds, lengths)
 
     def _tell(self, arms: Arms, collected: Collected) -> None:
@@ -314,14 +314,6 @@ class Evaluator:
                 sentence = f"{arm.name} is scored although {', '.join(tensors[:3])} hold infinities or NaNs"
                 scoring.add_note(arm, sentence)
                 scoring.prepared.note(sentence)
-
-
-def _lengths(answered: Answers) -> dict[str, float]:
-    """The mean tokens of an answer, by task."""
-    lengths: dict[str, list[int]] = {}
-    for piece, found in answered.items():
-        lengths.setdefault(piece.task, []).extend(one.tokens for one in found.answers if isinstance(one, Completion))
-    return {task: sum(own) / len(own) for task, own in lengths.items() if own}
 
 
 def suite_of(prepared: Prepared, prompt: str) -> Suite:

@@ -5,8 +5,10 @@ import json
 import pytest
 from checkpoints import POCKET
 
-from rvdist.evaluate.foresight import Memory, load_of
-from rvdist.evaluate.request import Choice, Generate
+from rvdist.core.point import WeightPoint
+from rvdist.evaluate.fleet.schedule import cut
+from rvdist.evaluate.foresight import Memory, load_of, mean_lengths
+from rvdist.evaluate.request import Answered, Choice, Completion, Generate, Loglikelihood
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,14 @@ def test_tokens_of_prompts_and_answers(tokenizer):
     choices = load_of([Choice("abc", " d")] * 7, tokenizer, None)
     assert (choices.prompt, choices.made, choices.known) == (35, 7, True)
     assert load_of([], tokenizer, None).prompt == 0
+
+
+def test_lengths_of_tasks_that_share_a_batch():
+    asked = {"a": [Generate("x", 9)] * 3, "b": [Generate("y", 9)] * 2, "c": [Choice("x", "y")]}
+    first, second = cut(WeightPoint("base"), asked, 8)
+    answers = [Completion("", "stop", 1, tokens) for tokens in (1, 2, 3, 10, 20)]
+    answered = {first: Answered(tuple(answers), 0, 0.1), second: Answered((Loglikelihood(0.0, True, 5),), 0, 0.1)}
+    assert mean_lengths(answered) == {"a": 2.0, "b": 15.0}
 
 
 def test_what_is_remembered(tmp_path):

@@ -36,6 +36,7 @@ from rvdist.evaluate.request import Unusable
 from rvdist.weights.checkpoint.directory import Checkpoint
 
 _TEMPLATE = "{{ messages[0]['content'] }}"  # vLLM renders one when it starts: not a stranger's, which may never end
+_NO_ROOM = re.compile("is less than (desired GPU memory utilization|the engine's budget)")
 _QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
 
 
@@ -91,18 +92,25 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
             with alone_on([] if on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")):
                 llm = LLM(**arguments, chat_template=_TEMPLATE)
         except (TypeError, ValueError) as error:
-            said = reason(str(error).replace(str(directory), base), 300)
-            if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", said):
-                raise BadInput(
-                    f"engine.max_model_len={settings.max_model_len}: {base} takes at most {most[1]} tokens; lower "
-                    "it, or leave it out"
-                ) from None
-            raise BadInput(f"{base}: vLLM refuses to start on it with these settings ({said})") from None
+            raise explain_refusal(str(error).replace(str(directory), base), base, settings) from None
     if llm.llm_engine.model_config.quantization:
         raise BadInput(f"{base}: {_QUANTIZED}")
     seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
     kind = "" if on_cpu else torch.cuda.get_device_name(0)
     return Started(llm, "cpu" if on_cpu else "cuda", kind, seconds)
+
+
+def explain_refusal(words: str, base: str, settings: EngineSettings) -> BadInput | Failed:
+    """What is to be done about a ValueError of vLLM's start. That others have the memory now may be otherwise later."""
+    said = reason(words, 300)
+    if _NO_ROOM.search(words):
+        return Failed(f"{base}: there is no memory for an engine now ({said})")
+    if most := re.search(r"derived max_model_len \(\w+=([\d.]+)", said):
+        return BadInput(
+            f"engine.max_model_len={settings.max_model_len}: {base} takes at most {most[1]} tokens; lower it, or leave "
+            "it out"
+        )
+    return BadInput(f"{base}: vLLM refuses to start on it with these settings ({said})")
 
 
 @contextlib.contextmanager

@@ -2,13 +2,15 @@
 
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from rvdist.core.errors import BadInput
+from rvdist.core.errors import BadInput, Failed
 from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, build, environment, identity, vllm_arguments
+from rvdist.evaluate.fleet.failures import Starts
 from rvdist.evaluate.fleet.fleet import device_kind
-from rvdist.evaluate.fleet.start import alone_on
+from rvdist.evaluate.fleet.start import alone_on, explain_refusal
 
 
 def start_on(cards, times):
@@ -41,6 +43,21 @@ def test_a_lock_that_somebody_planted_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "rvdist-12345").symlink_to(tmp_path / "theirs")
     with alone_on(["0"]):
         assert not any((tmp_path / "theirs").iterdir())
+
+
+@pytest.mark.heavy
+def test_a_card_whose_memory_another_has_is_no_bad_input():
+    """By the words of vLLM's own function: such a start is tried again."""
+    from vllm.v1.worker.utils import request_memory
+
+    snapshot = SimpleNamespace(total_memory=80 << 30, free_memory=3 << 30, device_="cuda:0")
+    with pytest.raises(ValueError) as refused:
+        request_memory(snapshot, SimpleNamespace(gpu_memory_utilization=0.9))
+    found = explain_refusal(str(refused.value), "target", DEFAULTS)
+    assert isinstance(found, Failed) and str(found).startswith("target: there is no memory for an engine now (Free mem")
+    assert Starts((2.0,)).fail(0, str(found), found, 0) == 2.0
+    other = explain_refusal("the head size is not supported", "target", DEFAULTS)
+    assert isinstance(other, BadInput) and "with these settings (the head size is not supported)" in str(other)
 
 
 @pytest.mark.heavy
