@@ -1,6 +1,7 @@
 """What verdicts and intervals are worth, where the truth is known: simulated arms, equal ones and ones that differ.
 
     python benchmarks/significance.py [--rounds N] [--older CHECKOUT]
+    python benchmarks/significance.py --verdicts [--rounds N]
 
 Each situation is drawn anew in every round: two arms that are alike, then two of which one is better by the change
 that the report says it could have seen. Counted are verdicts on equal arms, intervals that hold the truth, and verdicts
@@ -8,7 +9,8 @@ where there was something to see. N (2,000) rounds of 0/1 scores asked once, a f
 standard error is at most √(0.25/rounds). Then reports of seventeen equal arms, and the seconds of a whole report on
 100,000 records, beside reading their JSON and nothing else. CHECKOUT is a working tree of commit 932cee4, whose test
 was a bootstrap: its report on the same records. Seeds are fixed. With CHECKOUT the tables
-go to benchmarks/README.md.
+go to benchmarks/README.md. The second command asks how often each verdict is wrong where it is easiest to be wrong, and
+writes that table there alone.
 """
 
 from __future__ import annotations
@@ -34,13 +36,25 @@ from rvdist.core.point import Arm, WeightPoint
 from rvdist.core.record import Record, TaskInfo, write_records
 from rvdist.report import findings, report
 from rvdist.report.statistics import compare as statistics
-from rvdist.report.statistics.compare import Comparison, compare, detectable_effects, holm, score_interval
-from rvdist.report.statistics.sample import Sample
-from rvdist.report.summary import GroupInfo
+from rvdist.report.statistics.compare import (
+    SEEN,
+    Comparison,
+    compare,
+    compare_discordant,
+    detectable_effects,
+    holm,
+    rooms,
+    score_interval,
+    within,
+)
+from rvdist.report.statistics.sample import Sample, Score
+from rvdist.report.statistics.sweep import confirm
+from rvdist.report.summary import MARGIN, GroupInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- significance.py -->", "<!-- /significance.py -->"
+VERDICTS_BEGIN, VERDICTS_END = "<!-- significance.py --verdicts -->", "<!-- /significance.py --verdicts -->"
 PAIR = ("score", "none")
 ARMS = [Arm(name, WeightPoint(name), "plain", None) for name in ("baseline", "arm")]
 LEVEL, ARMS_OF_A_REPORT = 0.05, 17
@@ -257,6 +271,109 @@ def equal_reports(n: int, draw: Draw, shares: bool, rounds: int) -> float:
     return wrong / rounds
 
 
+# ---------------------------------------------------------------- how often each verdict is wrong
+
+SIZES = (60, 200, 600, 1300)
+QUESTION = Score("task", *PAIR, True, True)
+Wrong = Callable[[np.random.Generator, int], bool]  # of so many documents, drawn once
+
+
+def drawn(values: Floats, name: str = "") -> Sample:
+    documents = tuple(f"{name}{k}" for k in range(len(values)))
+    return Sample(documents, values, np.ones(len(values)), (len(values),), True, True, "", frozenset([0]))
+
+
+def pair(rng: np.random.Generator, n: int, draw: Draw, change: float) -> tuple[Sample, Sample]:
+    """An arm and its baseline."""
+    theirs, ours = draw(rng, n, change)
+    return drawn(ours[:, 0]), drawn(theirs[:, 0])
+
+
+def differs(rng: np.random.Generator, n: int) -> bool:
+    """Equal arms, one document in five changes: better or worse."""
+    return compare(*pair(rng, n, binary(0.6), 0.0)).p_value < LEVEL
+
+
+def equals(changed: float) -> Wrong:
+    """Arms that differ by the margin itself: equivalent. So many documents change."""
+
+    def said(rng: np.random.Generator, n: int) -> bool:
+        found = compare(*pair(rng, n, binary(0.6, changed), MARGIN))
+        return within(found.low, found.high, MARGIN)
+
+    return said
+
+
+def hides(rng: np.random.Generator, n: int) -> bool:
+    """A baseline with twice the room that is asked for, in the mean: cannot be seen."""
+    return rooms(drawn((rng.random(n) >= 2 * SEEN / n) * 1.0))["rise"] < SEEN
+
+
+def grid(rng: np.random.Generator, n: int, arms: int = ARMS_OF_A_REPORT) -> tuple[Sample, list[Sample], list[Arm]]:
+    """A baseline and arms along α that are all equal to it, one document in five changing."""
+    theirs = rng.random(n) < 0.6
+    line = [Arm(f"{k}", WeightPoint(f"{k}"), "plain", k / arms) for k in range(1, arms + 1)]
+    ours = []
+    for _ in line:
+        chance = rng.random(n)
+        ours.append(drawn(np.where(theirs, chance >= 0.1 / 0.6, chance < 0.1 / 0.4) * 1.0))
+    return drawn(theirs * 1.0), ours, line
+
+
+def confirms(rng: np.random.Generator, n: int) -> bool:
+    """The best of 17 equal arms: confirmed, or worse, on the documents that did not choose it."""
+    baseline, ours, line = grid(rng, n)
+    found = confirm(line, ours, baseline, QUESTION)
+    return found is not None and found.found.p_value < LEVEL
+
+
+def only_format(rng: np.random.Generator, n: int) -> bool:
+    """One answer in ten comes into the asked format, and is right then; of the others the margin itself is gained."""
+    up, down, formatted, _ = rng.multinomial(n, (0.03, 0.01, 0.1, 0.86))
+    left, whole = compare_discordant(int(up), int(down), n), compare_discordant(int(up + formatted), int(down), n)
+    return whole.p_value < LEVEL and within(left.low, left.high, MARGIN)
+
+
+VERDICTS: dict[str, Wrong] = {
+    "better or worse: equal arms": differs,
+    "equivalent: 2 points apart, 2 % of documents change": equals(0.02),
+    "equivalent: 2 points apart, 5 % change": equals(0.05),
+    "equivalent: 2 points apart, 20 % change": equals(0.2),
+    "cannot be seen: room for 12 documents": hides,
+    "the best α confirmed: 17 equal arms": confirms,
+    "only format: the margin is gained besides": only_format,
+}
+
+
+def verdict_errors(rounds: int) -> Iterator[list[str]]:
+    """A row for each verdict: how often it is said where it is wrong, by the number of documents."""
+    for i, (name, wrong) in enumerate(VERDICTS.items()):
+        row = [name]
+        for n in SIZES:
+            rng = np.random.default_rng([n, i])
+            row.append(f"{100 * sum(wrong(rng, n) for _ in range(rounds)) / rounds:.1f}%")
+        yield row
+
+
+def winners(rounds: int) -> Iterator[list[str]]:
+    """What the best of 17 equal arms is said to gain where it was chosen and where it was not, and how often the
+    intervals hold the truth, which is nothing."""
+    told: dict[str, list[str]] = {"chosen there: gain": [], "interval holds": [], "elsewhere: gain": [], "it holds": []}
+    for n in SIZES:
+        rng = np.random.default_rng([n, 99])
+        flattered, honest = [], []
+        for _ in range(rounds):
+            baseline, ours, line = grid(rng, n)
+            flattered.append(compare(max(ours, key=lambda one: one.score), baseline))
+            if one := confirm(line, ours, baseline, QUESTION):
+                honest.append(one.found)
+        for names, found in ((list(told)[:2], flattered), (list(told)[2:], honest)):
+            held = sum(holds(one.low, one.high, 0.0) for one in found) / rounds
+            told[names[0]].append(f"{100 * float(np.mean([one.delta for one in found])):+.1f}")
+            told[names[1]].append(f"{100 * held:.1f}%")
+    yield from ([name, *cells] for name, cells in told.items())
+
+
 # ---------------------------------------------------------------- seconds of a report
 
 OLDER = ["record", "point", "report.statistics", "report.findings", "report.report"]
@@ -348,11 +465,25 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def write_between(begin: str, lines: Sequence[str], end: str) -> None:
+    text = README.read_text(encoding="utf-8")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    README.write_text(before + "\n".join([begin, *lines, end]) + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000, help="of 0/1 scores asked once; a fifth of it of others")
     parser.add_argument("--older", type=Path, metavar="CHECKOUT", help="of commit 932cee4, whose report is timed, too")
+    parser.add_argument("--verdicts", action="store_true", help="how often each verdict is wrong, and nothing else")
     arguments = parser.parse_args()
+    if arguments.verdicts:
+        head = [f"{n:,} documents" for n in SIZES]
+        lines = markdown(["said wrongly", *head], list(verdict_errors(arguments.rounds)))
+        lines += ["", *markdown(["the best of 17 equal arms", *head], list(winners(arguments.rounds)))]
+        print(*lines, sep="\n")
+        write_between(VERDICTS_BEGIN, lines, VERDICTS_END)
+        return
     rows, split, total = [], 0, 0
     for i, situation in enumerate(situations()):
         found = tally(situation, arguments.rounds // (1 if situation.exact else 5), i)
@@ -377,9 +508,7 @@ def main() -> None:
         lines += time_reports(trees, Path(place))
     print(*lines, sep="\n")
     if arguments.older:  # else a row would be lost
-        text = README.read_text(encoding="utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        README.write_text(before + "\n".join([BEGIN, *lines, END]) + after, encoding="utf-8")
+        write_between(BEGIN, lines, END)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "sandbox": "degraded: run them with what isolation there is where namespaces are not to be had",
         "primary": "the filter whose score counts, by task or group, as `{gsm8k: flexible-extract}`; of others the one "
         "that their prompts ask for",
+        "margin": "points within which a change counts as none: where the whole interval of one is smaller, the "
+        "verdict is equivalent; 0 for never",
     },
     config.EngineConfig: {
         "count": "engines; null: as many as there are GPUs or cores for",

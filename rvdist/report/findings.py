@@ -14,12 +14,22 @@ from rvdist.core.record import Record, TaskInfo
 from rvdist.report.page.samples import empty_answers
 from rvdist.report.paper import Line, Reported, paper_lines
 from rvdist.report.pictures.race import RaceAccount
-from rvdist.report.statistics.compare import detectable_effects
+from rvdist.report.statistics.compare import FormatGain, detectable_effects, format_gains
 from rvdist.report.statistics.robustness import Edited, robustness
 from rvdist.report.statistics.seeds import Spread, seed_spread
-from rvdist.report.statistics.sweep import limits, sweeps
+from rvdist.report.statistics.sweep import Sweep, limits, sweeps
 from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting_rows
-from rvdist.report.wording import Scale, claims, empty_sentences, footnotes, limit_sentences, persistence_claims
+from rvdist.report.wording import (
+    Scale,
+    claims,
+    cut_sentences,
+    empty_sentences,
+    equivalence_sentences,
+    footnotes,
+    format_sentences,
+    limit_sentences,
+    persistence_claims,
+)
 
 
 @dataclass(frozen=True)
@@ -93,17 +103,32 @@ class Findings:
         return {name: Scale([row for row in self.rows if row.primary and row.task == name]) for name in names}
 
     @cached_property
+    def along(self) -> list[Sweep]:
+        """Each benchmark along α, the best α confirmed on documents that did not choose it."""
+        return sweeps(self.arms, self.records, self.tasks, self.groups, self.baseline)
+
+    @cached_property
+    def formats(self) -> list[FormatGain]:
+        """The differences that are, or may be, only format."""
+        if self.baseline is None:
+            return []
+        return format_gains(self.benchmarks, self.records, self.tasks, self.baseline, self.groups)
+
+    @cached_property
     def claims(self) -> list[str]:
         """What it all means, in sentences; the first for the whole."""
         if not self.rows:
             return []
         missing = empty_sentences(empty_answers(self.records, self.tasks))
         if self.baseline is None:
-            return claims(self.benchmarks) + missing
-        along = sweeps(self.arms, self.records, self.tasks, self.groups)
+            return claims(self.benchmarks) + cut_sentences(self.benchmarks) + missing
+        along = self.along
         unseen = limits(self.records, self.tasks, self.baseline, self.groups)
         return [
             *claims(self.benchmarks, along),
+            *equivalence_sentences(self.benchmarks, self.baseline),
+            *format_sentences(self.formats, self.scales),
+            *cut_sentences(self.benchmarks),
             *limit_sentences(unseen, self.scales, self.benchmarks, self.baseline),
             *persistence_claims(self.edited, self.scales, self.baseline),
             *missing,

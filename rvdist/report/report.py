@@ -3,6 +3,7 @@
     alpha.png .pdf          every benchmark along α              changes.png .pdf       the paper's table as a picture
     paper.csv               the paper's table                    robustness.csv .png .pdf   edited questions
     seeds.csv               the spread between seeds             race.png .pdf          how the arms were chosen
+    cost.png .pdf           scores against tokens
     report.html             all of it in one page
 
 Those for which there is something to say. Computes nothing itself.
@@ -21,6 +22,7 @@ from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.page.page import write_page
 from rvdist.report.paper import write_paper_table
 from rvdist.report.pictures.alpha import alpha_figure
+from rvdist.report.pictures.cost import cost_figure
 from rvdist.report.pictures.drawing import render
 from rvdist.report.pictures.forest import changes_figure, robustness_figure
 from rvdist.report.pictures.race import race_figure
@@ -56,6 +58,7 @@ def write_report(directory: Path, findings: Findings, making: Making, anatomy: A
         wanted = {
             "alpha": lambda: alpha_figure(findings.benchmarks, findings.race is None),
             "changes": lambda: changes_figure(findings.lines),
+            "cost": lambda: cost_figure(findings.benchmarks),
         }
         write_paper_table(directory / "paper.csv", findings.lines)
     if race := findings.race:

@@ -14,6 +14,13 @@ from pathlib import Path
 from rvdist.core.text import cell
 
 LEVEL = 0.05  # of every test; the intervals are its complement, 95 %
+MARGIN = 0.02  # of shares: a change whose whole interval is smaller is none that matters
+UNITS = {  # of metrics that are no shares, however small
+    "bits_per_byte": "bits per byte",
+    "log2_byte_perplexity": "bits per byte",
+    "log2_word_perplexity": "bits per word",
+    "log2_perplexity": "bits",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,10 @@ class Row:
     fields from `delta` on are None for the baseline itself and without a baseline; an interval end is
     None where the data say nothing about it (one document of an unbounded metric, say). `verdict` is what holds after
     Holm's correction, as `p_adjusted` does; `verdict_alone` is what the comparison says by itself, as its interval.
+    A change is `equivalent` to none where its interval lies within `margin`, None for what is no share. `unseen` is
+    "rise" or "fall" where the baseline is so near 1 or 0 that none could be told from chance. `tokens`, the mean of an
+    answer, the share `cut` at the limit, the share `in_format` and the score of those alone are None where the records
+    do not say.
     """
 
     arm: str
@@ -48,6 +59,14 @@ class Row:
     p_adjusted: float | None = None
     verdict: str | None = None
     verdict_alone: str | None = None
+    margin: float | None = None
+    unseen: str | None = None
+    tokens: float | None = None
+    tokens_ci_low: float | None = None
+    tokens_ci_high: float | None = None
+    cut: float | None = None
+    in_format: float | None = None
+    value_in_format: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Knows rows and points; knows no markup, so whoever shows the words escapes them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -14,21 +15,17 @@ from typing import TYPE_CHECKING, Protocol
 from rvdist.core.config import alpha_text
 from rvdist.core.point import WeightPoint, name_of
 from rvdist.core.text import printable as printable
-from rvdist.report.summary import LEVEL, Row, baseline_of
+from rvdist.report.summary import LEVEL, UNITS, Row, baseline_of
 
 if TYPE_CHECKING:
+    from rvdist.report.statistics.compare import FormatGain
     from rvdist.report.statistics.robustness import Edited
     from rvdist.report.statistics.seeds import Spread
     from rvdist.report.statistics.sweep import Limit, Sweep
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
-_UNITS = {  # of metrics that are no shares, however small
-    "bits_per_byte": "bits per byte",
-    "log2_byte_perplexity": "bits per byte",
-    "log2_word_perplexity": "bits per word",
-    "log2_perplexity": "bits",
-}
 MARK = "†"
+CUT = 0.05  # a share of answers cut at the limit that is said
 MARK_NOTE = f"{MARK} significant alone, but does not survive Holm's correction for the number of comparisons."
 
 
@@ -48,7 +45,7 @@ class Scale:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         ends = [x for row in rows for x in (row.value, row.ci_low, row.ci_high) if x is not None]
-        own = _UNITS.get(rows[0].metric) if rows else None
+        own = UNITS.get(rows[0].metric) if rows else None
         self.percent = own is None and all(0 <= x <= 1 for x in ends)
         self.unit = own or "%" * self.percent
         self.step = "points" if self.percent else self.unit
@@ -190,6 +187,7 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
         text += f". Against “{baseline}” it {_direction(best, scale)} {_evidence(best, scale)}"
     else:
         text += f". No difference to “{baseline}” can be told from chance."
+    text += _confirmed(sweep, scale, baseline)
     said = own[baseline].alpha if baseline in own and sweep.best != baseline else None
     neighbours = [one for one in sweep.neighbours if one.alpha != said]
     worse = [one for one in neighbours if one.p_adjusted < LEVEL]
@@ -205,6 +203,96 @@ def _sweep_sentences(sweep: Sweep, rows: Mapping[tuple[str, str], Row], scale: S
     if worst is not best and significant(worst) and worst.verdict_alone == "worse":
         text += f" With α = {_alpha(worst.alpha)}, the worst, it {_direction(worst, scale)} {_evidence(worst, scale)}"
     return text
+
+
+def _confirmed(sweep: Sweep, scale: Scale, baseline: str) -> str:
+    """What the best of many is worth on documents that did not choose it."""
+    one = sweep.confirmation
+    if one is None or sweep.best == baseline:
+        return ""
+    if one.chosen == baseline:
+        return " That these documents chose it flatters it: half of them would have chosen no α."
+    found = one.found
+    low, high = (scale.number(known_end(end), sign=True) for end in (found.low, found.high))
+    said = {"better": "confirmed", "worse": "it is worse"}.get(one.verdict, "not confirmed")
+    return (
+        f" That these documents chose it flatters it: on {one.n:,} documents that did not, α = {_alpha(one.alpha)}, "
+        f"the choice of the others, changes it by {scale.number(found.delta, sign=True)} "
+        f"(95 % interval {low} to {high}; adjusted p {p_text(one.p_adjusted)}): {said}."
+    )
+
+
+def known_end(end: float) -> float | None:
+    """An end of an interval, None where nothing is known of it."""
+    return end if math.isfinite(end) else None
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """What a person wants to know first: which arm does best over all benchmarks, what it gains, what got worse, and
+    what its answers cost. Empty where nothing was compared."""
+    baseline = baseline_of(rows)
+    by_arm: dict[str, list[Row]] = {}
+    for row in rows:
+        by_arm.setdefault(row.arm, []).append(row)
+    whole = {arm: own for arm, own in by_arm.items() if len(own) == len(by_arm.get(baseline or "", ()))}
+    if baseline not in whole or len(whole) < 2:
+        return ""
+    scales = {task: Scale(group) for task, group in by_task(rows)}
+    means = {arm: sum(row.value if row.higher_is_better else -row.value for row in own) for arm, own in whole.items()}
+    best = max((arm for arm in whole if arm != baseline), key=lambda arm: means[arm])
+    over = f"over {len(whole[best])} benchmarks" if len(whole[best]) > 1 else f"on {whole[best][0].task}"
+    if means[best] <= means[baseline]:
+        return f"No arm does better than “{baseline}” {over}."
+    said = {
+        verdict: ", ".join(f"{row.task} {scales[row.task].delta(row)}" for row in whole[best] if row.verdict == verdict)
+        for verdict in ("better", "worse")
+    }
+    among = f", of {len(whole) - 1} arms on these documents" if len(whole) > 2 else ""
+    text = f"“{best}” does best {over}{among}. "
+    text += f"Better: {said['better']}. " if said["better"] else "Nothing of that can be told from chance. "
+    text += f"Worse: {said['worse']}." if said["worse"] else "Nothing got detectably worse."
+    tokens = [[row.tokens for row in whole[arm]] for arm in (best, baseline)]
+    own, theirs = ([count for count in counts if count is not None] for counts in tokens)
+    if own and len(own) == len(theirs):
+        mean, before = sum(own) / len(own), sum(theirs) / len(theirs)
+        text += f" An answer takes {mean:.1f} tokens; with “{baseline}” {before:.1f}."
+    return text
+
+
+def equivalence_sentences(rows: Sequence[Row], baseline: str, most: int = 8) -> list[str]:
+    """Where it is known that nothing that matters changed."""
+    equal = [row for row in rows if row.verdict == "equivalent" and row.margin is not None]
+    if not equal:
+        return []
+    named = [f"{row.task} with “{row.arm}”" for row in equal[:most]]
+    more = f", and {len(equal) - most} more" if len(equal) > most else ""
+    return [f"Equivalent to “{baseline}”, within {100 * (equal[0].margin or 0.0):g} points: {', '.join(named)}{more}."]
+
+
+def format_sentences(gains: Sequence[FormatGain], scales: Mapping[str, Scale]) -> list[str]:
+    """Which differences are, or may be, only that more or fewer answers are in the asked format."""
+    sentences = []
+    for gain in gains:
+        scale, rest = scales[gain.task], gain.rest
+        low, high = (scale.number(end, sign=True) for end in (rest.low, rest.high))
+        what = "is only format" if gain.only else "may be only format"
+        sentences.append(
+            f"{gain.task} with “{gain.arm}”: the difference {what}: {100 * gain.before:.1f} % of answers were in the "
+            f"asked format, and {100 * gain.after:.1f} % are; without the documents of which that changed, "
+            f"{scale.number(rest.delta, sign=True)} is left (95 % interval {low} to {high})."
+        )
+    return sentences
+
+
+def cut_sentences(rows: Sequence[Row]) -> list[str]:
+    """Where answers were cut at the limit of tokens, so that scores are those of unfinished answers."""
+    sentences = []
+    for task, group in by_task(rows):
+        cut = [f"{100 * (row.cut or 0):.1f} % with “{row.arm}”" for row in group if (row.cut or 0.0) >= CUT]
+        if cut:
+            more = f", and {len(cut) - 8} more arms" if len(cut) > 8 else ""
+            sentences.append(f"{task}: answers were cut at max_gen_toks: {', '.join(cut[:8])}{more}.")
+    return sentences
 
 
 def _alpha(alpha: float | None) -> str:

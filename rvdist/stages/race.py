@@ -62,7 +62,7 @@ def race(evaluator: Evaluator, scoring: Scoring) -> None:
     outcome = running.outcome
     _write(prepared.directory, outcome, seen, held)
     scoring.race = _account(outcome, arms, sum(map(len, seen.values())))
-    claim = _claim(outcome, sum(map(len, held.values())))
+    claim = _claim(outcome, sum(map(len, seen.values())), sum(map(len, held.values())))
     scoring.add_note(baseline, claim)
     prepared.say(claim)
     confirmed = asking.restrict(held)
@@ -116,14 +116,15 @@ def _sentence(outcome: Outcome[str]) -> str:
     )
 
 
-def _claim(outcome: Outcome[str], held: int) -> str:
+def _claim(outcome: Outcome[str], seen: int, held: int) -> str:
     tied = f"; not told apart from it: {', '.join(outcome.tied)}" if outcome.tied else ""
     count = 1 + len(outcome.tied) + len(outcome.eliminated)
     share = outcome.samples / outcome.full_grid
     return (
-        f"the race found {outcome.best} the best of {count} candidates, to within {outcome.tolerance:g} with "
-        f"{outcome.confidence:.0%} confidence, from {outcome.samples:,} of the grid's {outcome.full_grid:,} samples "
-        f"({share:.0%}){tied}; the scores here are of {held} documents that it did not see"
+        f"the race found {outcome.best} the best of {count} candidates on its {seen:,} documents, to within "
+        f"{outcome.tolerance:g} with {outcome.confidence:.0%} confidence, from {outcome.samples:,} of the grid's "
+        f"{outcome.full_grid:,} samples ({share:.0%}){tied}; what it is worth on others the scores here say, of "
+        f"{held:,} documents that it did not see"
     )
 
 

@@ -116,7 +116,8 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
         scored_arms = [arm for arm, _, _ in arms]
         groups = groups_of(asking.suite, tasks)
         baseline = None if scoring.arms[0].name in scoring.unscored else first.name
-        rows = summarise(scored_arms, records, tasks, baseline, groups)
+        margin = scoring.prepared.settings.benchmarks.margin / 100
+        rows = summarise(scored_arms, records, tasks, baseline, groups, margin)
         write_summary(directory / "summary.json", rows)
         scoring.scores = Scores(scored_arms, rows, records, tasks, groups, asking.suite.lacking)
 

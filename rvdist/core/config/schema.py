@@ -143,6 +143,7 @@ class BenchmarksConfig:
     allow_code_execution: bool = False
     sandbox: str = "strict"
     primary: dict[str, str] = field(default_factory=dict)
+    margin: float = 2.0
 
 
 @dataclass
@@ -274,6 +275,8 @@ class Config:
                 raise BadInput(
                     f"{key}={attrgetter(key)(self)}: is a URL, and this is a path; mount it, or copy from there"
                 )
+        if self.benchmarks.margin < 0:
+            raise BadInput(f"benchmarks.margin={self.benchmarks.margin:g}: is less than no points; give 0 or more")
         _ = self.output_format
 
     @property

@@ -19,11 +19,13 @@ from markupsafe import Markup, escape
 from rvdist.core.text import cut
 from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.page.samples import choose_samples
-from rvdist.report.page.tables import edited_table, paper_table, spread_line, task_table
+from rvdist.report.page.tables import edited_table, spread_line, task_table
+from rvdist.report.paper import INSIDE_NOTE
 from rvdist.report.summary import Row
 from rvdist.report.wording import (
     by_task,
     formula,
+    headline,
     printable,
 )
 
@@ -36,7 +38,8 @@ def write_page(
 ) -> None:
     """`pictures` are PNG: `alpha` and `robustness`, those there are."""
     anatomy = anatomy or Anatomy()
-    sentence, *details = [*findings.claims, *anatomy.sentences[: not findings.rows], ""]
+    first = [headline(findings.benchmarks)] if findings.rows else []
+    sentence, *details = [*filter(None, first), *findings.claims, *anatomy.sentences[: not findings.rows], ""]
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -49,14 +52,16 @@ def write_page(
     environment.filters |= {"printable": printable, "name": _name, "width": _width}
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     seen = findings.detectable
+    cells = {(line.task, arm): cell for line in findings.lines for arm, cell in line.cells.items()}
     samples = choose_samples(findings.records, findings.tasks, [arm.name for arm in findings.arms], findings.baseline)
     html = environment.get_template("page.html.jinja").render(
         title=making.title,
         command=making.command,
         sentence=sentence,
         claims=[text for text in details if text],
-        paper=paper_table(findings.lines) if len(findings.arms) > 1 or findings.lacking else None,
-        primary=[task_table(group, findings.dissent, seen) for _, group in by_task(findings.benchmarks)],
+        lacking=[line for line in findings.lines if line.lacking],
+        inside=INSIDE_NOTE if any(cell.inside is not None for cell in cells.values()) else "",
+        primary=[task_table(group, findings.dissent, seen, cells) for _, group in by_task(findings.benchmarks)],
         members=[task_table(group, findings.dissent, seen) for _, group in by_task(findings.members)],
         others=[task_table(list(group)) for _, group in groupby(findings.others, _score_of)],
         footnotes=findings.footnotes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from rvdist.report.paper import INSIDE_NOTE, Line, paper_arms
+from rvdist.report.paper import Cell
 from rvdist.report.statistics.robustness import Change, Edited
 from rvdist.report.statistics.seeds import Spread
 from rvdist.report.summary import Row
@@ -27,15 +27,6 @@ def _kind(tested: Tested) -> str:
     """A class of the style sheet."""
     kind = {"better": "better", "worse": "worse"}.get(tested.verdict or "", "none")
     return f"{kind} firm" if survives(tested) else kind
-
-
-def paper_table(lines: Sequence[Line]) -> dict[str, Any]:
-    """The paper's table as the template shows it."""
-    arms = paper_arms(lines)
-    asked = [line for line in lines if line.cells]
-    cells = [cell for line in asked for cell in line.cells.values()]
-    notes = [INSIDE_NOTE] if any(cell.inside is not None for cell in cells) else []
-    return {"arms": arms, "lines": lines, "kind": _kind, "notes": notes}
 
 
 def edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
@@ -96,9 +87,10 @@ def task_table(
     rows: Sequence[Row],
     dissent: Mapping[tuple[str, str], Sequence[Row]] | None = None,
     detectable: Mapping[tuple[str, str], float] | None = None,
+    cells: Mapping[tuple[str, str], Cell] | None = None,
 ) -> dict[str, Any]:
     """The rows of one score, each followed by those of other filters that `dissent`. `detectable` are the minimal
-    detectable effects, by task and arm."""
+    detectable effects and `cells` what was reported, by task and arm."""
     first, scale = rows[0], Scale(rows)
     effects = {} if detectable is None else {row.arm: detectable.get((row.task, row.arm)) for row in rows}
     rows = [one for row in rows for one in (row, *(dissent or {}).get((row.task, row.arm), ()))]
@@ -118,14 +110,30 @@ def task_table(
                 "delta": scale.delta(row),
                 "interval": ends,
                 "detectable": _effect(effects.get(row.arm), scale) if row.filter == first.filter else "",
-                "p": p_text(row.p_value),
                 "p_adjusted": p_text(row.p_adjusted),
                 "verdict": verdict_text(row),
                 "kind": _kind(row),
+                "reported": cells[row.task, row.arm].comparison if cells and row.filter == first.filter else "",
+                "answers": _answers(row, scale),
             }
         )
     metric = metric_name(first.metric, first.filter)
     return {"task": first.task, "metric": metric, "unit": scale.unit, "n": first.n, "rows": lines, "width": _WIDTH}
+
+
+def _answers(row: Row, scale: Scale) -> str:
+    """What a row's answers cost, in words; empty where nobody wrote it down."""
+    said = []
+    if row.tokens is not None:
+        low, high = row.tokens_ci_low, row.tokens_ci_high
+        ends = f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else ""
+        said.append(f"{row.tokens:.1f}{ends} tokens")
+    if row.cut is not None:
+        said.append(f"{100 * row.cut:.1f} % cut")
+    if row.in_format is not None:
+        own = "" if row.value_in_format is None else f", which score {scale.number(row.value_in_format)}"
+        said.append(f"{100 * row.in_format:.1f} % in format{own}")
+    return "; ".join(said)
 
 
 def _effect(effect: float | None, scale: Scale) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest, norm, t
@@ -17,10 +17,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
+from rvdist.report.statistics.cost import Cost, cost, rest_of, shares_in_format
 from rvdist.report.statistics.flips import FEW, Floats, lattice, least_shift, subset_ends, tails
 from rvdist.report.statistics.intervals import PRIOR, mean_interval, share_interval, split, wilson
 from rvdist.report.statistics.sample import Sample, Score, round_off, sample, scores, sort_records
-from rvdist.report.summary import LEVEL, GroupInfo, Outline, Row, baseline_of, write_summary
+from rvdist.report.summary import LEVEL, MARGIN, UNITS, GroupInfo, Outline, Row, baseline_of, write_summary
 
 __all__ = [
     "Comparison",
@@ -39,6 +40,9 @@ __all__ = [
 
 
 UNDETECTED = "no detectable difference"
+EQUIVALENT = "equivalent"  # whatever it is, it is within the margin
+UNSEEN = "cannot be seen"  # the baseline leaves no room for what is looked for
+SEEN = 6  # documents that must change before any test can see it: flipping five signs alike leaves p = 1/16
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ def summarise(
     tasks: Sequence[TaskInfo],
     baseline: str | None,
     groups: Sequence[GroupInfo] = (),
+    margin: float = MARGIN,
 ) -> list[Row]:
     """One row for each (task or group, metric, filter, arm), in that order, a group before its members; records of
-    other arms or tasks are left out.
+    other arms or tasks are left out. A change of a share is equivalent to none within the `margin`.
 
     Raises ValueError when an arm was not scored on the documents of the baseline, or a score is not a finite number.
     """
@@ -76,10 +81,11 @@ def summarise(
     for score in scores(tasks, groups):
         samples = {arm.name: sample(answers, arm.name, score) for arm in arms}
         for arm in arms:
-            row = _row(arm, score, samples[arm.name])
+            row = _row(arm, score, samples[arm.name], cost(answers, arm.name, score))
             if baseline is not None and arm.name != baseline:
                 _check_same_documents(score.task, arm.name, samples[arm.name], baseline, samples[baseline])
                 comparison = compare(samples[arm.name], samples[baseline])
+                reference = samples[baseline]
                 row = replace(
                     row,
                     delta=comparison.delta,
@@ -87,6 +93,8 @@ def summarise(
                     delta_ci_high=known(comparison.high),
                     p_value=comparison.p_value,
                     verdict_alone=comparison.verdict(score.higher_is_better),
+                    margin=margin if _is_share(score, samples[arm.name], reference) else None,
+                    unseen=_unseen(samples[arm.name], reference, (arm.alpha or 0.0) >= 0, score.higher_is_better),
                 )
             rows.append(row)
     return _adjust(rows, Outline([task.name for task in tasks], groups))
@@ -147,6 +155,54 @@ def detectable_effects(
     return effects
 
 
+@dataclass(frozen=True)
+class FormatGain:
+    """A difference to the baseline beside another share of answers in the asked format. `rest` is what is left of it
+    without the documents whose answers are in the format with one arm and not with the other; `only`: what is left is
+    none that matters."""
+
+    task: str
+    arm: str
+    before: float
+    after: float
+    rest: Comparison
+    only: bool
+
+
+def format_gains(
+    rows: Sequence[Row],
+    records: Iterable[Record],
+    tasks: Sequence[TaskInfo],
+    baseline: str,
+    groups: Sequence[GroupInfo] = (),
+) -> list[FormatGain]:
+    """Of the primary scores that differ from the baseline's after correction while the format does too, in the same
+    direction, those of which it cannot be told that more than format changed."""
+    answers = sort_records(records)
+    own = {score.task: score for score in scores(tasks, groups) if score.primary}
+    found = []
+    for row in rows:
+        if row.verdict not in ("better", "worse") or row.margin is None or row.task not in own:
+            continue
+        score = own[row.task]
+        ours, theirs = sample(answers, row.arm, score), sample(answers, baseline, score)
+        formats = [shares_in_format(answers, arm, score) for arm in (row.arm, baseline)]
+        if any(set(ours.documents) - shares.keys() for shares in formats):
+            continue
+        after, before = (np.array([shares[doc] for doc in ours.documents]) for shares in formats)
+        changed = compare_differences(round_off(after - before, after, before), np.ones(len(after)), (len(after),), 1.0)
+        if changed.p_value < LEVEL and (changed.delta > 0) == ((row.delta or 0.0) > 0):
+            left = rest_of(_differences(ours, theirs), after, before)
+            if ours.exact and theirs.exact:
+                rest = compare_discordant(int((left > 0).sum()), int((left < 0).sum()), len(left))
+            else:
+                rest = compare_differences(left, ours.weights, ours.strata, 1.0)
+            if rest.p_value >= LEVEL or (rest.delta > 0) != ((row.delta or 0.0) > 0):
+                only = within(rest.low, rest.high, row.margin)
+                found.append(FormatGain(row.task, row.arm, float(before.mean()), float(after.mean()), rest, only))
+    return found
+
+
 def _check_same_documents(task: str, arm: str, sample: Sample, baseline: str, reference: Sample) -> None:
     ours, theirs = set(sample.documents), set(reference.documents)
     if ours != theirs:
@@ -156,7 +212,39 @@ def _check_same_documents(task: str, arm: str, sample: Sample, baseline: str, re
         )
 
 
-def _row(arm: Arm, score: Score, sample: Sample) -> Row:
+def _is_share(score: Score, *samples: Sample) -> bool:
+    return score.metric not in UNITS and all(bool(((one.values >= 0) & (one.values <= 1)).all()) for one in samples)
+
+
+def rooms(sample: Sample) -> dict[str, int]:
+    """Of 0/1 scores, how many documents could show a "rise" of the mean, and how many a "fall"."""
+    return {"rise": int((sample.values < 1).sum()), "fall": int((sample.values > 0).sum())} if sample.shares else {}
+
+
+def _unseen(own: Sample, reference: Sample, gain: bool, higher_is_better: bool) -> str | None:
+    """What of a baseline could not be seen of the change that is looked for: a gain, or with α below 0 a loss."""
+    change = "rise" if gain == higher_is_better else "fall"
+    return change if own.shares and rooms(reference).get(change, SEEN) < SEEN else None
+
+
+def within(low: float | None, high: float | None, margin: float | None) -> bool:
+    """Whether a change is none that matters: both of two tests, that it is not as low as −margin and not as high as the
+    margin (Schuirmann 1987), reject at 2.5 %."""
+    return low is not None and high is not None and margin is not None and -margin < low and high < margin
+
+
+def judge(row: Row) -> str | None:
+    """The verdict of a row that is corrected."""
+    if row.p_adjusted is None:
+        return None
+    if row.p_adjusted < LEVEL:
+        return row.verdict_alone
+    if within(row.delta_ci_low, row.delta_ci_high, row.margin):
+        return EQUIVALENT
+    return UNSEEN if row.unseen else UNDETECTED
+
+
+def _row(arm: Arm, score: Score, sample: Sample, answers: Cost) -> Row:
     low, high = score_interval(sample)
     return Row(
         arm=arm.name,
@@ -174,6 +262,7 @@ def _row(arm: Arm, score: Score, sample: Sample) -> Row:
         ci_low=known(low),
         ci_high=known(high),
         n=len(sample.values),
+        **asdict(answers),
     )
 
 
@@ -296,7 +385,8 @@ def _adjust(rows: list[Row], outline: Outline) -> list[Row]:
             families[table if row.primary else "others"].append(i)
     for family in families.values():
         for i, p in zip(family, holm([rows[i].p_value or 0.0 for i in family]), strict=True):
-            rows[i] = replace(rows[i], p_adjusted=p, verdict=rows[i].verdict_alone if p < LEVEL else UNDETECTED)
+            rows[i] = replace(rows[i], p_adjusted=p)
+            rows[i] = replace(rows[i], verdict=judge(rows[i]))
     return rows
 
 

@@ -107,7 +107,7 @@ def test_the_papers_layout_with_what_was_reported_and_what_is_lacking(tmp_path):
     assert re.search(r"reported \+4\.9, (in|out)side", text) and "reported −11.8" in text
     assert "humaneval_plus_instruct" in text and "not asked: there is no file humaneval_plus" in text
     assert "The members of groups (4)" in text and "bbh_cot_fewshot_snarks" in text
-    for section in ("Results", "Scores", "Along α", "Edited questions", "Samples", "Weight points"):
+    for section in ("Results", "Along α", "Edited questions", "Samples", "Weight points"):
         assert f"<h2>{section}</h2>" in html
     assert "all 5 edits" in text and "Between seeds" not in text and "Vector anatomy" not in text
     assert "Between seeds" in write(tmp_path / "seeds.html", *make_paper(20, seeds=2)[:3], "Baseline")  # no groups
@@ -119,7 +119,7 @@ def test_a_run_that_scored_nothing_shows_its_vectors(tmp_path):
     write_page(tmp_path / "report.html", Findings([], [], [], []), making, {}, anatomy)
     html = (tmp_path / "report.html").read_text()
     assert "v is small." in html and "data:image/png;base64,UE5H" in html and "1.5" in html
-    assert "Samples" not in html and "Scores" not in html and "nan" not in html
+    assert "Samples" not in html and "Results" not in html and "nan" not in html
 
 
 ARMS = ["baseline", "α=1", "α=2"]

@@ -48,13 +48,14 @@ def compare_many(replicates, task) -> list[Row]:
 
 def agrees(row: Row) -> bool:
     excludes = row.delta_ci_low > 0 or row.delta_ci_high < 0
-    return excludes == (row.p_value < 0.05) == (row.verdict != "no detectable difference")
+    return excludes == (row.p_value < 0.05) == (row.verdict_alone != "no detectable difference")
 
 
 def test_row_is_the_contract_of_summary_json():
     assert " ".join(field.name for field in fields(Row)) == (
         "arm point alpha prompt task metric filter primary higher_is_better seed value stderr ci_low ci_high n "
-        "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone"
+        "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone margin unseen "
+        "tokens tokens_ci_low tokens_ci_high cut in_format value_in_format"
     )
 
 
@@ -100,7 +101,7 @@ def test_a_document_counts_once_however_often_it_was_asked():
     theirs = [[1.0] * 9 if i % 2 else [1.0] for i in range(40)]
     ours = [[1.0] if i % 2 else [1.0] * 9 for i in range(40)]
     row = compare(ours, theirs)
-    assert (row.delta, row.p_value, row.verdict) == (0.0, 1.0, "no detectable difference")
+    assert (row.delta, row.p_value, row.verdict) == (0.0, 1.0, "cannot be seen")
 
 
 def test_a_score_without_bounds_has_the_bootstraps_interval():

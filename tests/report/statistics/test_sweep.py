@@ -149,7 +149,7 @@ def test_the_page_gives_each_comparison_its_own_smallest_change(tmp_path):
 
     arms, records, tasks = make_experiment(tasks=1)
     html = write(tmp_path / "report.html", arms, records, tasks)
-    table = re.search(r"<h2>Scores</h2>(.*?)</table>", html, re.DOTALL)[1]
+    table = re.search(r"<h2>Results</h2>(.*?)</table>", html, re.DOTALL)[1]
     shown = [
         re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[-1]
         for row in re.findall(r"<tr class=\"(?!task).*?</tr>", table, re.DOTALL)
