@@ -31,7 +31,7 @@ from rvdist.core.text import reason
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
-from rvdist.weights.checkpoint.difference import Dense, Difference, Form, LowRank
+from rvdist.weights.checkpoint.difference import FORMS, Difference, Form, LowRank, stored_parts
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import TensorSpec, read_header, unreadable
@@ -105,10 +105,7 @@ def _stored_tensors(checkpoint: Checkpoint) -> Iterable[TensorSpec]:
         yield from checkpoint.scales.values() if isinstance(checkpoint, Scaled) else ()
         return
     for form in checkpoint.forms.values():
-        if isinstance(form, Dense):
-            yield form.values
-        else:
-            yield from (form.left, form.right) if isinstance(form, LowRank) else (form.indices, form.values)
+        yield from stored_parts(form)
 
 
 def _totals(specs: Iterable[TensorSpec], key: Any) -> dict[str, Facts]:
@@ -143,7 +140,7 @@ def _forms(forms: Iterable[Form]) -> Facts:
     kinds: Counter[str] = Counter()
     ranks, scales = set(), set()
     for form in forms:
-        kinds[{"Dense": "dense", "LowRank": "low_rank", "Sparse": "sparse"}[type(form).__name__]] += 1
+        kinds[next(name for name, kind in FORMS.items() if isinstance(form, kind))] += 1
         if isinstance(form, LowRank):
             ranks.add(form.right.shape[0])
             scales.add(form.scale)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Dense, Difference, LowRank, Sparse
+from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, LowRank, Packed, Sparse
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import Scaled, dequantize
-from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
+from rvdist.weights.packed import bits, spread
 
 _CHUNK = 256 * 1024  # elements
 
@@ -68,6 +69,8 @@ class _Computed(Operand):
         if isinstance(form, LowRank):
             left, right = self._load_factors(name, form)
             multiply(left, right, form.scale, begin, out)
+        elif isinstance(form, Packed):
+            self._unpack(name, form, begin, out)
         else:
             self._scatter(name, form, begin, end, out)
         return out
@@ -82,7 +85,28 @@ class _Computed(Operand):
         return self._factors[1:]
 
     def _whole(self, spec: TensorSpec) -> torch.Tensor:
-        return self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
+        return self._part(spec, 0, spec.numel)
+
+    def _unpack(self, name: str, form: Packed, begin: int, out: torch.Tensor) -> None:
+        first, last = begin // BLOCK, -(-(begin + out.numel()) // BLOCK)
+        starts = self._part(form.starts, first, last + 1).numpy()
+        counts, numel = np.diff(starts), self._tensors[name].numel
+        sound = bool((counts >= 0).all() and (counts <= BLOCK).all()) and 0 <= starts[0] <= starts[-1]
+        sound = sound and (first > 0 or starts[0] == 0) and starts[-1] <= form.values.numel
+        sound = sound and (last * BLOCK < numel or starts[-1] == form.values.numel)
+        if sound:
+            span = int(starts[0]), int(starts[-1])
+            bytes_of_bits = first * BLOCK // 8, min(last * BLOCK // 8, form.where.numel)
+            where = self._part(form.where, *(span if form.where.dtype == "U16" else bytes_of_bits))
+            values, before = self._part(form.values, *span), first * BLOCK
+            sound = spread(where.numpy(), counts, bits(values), begin - before, numel - before, bits(out))
+        if not sound:
+            raise BadInput(
+                f"{self._difference.path}: tensor {name} does not say where its values are; save the vector again"
+            )
+
+    def _part(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
+        return self._files.read(spec, begin, end, torch.empty((end - begin) * ITEMSIZE[spec.dtype], dtype=torch.uint8))
 
     def _scatter(self, name: str, form: Sparse, begin: int, end: int, out: torch.Tensor) -> None:
         indices = _Elements(self._files, form.indices)

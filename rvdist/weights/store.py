@@ -1,7 +1,8 @@
-"""Stores v itself: exactly, rounded, as factors of a truncated SVD, or as its largest elements.
+"""Stores v itself: exactly, rounded, as factors of a truncated SVD, or as its largest elements. Where the donors agree,
+nothing is stored.
 
-Streams, and holds one tensor whole where it is stored otherwise than dense. The error is measured on what was
-written, as whoever applies the vector will read it. Knows donors and files, nothing of targets, Ray or points.
+Streams, and holds one tensor whole where it is stored as factors or as its largest elements. The error is measured on
+what was written, as whoever applies the vector will read it. Knows donors and files, nothing of targets, Ray or points.
 """
 
 from __future__ import annotations
@@ -12,31 +13,35 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rvdist.core.config import Storage
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.method import Scratch, torch_threads, working_dtype
-from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.difference import BLOCK, Difference
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
-from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSION, as_vector, part_names
+from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSIONS, as_vector, part_names
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.operand import Operand, open_operand
+from rvdist.weights.packed import bits, has_places, locate, packed_bytes
 from rvdist.weights.values import AT_ONCE, Values
 from rvdist.weights.writer import Writer
 
 _SMALL_SVD = 1024  # up to this many rows or columns every singular value is computed, beyond it only the largest
 _OVERSAMPLED, _POWER_ITERATIONS = 16, 4
+_WORTH = 0.9  # of its dense size, at most, is what a tensor is packed to
+_LAYOUT = 2  # of the files, for those that an earlier version began
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -69,32 +74,34 @@ def save(
     Raises BadInput where a donor or the output cannot be used, Failed where writing fails; then the same call goes on
     from what is journalled.
     """
-    laid = _lay_out([sources[source] for source in vector.sources()], storage, digests)
-    donors, skipped = laid.donors, laid.skipped
-    provenance, files, stored = laid.provenance, laid.files, laid.stored
-    if not overwrite and _holds(output, laid.plan):
+    asked = _ask([sources[source] for source in vector.sources()], storage, digests)
+    donors, skipped = asked.donors, asked.skipped
+    if not overwrite and _holds(output, asked):
         say(f"{output}: already complete")
         return
-    staging = Staging(output, laid.plan, overwrite, key)
+    staging = Staging(output, asked.plan, overwrite, key)
     try:
         if staging.restarted:
             say(f"{staging.partial}: was left by a run with other inputs or settings; starting over")
-        for name, (header, size) in files.items():
-            staging.allocate(name, header, size)
-        description = {"kind": "vector", "version": VERSION, **provenance, "storage": asdict(storage)}
-        entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
-        staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
-        written = as_vector(_reopen(staging.partial, list(files)))
         with ExitStack() as opened, torch_threads(1):
             values = opened.enter_context(closing(Values(dict(zip(("plus", "minus"), donors, strict=False)))))
-            result = opened.enter_context(closing(open_operand(written)))
             differences = _Differences(donors, values)
+            files, stored = _layout(asked, storage, _count_values(asked, storage, differences, progress))
+            for name, (header, size) in files.items():
+                staging.allocate(name, header, size)
+            version = VERSIONS[any(tensor.form == "packed" for tensor in stored)]
+            description = {"kind": "vector", "version": version, **asked.provenance, "storage": asdict(storage)}
+            entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
+            staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
+            written = as_vector(_reopen(staging.partial, list(files)))
+            result = opened.enter_context(closing(open_operand(written)))
             writer = opened.enter_context(closing(Writer(staging, list(values.operands.values()))))
             for tensor in stored:
                 if not writer.has(tensor.parts):
                     _write(tensor, storage, differences, writer)
                 entries[tensor.name] |= _measure(tensor.name, differences, result)
-                progress(donors[0].tensors[tensor.name].nbytes)
+                nbytes = donors[0].tensors[tensor.name].nbytes
+                progress(nbytes - nbytes // 2)
             writer.sync()
         for donor in donors:
             donor.require_unchanged()
@@ -120,36 +127,36 @@ def is_complete(
 ) -> bool:
     """Whether `save` has written this vector there before. Writes nothing but `digests`. Raises BadInput for donors of
     which there is nothing to save."""
-    return _holds(output, _lay_out([sources[source] for source in vector.sources()], storage, digests).plan)
+    return _holds(output, _ask([sources[source] for source in vector.sources()], storage, digests))
 
 
-def _holds(output: Path, plan: str) -> bool:
-    return (output / MANIFEST).exists() and Manifest.read(output).plan == plan
+def _holds(output: Path, asked: _Asked) -> bool:
+    return (output / MANIFEST).exists() and Manifest.read(output).plan in (asked.plan, asked.earlier)
 
 
 @dataclass(frozen=True)
-class _LaidOut:
-    """What is to be written: files, (header, size) by name; every tensor of v; why the donors' others are `skipped`."""
+class _Asked:
+    """What is to be stored: the tensors of v, `specs` of the first donor; why the donors' others are `skipped`. `plan`
+    names all of it, `earlier` as it was named before tensors were packed."""
 
     donors: Sequence[Checkpoint]
+    specs: Sequence[TensorSpec]
     skipped: dict[str, str]
     provenance: dict[str, Any]
-    files: dict[str, tuple[bytes, int]]
-    stored: list[_Stored]
     plan: str
+    earlier: str
 
 
-def _lay_out(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _LaidOut:
+def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _Asked:
     skipped = {s.name: f"is of dtype {s.dtype}" for s in donors[0].tensors.values() if not _is_stored(s.name, donors)}
     specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
     if not specs:
         raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
     if _has_companions(donors[0]):
         companions(donors[0])
-    provenance = _provenance(donors, digests)
-    metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in provenance.items()}
-    files, stored = _layout(specs, donors, storage, metadata)
-    return _LaidOut(donors, skipped, provenance, files, stored, _digest(donors, storage, files))
+    asked = _Asked(donors, specs, skipped, _provenance(donors, digests), "", "")
+    files, _ = _layout(asked, storage, {})
+    return replace(asked, plan=_digest(donors, storage, files, _LAYOUT), earlier=_digest(donors, storage, files))
 
 
 def _has_companions(donor: Checkpoint) -> bool:
@@ -177,14 +184,37 @@ def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str,
     }
 
 
+def _stored_dtype(asked: _Asked, storage: Storage, name: str) -> str:
+    return storage.dtype or _SAFETENSORS[_work([donor.tensors[name] for donor in asked.donors])]
+
+
+def _count_values(
+    asked: _Asked, storage: Storage, differences: _Differences, progress: Callable[[int], None]
+) -> dict[str, int]:
+    """How many elements, as they are stored, are anything but 0, of each tensor that may be packed."""
+    counts = {}
+    for spec in asked.specs:
+        dtype = _stored_dtype(asked, storage, spec.name)
+        if _parts(spec, dtype, storage)[0] == "dense":
+            wanted = TORCH_DTYPE[dtype]
+            counts[spec.name] = sum(
+                int(np.count_nonzero(bits(taken.to(wanted)))) for _, taken, _ in differences(spec.name)
+            )
+        progress(spec.nbytes // 2)
+    return counts
+
+
 def _layout(
-    specs: Sequence[TensorSpec], donors: Sequence[Checkpoint], storage: Storage, metadata: Mapping[str, str]
+    asked: _Asked, storage: Storage, counts: Mapping[str, int]
 ) -> tuple[dict[str, tuple[bytes, int]], list[_Stored]]:
-    """The files, (header, size) by name, sharded as the first donor is unless there is a maximum; and every tensor."""
-    wanted = {}
-    for spec in specs:
-        dtype = storage.dtype or _SAFETENSORS[_work([donor.tensors[spec.name] for donor in donors])]
-        wanted[spec.name] = _parts(spec, dtype, storage)
+    """The files, (header, size) by name, sharded as the first donor is unless there is a maximum; and every tensor,
+    packed where that is worth it, by `counts` of their values."""
+    specs = asked.specs
+    metadata = MARK | {key: json.dumps(value, ensure_ascii=False) for key, value in asked.provenance.items()}
+    wanted = {
+        spec.name: _parts(spec, _stored_dtype(asked, storage, spec.name), storage, counts.get(spec.name))
+        for spec in specs
+    }
 
     def nbytes(spec: TensorSpec) -> int:
         return sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in wanted[spec.name][1])
@@ -204,8 +234,10 @@ def _layout(
     return files, stored
 
 
-def _parts(spec: TensorSpec, dtype: str, storage: Storage) -> tuple[str, list[tuple[str, str, tuple[int, ...]]]]:
-    """The form of a tensor, and the name, dtype and shape of each of its parts."""
+def _parts(
+    spec: TensorSpec, dtype: str, storage: Storage, count: int | None = None
+) -> tuple[str, list[tuple[str, str, tuple[int, ...]]]]:
+    """The form of a tensor with so many values (None: unknown), and the name, dtype and shape of each of its parts."""
     if storage.rank is not None and len(spec.shape) == 2 and spec.numel:
         rows, columns = spec.shape
         rank = min(storage.rank, rows, columns)
@@ -216,13 +248,21 @@ def _parts(spec: TensorSpec, dtype: str, storage: Storage) -> tuple[str, list[tu
         kept = math.ceil(storage.density * spec.numel)
         indices, values = part_names(spec.name, "sparse")
         return "sparse", [(indices, "I32" if spec.numel < 2**31 else "I64", (kept,)), (values, dtype, (kept,))]
+    dense, numel = spec.numel * ITEMSIZE[dtype], spec.numel
+    if count is not None and packed_bytes(count, numel, ITEMSIZE[dtype]) < _WORTH * dense:
+        starts, where, values = part_names(spec.name, "packed")
+        held = ("U16", (count,)) if has_places(count, numel) else ("U8", (-(-numel // 8),))
+        return "packed", [(starts, "I64", (-(-numel // BLOCK) + 1,)), (where, *held), (values, dtype, (count,))]
     return "dense", [(spec.name, dtype, spec.shape)]
 
 
-def _digest(donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, tuple[bytes, int]]) -> str:
+def _digest(
+    donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, tuple[bytes, int]], *layout: int
+) -> str:
     stamps = [[astuple(stamp) for stamp in donor.stamps.values()] for donor in donors]
     headers = [(name, header.hex(), size) for name, (header, size) in files.items()]
-    return hashlib.blake2b(json.dumps([stamps, astuple(storage), headers]).encode(), digest_size=16).hexdigest()
+    made_of = json.dumps([stamps, astuple(storage), headers, *layout])
+    return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
 def _reopen(directory: Path, files: Sequence[str]) -> Checkpoint:
@@ -272,6 +312,9 @@ def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer:
     if tensor.form == "dense":
         writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken, _ in differences(tensor.name)))
         return
+    if tensor.form == "packed":
+        _write_packed(tensor, differences, writer)
+        return
     whole = differences.whole(tensor.name)
     writer.require_finite(tensor.name, whole)
     if tensor.form == "low_rank":
@@ -282,6 +325,26 @@ def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer:
         pieces = (indices, whole[indices])
     for part, dtype, piece in zip(tensor.parts, dtypes, pieces, strict=True):
         writer.write(part, iter([piece.to(dtype).reshape(-1)]))
+
+
+def _write_packed(tensor: _Stored, differences: _Differences, writer: Writer) -> None:
+    """The values as they come; then where they are, which is held meanwhile: at most a bit for each element."""
+    starts, where, values = tensor.parts
+    held: list[torch.Tensor] = []
+    counts = [np.zeros(1, np.int64)]
+
+    def chunks() -> Iterator[torch.Tensor]:
+        for _, taken, _ in differences(tensor.name):
+            stored = taken.to(TORCH_DTYPE[values.dtype])
+            writer.require_finite(tensor.name, stored)
+            filled, places, own = locate(bits(stored), where.dtype == "U16")
+            held.append(torch.from_numpy(places))
+            counts.append(own)
+            yield stored[torch.from_numpy(filled)]
+
+    writer.write(values, chunks())
+    writer.write(where, (places for places in held if len(places)))
+    writer.write(starts, iter([torch.from_numpy(np.concatenate(counts).cumsum())]))
 
 
 def factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

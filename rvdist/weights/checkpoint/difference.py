@@ -39,7 +39,25 @@ class Sparse:
     values: TensorSpec
 
 
-Form = Dense | LowRank | Sparse
+@dataclass(frozen=True)
+class Packed:
+    """`values`, in order, where anything is; 0 everywhere else. In blocks of BLOCK elements: `starts` counts the values
+    before each and before the end. `where` is what of a block they are: a bit for each element (U8, the lowest first),
+    or their places (U16), which ascend."""
+
+    starts: TensorSpec
+    where: TensorSpec
+    values: TensorSpec
+
+
+BLOCK = 4096  # elements of a `Packed` tensor
+Form = Dense | LowRank | Sparse | Packed
+FORMS: dict[str, type[Form]] = {"dense": Dense, "low_rank": LowRank, "sparse": Sparse, "packed": Packed}
+
+
+def stored_parts(form: Form) -> list[TensorSpec]:
+    """What of it stands in files."""
+    return [part for part in vars(form).values() if isinstance(part, TensorSpec)]
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Dense, Difference, Form, LowRank, Sparse, stamp_beside
+from rvdist.weights.checkpoint.difference import BLOCK, FORMS, Dense, Difference, Form, LowRank, Packed, stamp_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.header import TensorSpec
 
 DESCRIPTION = "vector.json"
 MARK = {"rvdist": "vector"}  # in the metadata of every weight file
-VERSION = 1
+VERSIONS = (1, 2)  # 2: where tensors are packed
 
-_PARTS = {"dense": ("",), "low_rank": (".left", ".right"), "sparse": (".indices", ".values")}
+_PARTS = {
+    "dense": ("",),
+    "low_rank": (".left", ".right"),
+    "sparse": (".indices", ".values"),
+    "packed": (".starts", ".where", ".values"),
+}
 _MOST_ELEMENTS = 2**48  # of a tensor, which sparse storage could claim to have
 _FACTORS, _VALUES, _INDICES = ("F16", "BF16", "F32"), ("F16", "BF16", "F32", "F64"), ("I32", "I64")
 
@@ -37,7 +42,7 @@ def as_vector(checkpoint: Checkpoint) -> Difference:
         raise BadInput(f"{checkpoint.path}: holds a stored vector without its {DESCRIPTION}; copy it there")
     said = read_json(path)
     try:
-        if said["version"] != VERSION:
+        if said["version"] not in VERSIONS:
             raise BadInput(f"{path}: is of version {said['version']}, which this rvdist does not know; update it")
         parts = dict(checkpoint.tensors)
         forms = {name: _form(name, entry, parts) for name, entry in said["tensors"].items()}
@@ -52,10 +57,8 @@ def as_vector(checkpoint: Checkpoint) -> Difference:
 
 def _form(name: str, entry: Mapping[str, Any], parts: dict[str, TensorSpec]) -> Form:
     """Takes what tensor `name` is made of out of `parts`."""
-    first, *second = (parts.pop(part) for part in part_names(name, entry["form"]))
-    if not second:
-        return Dense(first)
-    return LowRank(first, second[0]) if entry["form"] == "low_rank" else Sparse(first, second[0])
+    kind: Callable[..., Form] = FORMS[entry["form"]]
+    return kind(*(parts.pop(part) for part in part_names(name, entry["form"])))
 
 
 def _spec(name: str, entry: Mapping[str, Any], form: Form) -> TensorSpec:
@@ -70,6 +73,13 @@ def _spec(name: str, entry: Mapping[str, Any], form: Form) -> TensorSpec:
         fits = {left.dtype, right.dtype} <= set(_FACTORS) and len(left.shape) == len(right.shape) == 2
         fits = fits and left.shape[1:] == right.shape[:1] and left.shape[:1] + right.shape[1:] == shape
         return _require(fits, TensorSpec(name, "F32", shape, left.file, left.offset))
+    if isinstance(form, Packed):
+        starts, where, values = form.starts, form.where, form.values
+        spec = TensorSpec(name, values.dtype, shape, values.file, values.offset)
+        fits = starts.dtype == "I64" and values.dtype in _VALUES and len(values.shape) == 1
+        fits = fits and starts.shape == (-(-spec.numel // BLOCK) + 1,) and values.numel <= spec.numel
+        lengths = {"U8": -(-spec.numel // 8), "U16": values.numel}
+        return _require(fits and where.shape == (lengths.get(where.dtype),), spec)
     indices, values = form.indices, form.values
     fits = indices.dtype in _INDICES and values.dtype in _VALUES and len(indices.shape) == 1
     spec = TensorSpec(name, values.dtype, shape, values.file, values.offset)
