@@ -59,6 +59,7 @@ class _Computed(Operand):
         super().__init__(difference)
         self._difference = difference
         self._factors: tuple[str, torch.Tensor, torch.Tensor] = ("", torch.empty(0), torch.empty(0))
+        self._parts: dict[str, torch.Tensor] = {}
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
         form = self._difference.forms[name]
@@ -85,7 +86,7 @@ class _Computed(Operand):
         return self._factors[1:]
 
     def _whole(self, spec: TensorSpec) -> torch.Tensor:
-        return self._part(spec, 0, spec.numel)
+        return self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
 
     def _unpack(self, name: str, form: Packed, begin: int, out: torch.Tensor) -> None:
         first, last = begin // BLOCK, -(-(begin + out.numel()) // BLOCK)
@@ -106,7 +107,11 @@ class _Computed(Operand):
             )
 
     def _part(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
-        return self._files.read(spec, begin, end, torch.empty((end - begin) * ITEMSIZE[spec.dtype], dtype=torch.uint8))
+        """Elements of a part, in memory that the next of this kind has: fresh memory costs a page fault for 4 KiB."""
+        suffix, nbytes = spec.name.rpartition(".")[2], (end - begin) * ITEMSIZE[spec.dtype]
+        if self._parts.setdefault(suffix, torch.empty(0, dtype=torch.uint8)).numel() < nbytes:
+            self._parts[suffix] = torch.empty(nbytes + nbytes // 4, dtype=torch.uint8)
+        return self._files.read(spec, begin, end, self._parts[suffix])
 
     def _scatter(self, name: str, form: Sparse, begin: int, end: int, out: torch.Tensor) -> None:
         indices = _Elements(self._files, form.indices)

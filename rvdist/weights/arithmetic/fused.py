@@ -1,4 +1,4 @@
-"""The one loop most merges spend their arithmetic in: linear sums of bf16 tensors, compiled.
+"""The loops most merges spend their arithmetic in: linear sums on bf16 tensors, compiled.
 
 Does in one pass over a core's nearest cache what `combine` does in one pass over memory for every operation,
 with the same roundings: LLVM fuses no multiply and add unless told to. So its bytes equal `combine`'s. Sums of 32 bits
@@ -19,9 +19,9 @@ from numba.extending import intrinsic
 _BLOCK = 4096  # elements: an fp32 sum of them stays in the first-level cache
 
 
-def applies(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the loop can take all of these."""
-    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+def applies(tensors: Sequence[torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether a loop can take all of these, which have to be of this `dtype`."""
+    return all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
 
 
 def linear(
@@ -35,6 +35,13 @@ def linear(
             _bits(base), tuple(map(_bits, plus)), tuple(map(_bits, minus)), np.array(alphas, np.float32), _bits(out)
         )
     )
+
+
+def shifted(base: torch.Tensor, vectors: Sequence[tuple[float, torch.Tensor]], out: torch.Tensor) -> int:
+    """out = base + Σ α·v in fp32, rounded to nearest even; returns how many results are not finite. All tensors are 1-d
+    of one length on the CPU, `base` and `out` bf16, v fp32."""
+    alphas, differences = zip(*vectors, strict=True)
+    return int(_shifted(_bits(base), tuple(v.numpy() for v in differences), np.array(alphas, np.float32), _bits(out)))
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint16]]:
@@ -55,6 +62,20 @@ def _as_bits(typing: Any, number: Any) -> Any:
     )
 
 
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def _round(total, o):  # type: ignore[no-untyped-def]
+    """fp32 to bf16; how many are not finite."""
+    half, found = np.uint32(16), np.uint32(0)
+    for i in range(o.size):
+        u = _as_bits(total[i])
+        rounded = np.uint32(np.uint32(u + np.uint32(0x7FFF) + ((u >> half) & np.uint32(1))) >> half)
+        if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+            rounded = np.uint32(0x7FC0)  # a NaN stays one
+        o[i] = np.uint16(rounded)
+        found = np.uint32(found + np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)))
+    return found
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _linear(base, plus, minus, alphas, out):  # type: ignore[no-untyped-def]
     half = np.uint32(16)
@@ -62,7 +83,7 @@ def _linear(base, plus, minus, alphas, out):  # type: ignore[no-untyped-def]
     nonfinite = np.int64(0)
     for begin in range(0, out.size, _BLOCK):
         n = min(_BLOCK, out.size - begin)
-        b, o = base[begin : begin + n], out[begin : begin + n]
+        b = base[begin : begin + n]
         for i in range(n):
             total[i] = _as_float(np.uint32(b[i]) << half)
         for k in range(len(plus)):
@@ -70,13 +91,23 @@ def _linear(base, plus, minus, alphas, out):  # type: ignore[no-untyped-def]
             for i in range(n):
                 difference = _as_float(np.uint32(p[i]) << half) - _as_float(np.uint32(m[i]) << half)
                 total[i] += alpha * difference
-        found = np.uint32(0)
+        nonfinite += _round(total, out[begin : begin + n])
+    return nonfinite
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _shifted(base, vectors, alphas, out):  # type: ignore[no-untyped-def]
+    half = np.uint32(16)
+    total = np.empty(_BLOCK, np.float32)
+    nonfinite = np.int64(0)
+    for begin in range(0, out.size, _BLOCK):
+        n = min(_BLOCK, out.size - begin)
+        b = base[begin : begin + n]
         for i in range(n):
-            u = _as_bits(total[i])
-            rounded = np.uint32(np.uint32(u + np.uint32(0x7FFF) + ((u >> half) & np.uint32(1))) >> half)
-            if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-                rounded = np.uint32(0x7FC0)  # a NaN stays one
-            o[i] = np.uint16(rounded)
-            found = np.uint32(found + np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)))
-        nonfinite += found
+            total[i] = _as_float(np.uint32(b[i]) << half)
+        for k in range(len(vectors)):
+            v, alpha = vectors[k][begin : begin + n], alphas[k]
+            for i in range(n):
+                total[i] += alpha * v[i]
+        nonfinite += _round(total, out[begin : begin + n])
     return nonfinite

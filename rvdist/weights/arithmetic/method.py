@@ -116,13 +116,15 @@ def combine(
     if not differences:
         out.copy_(base)
         return _count(out, scratch)
-    pairs = [(alpha, plus, minus) for alpha, plus, minus in differences if minus is not None]
-    if method.elementwise_sum and len(pairs) == len(differences):
-        operands = [base, out, *(t for _, plus, minus in pairs for t in (plus, minus))]
-        if fused and fused.applies(operands):
-            return fused.linear(base, pairs, out)
     vectors = [(plus.dtype, minus.dtype if minus is not None else None) for _, plus, minus in differences]
     work, n = work or working_dtype([base.dtype, out.dtype], vectors), out.numel()
+    if fused and method.elementwise_sum and work == torch.float32 and fused.applies([base, out]):
+        pairs = [(alpha, plus, minus) for alpha, plus, minus in differences if minus is not None]
+        if not pairs and differences and fused.applies([v for _, v, _ in differences], torch.float32):
+            return fused.shifted(base, [(alpha, v) for alpha, v, _ in differences], out)
+        operands = (t for _, plus, minus in pairs for t in (plus, minus))
+        if len(pairs) == len(differences) and fused.applies(list(operands)):
+            return fused.linear(base, pairs, out)
     total, subtrahend = scratch(0, n, work), scratch(1, n, work)
     taken = [subtract(scratch(2 + k, n, work), p, m, subtrahend) for k, (_, p, m) in enumerate(differences)]
     total.copy_(base)

@@ -6,16 +6,16 @@ import numba
 import numpy as np
 
 _BLOCK = 4096
-_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.int64)
+_BIT = np.arange(256)[:, None] >> np.arange(8) & 1
+_COUNT = _BIT.sum(1)
+_BEFORE = (_BIT.cumsum(1) - _BIT).astype(np.uint8)  # how many bits of a byte are set below each
+_MASK = -_BIT.astype(np.int64)  # all ones where it is set
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def bits(where, counts, values, first, limit, out):  # type: ignore[no-untyped-def]
     """Where a bit of `where` says that there is a value; `out` is 0 elsewhere already."""
     done = 0
-    if len(out) == 0:
-        return True
-    zero = out[0]
     for block in range(len(counts)):
         begin = block * _BLOCK // 8
         end = min(begin + _BLOCK // 8, len(where))
@@ -31,9 +31,8 @@ def bits(where, counts, values, first, limit, out):  # type: ignore[no-untyped-d
             at = 8 * k - first
             if at >= 0 and at + 8 <= len(out) and 8 * k + 8 <= limit and done + 8 <= len(values):
                 for i in range(8):
-                    bit = (byte >> i) & 1
-                    out[at + i] = values[done] if bit else zero
-                    done += bit
+                    out[at + i] = values[done + _BEFORE[byte, i]] & out.dtype.type(_MASK[byte, i])
+                done += _COUNT[byte]
                 continue
             for i in range(8):
                 if (byte >> i) & 1:
