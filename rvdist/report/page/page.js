@@ -57,13 +57,45 @@
     return kind === "same" ? "unchanged, " + words[1] : words.join(" → ");
   }
 
-  function answer(name, [score, , , filtered, response]) {
+  // The words of two texts that are not in both, in the same order: the longest common subsequence, of at most so many.
+  const WORDS = 700;
+  function changedWords(mine, other) {
+    const [a, b] = [mine, other].map((text) => text.match(/\s*\S+|\s+$/g) || []);
+    if (a.length > WORDS || b.length > WORDS) return null;
+    const bare = (words) => words.map((word) => word.trim());
+    const [x, y] = [bare(a), bare(b)];
+    const size = y.length + 1;
+    const longest = new Uint16Array((x.length + 1) * size);
+    for (let i = x.length - 1; i >= 0; i--)
+      for (let j = y.length - 1; j >= 0; j--)
+        longest[i * size + j] = x[i] === y[j] ? longest[(i + 1) * size + j + 1] + 1
+          : Math.max(longest[(i + 1) * size + j], longest[i * size + j + 1]);
+    const parts = [];
+    for (let i = 0, j = 0; i < a.length;) {
+      const same = j < y.length && x[i] === y[j];
+      if (!same && j < y.length && longest[i * size + j + 1] > longest[(i + 1) * size + j]) { j++; continue; }
+      const last = parts[parts.length - 1];
+      if (last && last.same === same) last.text += a[i];
+      else parts.push({ same, text: a[i] });
+      i++;
+      if (same) j++;
+    }
+    return parts;
+  }
+
+  function answer(name, [score, , , filtered, response, tokens, cut, inFormat], other) {
     const right = isRight(score);
     const mark = right === null ? ["", task().metric + " " + score.toPrecision(4)] : right ? ["right", "✓"] : ["wrong", "✗"];
-    const raw = element("pre", "", data.texts[response] || "(empty)");
+    const text = data.texts[response];
+    const parts = other && other[4] !== response ? changedWords(text, data.texts[other[4]]) : null;
+    const raw = parts && parts.some((part) => part.same)
+      ? element("pre", "", "", ...parts.map((part) => element(part.same ? "span" : "mark", "", part.text)))
+      : element("pre", "", text || "(empty)");
+    const facts = [tokens === null ? "" : tokens + (tokens === 1 ? " token" : " tokens"), cut ? "cut at the limit" : "",
+      inFormat === null ? "" : inFormat ? "in format" : "not in format"].filter(Boolean).join(", ");
     raw.dir = "auto";
     return element("div", "answer", "",
-      element("h4", "", "", element("span", "", name), element("span", mark[0], mark[1])),
+      element("h4", "", "", element("span", "", name), element("span", mark[0], mark[1]), element("small", "", facts)),
       element("div", "filtered", "scored: " + (data.texts[filtered] || "(nothing)")), raw);
   }
 
@@ -87,7 +119,8 @@
         element("span", "badge", badge(place, kind)),
         element("span", "expected", "expected: " + data.texts[target])),
       whole,
-      element("div", "columns", "", ...arms.map((arm) => answer(data.arms[arm], answerOf(arm, place)))));
+      element("div", "columns", "", ...arms.map((arm, i) =>
+        answer(data.arms[arm], answerOf(arm, place), arms.length > 1 ? answerOf(arms[1 - i], place) : null))));
   }
 
   // Each text is searched once for each search, however many answers point to it.
@@ -106,7 +139,47 @@
   // The beginning that a task's prompts have in common is not searched: all or none would match.
   function matching(place, has) {
     const arms = [left(), right()].filter((arm) => arm !== ALONE);
-    return has(task().documents[place][1]) || arms.some((arm) => answerOf(arm, place).slice(2).some(has));
+    return has(task().documents[place][1]) || arms.some((arm) => answerOf(arm, place).slice(2, 5).some(has));
+  }
+
+  // What the filters of length and format ask of the answers that are shown: of the right arm, or how the two differ.
+  const LENGTHS = {
+    cut: ([, after]) => after[6], whole: ([, after]) => after[6] === false,
+    longer: ([before, after]) => before && before[5] !== null && after[5] > before[5],
+    shorter: ([before, after]) => before && after[5] !== null && after[5] < before[5],
+  };
+  const FORMATS = {
+    yes: ([, after]) => after[7], no: ([, after]) => after[7] === false,
+    gained: ([before, after]) => before && before[7] === false && after[7],
+    lost: ([before, after]) => before && before[7] && after[7] === false,
+  };
+  function asked(filters, name, place) {
+    const wanted = filters[name];
+    return !wanted || wanted([left() === ALONE ? null : answerOf(left(), place), answerOf(right(), place)]);
+  }
+
+  // The state stands in the address, so that a view can be kept and sent.
+  const FIELDS = ["task", "left", "right", "change", "length", "format", "search"];
+  let written = "";
+  function remember() {
+    const state = new URLSearchParams(FIELDS.map((id) => [id, find(id).value]).filter(([, value]) => value !== ""));
+    if (page) state.set("page", page + 1);
+    written = "#samples?" + state;
+    location.replace(written);
+  }
+  function recall() {
+    const [, query] = location.hash.split("?");
+    const state = new URLSearchParams(query || "");
+    const set = (id) => {
+      const given = state.get(id), field = find(id);
+      if (given !== null && (field.type === "search" || [...field.options].some((option) => option.value === given)))
+        field.value = given;
+    };
+    for (const id of ["task", "left", "right", "length", "format", "search"]) set(id);
+    verdicts();
+    set("change");
+    page = Math.max(0, (Number.parseInt(state.get("page"), 10) || 1) - 1);
+    return Boolean(query);
   }
 
   function leftOut(kinds) {
@@ -127,6 +200,7 @@
     const flips = all.filter(([, kind]) => kind !== "same");
     const some = (left() === ALONE ? all : [...flips, ...all.filter(([, kind]) => kind === "same")])
       .filter(([, kind]) => change === "all" || kind === change)
+      .filter(([place]) => asked(LENGTHS, find("length").value, place) && asked(FORMATS, find("format").value, place))
       .filter(([place]) => matching(place, has));
     const pages = Math.max(1, Math.ceil(some.length / PAGE));
     page = Math.min(Math.max(page, 0), pages - 1);
@@ -144,18 +218,24 @@
   function turn(by) {
     page += by;
     show();
+    remember();
     find("samples").scrollIntoView();
   }
 
   function restart() {
     page = 0;
     show();
+    remember();
   }
 
-  function choose() {
+  function verdicts() {
     const alone = left() === ALONE;
     options(find("change"), alone ? [["all", "all"], ["right", "right"], ["wrong", "wrong"]]
       : [["all", "all"], ["better", "wrong → right"], ["worse", "right → wrong"], ["same", "unchanged"]]);
+  }
+
+  function choose() {
+    verdicts();
     restart();
   }
 
@@ -173,7 +253,7 @@
   document.querySelector(".controls").hidden = false;
   document.querySelector(".controls").addEventListener("submit", (event) => event.preventDefault());
   for (const id of ["left", "right"]) find(id).addEventListener("change", choose);
-  for (const id of ["task", "change"]) find(id).addEventListener("change", restart);
+  for (const id of ["task", "change", "length", "format"]) find(id).addEventListener("change", restart);
   let waiting;
   find("search").addEventListener("input", () => {
     clearTimeout(waiting);
@@ -181,5 +261,19 @@
   });
   find("previous").addEventListener("click", () => turn(-1));
   find("next").addEventListener("click", () => turn(1));
-  choose();
+  options(find("length"), [["all", "all"], ["cut", "cut at the limit"], ["whole", "not cut"], ["longer", "longer than before"],
+    ["shorter", "shorter than before"]]);
+  options(find("format"), [["all", "all"], ["yes", "in format"], ["no", "not in format"], ["gained", "only now in format"],
+    ["lost", "no longer in format"]]);
+  const said = (place) => data.tasks.some((entry) => Object.values(entry.answers).some((own) => own.some((a) => a && a[place] !== null)));
+  find("length").parentElement.hidden = !said(5);
+  find("format").parentElement.hidden = !said(7);
+  const recalled = recall();
+  show();
+  if (recalled) find("samples").scrollIntoView();
+  addEventListener("hashchange", () => {
+    if (location.hash === written) return;
+    recall();
+    show();
+  });
 })();

@@ -34,7 +34,8 @@ def choose_samples(
     characters: int = CHARACTERS,
 ) -> dict[str, Any]:
     """Of each task some `documents` as [number, expected]; in their order the `answers` of each arm as [score,
-    beginning of the prompt, rest of the prompt, what was scored, response], null where there is none; and for each two
+    beginning of the prompt, rest of the prompt, what was scored, response, tokens, whether it was cut at the limit,
+    whether it is in the asked format], null where there is none and where the records do not say; and for each two
     arms, by their places, how many documents there are that the second does better, worse and the same on, shown or
     not. All text is in `texts`, once, and pointed into. A document that was asked several times is shown by its first
     record."""
@@ -125,6 +126,9 @@ def _task(task: TaskInfo, arms: Sequence[str], answers: Answers, texts: _Texts, 
                 texts.place(record.prompt_text[len(beginnings[arm]) :], 2000, 2000),
                 texts.place(record.filtered, 1500, 500),
                 texts.place(record.response, 4000, 2000),
+                sum(record.tokens) if record.tokens else None,
+                "length" in record.finish if record.finish else None,
+                record.in_format,
             ]
             for arm, record in by_arm.items()
         }

@@ -268,7 +268,7 @@ class TestInBrowser:
             all("section > .scroll").map((box) => box.scrollWidth - box.clientWidth),
             document.documentElement.scrollWidth - innerWidth,
             all(".scores tbody td:first-child").map((cell) => getComputedStyle(cell).borderTopWidth),
-            all(".controls select, .controls input").map((field) => field.offsetHeight)]);"""
+            all(".controls select, .controls input").map((field) => field.offsetHeight).filter((height) => height)]);"""
         path.write_text(html.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
         for width in (1280, 400):
             found = re.search(r'<span id="where">(.*?)</span>', self.dom(path, tmp_path, width))[1]
@@ -326,3 +326,39 @@ class TestInBrowser:
         write(path, [make_arm("α=1", 1.0)], make_records("α=1", [1.0, 0.0]), [make_task()], baseline=None)
         html = self.dom(path, tmp_path)
         assert [attributes.get("class") for _, attributes in Elements(html).tags].count("answer") == 2
+
+    def test_answers_are_compared_by_word_and_filtered_by_length_and_format_as_the_address_says(self, tmp_path):
+        said = {"baseline": "First add two and three: it is 6", "α=1": "First add two and three, so it is #5"}
+        arms = [make_arm("baseline", 0.0), make_arm("α=1", 1.0)]
+        records = [
+            replace(
+                record,
+                response=f"{said[arm.name]} of {record.doc_id}",
+                tokens=(9 + record.doc_id * (arm.name != "baseline"),),
+                finish=("length" if record.doc_id == 3 else "stop",),
+                in_format=arm.name != "baseline" and record.doc_id != 2,
+            )
+            for arm in arms
+            for record in make_records(arm.name, [float(arm.name != "baseline")] * 4)
+        ]
+        path = tmp_path / "report.html"
+        html = write(path, arms, records, [make_task()])
+        html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+        driver = """
+          const find = (id) => document.getElementById(id), said = [];
+          const shown = () => [...document.querySelectorAll("article strong")].map((one) => one.textContent);
+          const choose = (id, value) => { find(id).value = value; find(id).dispatchEvent(new Event("change")); };
+          said.push([...document.querySelectorAll("article:first-of-type mark")].map((one) => one.textContent.trim()));
+          for (const [id, value] of [["length", "cut"], ["length", "longer"], ["length", "all"], ["format", "gained"],
+            ["format", "no"]]) { choose(id, value); said.push(shown()); }
+          said.push(location.hash);
+          location.hash = "#samples?format=gained&length=cut&left=0&right=1&change=better";
+          setTimeout(() => { said.push(shown(), find("length").value);
+            find("where").textContent = JSON.stringify(said); }, 200);"""
+        path.write_text(html.replace("</body>", f"<script>{driver}</script></body>"), encoding="utf-8")
+        found = re.search(r'<span id="where">(.*?)</span>', self.dom(path, tmp_path))[1]
+        words, cut, longer, every, gained, other, address, recalled, length = json.loads(found.replace("&amp;", "&"))
+        assert words == ["three:", "6", "three, so", "#5"]
+        numbers = [[int(one.split()[1]) for one in own] for own in (cut, longer, every, gained, other, recalled)]
+        assert numbers == [[3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 3], [2], [3]]
+        assert "format=no" in address and "left=0" in address and length == "cut"
