@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from rvdist.core.config import Storage
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
+from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.reader import open_point
 from rvdist.weights.store import save
@@ -73,7 +74,9 @@ def main() -> None:
             save(donors, sources, place / "v", Storage(), say=lambda text: None)
             stored = sum(file.stat().st_size for file in (place / "v").glob("*.safetensors"))
             whole = (place / "plus" / "model.safetensors").stat().st_size
-            forms = {type(form).__name__ for form in getattr(open_source(str(place / "v")), "forms").values()}  # noqa: B009
+            opened = open_source(str(place / "v"))
+            assert isinstance(opened, Difference)
+            forms = {type(form).__name__ for form in opened.forms.values()}
             (slow, much), (fast, little) = (
                 cost(paths["target"], donors),
                 cost(paths["target"], Vector(str(place / "v"))),
