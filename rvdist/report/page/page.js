@@ -76,7 +76,13 @@
       if (!same && j < y.length && longest[i * size + j + 1] > longest[(i + 1) * size + j]) { j++; continue; }
       const last = parts[parts.length - 1];
       if (last && last.same === same) last.text += a[i];
-      else parts.push({ same, text: a[i] });
+      else if (same) parts.push({ same, text: a[i] });
+      else {
+        const [space] = a[i].match(/^\s*/);
+        if (last) last.text += space;
+        else if (space) parts.push({ same: true, text: space });
+        parts.push({ same, text: a[i].slice(space.length) });
+      }
       i++;
       if (same) j++;
     }

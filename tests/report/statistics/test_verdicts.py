@@ -197,3 +197,20 @@ def test_no_verdict_is_wrong_more_often_than_one_time_in_twenty(name):
     for n in (60, 1300):
         rng = np.random.default_rng([n, 5])
         assert sum(wrong(rng, n) for _ in range(100)) <= 12, n
+
+
+def test_few_documents_of_scores_without_bounds_are_warned_of():
+    said = {}
+    for n in (199, 200):
+        values = np.random.default_rng(n).lognormal(size=n)
+        records = make_records("baseline", values.tolist(), metric="loss")
+        records += make_records("α=1", (values + 0.1).tolist(), metric="loss")
+        tasks = [make_task(metric="loss", higher_is_better=False)]
+        rows = summarise([BASE, ARM], records, tasks, "baseline")
+        said[n] = any(
+            "95 % intervals hold as seldom" in one for one in Findings([BASE, ARM], rows, records, tasks).footnotes
+        )
+    assert said == {199: True, 200: False}
+    scores = make_records("baseline", [1.0, 0.0] * 20) + make_records("α=1", [1.0] * 40)
+    rows = summarise([BASE, ARM], scores, [make_task()], "baseline")
+    assert not any("as seldom" in one for one in Findings([BASE, ARM], rows, scores, [make_task()]).footnotes)
