@@ -308,7 +308,7 @@ def check_shapes(place: Place) -> Facts:
     shapes = ["1.5B", "7B"] if place.on_card else ["tiny"]
     found: Facts = {"left_out": []}
     for shape in shapes:
-        for mode in ("graphs", "eager") if place.on_card else ("eager",):
+        for mode in ("graphs", "graphs, shared prefixes", "eager") if place.on_card else ("eager, shared prefixes",):
             if place.is_late(150):
                 found["left_out"].append(f"{shape}, {mode}")
                 continue
@@ -322,7 +322,7 @@ def check_shapes(place: Place) -> Facts:
 
 def time_shape(asked: str) -> None:
     """Prints one line: seconds of a start, a first swap (with the probe) and a second one, and requests a second by how
-    many are asked at once."""
+    many are asked at once, each after the same examples."""
     import families
     import shapes
 
@@ -351,11 +351,13 @@ def time_shape(asked: str) -> None:
         if not paths[name].exists():
             shapes.write_checkpoint(paths[name], tensors, 1, seed, config)
             families._tokenizer().save_pretrained(paths[name])
-    graphs = further_arguments({"compilation_config": GRAPHS}) if mode == "graphs" else "{}"
+    computed, _, shares = mode.partition(", ")
+    graphs = further_arguments({"compilation_config": GRAPHS}) if computed == "graphs" else "{}"
     settings = EngineSettings(
         max_model_len=256 if tiny else 2048,
         kv_cache_gib=0.0625 if tiny else 8.0,
-        enforce_eager=mode == "eager",
+        enforce_eager=computed == "eager",
+        prefix_caching=bool(shares),
         args=graphs,
         max_num_seqs=16 if tiny else None,
     )
@@ -369,7 +371,8 @@ def time_shape(asked: str) -> None:
         engine.swap(WeightPoint(str(paths["target"]), (Term(alpha, vector),)))
         found[what] = round(time.perf_counter() - begun, 2)
     for size in (8, 16) if tiny else (256, 1024):
-        requests = [Generate(f"Q: {k}+{k}=?\nA: " * 4, 16 if tiny else 128) for k in range(size)]
+        examples = "".join(f"Q: {k}+{k}=?\nA: {2 * k}\n" for k in range(8 if tiny else 64))
+        requests = [Generate(f"{examples}Q: {k}+{k}=?\nA: ", 16 if tiny else 128) for k in range(size)]
         begun = time.perf_counter()
         tokens = sum(one.tokens for one in engine.generate(requests))
         seconds = time.perf_counter() - begun

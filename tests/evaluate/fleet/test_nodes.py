@@ -98,7 +98,7 @@ def blind(tmp_path):
     with tempfile.TemporaryDirectory(prefix="b", dir="/tmp") as short:
         told = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         told |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "RAY_TMPDIR": short}
-        told |= {"HOME": str(tmp_path), "RAY_worker_niceness": "0"}
+        told |= {"HOME": str(tmp_path), "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "120"}
         ray = f"{sys.executable} -m ray.scripts.scripts start --disable-usage-stats --block"
         head = f"exec {ray} --head --port=0 --num-cpus=0 --include-dashboard=false"
         noted, deadline = Path(short, "ray/ray_current_cluster"), time.monotonic() + 90
