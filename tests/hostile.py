@@ -155,6 +155,18 @@ def licence(path: Path) -> object:
     return licence_of(path)
 
 
+def speeds(cache: Path) -> object:
+    from rvdist.evaluate.foresight import Memory
+
+    return Memory.read(cache)
+
+
+def chosen(cache: Path) -> object:
+    from rvdist.evaluate.resolved import remembered
+
+    return remembered(cache, "a")
+
+
 def rate(path: Path) -> object:
     from rvdist.merge.placement import remembered_rate
 

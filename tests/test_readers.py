@@ -54,11 +54,13 @@ READERS = {
     "a vocabulary": ("vocabularies", "tokenizer", "tokenizer.json"),
     "a card": ("licence", "vector", "README.md"),
     "rates of merges": ("rate", "rates.json", None),
+    "rates of engines": ("speeds", "remembered", "speeds.json"),
+    "what vLLM chose": ("chosen", "remembered", "engines.json"),
     "a key": ("key", "keys", f"key-{os.geteuid()}"),
     "a sample cache": ("cache", "cache", "samples.sqlite"),
 }  # fmt: skip
 # What is as good as none where it cannot be used: it is made anew, or nothing is said of it.
-FORGOTTEN = {"a journal, gone on from", "a card", "rates of merges", "a key"}
+FORGOTTEN = {"a journal, gone on from", "a card", "rates of merges", "rates of engines", "what vLLM chose", "a key"}
 TEXTS = {"a text", "a chat template"}  # whose content may be anything in UTF-8
 
 DEEP = 200_000
@@ -142,6 +144,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "recipe.yml").write_text(json.dumps(recipe))
     (place / "results.json").write_text('{"results": {"text:x": {"bits_per_byte,none": 1.5}}}')
     shutil.copytree(POCKET / "target", place / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    (place / "remembered").mkdir()
+    (place / "remembered" / "speeds.json").write_text('{"rates": {"H100": [1.0, 1.0]}, "lengths": {"a": 1.0}}')
+    (place / "remembered" / "engines.json").write_text('{"a": {"runner": "b"}}')
     (place / "rates.json").write_text('{"cpu": {"bytes_per_second": 1.0, "anonymous_bytes": 1}}')
     (place / "keys").mkdir()
     (place / "cache").mkdir()
