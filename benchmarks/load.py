@@ -6,17 +6,19 @@ than what there is. `python benchmarks/load.py` writes the table of benchmarks/R
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,6 +213,60 @@ def runs(n: int, place: Path, watch: Watch) -> None:
     assert len(found) == n // RUNS * RUNS
 
 
+def together(n: int, place: Path, watch: Watch) -> None:
+    """Runs at once on one Ray cluster and one cache: each merges, scores three arms from what is cached, reports."""
+    shared = ["benchmarks=pocket", "benchmarks.limit=24", "sweep.alphas=[0.5,1]", f"cache.dir={place / 'cache'}"]
+    command(*shared, "engine.count=1", "hydra.run.dir=first", cwd=place)
+    right = (place / "first" / "summary.json").read_bytes()
+    with _cluster(n) as (address, environment), watch():
+        joined = ["cluster=existing", f"cluster.address={address}", "merge.workers=1"]
+        line = [sys.executable, "-m", "rvdist.launch", *FAMILY, *shared, *joined]
+        running = [
+            subprocess.Popen(
+                [*line, f"output=out-{k}", f"hydra.run.dir=run-{k}"],
+                cwd=place,
+                env=environment | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for k in range(n)
+        ]
+        for process in running:
+            if said := process.communicate()[1]:
+                sys.exit(said.decode()[-2000:])
+    for k in range(n):
+        assert (place / f"run-{k}" / "summary.json").read_bytes() == right
+        assert not (place / f"out-{k}.partial").exists()
+    weights = {hashlib.sha256((place / f"out-{k}" / "model.safetensors").read_bytes()).digest() for k in range(n)}
+    assert len(weights) == 1
+
+
+@contextmanager
+def _cluster(cores: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a cluster that believes to have so many cores, and the environment of who joins it."""
+    with tempfile.TemporaryDirectory(prefix="l", dir="/tmp", ignore_cleanup_errors=True) as short:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {"HOME": short, "RAY_TMPDIR": short}
+        words = f"start --head --port=0 --num-cpus={cores} --include-dashboard=false --disable-usage-stats --block"
+        line = [sys.executable, "-m", "ray.scripts.scripts", *words.split(), "--node-ip-address=127.0.0.1"]
+        ray = subprocess.Popen(
+            line, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            noted, deadline = Path(short, "ray/ray_current_cluster"), time.monotonic() + 180
+            while not (noted.exists() and noted.read_text()):
+                if ray.poll() is not None or time.monotonic() > deadline:
+                    sys.exit("no cluster")
+                time.sleep(0.1)
+            yield noted.read_text(), environment
+        finally:
+            for process in filter(str.isdigit, os.listdir("/proc")):
+                with suppress(OSError):
+                    if f"RAY_TMPDIR={short}\0".encode() in Path(f"/proc/{process}/environ").read_bytes():
+                        os.kill(int(process), signal.SIGKILL)
+            ray.wait(60)
+
+
 def _write(place: Path, run: int, count: int) -> None:
     from rvdist.evaluate.cache import SampleCache
     from rvdist.evaluate.request import Answered, Completion
@@ -229,6 +285,7 @@ LOADS: dict[str, tuple[int, Callable[[int, Path, Watch], None]]] = {
     "tensors": (50_000, tensors),
     "records": (100_000, records),
     "runs": (800, runs),
+    "together": (12, together),
 }
 
 
@@ -253,7 +310,7 @@ def row(name: str, n: int) -> str:
     of, cells = LOADS[name][1].__doc__ or "", []
     taken = [measure(name, count) for count in (n // 4, n)]
     for count, (seconds, nbytes) in zip((n // 4, n), taken, strict=True):
-        memory = "" if name == "runs" else f", {nbytes / count / 1024:.1f} KiB"
+        memory = "" if name in ("runs", "together") else f", {nbytes / count / 1024:.1f} KiB"
         cells.append(f"{seconds:.1f} s: {1000 * seconds / count:.2f} ms{memory}")
     grows = taken[1][0] / taken[0][0] / 4
     return f"| {n:,} | {of.partition(': ')[0].rstrip('.')} | {cells[0]} | {cells[1]} | {grows:.2f} |"

@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rvdist.core import text
+from rvdist.core import session, text
 from rvdist.core.config import Config
 from rvdist.core.ends import KEPT, Watch, leave
 from rvdist.core.errors import BadInput, Failed
@@ -46,6 +46,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
     ConfigStore.instance().store(name="schema", node=Config)
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
+    session.last_word = "" if log.as_json else f"rvdist: killed, or ended from inside Ray; {KEPT}"
     watch = Watch(log.fail)
     watch.begin()
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on

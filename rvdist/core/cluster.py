@@ -144,7 +144,8 @@ def _init(address: str, namespace: str | None) -> None:
             more = {"include_dashboard": False, "_node_ip_address": _LOOPBACK, "_temp_dir": _session.path}
         try:
             here = address == "local" or _is_on_loopback_alone(address)
-            with private_ray.loopback_taken_at_its_word() if here else nullcontext():
+            kept = _session.kept() if address == "local" and _session else nullcontext()
+            with private_ray.loopback_taken_at_its_word() if here else nullcontext(), kept:
                 ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
             return
         except Exception as error:

@@ -1,6 +1,8 @@
 """The directory in which a Ray of our own keeps its sockets and logs: closed to others, and gone when it ends.
 
-Ray lets everybody write in the directory that it is given (mode 0777), so that stands in one of mode 0700.
+Ray lets everybody write in the directory that it is given (mode 0777), so that stands in one of mode 0700. A process of
+ours that is killed, or ended from inside Ray, ends nothing: a keeper, which is a process of its own, then does, and has
+the last word.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rvdist.core.errors import BadInput
@@ -23,6 +28,31 @@ _SOCKET = len(f"/{_PREFIX}12345678/{_INNER}/session_2000-01-01_00-00-00_000000_1
 _LONGEST = 107 - _SOCKET  # bytes of the directory under which Ray can have its sockets
 _NEW = 60.0  # seconds for which one without a holder may be about to get one
 _PATIENCE = 1.0  # seconds in which what still writes in it ends
+MARK = "RVDIST_RAY"  # in the environment of all that Ray starts: the directory
+
+last_word = ""  # of who is killed while it has one, on standard error
+
+# Given the directory and the last word; reads a byte from who is alive, and nothing once it is not.
+_KEEPER = f"""
+import os, shutil, signal, sys, time
+path, word = sys.argv[1:]
+if sys.stdin.buffer.read(1):
+    sys.exit()
+if word:
+    print(word, file=sys.stderr, flush=True)
+mark, until, quiet = b"{MARK}=" + os.fsencode(path) + b"\\0", time.monotonic() + 10, 0
+while quiet < 3 and time.monotonic() < until:
+    quiet += 1
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if mark in open("/proc/" + pid + "/environ", "rb").read():
+                os.kill(int(pid), signal.SIGKILL)
+                quiet = 0
+        except OSError:
+            pass
+    time.sleep(0.1)
+shutil.rmtree(path, ignore_errors=True)
+"""
 
 
 def is_ours(session: str) -> bool:
@@ -47,6 +77,21 @@ class SessionDirectory:
                 f"{above}: cannot hold Ray's files ({error.strerror}); set RAY_TMPDIR to a directory that can"
             ) from None
         self._owner = os.getpid()
+        self._keeper: subprocess.Popen[bytes] | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is started within ends with this process, even if it is killed."""
+        command = [sys.executable, "-I", "-S", "-c", _KEEPER, str(self._path), last_word]
+        with suppress(OSError):  # where no process can be started, nothing needs one to end it
+            self._keeper = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/"
+            )
+        os.environ[MARK] = str(self._path)
+        try:
+            yield
+        finally:
+            del os.environ[MARK]
 
     @property
     def path(self) -> str:
@@ -64,6 +109,10 @@ class SessionDirectory:
                 break
             time.sleep(0.05)
         self._lock.close()
+        if self._keeper:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                self._keeper.communicate(b".", timeout=_PATIENCE)
+            self._keeper = None
 
 
 def _above() -> Path:
