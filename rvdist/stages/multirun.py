@@ -23,9 +23,10 @@ from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.table import Cells, print_table
 from rvdist.core.timing import Timing, seconds_since_process_start
 from rvdist.stages import private_hydra
-from rvdist.stages.job import Job, remove_empty
+from rvdist.stages.job import Ended, Job, remove_empty
 
 if TYPE_CHECKING:
+    from rvdist.report.page.models import Model
     from rvdist.stages.warm import Warm
 
 NAME = "rvdist_ray"
@@ -51,6 +52,7 @@ class RayLauncher(Launcher):
     failures: ClassVar[list[tuple[str, Exception]]] = []
     done: ClassVar[int] = 0
     _warm: ClassVar[Warm | None] = None
+    _models: ClassVar[dict[str, Model]] = {}  # what all jobs so far scored, by what they differ in besides α
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `launch`."""
@@ -94,8 +96,34 @@ class RayLauncher(Launcher):
                     returned.return_value = score
                     shown = "" if score is None else f"{score:.4f}"
                     rows.append([str(number), own, shown, str(directory)])
+                    if isinstance(job, Job):
+                        self._keep(job, own, ended[job])
+        self._show_models()
         print_table(("job", "", "mean score", "directory"), rows, RayLauncher.log.console)
         return [returned for returned, _ in composed]
+
+    def _keep(self, job: Job, own: str, ended: Ended) -> None:
+        """For the page of all jobs; those that differ in α alone are one model."""
+        from rvdist.report.page.models import Model
+        from rvdist.report.summary import Outline
+
+        sweep, place, scores = Path(self._config.hydra.sweep.dir).absolute(), job.directory.absolute(), ended.scores
+        if scores and scores.rows and sweep in place.parents:
+            differing = [override for override in own.split(" ") if not override.startswith("alpha=")]
+            name = " ".join(differing).strip() or job.settings.target
+            rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
+            found = Model(name, rows, str(place.relative_to(sweep) / "report.html"))
+            RayLauncher._models[name] = RayLauncher._models[name].join(found) if name in RayLauncher._models else found
+
+    def _show_models(self) -> None:
+        """All jobs that have scores as one page, in the sweep's directory."""
+        if RayLauncher._models:
+            from rvdist.report.page.models import write_models
+
+            path = Path(self._config.hydra.sweep.dir).absolute() / "report.html"
+            models = list(RayLauncher._models.values())
+            write_models(path, "One model" if len(models) == 1 else f"{len(models)} models", models)
+            RayLauncher.log.say("message", f"report: {path}")
 
     def _gather_logs(self, runs: Sequence[Job]) -> None:
         """In the sweep's directory, where all are below it: each job's would else have the lines of all others."""

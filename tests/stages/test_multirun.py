@@ -43,6 +43,8 @@ def test_one_fleet_for_all_jobs_and_a_failure_that_loses_no_other(place):
     assert done.stdout.count("failed") == 2 and "target=two alpha=0.5" in done.stdout
     jobs = sorted(path.name for path in (place / "sweep").iterdir() if path.is_dir())
     assert jobs == ["0", "1", "2", "3"]
+    page = (place / "sweep/report.html").read_text()
+    assert "2 models" in page and "target=one" in page and page.count("<td>alpha=") == 4 and "nowhere" not in page
     points = {row["point"] for job in jobs for row in json.loads(summary(place / "sweep" / job))}
     fleet = json.loads((place / "sweep/3/timing.json").read_text())["fleet"]
     assert len(points) == 6 and (fleet["engines"], fleet["swaps"]) == (1, 5)

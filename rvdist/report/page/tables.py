@@ -23,7 +23,7 @@ from rvdist.report.wording import (
 _WIDTH = 120  # of the small picture of an interval, in its own units
 
 
-def _kind(tested: Tested) -> str:
+def kind_of(tested: Tested) -> str:
     """A class of the style sheet."""
     kind = {"better": "better", "worse": "worse"}.get(tested.verdict or "", "none")
     return f"{kind} firm" if survives(tested) else kind
@@ -36,7 +36,7 @@ def edited_table(rows: Sequence[Edited], scale: Scale) -> dict[str, Any]:
         if one is None:
             return None
         text = scale.change(one.delta, one.ci_low, one.ci_high)
-        return {"text": text, "p": p_text(one.p_adjusted), "verdict": verdict_text(one), "kind": _kind(one)}
+        return {"text": text, "p": p_text(one.p_adjusted), "verdict": verdict_text(one), "kind": kind_of(one)}
 
     def line(row: Edited, value: float, gain: Change | None, own: bool) -> dict[str, Any]:
         return {
@@ -112,7 +112,7 @@ def task_table(
                 "detectable": _effect(effects.get(row.arm), scale) if row.filter == first.filter else "",
                 "p_adjusted": p_text(row.p_adjusted),
                 "verdict": verdict_text(row),
-                "kind": _kind(row),
+                "kind": kind_of(row),
                 "reported": cells[row.task, row.arm].comparison if cells and row.filter == first.filter else "",
                 "answers": _answers(row, scale),
             }

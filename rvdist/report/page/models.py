@@ -1,0 +1,116 @@
+"""Several models as one page: a table of targets × α × benchmarks, and the curve of each target.
+
+Knows rows and the template; computes nothing, and tests no model against another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from rvdist.report.page.page import csp_hash, environment, style_sheet
+from rvdist.report.page.tables import kind_of
+from rvdist.report.pictures.drawing import SERIES, columns_for, empty, grid, label, legend_below, render, title
+from rvdist.report.summary import Row
+from rvdist.report.wording import Scale, by_task, headline, verdict_text
+
+
+@dataclass(frozen=True)
+class Model:
+    """One job of several: what it is called, the rows of its main table, and where its own report is."""
+
+    name: str
+    rows: Sequence[Row]
+    report: str
+
+    def join(self, other: Model) -> Model:
+        """With the rows of another that this has not, such as those of another α, by the order of α."""
+        known = {(row.arm, row.task) for row in self.rows}
+        new = [row for row in other.rows if (row.arm, row.task) not in known]
+        tasks = list(dict.fromkeys(row.task for row in [*self.rows, *new]))
+        rows = sorted(
+            [*self.rows, *new], key=lambda row: (tasks.index(row.task), row.delta is not None, row.alpha or 0.0)
+        )
+        reports = ", ".join(dict.fromkeys([*self.report.split(", "), other.report]))
+        return replace(self, rows=rows, report=reports)
+
+
+def write_models(path: Path, name: str, models: Sequence[Model]) -> None:
+    """The page of all of them."""
+    tasks = list(dict.fromkeys(row.task for model in models for row in model.rows))
+    scales = {task: Scale([row for model in models for row in model.rows if row.task == task]) for task in tasks}
+    picture = render(lambda: models_figure(models, scales), "png")
+    style = style_sheet()
+    html = (
+        environment()
+        .get_template("models.html.jinja")
+        .render(
+            title=name,
+            sentences=[f"{model.name}: {said}" for model in models if (said := headline(model.rows))],
+            tasks=tasks,
+            models=[
+                {"name": model.name, "report": model.report, "lines": _lines(model, tasks, scales)} for model in models
+            ],
+            picture=picture[0] if picture else None,
+            style=Markup(style),
+            style_hash=csp_hash(style),
+        )
+    )
+    path.write_bytes(html.encode("utf-8", "replace"))
+
+
+def _lines(model: Model, tasks: Sequence[str], scales: dict[str, Scale]) -> list[dict[str, Any]]:
+    own = {(row.arm, row.task): row for row in model.rows}
+    return [
+        {"arm": arm, "cells": [_cell(own.get((arm, task)), scales[task]) for task in tasks]}
+        for arm in dict.fromkeys(row.arm for row in model.rows)
+    ]
+
+
+def _cell(row: Row | None, scale: Scale) -> dict[str, str]:
+    if row is None:
+        return {"kind": "", "score": "", "change": "", "verdict": ""}
+    verdict = "" if row.delta is None else verdict_text(row)
+    return {"kind": kind_of(row), "score": scale.score(row), "change": scale.delta(row), "verdict": verdict}
+
+
+def models_figure(models: Sequence[Model], scales: dict[str, Scale]) -> Figure | None:
+    """A panel for each benchmark, a curve for each model of which more than one α was scored; None without any."""
+    panels: dict[str, list[tuple[str, list[Row]]]] = {}
+    for model in models:
+        for task, group in by_task(model.rows):
+            curve = sorted((row for row in group if row.alpha is not None), key=lambda row: row.alpha or 0.0)
+            if len({row.alpha for row in curve}) > 1:
+                panels.setdefault(task, []).append((model.name, curve))
+    if not panels:
+        return None
+    columns = columns_for(len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = empty(6.4, 4.0) if len(panels) == 1 else empty(3.6 * columns + 0.4, 2.9 * lines + 0.5)
+    styles = dict(zip([model.name for model in models], cycle(SERIES), strict=False))
+    legend: dict[str, Any] = {}
+    for place, (task, curves) in enumerate(panels.items()):
+        axes, factor = figure.add_subplot(lines, columns, place + 1), scales[task].factor
+        for name, curve in curves:
+            color, marker = styles[name]
+            x = [row.alpha or 0.0 for row in curve]
+            low, high = (
+                [factor * (row.value if end is None else end) for row, end in zip(curve, ends, strict=True)]
+                for ends in ([row.ci_low for row in curve], [row.ci_high for row in curve])
+            )
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+            y = [factor * row.value for row in curve]
+            (legend[label(name)],) = axes.plot(x, y, color=color, marker=marker, markersize=4)
+        axes.set_xlabel("α")
+        axes.set_ylabel(label(scales[task].unit))
+        title(axes, task)
+        grid(axes, "y")
+    legend_below(figure, legend)
+    return figure
