@@ -48,6 +48,10 @@ class Operand:
         BadInput where a file cannot be used, Failed where the Hub does not answer."""
         return self._files.read(self._tensors[name], begin, end, buffer)
 
+    def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
+        """The same of some columns of some rows of a matrix."""
+        return self._files.read_columns(self._tensors[name], rows, columns, buffer)
+
     def close(self) -> None:
         self._files.close()
 

@@ -30,7 +30,7 @@ from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.lanes import CHUNK, Lane, open_lanes
-from rvdist.weights.operand import tell_nonfinite
+from rvdist.weights.operand import Operand, tell_nonfinite
 from rvdist.weights.values import AT_ONCE, Values
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
@@ -116,6 +116,37 @@ class PointReader:
         for begin, end, present in cuts:
             operand = self._read([point.base, *_donors(present)], name, begin, end, lane)
             result = out[begin - start : end - start]
+            place = Place(name, numel, begin)
+            (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
+            if count:
+                self._note(name, int(count))
+                unify_nans(result)
+
+    def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
+        """Writes these columns of these rows of a matrix, of the only point: `out` is 1-d, as for `fill`. Other columns
+        are read only where a source is computed, or the method must see elements in their places."""
+        (point,), width = self.points, self.base.tensors[name].shape[1]
+        recipes, works, (copied,) = self._prepare(name)
+        vectors = [vector for _, vector in recipes[0]]
+        operands = {source: self._values.operands[source] for source in [point.base, *_donors(vectors)]}
+        if point.method.name != "linear" or any(type(operand) is not Operand for operand in operands.values()):
+            whole = torch.empty(len(rows) * width, dtype=out.dtype)
+            self.fill(name, rows.start * width, whole)
+            out.view(len(rows), len(columns)).copy_(whole.view(len(rows), width)[:, columns.start : columns.stop])
+            return
+        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        at_once = max(1, min(CHUNK, lane.chunk) // len(columns)) * width
+        for begin, end, present in self._cuts(name, rows.start * width, rows.stop * width, vectors, at_once):
+            own = range(begin // width, end // width)
+            result = out[(own.start - rows.start) * len(columns) : (own.stop - rows.start) * len(columns)]
+            if copied:
+                operands[point.base].read_columns(name, own, columns, result.view(torch.uint8))
+                self._note(name, count_nonfinite(result, self._scratch))
+                continue
+            operand = {
+                source: operands[source].read_columns(name, own, columns, lane.buffer(f"in {k}"))
+                for k, source in enumerate(dict.fromkeys([point.base, *_donors(present)]))
+            }
             place = Place(name, numel, begin)
             (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
             if count:

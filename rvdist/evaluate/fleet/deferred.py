@@ -1,10 +1,10 @@
 """Tensors of a weight point, read when vLLM copies them.
 
 They are read into vLLM's own parameters, with no tensor in between. Of a tensor-parallel shard that is a range of rows,
-only these rows are read.
+or of a matrix's columns, only these are read.
 
-Knows nothing of vLLM: whatever is done to such a tensor other than taking rows and copying them to CPU memory gets an
-ordinary tensor, which is read then.
+Knows nothing of vLLM: whatever is done to such a tensor other than taking rows or columns and copying them to CPU
+memory gets an ordinary tensor, which is read then.
 """
 
 from __future__ import annotations
@@ -22,20 +22,27 @@ _aten = torch.ops.aten
 
 
 class Deferred(torch.Tensor):
-    """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor."""
+    """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor; of a whole
+    matrix, `columns` writes some columns of some rows."""
 
     _start: int
     _fill: Callable[[int, torch.Tensor], None]
+    _columns: Callable[[range, range, torch.Tensor], None] | None
     _whole: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls, shape: torch.Size, dtype: torch.dtype, fill: Callable[[int, torch.Tensor], None], start: int = 0
+        cls,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        fill: Callable[[int, torch.Tensor], None],
+        start: int = 0,
+        columns: Callable[[range, range, torch.Tensor], None] | None = None,
     ) -> Deferred:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
-        made._start, made._fill, made._whole = start, fill, None
+        made._start, made._fill, made._columns, made._whole = start, fill, columns, None
         return made
 
     @classmethod
@@ -69,9 +76,21 @@ class Deferred(torch.Tensor):
     def _slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Deferred | None:
         first, last, _ = slice(start, end).indices(self.shape[dim])
         rows = dim % self.dim() == 0
+        if step == 1 and self._columns and not rows and 0 < last - first < self.shape[dim]:
+            return self._narrow(self._columns, range(first, last))
         if step != 1 or not (rows or last - first == self.shape[dim]):
             return None
         return self._part([max(0, last - first), *self.shape[1:]] if rows else self.shape, first * rows)
+
+    def _narrow(self, fill: Callable[[range, range, torch.Tensor], None], columns: range) -> Deferred:
+        """Some columns of a matrix; what is taken of it are whole rows of them."""
+        above, count = self._start // self.shape[1], len(columns)
+
+        def fill_rows(start: int, out: torch.Tensor) -> None:
+            row = above + start // count
+            fill(range(row, row + out.numel() // count), columns, out)
+
+        return Deferred(torch.Size([self.shape[0], count]), self.dtype, fill_rows)
 
     def _unbind(self, dim: int = 0) -> list[Deferred] | None:
         return None if dim % self.dim() else [self._part(self.shape[1:], row) for row in range(self.shape[0])]
@@ -83,7 +102,8 @@ class Deferred(torch.Tensor):
 
     def _part(self, shape: Sequence[int], row: int) -> Deferred:
         start = self._start + (row * self.numel() // self.shape[0] if row else 0)
-        return Deferred(torch.Size(shape), self.dtype, self._fill, start)
+        columns = self._columns if len(shape) == 2 and shape[1] == self.shape[-1] and self.dim() == 2 else None
+        return Deferred(torch.Size(shape), self.dtype, self._fill, start, columns)
 
 
 # What need not be read to be taken: a range of rows, all, or each row, of whatever shape.
@@ -97,4 +117,8 @@ _VIEWS: dict[Any, Callable[..., Deferred | list[Deferred] | None]] = {
 def defer_tensors(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (name, tensor) of the reader's only point. They can be read until the reader is closed."""
     for name, spec in reader.base.tensors.items():
-        yield name, Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name))
+        columns = partial(reader.fill_columns, name) if len(spec.shape) == 2 else None
+        yield (
+            name,
+            Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name), 0, columns),
+        )

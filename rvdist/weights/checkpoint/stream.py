@@ -6,6 +6,8 @@ pread, not mmap: a truncated file or a read error is an exception here, not a SI
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,19 +50,42 @@ class TensorFiles:
         dtype = TORCH_DTYPE[spec.dtype]
         view = buffer[: (stop - start) * dtype.itemsize]
         offset = spec.offset + start * dtype.itemsize
-        try:
+        with self._explain_errors(spec):
             if self._ranges and spec.file in self._ranges.files:
                 self._ranges.read(spec, offset, view.numpy().data)
             else:
                 read_exactly(self._descriptor(spec.file), offset, view)
+        self.bytes_read += view.numel()
+        return view.view(dtype)
+
+    def read_columns(self, spec: TensorSpec, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
+        """The same of some columns of some rows of a matrix, and of no others."""
+        dtype, (_, width) = TORCH_DTYPE[spec.dtype], spec.shape
+        size = len(columns) * dtype.itemsize
+        view = buffer[: len(rows) * size]
+        memory, offset = view.numpy().data, spec.offset + columns.start * dtype.itemsize
+        with self._explain_errors(spec):
+            ranged = self._ranges if self._ranges and spec.file in self._ranges.files else None
+            descriptor = -1 if ranged else self._descriptor(spec.file)
+            for k, row in enumerate(rows):
+                part, at = memory[k * size : (k + 1) * size], offset + row * width * dtype.itemsize
+                if ranged:
+                    ranged.read(spec, at, part)
+                elif os.preadv(descriptor, [part], at) != size:
+                    read_exactly(descriptor, at, view[k * size : (k + 1) * size])
+        self.bytes_read += view.numel()
+        return view.view(dtype)
+
+    @contextmanager
+    def _explain_errors(self, spec: TensorSpec) -> Iterator[None]:
+        try:
+            yield
         except EOFError:
             path = self.checkpoint.path / spec.file
             raise BadInput(f"{path}: ends inside tensor {spec.name}; it changed or was truncated") from None
         except OSError as error:
             path = self.checkpoint.path / spec.file
             raise Failed(f"{path}: cannot be read ({error.strerror}); run again when it can") from None
-        self.bytes_read += view.numel()
-        return view.view(dtype)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:

@@ -79,6 +79,45 @@ def test_of_a_shard_of_rows_only_those_are_read(reader):
     assert reader.bytes_read == 3 * 40 * COLUMNS * 2
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("alpha", [0.5, 0.0])
+def test_columns_are_those_of_the_whole(alpha, method, point):
+    """Of them all, of some rows, of rows of them; into a range of rows of a larger parameter."""
+    asked = WeightPoint(point.base, (replace(point.terms[0], alpha=alpha),), method)
+    whole = dict(read_point(asked))[NAME]
+    with closing(open_point(asked)) as reader:
+        tensor, fused = one_of(reader), memory(2 * ROWS, 20)
+        fused.narrow(0, 5, ROWS).copy_(tensor.narrow(1, 28, 20))
+        fused.narrow(0, 400, 96).copy_(tensor.narrow(0, 205, 96).narrow(1, 0, 20))
+        fused.narrow(0, 500, 50).copy_(tensor.narrow(1, 7, 20).narrow(0, 11, 50))
+        rows = tensor.narrow(1, 7, 20).unbind()
+        assert torch.equal(memory(20).copy_(rows[9]), whole[9, 7:27])
+        assert torch.equal(tensor.narrow(1, 7, 20) + 0, whole[:, 7:27])
+        assert torch.equal(memory(30, 4).copy_(tensor[100:][3:33][:, 2:22][:, 5:9]), whole[103:133, 7:11])
+    assert torch.equal(fused[5 : 5 + ROWS], whole[:, 28:]) and torch.equal(fused[400:496], whole[205:, :20])
+    assert torch.equal(fused[500:550], whole[11:61, 7:27])
+    assert (fused[:5] == 7).all() and (fused[5 + ROWS : 400] == 7).all() and (fused[550:] == 7).all()
+
+
+def test_of_a_shard_of_columns_only_those_are_read(reader):
+    memory(ROWS, 7).copy_(one_of(reader).narrow(1, 3, 7))
+    assert reader.bytes_read == 3 * ROWS * 7 * 2
+
+
+def test_columns_of_what_has_fewer_rows_and_of_what_is_not_finite(tmp_path):
+    """A vector's missing rows stay the target's; what is not finite is counted and named."""
+    base, shorter = tensors(0), tensors(1)
+    base[NAME][5, 4] = float("inf")
+    shorter[NAME] = shorter[NAME][:200].contiguous()
+    paths = [str(write_checkpoint(tmp_path / n, own)) for n, own in (("target", base), ("plus", shorter))]
+    asked = WeightPoint(paths[0], (Term(0.5, Vector(paths[1])),))
+    with closing(open_point(asked)) as reader:
+        expected = memory(ROWS, COLUMNS).copy_(one_of(reader))
+        assert reader.nonfinite == [1]
+        assert torch.equal(memory(ROWS, 9).copy_(one_of(reader).narrow(1, 2, 9)), expected[:, 2:11])
+        assert reader.nonfinite == [2] and list(reader.spoiled) == [NAME]
+
+
 def test_counting_elements_reads_nothing(reader):
     tensor = one_of(reader)
     assert (tensor.shape, tensor.dtype, tensor.device.type) == ((ROWS, COLUMNS), torch.bfloat16, "cpu")
@@ -99,4 +138,4 @@ def test_whatever_else_is_done_to_it_it_is_read_once(point, reader):
     assert [part.shape[0] for part in tensor.chunk(3)] == [part.shape[0] for part in whole.chunk(3)]
     with pytest.raises(RuntimeError):
         memory(ROWS, 3).copy_(tensor)
-    assert reader.bytes_read == 3 * ROWS * COLUMNS * 2
+    assert reader.bytes_read == 3 * ROWS * (COLUMNS + 7) * 2, "the columns by themselves"
