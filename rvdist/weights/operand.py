@@ -49,7 +49,7 @@ class Operand:
         return self._files.read(self._tensors[name], begin, end, buffer)
 
     def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
-        """The same of some columns of some rows of a matrix."""
+        """The same of some columns of some rows."""
         return self._files.read_columns(self._tensors[name], rows, columns, buffer)
 
     def close(self) -> None:

@@ -123,9 +123,10 @@ class PointReader:
                 unify_nans(result)
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
-        """Writes these columns of these rows of a matrix, of the only point: `out` is 1-d, as for `fill`. Other columns
-        are read only where a source is computed, or the method must see elements in their places."""
-        (point,), width = self.points, self.base.tensors[name].shape[1]
+        """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in
+        one tensor all rows are counted on. Other columns are read only where a source is computed, or the method
+        must see elements in their places."""
+        (point,), width = self.points, self.base.tensors[name].shape[-1]
         recipes, works, (copied,) = self._prepare(name)
         vectors = [vector for _, vector in recipes[0]]
         operands = {source: self._values.operands[source] for source in [point.base, *_donors(vectors)]}

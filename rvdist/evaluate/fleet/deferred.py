@@ -22,8 +22,8 @@ _aten = torch.ops.aten
 
 
 class Deferred(torch.Tensor):
-    """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor; of a whole
-    matrix, `columns` writes some columns of some rows."""
+    """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor; of whole
+    rows, `columns` writes some columns."""
 
     _start: int
     _fill: Callable[[int, torch.Tensor], None]
@@ -76,21 +76,22 @@ class Deferred(torch.Tensor):
     def _slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Deferred | None:
         first, last, _ = slice(start, end).indices(self.shape[dim])
         rows = dim % self.dim() == 0
-        if step == 1 and self._columns and not rows and 0 < last - first < self.shape[dim]:
+        last_dim = dim % self.dim() == self.dim() - 1
+        if step == 1 and self._columns and last_dim and not rows and 0 < last - first < self.shape[dim]:
             return self._narrow(self._columns, range(first, last))
         if step != 1 or not (rows or last - first == self.shape[dim]):
             return None
         return self._part([max(0, last - first), *self.shape[1:]] if rows else self.shape, first * rows)
 
     def _narrow(self, fill: Callable[[range, range, torch.Tensor], None], columns: range) -> Deferred:
-        """Some columns of a matrix; what is taken of it are whole rows of them."""
-        above, count = self._start // self.shape[1], len(columns)
+        """Some columns; what is taken of them are whole rows."""
+        above, count = self._start // self.shape[-1], len(columns)
 
         def fill_rows(start: int, out: torch.Tensor) -> None:
             row = above + start // count
             fill(range(row, row + out.numel() // count), columns, out)
 
-        return Deferred(torch.Size([self.shape[0], count]), self.dtype, fill_rows)
+        return Deferred(torch.Size([*self.shape[:-1], count]), self.dtype, fill_rows)
 
     def _unbind(self, dim: int = 0) -> list[Deferred] | None:
         return None if dim % self.dim() else [self._part(self.shape[1:], row) for row in range(self.shape[0])]
@@ -102,7 +103,7 @@ class Deferred(torch.Tensor):
 
     def _part(self, shape: Sequence[int], row: int) -> Deferred:
         start = self._start + (row * self.numel() // self.shape[0] if row else 0)
-        columns = self._columns if len(shape) == 2 and shape[1] == self.shape[-1] and self.dim() == 2 else None
+        columns = self._columns if len(shape) > 1 and shape[-1] == self.shape[-1] else None
         return Deferred(torch.Size(shape), self.dtype, self._fill, start, columns)
 
 
@@ -117,7 +118,7 @@ _VIEWS: dict[Any, Callable[..., Deferred | list[Deferred] | None]] = {
 def defer_tensors(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (name, tensor) of the reader's only point. They can be read until the reader is closed."""
     for name, spec in reader.base.tensors.items():
-        columns = partial(reader.fill_columns, name) if len(spec.shape) == 2 else None
+        columns = partial(reader.fill_columns, name) if len(spec.shape) > 1 else None
         yield (
             name,
             Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name), 0, columns),

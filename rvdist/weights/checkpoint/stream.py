@@ -59,8 +59,8 @@ class TensorFiles:
         return view.view(dtype)
 
     def read_columns(self, spec: TensorSpec, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
-        """The same of some columns of some rows of a matrix, and of no others."""
-        dtype, (_, width) = TORCH_DTYPE[spec.dtype], spec.shape
+        """The same of some columns of some rows, and of no others. Of several matrices all rows are counted on."""
+        dtype, width = TORCH_DTYPE[spec.dtype], spec.shape[-1]
         size = len(columns) * dtype.itemsize
         view = buffer[: len(rows) * size]
         memory, offset = view.numpy().data, spec.offset + columns.start * dtype.itemsize

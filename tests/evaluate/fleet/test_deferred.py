@@ -104,6 +104,21 @@ def test_of_a_shard_of_columns_only_those_are_read(reader):
     assert reader.bytes_read == 3 * ROWS * 7 * 2
 
 
+def test_columns_of_several_matrices_in_one_tensor(tmp_path):
+    """Experts that are stored together: those of one, and those of all."""
+    base = tensors(0)
+    base["experts"] = torch.arange(5 * 6 * 8, dtype=torch.float32).view(5, 6, 8).bfloat16()
+    with closing(open_point(WeightPoint(str(write_checkpoint(tmp_path / "base", base))))) as reader:
+        experts = dict(defer_tensors(reader))["experts"]
+        one = experts.unbind()[3]
+        assert torch.equal(memory(6, 3).copy_(one.narrow(1, 4, 3)), base["experts"][3, :, 4:7])
+        assert reader.bytes_read == 6 * 3 * 2
+        assert torch.equal(memory(2, 6, 3).copy_(experts[1:3][..., 2:5]), base["experts"][1:3, :, 2:5])
+        assert torch.equal(memory(5, 2, 8).copy_(experts.narrow(1, 2, 2)), base["experts"][:, 2:4])
+        (alone,) = one.unsqueeze(0).narrow(2, 1, 4).unbind()
+        assert torch.equal(memory(6, 4).copy_(alone), base["experts"][3, :, 1:5])
+
+
 def test_columns_of_what_has_fewer_rows_and_of_what_is_not_finite(tmp_path):
     """A vector's missing rows stay the target's; what is not finite is counted and named."""
     base, shorter = tensors(0), tensors(1)

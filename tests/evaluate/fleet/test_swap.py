@@ -245,10 +245,12 @@ def test_tensor_parallel(kind: str, families: dict[str, Family], tmp_path: Path)
     read = [after - sooner for after, sooner in zip(engine._llm.collective_rpc("rvdist_bytes"), before, strict=True)]
     engine._at = (family.point(0.5).base, family.point(0.5).active_terms)
     specs = open_source(str(family.target)).tensors.values()
-    shared = sum(spec.nbytes for spec in specs if len(spec.shape) == 2 and not spec.name.endswith(".gate.weight"))
-    other = sum(spec.nbytes for spec in specs) - shared
-    print(kind, read, 3 * shared, 3 * other)
-    assert all(3 * shared / 2 <= own <= 1.02 * 3 * shared / 2 + 2 * 3 * other for own in read), "a rank reads its share"
+    rows = sum(spec.nbytes for spec in specs if spec.shape[0] == 70)  # of the vocabulary, which ranks share unevenly
+    shared = sum(spec.nbytes for spec in specs if len(spec.shape) > 1 and not spec.name.endswith(".gate.weight")) - rows
+    other = sum(spec.nbytes for spec in specs) - shared - rows
+    print(kind, read, shared, rows, other)
+    assert 0 <= sum(read) - 3 * (shared + rows) <= 2 * 2 * 3 * other, "each reads its share, and biases once more"
+    assert all(own <= 3 * (shared / 2 + rows + 2 * other) for own in read)
     fresh = start(family.write(0.5, tmp_path / "merged"), settings)
     assert swapped == answers(fresh)
     assert swapped.texts != base.texts
