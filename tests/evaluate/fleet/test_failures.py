@@ -149,7 +149,7 @@ def test_a_slice_on_which_two_engines_raise_is_named_after_all_else_is_answered(
 def test_what_is_everybodys_ends_the_run_at_the_second_engine(count, ray_local, tmp_path):
     with pytest.raises(Failed, match="^the probe failed: this vLLM keeps old weights$"):
         run(tmp_path, {"swap": ("unusable", TRIES)}, count)
-    assert len(list(tmp_path.glob("swap-*"))) <= max(2, count), "engines at work when the second one said it, no more"
+    assert len(list(tmp_path.glob("swap-*"))) <= 2 * max(2, count), "engines at work then, and what they held"
 
 
 def test_what_is_bad_input_ends_the_run_at_once(ray_local, tmp_path):
