@@ -21,7 +21,8 @@ pytestmark = pytest.mark.heavy
 ALPHAS = [-1, 0.5, 1]
 KEYS = (
     "arm point alpha prompt task metric filter primary higher_is_better seed value stderr ci_low ci_high n "
-    "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone"
+    "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone margin unseen "
+    "tokens tokens_ci_low tokens_ci_high cut in_format value_in_format"
 )
 
 
