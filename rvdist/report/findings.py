@@ -11,16 +11,7 @@ from functools import cached_property
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.page.samples import empty_answers
-from rvdist.report.paper import Line, Reported, paper_lines
-from rvdist.report.pictures.race import RaceAccount
-from rvdist.report.statistics.compare import FormatGain, detectable_effects, format_gains
-from rvdist.report.statistics.robustness import Edited, robustness
-from rvdist.report.statistics.seeds import Spread, seed_spread
-from rvdist.report.statistics.sweep import Sweep, limits, sweeps
-from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting_rows
-from rvdist.report.wording import (
-    Scale,
+from rvdist.report.claims import (
     claims,
     cut_sentences,
     empty_sentences,
@@ -30,6 +21,15 @@ from rvdist.report.wording import (
     limit_sentences,
     persistence_claims,
 )
+from rvdist.report.page.samples import empty_answers
+from rvdist.report.paper import Line, Reported, paper_lines
+from rvdist.report.pictures.race import RaceAccount
+from rvdist.report.statistics.compare import FormatGain, detectable_effects, format_gains
+from rvdist.report.statistics.robustness import Edited, robustness
+from rvdist.report.statistics.seeds import Spread, seed_spread
+from rvdist.report.statistics.sweep import Sweep, limits, sweeps
+from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting_rows
+from rvdist.report.wording import Scale
 
 
 @dataclass(frozen=True)

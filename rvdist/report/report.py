@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.text import Text
 
+from rvdist.report.claims import spread_sentences
 from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.page.page import write_page
 from rvdist.report.paper import write_paper_table
@@ -29,7 +30,7 @@ from rvdist.report.pictures.race import race_figure
 from rvdist.report.statistics.robustness import write_robustness
 from rvdist.report.statistics.seeds import write_seeds
 from rvdist.report.terminal import print_paper_table, print_robustness, print_scores
-from rvdist.report.wording import printable, spread_sentences
+from rvdist.report.wording import printable
 
 
 def print_findings(findings: Findings, console: Console | None = None) -> None:

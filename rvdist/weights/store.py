@@ -196,10 +196,8 @@ def _count_values(
     for spec in asked.specs:
         dtype = _stored_dtype(asked, storage, spec.name)
         if _parts(spec, dtype, storage)[0] == "dense":
-            wanted = TORCH_DTYPE[dtype]
-            counts[spec.name] = sum(
-                int(np.count_nonzero(bits(taken.to(wanted)))) for _, taken, _ in differences(spec.name)
-            )
+            stored = (taken.to(TORCH_DTYPE[dtype]) for _, taken, _ in differences(spec.name))
+            counts[spec.name] = sum(int(np.count_nonzero(bits(chunk))) for chunk in stored)
         progress(spec.nbytes // 2)
     return counts
 

@@ -8,10 +8,10 @@ from made_up import make_arm, make_experiment, make_records, make_task
 from rich.console import Console
 
 from rvdist.core.record import TaskInfo
+from rvdist.report.claims import claims
 from rvdist.report.findings import Findings
 from rvdist.report.report import print_findings
 from rvdist.report.statistics.compare import summarise
-from rvdist.report.wording import claims
 
 
 def show(arms, records, tasks, terminal: bool, width: int = 100) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from rvdist.report.claims import headline
 from rvdist.report.page.page import csp_hash, environment, style_sheet
 from rvdist.report.page.tables import kind_of
 from rvdist.report.pictures.drawing import SERIES, columns_for, empty, grid, label, legend_below, render, title
 from rvdist.report.summary import Row
-from rvdist.report.wording import Scale, by_task, headline, verdict_text
+from rvdist.report.wording import Scale, by_task, verdict_text
 
 
 @dataclass(frozen=True)

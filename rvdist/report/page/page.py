@@ -17,17 +17,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rvdist.core.text import cut
+from rvdist.report.claims import headline
 from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.page.samples import choose_samples
 from rvdist.report.page.tables import edited_table, spread_line, task_table
 from rvdist.report.paper import INSIDE_NOTE
 from rvdist.report.summary import Row
-from rvdist.report.wording import (
-    by_task,
-    formula,
-    headline,
-    printable,
-)
+from rvdist.report.wording import by_task, formula, printable
 
 _HERE = Path(__file__).parent
 _LONGEST = 100_000  # characters of a text

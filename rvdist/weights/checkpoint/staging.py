@@ -30,6 +30,7 @@ from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
 from rvdist.weights.checkpoint.fp8 import without_quantization
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.weights.checkpoint.room import Room
 
 DISCARD = Path("/dev/null")
 _LOCK = "lock"
@@ -39,8 +40,6 @@ _IN_THE_WAY = "is in the way and not ours to clear; move it or choose another ou
 _MOST_BESIDE = 1 << 30  # bytes of a file that is copied from beside weights
 _REPLACED = "replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
-_holes: dict[int, int] = {}  # by file system: bytes that stagings of this process will fill, and none set aside
 
 
 def discards(output: Path) -> bool:
@@ -84,7 +83,7 @@ class Staging:
         self.partial = output.with_name(output.name + ".partial")
         self._overwrite = overwrite
         self._key = key
-        self._holes: dict[int, int] = {}  # what of the above is of this one
+        self._room = Room()
         require_free(output, overwrite)
         try:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -184,22 +183,11 @@ class Staging:
         Raises Failed where there is no room."""
         try:
             with open(self.open(name, os.O_RDWR | os.O_CREAT), "r+b") as file:
-                if not _set_aside(file.fileno(), size):
-                    self._require_room(os.fstat(file.fileno()), size)
+                self._room.reserve(file.fileno(), size)
                 file.truncate(size)
                 file.write(header)
         except OSError as error:
             raise Failed(f"{self.partial / name}: no {size} bytes can be had there ({error.strerror})") from None
-
-    def _require_room(self, file: os.stat_result, size: int) -> None:
-        """Raises OSError where a file system that sets no room aside has none for what a file of `size` lacks and what
-        else was promised there."""
-        lacks = max(0, size - file.st_blocks * 512)
-        has = os.fstatvfs(self.handle.descriptor)
-        if has.f_blocks and has.f_bavail * has.f_frsize < _holes.get(file.st_dev, 0) + lacks:  # 0: it does not say
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        for holes in (_holes, self._holes):
-            holes[file.st_dev] = holes.get(file.st_dev, 0) + lacks
 
     def journal(self, written: Iterable[Written]) -> None:
         """Records ranges of weight files that are durable."""
@@ -287,8 +275,7 @@ class Staging:
     def release(self) -> None:
         """Lets another run have the output; what is staged stays for it to go on from."""
         if self._lock is not None:
-            for device, promised in self._holes.items():
-                _holes[device] -= promised
+            self._room.release()
             with suppress(OSError):  # everything is synced that must be
                 self._journal.close()
             with suppress(OSError):
@@ -382,20 +369,6 @@ def _explain_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}); what is done is kept, and the same command goes "
             "on from there"
         ) from None
-
-
-def _set_aside(descriptor: int, size: int) -> bool:
-    """Whether the file system has set room aside for all of a file. The C library's posix_fallocate would, where it
-    cannot, write to each of its blocks instead: 34 million times for 141 GB. Raises OSError where there is none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    while libc.fallocate(descriptor, 0, 0, size) != 0:
-        code = ctypes.get_errno()
-        if code in _UNSUPPORTED:
-            return False
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
-    return True
 
 
 def _umask() -> int:
