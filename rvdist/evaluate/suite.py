@@ -6,13 +6,11 @@ weights, engines or Ray.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,17 @@ from rvdist.core.record import LONGEST_NAME, Record, TaskInfo
 from rvdist.core.text import cut, reason
 from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.evaluate.sandbox import sandbox
+from rvdist.evaluate.scored import LOGARITHM, as_record, formatted
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
 from rvdist.evaluate.tasks.private_lm_eval import templates_compiled_once
 from rvdist.evaluate.templates import apply_template
-from rvdist.evaluate.transcript import document_hash, show_answers
+from rvdist.evaluate.transcript import document_hash
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
 
 POCKET_TASKS = Path(__file__).resolve().parent.parent / "pocket" / "tasks"
 _FEWSHOT_SEED = 1234  # lm-eval's own default
-_LOGARITHM = "log2_"  # before the name of a perplexity in records
 
 
 class TemplateRefuses(Exception):
@@ -213,7 +211,7 @@ class Suite:
             written = self._written(task, answers[task])
             for entry in entries:
                 ours = written.get(int(entry["doc_id"]), ())
-                record = _record(arm, digest, task, together, entry, seed)
+                record = as_record(arm, digest, task, together, entry, seed)
                 tokens, finish = tuple(one.tokens for one in ours), tuple(one.finish for one in ours)
                 records.append(replace(record, tokens=tokens, finish=finish, in_format=found.get(record.doc_id)))
         return results, records
@@ -243,7 +241,7 @@ class Suite:
 
     def metrics_left_out(self, results: Mapping[str, Any], infos: Sequence[TaskInfo]) -> list[str]:
         """A sentence for each metric that is in an arm's results and not in its records, whose `infos` are given."""
-        recorded = {(info.name, metric.removeprefix(_LOGARITHM)) for info in infos for metric, _ in info.metrics}
+        recorded = {(info.name, metric.removeprefix(LOGARITHM)) for info in infos for metric, _ in info.metrics}
         metrics = dict.fromkeys(
             (name, key.partition(",")[0]) for name in self.tasks for key in results["results"][name] if "," in key
         )
@@ -324,87 +322,4 @@ def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
 
 def _higher_is_better(task: Any, metric: str) -> bool:
     known = task.higher_is_better()
-    return bool(known.get(metric, known.get(metric.removeprefix(_LOGARITHM), True)))
-
-
-def formatted(task: Any, entries: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
-    """By document, whether its answers were as the task asks for them: whether of its filters that may find nothing, by
-    a regular expression, the one called strict-match, or else the first, found something in each. Empty where it has
-    none."""
-    from lm_eval.api.registry import get_filter
-    from lm_eval.filters.extraction import RegexFilter
-
-    filters = task.config.filter_list or ()
-    for ensemble in sorted(filters, key=lambda ensemble: ensemble["name"] != "strict-match"):
-        for step in ensemble["filter"]:
-            kind = get_filter(step["function"]) if isinstance(step["function"], str) else step["function"]
-            if isinstance(kind, type) and issubclass(kind, RegexFilter):
-                nothing = step.get("fallback", "[invalid]")
-                of_filter = [entry for entry in entries if entry["filter"] == ensemble["name"]]
-                return {int(entry["doc_id"]): nothing not in _each(entry["filtered_resps"]) for entry in of_filter}
-    return {}
-
-
-def _each(filtered: Sequence[Any]) -> list[Any]:
-    """What was made of each answer to each request: lists of them, where a filter kept several."""
-    return [one for own in filtered for one in (own if isinstance(own, list) else [own])]
-
-
-def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """The numbers of one sample whose means say something, given how lm-eval puts each metric `together`; and of those
-    that are pooled, what each counts.
-
-    A perplexity is of all documents together: exp of the negative sum of log-likelihoods over the sum of words, bytes
-    or documents. A record has the binary logarithm of the perplexity of its document alone, as `log2_word_perplexity`
-    and so on: bits for each word. Their mean counts every document once, however long, where lm-eval's counts every
-    word. `bits_per_byte` is of the document alone, too, which counts by its bytes, so that the mean is lm-eval's. What
-    else comes as more than a number (F1, MCC, BLEU, …) has no value for one sample and is left out.
-    """
-    from lm_eval.api.registry import get_aggregation
-
-    logarithms = {get_aggregation("perplexity"), get_aggregation("weighted_perplexity")}
-    numbers, weights = {}, {}
-    for metric in entry["metrics"]:
-        value, how = entry[metric], together.get(metric)
-        if how in logarithms or how is get_aggregation("bits_per_byte"):
-            logprob, count = value if isinstance(value, tuple) else (value, 1)
-            name = _LOGARITHM + metric if how in logarithms else metric
-            numbers[name] = -logprob / count / math.log(2) if count else 0.0
-            if how not in logarithms:
-                weights[name] = float(count)
-        elif isinstance(value, Real):
-            numbers[metric] = float(value)
-    return numbers, weights
-
-
-def _record(
-    arm: Arm, digest: str, task: str, together: Mapping[str, Any], entry: Mapping[str, Any], seed: int
-) -> Record:
-    arguments, responses = entry["arguments"], entry["resps"]
-    response = "\n".join(map(show_answers, responses, arguments))
-    if len(arguments) == 1:
-        filtered = show_answers(entry["filtered_resps"][0], arguments[0])
-    else:
-        best = max(range(len(arguments)), key=lambda k: responses[k][0][0])
-        filtered = str(arguments[best][1]).strip()
-    target = entry["target"]
-    if len(arguments) > 1 and isinstance(target, int) and 0 <= target < len(arguments):
-        target = str(arguments[target][1]).strip()
-    metrics, weights = _numbers(together, entry)
-    return Record(
-        arm=arm.name,
-        point=digest,
-        alpha=arm.alpha,
-        prompt=arm.prompt,
-        task=task,
-        filter=str(entry["filter"]),
-        seed=seed,
-        doc_id=int(entry["doc_id"]),
-        doc=str(entry["doc_hash"]),
-        metrics=metrics,
-        weights=weights,
-        prompt_text=str(arguments[0][0]),
-        target=str(target),
-        response=response,
-        filtered=filtered,
-    )
+    return bool(known.get(metric, known.get(metric.removeprefix(LOGARITHM), True)))

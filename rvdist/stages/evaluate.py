@@ -19,7 +19,8 @@ from rvdist.evaluate.answers import Answering, Answers, Asked, Collected, answer
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
 from rvdist.evaluate.fleet.arguments import GRAPHS, EngineSettings, build, further_arguments, identity
-from rvdist.evaluate.fleet.fleet import Fleet, device_kind
+from rvdist.evaluate.fleet.device import device_kind
+from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.foresight import Memory, mean_lengths
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer

@@ -153,7 +153,7 @@ def _print_engines(prepared: Prepared, tokens: int, memory: Memory) -> None:
 
 def _kind(settings: config.Config, device: str, memory: Memory) -> str:
     """On what kind of device engines compute. Of GPUs on a cluster that is not connected, the only one remembered."""
-    from rvdist.evaluate.fleet.fleet import device_kind
+    from rvdist.evaluate.fleet.device import device_kind
 
     if device == "cpu" or cluster.is_connected():
         return device_kind(device == "cuda", settings.engine.accelerator_type)

@@ -13,22 +13,18 @@ import operator
 import re
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rvdist.core.errors import Failed
 from rvdist.core.point import Term, WeightPoint
-from rvdist.evaluate.fleet.arguments import (
-    DEFAULTS,
-    GRAPHS,
-    EngineSettings,
-    versions,
-)
+from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, EngineSettings, versions
 from rvdist.evaluate.fleet.private_vllm import begun, steps
 from rvdist.evaluate.fleet.prompts import Prompts
+from rvdist.evaluate.fleet.running import Running, finish, next_of
 from rvdist.evaluate.fleet.start import start_vllm
 from rvdist.evaluate.request import (
     Answer,
@@ -51,26 +47,6 @@ _TELL_EVERY = 0.5  # seconds, how far a batch is
 
 _PROBE = "12 + 34 = 46, and the sum of 5 and 6 is 11."
 _PROBE_TOLERANCE = 1e-3  # nats: only the order in which a normaliser is summed may differ
-
-
-T = TypeVar("T")
-Running = Generator[Progress, None, T]  # what comes meanwhile, and at the end
-
-
-def _next(running: Running[T]) -> Progress | T:
-    """What comes next; at last the end."""
-    try:
-        return next(running)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-
-
-def _finish(running: Running[T]) -> T:
-    """What comes at the end."""
-    while isinstance(came := _next(running), Progress):
-        pass
-    return came
 
 
 class Engine:
@@ -222,7 +198,7 @@ class Engine:
 
     def _log_probabilities(self, tokens: list[int]) -> list[float]:
         """Of each token but the first after those before it."""
-        (candidates,) = _finish(self._candidates([tokens]))
+        (candidates,) = finish(self._candidates([tokens]))
         return [candidates[i][token].logprob for i, token in enumerate(tokens) if i > 0]
 
     def _require_own(self, given: Sequence[float], tolerance: float, otherwise: str) -> None:
@@ -234,15 +210,15 @@ class Engine:
         """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
         but not on their order. Raises ValueError for a prompt that is empty or does not fit, Unscorable where a
         token had no distribution."""
-        return _finish(self._generate(requests))
+        return finish(self._generate(requests))
 
     def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
         """One score a request, in order; one batch, as `generate`. Raises what `generate` raises."""
-        return _finish(self._score_choices(requests))
+        return finish(self._score_choices(requests))
 
     def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
         """One score a text, in order; the requests are one batch, as in `generate`."""
-        return _finish(self._score_texts(requests))
+        return finish(self._score_texts(requests))
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Makes prompts ready in the background, of requests that may come next."""
@@ -330,7 +306,7 @@ class Engine:
         for k in range(0, len(windows), at_once):
             owners, prompts, starts = zip(*windows[k : k + at_once], strict=True)
             before, score = told, self._score(prompts, starts)
-            while isinstance(came := _next(score), Progress):
+            while isinstance(came := next_of(score), Progress):
                 told = before + came
                 yield replace(told, requests=told.requests * len(requests) // len(windows))
             for i, own in zip(owners, came, strict=True):

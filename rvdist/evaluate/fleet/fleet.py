@@ -8,11 +8,8 @@ another engine starts in its place.
 from __future__ import annotations
 
 import contextlib
-import platform
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rvdist.core.cluster import live_nodes
@@ -367,26 +364,6 @@ class Fleet:
             stats.requests,
             self._failures.told,
         )
-
-
-def device_kind(on_gpus: bool, accelerator_type: str | None = None) -> str:
-    """On what the engines of the connected cluster compute; text may differ between kinds. Of CPUs, it is this
-    machine's that is named. Raises BadInput for GPUs of several kinds of which none was chosen, or another one was."""
-    import ray
-
-    if on_gpus:
-        names = [name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
-        kinds = sorted(name for name in names if not name.startswith("TPU"))
-        if accelerator_type and kinds and accelerator_type not in kinds:
-            raise BadInput(f"engine.accelerator_type={accelerator_type}: the cluster has {', '.join(kinds)}; name one")
-        if len(kinds) > 1 and not accelerator_type:
-            raise BadInput(
-                f"the cluster has GPUs of several kinds ({', '.join(kinds)}), on which text may differ; name one with "
-                f"engine.accelerator_type={kinds[0]}"
-            )
-        return accelerator_type or "".join(kinds) or "GPU"
-    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else platform.machine()
 
 
 def _ready(pending: list[Any]) -> list[Any]:

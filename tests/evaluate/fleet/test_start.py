@@ -8,8 +8,8 @@ import pytest
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, build, environment, identity, vllm_arguments
+from rvdist.evaluate.fleet.device import device_kind
 from rvdist.evaluate.fleet.failures import Starts
-from rvdist.evaluate.fleet.fleet import device_kind
 from rvdist.evaluate.fleet.start import alone_on, explain_refusal
 
 
