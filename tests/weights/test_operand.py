@@ -112,8 +112,8 @@ def test_descriptions_that_do_not_fit_are_refused(tmp_path, parts, entry):
 
 def test_a_vector_without_its_description_or_of_another_version(tmp_path):
     path = write_vector(tmp_path / "v", {"x": torch.zeros(3)}, {"x": {"form": "dense", "shape": [3]}})
-    (path / "vector.json").write_text('{"version": 2}')
-    with pytest.raises(BadInput, match="of version 2, which this rvdist does not know"):
+    (path / "vector.json").write_text('{"version": 3}')
+    with pytest.raises(BadInput, match="of version 3, which this rvdist does not know"):
         open_source(str(path))
     (path / "vector.json").unlink()
     with pytest.raises(BadInput, match=r"a stored vector without its vector.json"):

@@ -12,9 +12,9 @@ from rvdist.core.errors import BadInput
 def device_kind(on_gpus: bool, accelerator_type: str | None = None) -> str:
     """On what the engines of the connected cluster compute; text may differ between kinds. Of CPUs, it is this
     machine's that is named. Raises BadInput for GPUs of several kinds of which none was chosen, or another one was."""
-    import ray
-
     if on_gpus:
+        import ray
+
         names = [name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
         kinds = sorted(name for name in names if not name.startswith("TPU"))
         if accelerator_type and kinds and accelerator_type not in kinds:
