@@ -7,24 +7,24 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # The parts of the tests, and the commands they start, compile no module that another has compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-HALVES := fast-1 fast-2
-PARTS := heavy shared $(HALVES)
+FAST := fast-1 fast-2 fast-3
+PARTS := heavy-1 heavy-2 shared $(FAST)
 
 .PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint audit pocket clean
 
 demo: $(VENV)/ready
 	$(PY) -m rvdist.launch experiment=demo
 
-# The parts, the longest first, two at a time; each is shown when it ends. tests/conftest.py says which test is in which.
+# The parts, the longest first, three at a time, since they wait now and then; each is shown when it ends. tests/conftest.py says which test is in which.
 test: $(VENV)/ready
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(PARTS:%=test-%) lint
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target $(PARTS:%=test-%) lint
 
 $(PARTS:%=test-%): test-%: $(VENV)/ready
 	$(PY) -m pytest -m "not slow and not gpu" --part $*
 
 # Needs neither Ray nor vLLM.
 test-fast: $(VENV)/ready
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(HALVES:%=test-%)
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target $(FAST:%=test-%)
 
 test-slow: $(VENV)/ready
 	$(PY) -m pytest -m "slow"

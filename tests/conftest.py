@@ -19,6 +19,7 @@ import forked
 from checkpoints import POCKET, write_family
 from guarantees import COLLECTED, cases, claims
 
+_SHARES = {"heavy": 2, "fast": 3}  # of which `make test` runs some beside each other
 _STATUS = pytest.StashKey[int]()
 _WITHOUT = Path(__file__).with_name("without")
 _SHARED = {"ray_local", "families", "nodes"}  # a Ray or engines in the process of the tests
@@ -26,8 +27,9 @@ _HEAVY = _SHARED | {"resumed", "examples", "allocation", "told"}  # and what sta
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parts = ["fast", "fast-1", "fast-2", "shared", "heavy"]
-    parser.addoption("--part", choices=parts, help="one of the parts of `make test`, or a half of the fast one")
+    shares = [f"{name}-{k}" for name, count in _SHARES.items() for k in range(1, count + 1)]
+    choices = ["fast", "shared", "heavy", *shares]
+    parser.addoption("--part", choices=choices, help="one of the parts of `make test`, or a share of it")
 
 
 def part(item: pytest.Item) -> str:
@@ -51,11 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker("heavy")
     if wanted := config.getoption("part"):
-        wanted, _, half = wanted.partition("-")
+        wanted, _, share = wanted.partition("-")
         mine = [item for item in items if part(item) == wanted]
-        if half:  # every other file: some of their tests share what takes time
+        if share:  # of the files: some of their tests share what takes time
             files = list(dict.fromkeys(item.path for item in mine))
-            mine = [item for item in mine if files.index(item.path) % 2 + 1 == int(half)]
+            mine = [item for item in mine if files.index(item.path) % _SHARES[wanted] + 1 == int(share)]
         kept = set(mine)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = mine

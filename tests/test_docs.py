@@ -202,6 +202,7 @@ def test_every_key_in_the_text_exists(composed):
                     node = node[part]
 
 
+@pytest.mark.heavy
 def test_every_setting_in_the_text_can_be_typed(composed):
     known, typed, refused = composed([]), 0, []
     for page in PAGES:

@@ -79,6 +79,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.heavy
 def test_a_part_of_ray_that_stands_still_ends_the_command():
     """And one that stands still for a moment does not."""
     with subprocess.Popen([sys.executable, "-c", WATCHED], stdout=-1, stderr=-1, text=True) as running:

@@ -65,6 +65,7 @@ def test_only_files_are_read(make: object, tmp_path: Path) -> None:
     assert licence_of(tmp_path) is None
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["gzip", "parquet", "rows"])
 def test_what_unpacks_to_more_than_any_benchmark_is_refused(kind: str, tmp_path: Path) -> None:
     name = {"gzip": "rows.jsonl.gz", "parquet": "rows.parquet", "rows": "rows.jsonl"}[kind]
@@ -81,6 +82,7 @@ def test_what_unpacks_to_more_than_any_benchmark_is_refused(kind: str, tmp_path:
     assert "unpacks to more than" in refused("hostile.rows", tmp_path / name)
 
 
+@pytest.mark.heavy
 def test_columns_that_nobody_asked_for_are_not_read(tmp_path: Path) -> None:
     """Two hundred million values of nothing take a little file, and would take gigabytes."""
     false = pyarrow.array([False] * 200_000)

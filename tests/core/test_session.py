@@ -87,7 +87,7 @@ if sys.argv[1] == "leave":
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("how", ["leave", pytest.param("end", marks=pytest.mark.slow), "kill"])
+@pytest.mark.parametrize("how", ["leave", *(pytest.param(how, marks=pytest.mark.slow) for how in ("end", "kill"))])
 def test_no_command_leaves_files_of_ray_s(how, short):
     run = [sys.executable, "-c", COMMAND]
     done = subprocess.run([*run, how], capture_output=True, text=True, timeout=180)

@@ -82,6 +82,7 @@ EVIL = {
 }  # fmt: skip
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", EVIL)
 def test_an_evil_template_ends_in_one_sentence(kind, tokenizer):
     tokenizer.chat_template, said = EVIL[kind]

@@ -76,7 +76,7 @@ def test_an_error_of_every_operation(small, base, tmp_path, what, before, error)
     assert enumerate_errors(small, tmp_path, base, (what, "18"), fault, OURS) > 3
 
 
-@pytest.mark.parametrize("command", MIDDLES)
+@pytest.mark.parametrize("command", [pytest.param("merge", marks=pytest.mark.slow), "sweep"])
 def test_an_error_of_some_operations_of_a_command(whole, tmp_path, command):
     """The short form of what follows."""
     (tmp_path / "start").mkdir()

@@ -55,6 +55,7 @@ def test_one_fleet_for_all_jobs_and_a_failure_that_loses_no_other(place):
     assert summary(place / "alone") == summary(place / "sweep/2")
 
 
+@pytest.mark.slow
 def test_what_is_discarded_is_merged_for_every_job(place):
     vector = (f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}")
     done = launch("-m", "target=one", *vector, "alpha=0.5,1", "output=/dev/null", "hydra.sweep.dir=discards", cwd=place)

@@ -132,6 +132,7 @@ def test_no_discordant_pair_still_has_an_interval():
     assert row.delta_ci_high == -row.delta_ci_low == pytest.approx(1 - 0.025 ** (1 / 30))
 
 
+@pytest.mark.heavy
 def test_mcnemar_and_its_interval_never_disagree():
     for n in (1, 7, 12, 25, 400):
         for discordant in range(min(n, 25) + 1):

@@ -19,6 +19,8 @@ from rvdist.weights.checkpoint import hub as hub_module
 from rvdist.weights.checkpoint.hub import download, fetch_range
 from rvdist.weights.checkpoint.source import open_source
 
+pytestmark = pytest.mark.heavy
+
 MIB = b"x" * (1 << 20)
 
 

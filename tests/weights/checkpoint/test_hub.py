@@ -244,6 +244,7 @@ def test_the_hub_says_how_long_to_wait(hub, published, monkeypatch):
     assert waits == [7, 55, 300, 0.08]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("stall", "timed out"), ("truncate", ""), ("500", "HTTP status 500"), ("429", "HTTP status 429")],

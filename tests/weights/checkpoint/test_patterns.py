@@ -52,6 +52,7 @@ def hostile(path, pattern, key):
     return path
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", [ENDLESS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in ENDLESS[1:])])
 def test_a_pattern_that_does_not_end_is_ended(pattern, key, tmp_path):
