@@ -18,14 +18,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tables import write_table
+
 from rvdist.core.point import WeightPoint
 from rvdist.evaluate.fleet.arguments import EngineSettings
 from rvdist.evaluate.fleet.schedule import Slice, cut
 from rvdist.evaluate.request import Generate
 
 ROOT = Path(__file__).resolve().parent.parent
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- batches.py -->", "<!-- /batches.py -->"
 TARGET = str(ROOT / "rvdist" / "pocket" / "target")
 WIDTH = 32
 SETTINGS = EngineSettings(max_model_len=512, kv_cache_gib=0.25, max_num_seqs=WIDTH)
@@ -176,25 +176,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     fleet = through_the_fleet(rounds)
-    text = "\n".join(
-        [
-            "| real engine, 32 at once | batches | s of CPU in vLLM's steps | of them with 32 under way |",
-            "|---|---|---|---|",
-            *real(rounds),
-            "",
-            "| real engine through the fleet, 50 slices of 8 | of its time it answers |",
-            "|---|---|",
-            *fleet,
-            "",
-            "| virtual engine, 256 at once, up to 8,192 tokens | batches | s | of them with 256 under way | × a batch "
-            "that is always full |",
-            "|---|---|---|---|---|",
-            *simulated(),
-        ]
-    )
-    print(text)
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    lines = [
+        "| real engine, 32 at once | batches | s of CPU in vLLM's steps | of them with 32 under way |",
+        "|---|---|---|---|",
+        *real(rounds),
+        "",
+        "| real engine through the fleet, 50 slices of 8 | of its time it answers |",
+        "|---|---|",
+        *fleet,
+        "",
+        "| virtual engine, 256 at once, up to 8,192 tokens | batches | s | of them with 256 under way | × a batch "
+        "that is always full |",
+        "|---|---|---|---|---|",
+        *simulated(),
+    ]
+    print("\n".join(lines))
+    write_table("batches.py", lines)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tables import write_table
+
 from rvdist.core import cluster
 from rvdist.core.log import Log
 from rvdist.core.point import Arm, Term, Vector, WeightPoint
@@ -32,8 +34,6 @@ from rvdist.evaluate.request import Answered, Completion, Generate, Loglikelihoo
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- driver.py -->", "<!-- /driver.py -->"
 PROMPT, TEXT = "Q: what is the sum? " * 40, "First I add them, then I look again. " * 8  # 800 and 296 characters
 TASKS, POINTS = 8, 16
 
@@ -129,19 +129,15 @@ def main() -> None:
         print(lines[-1], flush=True)
     fleet.stop()
     ray.shutdown()
-    text = "\n".join(
-        [
-            f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores.",
-            "",
-            "| answers | how many | s | answers/s | s of the driver's CPU, scoring's too | answers a second of it |",
-            "|---|---|---|---|---|---|",
-            *lines,
-        ]
-    )
-    print(text)
-    before, _, rest = README.read_text().partition(BEGIN)
-    if rest:
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    text = [
+        f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores.",
+        "",
+        "| answers | how many | s | answers/s | s of the driver's CPU, scoring's too | answers a second of it |",
+        "|---|---|---|---|---|---|",
+        *lines,
+    ]
+    print("\n".join(text))
+    write_table("driver.py", text)
 
 
 if __name__ == "__main__":

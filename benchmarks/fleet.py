@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
+from tables import write_table
+
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 from merge import mergekit, spread
@@ -38,8 +40,6 @@ from rvdist.core.record import read_records
 from rvdist.core.timing import seconds_since_process_start
 
 ROOT = Path(__file__).resolve().parent.parent
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- fleet.py -->", "<!-- /fleet.py -->"
 
 POCKET = ROOT / "rvdist" / "pocket"
 FAMILY = {"target": POCKET / "target", "plus": POCKET / "grpo", "minus": POCKET / "sft"}
@@ -495,9 +495,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     text = report(measure(mergekit(arguments.work), work, values, arguments.rounds))
     print(text)
-    if BEGIN in README.read_text():
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    write_table("fleet.py", text.splitlines())
 
 
 if __name__ == "__main__":

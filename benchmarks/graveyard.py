@@ -29,6 +29,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tables import write_table
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "graveyard")]
 
@@ -43,7 +45,6 @@ from rvdist import cluster  # noqa: E402
 from rvdist.core.errors import BadInput  # noqa: E402
 
 SITUATION = {situation.name: situation for situation in SITUATIONS}
-README = Path(__file__).with_name("README.md")
 RIGHT, REFUSED, CRASHED, WRONG, UNJUDGED, NOT_ASKED = "right", "refused", "crashed", "silently wrong", "not judged", ""
 SERVE = """
 import json, os, signal, sys, traceback
@@ -317,10 +318,7 @@ def write(rows: list[list[str]], counts: Mapping[str, Counter[str]], versions: l
     head += [f"| {name} | {' | '.join(str(found[kind]) for kind in kinds)} |" for name, found in counts.items()]
     body = ["", "| situation | rvdist | mergekit | peft |", "|---|---|---|---|"]
     body += ["| " + " | ".join(row) + " |" for row in rows]
-    begin, end = "<!-- graveyard.py -->", "<!-- /graveyard.py -->"
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    README.write_text(before + begin + "\n" + "\n".join(head + body) + "\n" + end + after, encoding="utf-8")
+    write_table("graveyard.py", head + body)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tables import write_table
+
 ROOT = Path(__file__).resolve().parent.parent
-README = Path(__file__).with_name("README.md")
 POCKET = ROOT / "rvdist" / "pocket"
 FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
 WIDTH = 64  # elements of a made-up tensor
@@ -330,9 +331,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     head = ["| n | of | n / 4 of them, and one | n, and one | × a quarter's |", "|---|---|---|---|---|"]
     if not arguments.only:
-        begin, end = "<!-- load.py -->", "<!-- /load.py -->"
-        before, _, rest = README.read_text().partition(begin)
-        README.write_text(f"{before}{begin}\n" + "\n".join([*head, *lines]) + f"\n{end}{rest.partition(end)[2]}")
+        write_table("load.py", [*head, *lines])
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tables import write_table
+
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- memory.py -->", "<!-- /memory.py -->"
 IMPORTS = (
     "import rvdist.launch, rvdist.stages.jobs, ray; "
     "from rvdist.core.timing import anonymous_bytes; print(anonymous_bytes())"
@@ -72,9 +72,7 @@ def main() -> None:
     ]
     text = "\n".join(lines)
     print(text)
-    if README.exists() and BEGIN in README.read_text():
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    write_table("memory.py", text.splitlines())
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tables import write_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 
-README = Path(__file__).with_name("README.md")
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1536, "dtype": "bfloat16",
     "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
@@ -173,12 +173,8 @@ def report(runs: dict[str, list[Measured]], timings: dict[str, list[dict]], argu
             f" mergekit's whole command takes {median[MERGEKIT] / median[TWO]:.1f} × ours, and "
             f"{median[MERGEKIT] / stage[TWO]:.1f} × our merge stage."
         )
-    text = "\n".join(lines)
-    print(text)
-    begin, end = (f"<!-- {'/' * closing}merge.py, {files} -->" for closing in (0, 1))
-    if README.exists() and begin in README.read_text():
-        before, _, rest = README.read_text().partition(begin)
-        README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    print("\n".join(lines))
+    write_table(f"merge.py, {files}", lines)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tables import write_table
 
 from rvdist.report.statistics.race import Race
 
 GRIDS = Path(__file__).parent.parent / "tests/report/statistics/grids.json"
-README = Path(__file__).with_name("README.md")
 ALPHAS = (-1, -0.75, -0.5, -0.25, 0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)
 TASKS = ("sums", "choice", "control")
 CONFIDENCE = 0.95
@@ -243,10 +243,7 @@ def main() -> None:
         record(options.record)
         return
     grids = recorded() | {"made up, steep": made_up(0.30), "made up, flat": made_up(0.05)}
-    begin, end = "<!-- search.py -->\n", "<!-- /search.py -->"
-    head, rest = README.read_text().split(begin)
-    table = "\n".join(lines(grids, options.replays))
-    README.write_text(head + begin + table + "\n" + end + rest.split(end)[1])
+    write_table("search.py", lines(grids, options.replays))
 
 
 if __name__ == "__main__":

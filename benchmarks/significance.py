@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ttest_1samp
+from tables import write_table
 
 from rvdist.core import point, record
 from rvdist.core.point import Arm, WeightPoint
@@ -52,9 +53,6 @@ from rvdist.report.statistics.sweep import confirm
 from rvdist.report.summary import MARGIN, GroupInfo
 
 ROOT = Path(__file__).resolve().parent.parent
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- significance.py -->", "<!-- /significance.py -->"
-VERDICTS_BEGIN, VERDICTS_END = "<!-- significance.py --verdicts -->", "<!-- /significance.py --verdicts -->"
 PAIR = ("score", "none")
 ARMS = [Arm(name, WeightPoint(name), "plain", None) for name in ("baseline", "arm")]
 LEVEL, ARMS_OF_A_REPORT = 0.05, 17
@@ -465,12 +463,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def write_between(begin: str, lines: Sequence[str], end: str) -> None:
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    README.write_text(before + "\n".join([begin, *lines, end]) + after, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000, help="of 0/1 scores asked once; a fifth of it of others")
@@ -482,7 +474,7 @@ def main() -> None:
         lines = markdown(["said wrongly", *head], list(verdict_errors(arguments.rounds)))
         lines += ["", *markdown(["the best of 17 equal arms", *head], list(winners(arguments.rounds)))]
         print(*lines, sep="\n")
-        write_between(VERDICTS_BEGIN, lines, VERDICTS_END)
+        write_table("significance.py --verdicts", lines)
         return
     rows, split, total = [], 0, 0
     for i, situation in enumerate(situations()):
@@ -508,7 +500,7 @@ def main() -> None:
         lines += time_reports(trees, Path(place))
     print(*lines, sep="\n")
     if arguments.older:  # else a row would be lost
-        write_between(BEGIN, lines, END)
+        write_table("significance.py", lines)
 
 
 if __name__ == "__main__":

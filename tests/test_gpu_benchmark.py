@@ -1,42 +1,19 @@
 """The benchmark of a card runs where next to nothing is installed, and says so where there is no card."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from absent import run_without
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (
     "ray", "hydra", "omegaconf", "vllm", "lm_eval", "numba", "scipy", "xxhash", "huggingface_hub", "transformers",
     "rich", "matplotlib",
 )  # fmt: skip
-BLOCK = f"""
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
 
 
 def benchmark(tmp_path, *arguments):
-    (tmp_path / "sitecustomize.py").write_text(BLOCK)
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu.py", "--work", tmp_path, *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_without(ABSENT, "gpu.py", tmp_path, *arguments)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

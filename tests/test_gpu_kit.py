@@ -2,43 +2,21 @@
 it. The rest of it has other tests' parts, and is run by hand (`--device cpu`)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from absent import BENCHMARKS, run_without
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (
     "ray", "hydra", "omegaconf", "vllm", "lm_eval", "scipy", "statsmodels", "huggingface_hub", "transformers", "rich",
     "matplotlib", "datasets", "tokenizers",
 )  # fmt: skip
-BLOCK = f"""
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
 
 
-def kit(tmp_path, *arguments, block=BLOCK):
-    (tmp_path / "sitecustomize.py").write_text(block)
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_kit.py", "--work", tmp_path, *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def kit(tmp_path, *arguments, before=""):
+    done = run_without(ABSENT, "gpu_kit.py", tmp_path, *arguments, before=before)
     return done, [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -54,14 +32,13 @@ def test_two_checks_need_torch_numpy_numba_xxhash_and_safetensors_alone(tmp_path
 
 def test_it_stops_at_the_first_red_check_and_says_why(tmp_path):
     """Where torch gives other bits on what stands for the card."""
-    wrong = BLOCK + (
-        "import sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+    wrong = (
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "import gpu\n"
         "own, calls = gpu.digests, []\n"
         "gpu.digests = lambda reader: (calls.append(0), own(reader), len(calls))[1:]\n"
     )
-    done, lines = kit(tmp_path, "1", "2", "--device", "cpu", block=wrong)
+    done, lines = kit(tmp_path, "1", "2", "--device", "cpu", before=wrong)
     (line,) = lines
     assert done.returncode == 1 and line["ok"] is False
     assert line["why"].startswith("linear, torch.bfloat16 to torch.bfloat16: ")

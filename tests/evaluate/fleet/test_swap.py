@@ -248,7 +248,6 @@ def test_tensor_parallel(kind: str, families: dict[str, Family], tmp_path: Path)
     rows = sum(spec.nbytes for spec in specs if spec.shape[0] == 70)  # of the vocabulary, which ranks share unevenly
     shared = sum(spec.nbytes for spec in specs if len(spec.shape) > 1 and not spec.name.endswith(".gate.weight")) - rows
     other = sum(spec.nbytes for spec in specs) - shared - rows
-    print(kind, read, shared, rows, other)
     assert 0 <= sum(read) - 3 * (shared + rows) <= 2 * 2 * 3 * other, "each reads its share, and biases once more"
     assert all(own <= 3 * (shared / 2 + rows + 2 * other) for own in read)
     fresh = start(family.write(0.5, tmp_path / "merged"), settings)
