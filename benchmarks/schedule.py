@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.schedule import Schedule, Slice
+from rvdist.evaluate.fleet.schedule import Part, Schedule, Slice
 
 TIMES = Path(__file__).with_name("schedule.json")
 _WORK = {"pocket_sums": 2361.0, "pocket_choice": 766.0, "pocket_control": 780.0}  # guessed beforehand: see cut
@@ -126,7 +126,7 @@ def recorded() -> tuple[dict[Slice, float], float]:
     """The recorded slices with their seconds, and the seconds of a swap."""
     found = json.loads(TIMES.read_text())
     slices = {
-        Slice(WeightPoint(f"point {point}"), task, k, k + 1, _WORK[task]): seconds
+        Slice(WeightPoint(f"point {point}"), (Part(task, k, k + 1),), _WORK[task]): seconds
         for point, tasks in enumerate(found["seconds"])
         for task, times in tasks.items()
         for k, seconds in enumerate(times)
@@ -180,7 +180,7 @@ def table(seconds: Mapping[Slice, float], swap: float, engines: int = 64) -> str
         )
     points = len({piece.point for piece in seconds})
     return (
-        f"{len(seconds)} slices of {points} points and {len({piece.task for piece in seconds})} tasks, "
+        f"{len(seconds)} slices of {points} points and {len({piece.kind for piece in seconds})} tasks, "
         f"{sum(seconds.values()):.0f} s together, longest {max(seconds.values()):.2f} s, median {typical:.2f} s; "
         f"a swap takes {swap:.3f} s; {engines} engines.\n\n" + "\n".join(lines)
     )

@@ -163,4 +163,4 @@ def answers_of(
 
 def _places(piece: Slice) -> list[tuple[str, int]]:
     """The task of each request of a slice, and where it is among that task's."""
-    return [(part.task, place) for part in piece.parts for place in range(part.begin, part.end)]
+    return [(part.task, place) for part in piece.parts for place in part.places]

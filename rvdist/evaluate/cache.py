@@ -75,7 +75,7 @@ def slice_keys(
                 ]
                 for part in piece.parts
             ]
-            asked[piece.parts] = _digest(parts if piece.others else parts[0])
+            asked[piece.parts] = _digest(parts if len(parts) > 1 else parts[0])
         keys[piece] = _digest([_LAYOUT, points[piece.point], asked[piece.parts], served_by])
     return keys
 

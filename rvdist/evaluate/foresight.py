@@ -48,7 +48,7 @@ def mean_lengths(answered: Mapping[Slice, Answered]) -> dict[str, float]:
     """The mean tokens of an answer that was generated, by task."""
     lengths: dict[str, list[int]] = {}
     for piece, found in answered.items():
-        tasks = (part.task for part in piece.parts for _ in range(part.begin, part.end))
+        tasks = (part.task for part in piece.parts for _ in part.places)
         for task, one in zip(tasks, found.answers, strict=True):
             if isinstance(one, Completion):
                 lengths.setdefault(task, []).append(one.tokens)

@@ -25,7 +25,7 @@ def reused(tmp_path, wanted, *, cached=(0, 1, 2), truncated=0, point=POINT, serv
     keys = slice_keys(pieces, asked, DIGESTS, suite.versions, {"engine": "s"})
     for number, piece in enumerate(pieces):
         if number in cached:
-            texts = [Completion(f"a{k}", "stop", 1, 1) for k in range(piece.begin, piece.end)]
+            texts = [Completion(f"a{k}", "stop", 1, 1) for k in piece.parts[0].places]
             cache.write([(keys[piece], "p", "t", Answered(tuple(texts), truncated, 1.0))])
     part = {"t": wanted}
     found = from_whole(whole, cut(point, part, SIZE), part, SIZE, DIGESTS, {"engine": served_by}, cache)

@@ -40,9 +40,10 @@ class Failures:
         """Why these slices are not answered."""
         some = ", ".join(piece.name for piece in lethal[:_SHOWN])
         more = f" and {len(lethal) - _SHOWN} more" if len(lethal) > _SHOWN else ""
+        first = lethal[0].parts[0]
         return Failed(
             f"{LETHAL} engines failed on each of these slices of requests: {some}{more}; the last of "
-            f"{lethal[0].task} {lethal[0].begin}: {self._last[lethal[0]]}; everything else is answered and need not "
+            f"{first.task} {first.begin}: {self._last[lethal[0]]}; everything else is answered and need not "
             "be again; mend the cause, or lower engine.slice_size"
         )
 

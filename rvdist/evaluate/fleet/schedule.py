@@ -30,28 +30,25 @@ class Part:
     begin: int
     end: int
 
+    @property
+    def places(self) -> range:
+        """Where its requests are among the task's."""
+        return range(self.begin, self.end)
+
 
 @dataclass(frozen=True)
 class Slice:
-    """The requests `begin` to `end` of a task at one point, and those of other tasks that share their batch. `work`
-    guesses what they cost, in tokens."""
+    """The requests of one batch at one point: a part of a task, or what is left of several. `work` guesses what they
+    cost, in tokens."""
 
     point: WeightPoint
-    task: str
-    begin: int
-    end: int
+    parts: tuple[Part, ...]
     work: float
-    others: tuple[Part, ...] = ()
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """What it has of each task."""
-        return (Part(self.task, self.begin, self.end), *self.others)
 
     @property
     def count(self) -> int:
         """How many requests it has."""
-        return sum(part.end - part.begin for part in self.parts)
+        return sum(len(part.places) for part in self.parts)
 
     @property
     def kind(self) -> str:
@@ -61,8 +58,9 @@ class Slice:
     @property
     def name(self) -> str:
         """What it is called in a sentence."""
-        others = f" with {len(self.others)} more tasks" if self.others else ""
-        return f"{self.task} {self.begin} to {self.end - 1}{others}"
+        first, *others = self.parts
+        more = f" with {len(others)} more tasks" if others else ""
+        return f"{first.task} {first.begin} to {first.end - 1}{more}"
 
     def take(self, requests: Mapping[str, Sequence[Request]]) -> list[Request]:
         """Its own of all `requests`, in order."""
@@ -81,25 +79,21 @@ def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_siz
             end = begin + 1
             while end < min(len(asked), begin + slice_size) and type(asked[end]) is type(asked[begin]):
                 end += 1
-            work = sum(map(_work, asked[begin:end]))
+            part, work = Part(task, begin, end), sum(map(_work, asked[begin:end]))
             if end - begin == slice_size:
-                slices.append(Slice(point, task, begin, end, work))
+                slices.append(Slice(point, (part,), work))
             else:
-                left.setdefault(type(asked[begin]), []).append((Part(task, begin, end), work))
+                left.setdefault(type(asked[begin]), []).append((part, work))
             begin = end
-    for parts in left.values():
-        while parts:
+    for waiting in left.values():
+        while waiting:
             count, together = 0, 0
-            while together < len(parts) and (count := count + _count(parts[together][0])) <= slice_size:
+            while together < len(waiting) and (count := count + len(waiting[together][0].places)) <= slice_size:
                 together += 1
-            (first, *others), works = zip(*parts[:together], strict=True)
-            slices.append(Slice(point, first.task, first.begin, first.end, sum(works), tuple(others)))
-            del parts[:together]
+            parts, works = zip(*waiting[:together], strict=True)
+            slices.append(Slice(point, parts, sum(works)))
+            del waiting[:together]
     return slices
-
-
-def _count(part: Part) -> int:
-    return part.end - part.begin
 
 
 def _work(request: Request) -> float:

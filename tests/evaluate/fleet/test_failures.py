@@ -76,13 +76,13 @@ class Fake:
     def answer(self, piece, requests):
         if piece.point == OTHER:
             self._happen("swap")
-        self._happen(f"at{piece.begin}")
+        self._happen(f"at{piece.parts[0].begin}")
         text = f"{len(piece.point.terms)} "
         return Answered(tuple(Completion(text + one.prompt, "stop", 3, 2) for one in requests), 0, 0.01), 0.0
 
 
 UNDISTURBED = {
-    piece: tuple(Completion(f"{len(piece.point.terms)} {k}", "stop", 3, 2) for k in range(piece.begin, piece.end))
+    piece: tuple(Completion(f"{len(piece.point.terms)} {k}", "stop", 3, 2) for k in piece.parts[0].places)
     for piece in SLICES
 }
 
@@ -252,6 +252,6 @@ def test_engines_that_hold_their_next_slice_lose_nothing(ray_local, tmp_path, ki
     finally:
         fleet.stop()
     assert {piece: [one.text for one in given.answers] for piece, given in found.items()} == {
-        piece: [f"0 {k}" for k in range(piece.begin, piece.end)] for piece in slices
+        piece: [f"0 {k}" for k in piece.parts[0].places] for piece in slices
     }
     assert max(ahead) > 0 and ahead[-1] == 0 and fleet.stats.deaths == (kind != "none")

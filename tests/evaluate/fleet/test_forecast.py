@@ -21,14 +21,14 @@ def simulate(slices, requests, lengths, *, prefill, decode, step, engines=1, per
         while waiting and len(running) < engines:
             piece = waiting.pop(0)
             forecast.begin(piece, now)
-            own = [lengths[piece.task][i] for i in range(piece.begin, piece.end)]
+            own = piece.take(lengths)
             running[piece] = (now, own, _ends(piece, own, requests, prefill, decode, step, per_token))
         now += 1.0
         for piece, (begun, own, (read_until, prompts, curve)) in list(running.items()):
             at = now - begun
             if at >= curve[-1]:
                 del running[piece]
-                if isinstance(requests[piece.task][0], Generate):
+                if isinstance(requests[piece.parts[0].task][0], Generate):
                     answers = tuple(Completion("", "stop", prompts // len(own), length) for length in own)
                 else:
                     answers = tuple(Loglikelihood(0.0, True, 3) for _ in own)
@@ -45,7 +45,7 @@ def simulate(slices, requests, lengths, *, prefill, decode, step, engines=1, per
 
 def _ends(piece, own, requests, prefill, decode, step, per_token):
     """Until when its prompts are read, how many tokens they have, and when each step ends."""
-    asked = requests[piece.task][piece.begin : piece.end]
+    asked = piece.take(requests)
     prompts = sum(len(one.prompt if isinstance(one, Generate) else one.context) for one in asked) // per_token
     at = read_until = prompts * prefill
     curve = []

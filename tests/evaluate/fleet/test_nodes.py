@@ -46,7 +46,7 @@ class Wide:
         return versions() | {"device": "cuda", "bundles": bundles, "nodes": nodes, "own": ray.get_gpu_ids()}
 
     def answer(self, piece, requests):
-        if piece.begin == 2 and not os.path.exists(self.seen):
+        if piece.parts[0].begin == 2 and not os.path.exists(self.seen):
             open(self.seen, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return Answered(tuple(Completion(one.prompt, "stop", 1, 1) for one in requests), 0, 0.01), 0.0

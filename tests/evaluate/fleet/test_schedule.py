@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.evaluate.fleet.schedule import Schedule, Slice, cut
+from rvdist.evaluate.fleet.schedule import Part, Schedule, Slice, cut
 from rvdist.evaluate.request import Choice, Generate
 
 _FILE = Path(__file__).resolve().parents[3] / "benchmarks/schedule.py"
@@ -21,7 +21,7 @@ HOME, ONE, TWO = (WeightPoint(name) for name in ("home", "one", "two"))
 
 
 def slices(point, count, task="t", work=1000.0):
-    return [Slice(point, task, k, k + 1, work) for k in range(count)]
+    return [Slice(point, (Part(task, k, k + 1),), work) for k in range(count)]
 
 
 def test_slices_hold_one_kind_and_cover_everything_once():
@@ -66,7 +66,7 @@ def test_a_fresh_engine_begins_at_home_and_the_next_ones_spread():
 def test_an_engine_stays_at_its_point_and_takes_the_longest_first():
     schedule = Schedule([*slices(ONE, 1, work=5.0), *slices(ONE, 1, "long", 9.0), *slices(TWO, 3, work=99.0)])
     schedule.join(0, ONE)
-    assert schedule.take(0, 0.0).task == "long"
+    assert schedule.take(0, 0.0).kind == "long"
     schedule.finish(0, 0.0, 1.0)
     assert schedule.take(0, 1.0).point == ONE
     schedule.finish(0, 0.0, 1.0)
@@ -243,7 +243,7 @@ def test_of_many_points_the_one_is_chosen_that_a_look_at_all_of_them_finds(monke
     for _ in range(20):
         points = [WeightPoint("base", (Term(k / 100, Vector("plus", "minus")),)) for k in range(30)]
         seconds = {
-            Slice(point, task, k, k + 1, work := drawn.choice([10.0, 10.0, 77.0])): work / 50
+            Slice(point, (Part(task, k, k + 1),), work := drawn.choice([10.0, 10.0, 77.0])): work / 50
             for point in points
             for task in ("a", "b")
             for k in range(drawn.randrange(4))
