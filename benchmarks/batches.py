@@ -73,7 +73,7 @@ def on_an_engine(engine: Any, batches: Sequence[Sequence[Generate]]) -> tuple[fl
     core.step = step
     try:
         for batch in batches:
-            engine.generate(batch)
+            engine.answer(batch)
     finally:
         del core.step
     return spent, full / spent

@@ -282,7 +282,6 @@ def overhead(name: Path, rounds: int) -> Overhead:
     from rvdist.evaluate.fleet.arguments import EngineSettings
     from rvdist.evaluate.fleet.engine import Engine
     from rvdist.evaluate.fleet.schedule import cut
-    from rvdist.evaluate.request import Generate
     from rvdist.evaluate.suite import Suite
 
     target = str(FAMILY["target"])
@@ -329,9 +328,8 @@ def overhead(name: Path, rounds: int) -> Overhead:
         seconds = 0.0
         for piece in cut(point, requests, SLICE_SIZE):
             asked: list[Any] = piece.take(requests)
-            method = engine.generate if isinstance(asked[0], Generate) else engine.loglikelihood
             sent = time.perf_counter()
-            found = method(asked)
+            found = list(engine.answer(asked))
             seconds += time.perf_counter() - sent
             for part in piece.parts:
                 answers[part.task] += found[: part.end - part.begin]

@@ -374,7 +374,7 @@ def time_shape(asked: str) -> None:
         examples = "".join(f"Q: {k}+{k}=?\nA: {2 * k}\n" for k in range(8 if tiny else 64))
         requests = [Generate(f"{examples}Q: {k}+{k}=?\nA: ", 16 if tiny else 128) for k in range(size)]
         begun = time.perf_counter()
-        tokens = sum(one.tokens for one in engine.generate(requests))
+        tokens = sum(one.tokens for one in engine.answer(requests))
         seconds = time.perf_counter() - begun
         found[f"requests_per_second_{size}"] = round(size / seconds, 1)
         found[f"tokens_per_second_{size}"] = round(tokens / seconds, 1)

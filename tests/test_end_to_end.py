@@ -99,7 +99,7 @@ def test_what_was_scored_in_place_is_what_was_written(run):
     records = [r for r in read_records(place / "run/samples/alpha=1.jsonl") if r.task == "pocket_sums"]
     engine = Engine(str(place / "out"), EngineSettings(max_model_len=1024, kv_cache_gib=0.125))
     requests = [Generate(r.prompt_text, 64, ("\n", "<|im_end|>")) for r in records]
-    assert [a.text for a in engine.generate(requests)] == [r.response for r in records]
+    assert [a.text for a in engine.answer(requests)] == [r.response for r in records]
 
 
 def test_the_page_is_one_file_without_a_network(run):

@@ -185,5 +185,5 @@ def start(point: WeightPoint, settings: EngineSettings = SETTINGS) -> Engine:
 
 
 def answers(engine: Engine) -> Answers:
-    texts = engine.generate([Generate(prompt, 24) for prompt in _PROMPTS])
-    return Answers(tuple(texts), tuple(engine.loglikelihood([Choice(*pair) for pair in _CHOICES])))
+    texts = engine.answer([Generate(prompt, 24) for prompt in _PROMPTS])
+    return Answers(tuple(texts), tuple(engine.answer([Choice(*pair) for pair in _CHOICES])))

@@ -57,9 +57,9 @@ def asked(engine: Engine, point: WeightPoint) -> Any:
     try:
         engine.swap(point)
         return (
-            engine.generate([Generate(text, 24) for text in _TEXTS]),
-            engine.loglikelihood([Choice(*pair) for pair in _CHOICES]),
-            engine.rolling([Rolling("12+34=46 " * 40)]),
+            engine.answer([Generate(text, 24) for text in _TEXTS]),
+            engine.answer([Choice(*pair) for pair in _CHOICES]),
+            engine.answer([Rolling("12+34=46 " * 40)]),
         )
     except Unscorable:
         return None

@@ -206,19 +206,11 @@ class Engine:
         if not off <= tolerance:
             raise Unusable(f"{otherwise} (a log-probability is {off:.3g} nats from what it must be)")
 
-    def generate(self, requests: Sequence[Generate]) -> list[Completion]:
-        """One completion a request, in order. The requests are one batch: vLLM's text depends on the others in it,
-        but not on their order. Raises ValueError for a prompt that is empty or does not fit, Unscorable where a
-        token had no distribution."""
-        return finish(self._generate(requests))
-
-    def loglikelihood(self, requests: Sequence[Choice]) -> list[Loglikelihood]:
-        """One score a request, in order; one batch, as `generate`. Raises what `generate` raises."""
-        return finish(self._score_choices(requests))
-
-    def rolling(self, requests: Sequence[Rolling]) -> list[Loglikelihood]:
-        """One score a text, in order; the requests are one batch, as in `generate`."""
-        return finish(self._score_texts(requests))
+    def answer(self, requests: Sequence[Request]) -> Sequence[Answer]:
+        """The answers to requests of one kind, in order: completions, or scores. The requests are one batch: vLLM's
+        text depends on the others in it, but not on their order. Raises ValueError for a prompt that is empty or does
+        not fit, Unscorable where a token had no distribution."""
+        return finish(self.answer_all(requests))
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Makes prompts ready in the background, of requests that may come next."""
@@ -226,18 +218,17 @@ class Engine:
             threading.Thread(target=self._prompts.remember, args=(list(requests),), daemon=True).start()
 
     def answer_all(self, requests: Sequence[Request]) -> Running[Sequence[Answer]]:
-        """The answers to requests of one kind, as the methods above give them; meanwhile, about twice a second, how far
-        they are."""
+        """As `answer`; meanwhile, about twice a second, how far they are."""
+        self._require_finite()
         if isinstance(requests[0], Generate):
             return (yield from self._generate([r for r in requests if isinstance(r, Generate)]))
         if isinstance(requests[0], Rolling):
             return (yield from self._score_texts([r for r in requests if isinstance(r, Rolling)]))
         return (yield from self._score_choices([r for r in requests if isinstance(r, Choice)]))
 
-    def _generate(self, requests: Sequence[Generate]) -> Running[list[Completion]]:
+    def _generate(self, requests: Sequence[Generate]) -> Running[Sequence[Answer]]:
         from vllm import SamplingParams
 
-        self._require_finite()
         if self.settings.prefix_caching:
             self._forget_prefixes()  # shared within a batch alone: what was asked before changes no answer
         prompts = [
@@ -282,8 +273,7 @@ class Engine:
         drawn = hashlib.blake2b(f"{self.settings.seed} {request.repeat} {request.prompt}".encode(), digest_size=4)
         return int.from_bytes(drawn.digest(), "big")
 
-    def _score_choices(self, requests: Sequence[Choice]) -> Running[list[Loglikelihood]]:
-        self._require_finite()
+    def _score_choices(self, requests: Sequence[Choice]) -> Running[Sequence[Answer]]:
         prompts, starts = [], []
         for request in requests:
             context, continuation = self._prompts.encode_pair(request)
@@ -294,8 +284,7 @@ class Engine:
                 raise ValueError(f"a continuation of {len(continuation)} tokens leaves no room for its context")
         return (yield from self._score(prompts, starts))
 
-    def _score_texts(self, requests: Sequence[Rolling]) -> Running[list[Loglikelihood]]:
-        self._require_finite()
+    def _score_texts(self, requests: Sequence[Rolling]) -> Running[Sequence[Answer]]:
         windows = [
             (i, *window)
             for i, request in enumerate(requests)
@@ -359,7 +348,7 @@ class Engine:
             self._llm.collective_rpc("rvdist_rows")
             raise
         rows, bad = map(sum, zip(*self._llm.collective_rpc("rvdist_rows"), strict=True))
-        if prompts and not rows:
+        if not rows:
             raise Unusable("this vLLM takes no logits from where they are watched; install another version")
         if bad:
             raise Unscorable(

@@ -94,16 +94,16 @@ def lm_eval_backend(families: dict[str, Family], tied: Engine) -> Any:
 
 @pytest.mark.parametrize("kwargs", GENERATION)
 def test_completions_are_lm_evals(tied: Engine, lm_eval_backend: Any, kwargs: dict[str, Any]) -> None:
-    ours = tied.generate([Generate.from_lm_eval(prompt, kwargs) for prompt in PROMPTS])
+    ours = tied.answer([Generate.from_lm_eval(prompt, kwargs) for prompt in PROMPTS])
     theirs = lm_eval_backend.generate_until([_Request(prompt, dict(kwargs)) for prompt in PROMPTS], disable_tqdm=True)
     assert [completion.text for completion in ours] == theirs
     assert any(completion.finish == "stop" for completion in ours)
 
 
 def test_scores_are_lm_evals(tied: Engine, lm_eval_backend: Any) -> None:
-    likeliest = tied.generate([Generate("what", 1)])[0].text
+    likeliest = tied.answer([Generate("what", 1)])[0].text
     pairs = [*PAIRS, ("what", likeliest)]
-    ours = tied.loglikelihood([Choice(*pair) for pair in pairs])
+    ours = tied.answer([Choice(*pair) for pair in pairs])
     theirs = lm_eval_backend.loglikelihood([_Request(*pair) for pair in pairs], disable_tqdm=True)
     assert [(score.logprob, score.greedy) for score in ours] == theirs
     assert {score.greedy for score in ours} == {True, False}
@@ -113,10 +113,10 @@ def test_cut_prompts_are_lm_evals(families: dict[str, Family], lm_eval_backend: 
     engine = start(WeightPoint(str(families["tied"].target)), dataclasses.replace(SETTINGS, truncate=True))
     kwargs = {"until": [], "max_gen_toks": 100, "do_sample": False}
     long = "12 + 34" * 40
-    (ours,) = engine.generate([Generate.from_lm_eval(long, kwargs)])
+    (ours,) = engine.answer([Generate.from_lm_eval(long, kwargs)])
     assert [ours.text] == lm_eval_backend.generate_until([_Request(long, kwargs)], disable_tqdm=True)
     assert (ours.prompt_tokens, engine.info()["truncated"]) == (156, 1)
-    (score,) = engine.loglikelihood([Choice(long, "=46")])
+    (score,) = engine.answer([Choice(long, "=46")])
     theirs = lm_eval_backend.loglikelihood([_Request(long, "=46")], disable_tqdm=True)
     assert [(score.logprob, score.greedy)] == theirs
     assert engine.info()["truncated"] == 2
@@ -124,7 +124,7 @@ def test_cut_prompts_are_lm_evals(families: dict[str, Family], lm_eval_backend: 
     assert resolved["max_num_seqs"] == "16" and resolved["runner"].endswith("CPUModelRunner")
     assert resolved["attention_backend"] == "CPU_ATTN" and int(resolved["max_num_batched_tokens"]) > 0
     with pytest.raises(ValueError, match="no room for its context"):
-        engine.loglikelihood([Choice("9", "7" * 300)])
+        engine.answer([Choice("9", "7" * 300)])
 
 
 TALE = "what is a tale? ab = 12 + 34 = 46, said a queen. "
@@ -132,17 +132,17 @@ TEXTS = ["ab=12+34", "", TALE * 14, TALE, "7" * 254, "7" * 255, "a" * 508 + "=  
 
 
 def test_texts_of_any_length_score_as_lm_evals(tied: Engine, lm_eval_backend: Any) -> None:
-    ours = tied.rolling([Rolling(text) for text in TEXTS])
+    ours = tied.answer([Rolling(text) for text in TEXTS])
     theirs = lm_eval_backend.loglikelihood_rolling([_Request(text) for text in TEXTS], disable_tqdm=True)
     assert [score.logprob for score in ours] == pytest.approx(theirs, rel=1e-6)
     assert [score.tokens for score in ours] == [len(lm_eval_backend.tok_encode(text)) for text in TEXTS]
-    assert max(score.tokens for score in ours) > 2 * SETTINGS.max_model_len and tied.rolling([]) == []
+    assert max(score.tokens for score in ours) > 2 * SETTINGS.max_model_len
 
 
 def test_windows_are_cut_into_batches_by_their_number_alone(tied: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tied.rolling([Rolling(text) for text in TEXTS])
+    whole = tied.answer([Rolling(text) for text in TEXTS])
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TOKENS_AT_ONCE", 2 * SETTINGS.max_model_len)
-    parts = tied.rolling([Rolling(text) for text in TEXTS])
+    parts = tied.answer([Rolling(text) for text in TEXTS])
     assert [score.logprob for score in parts] == pytest.approx([score.logprob for score in whole], rel=1e-3)
     assert [score.tokens for score in parts] == [score.tokens for score in whole]
 
@@ -165,7 +165,7 @@ def test_a_perplexity_task_is_lm_evals(tied: Engine, lm_eval_backend: Any, tmp_p
     suite = Suite.load(["tale"], tmp_path, chat=False)
     requests = suite.requests(tied._tokenizer)
     assert requests == {"tale": [Rolling(page) for page in pages]}
-    arm, answers = Arm("baseline", WeightPoint("t"), alpha=0.0), {"tale": tied.rolling(requests["tale"])}
+    arm, answers = Arm("baseline", WeightPoint("t"), alpha=0.0), {"tale": tied.answer(requests["tale"])}
     results, records = suite.score(arm, "digest", tied._tokenizer, requests, answers, seed=0)
     theirs = evaluate(lm=lm_eval_backend, task_dict=suite.loaded, bootstrap_iters=0)
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
@@ -221,8 +221,8 @@ def test_repeats_of_a_task_are_samples_of_their_own(tied: Engine, tmp_path: Path
     assert [request.repeat for request in asked] == [0, 1, 2, 3] * 3 and len(set(asked)) == 3
     assert (asked[0].temperature, asked[0].top_p, asked[0].stop, asked[0].max_tokens) == (0.7, 0.95, ("b",), 12)
     slices = [asked[:6], asked[6:]]  # a border between the samples of a document
-    completions = [completion for part in slices for completion in tied.generate(part)]
-    assert completions == [completion for part in slices for completion in tied.generate(part)]
+    completions = [completion for part in slices for completion in tied.answer(part)]
+    assert completions == [completion for part in slices for completion in tied.answer(part)]
     texts = [completion.text for completion in completions]
     assert all(len(set(texts[k : k + 4])) > 2 for k in (0, 4, 8)) and not any("b" in text for text in texts)
     docs[0]["a"] = texts[3][:1]
@@ -242,21 +242,20 @@ def test_repeats_of_a_task_are_samples_of_their_own(tied: Engine, tmp_path: Path
 
 def test_what_does_not_fit_is_refused_with_its_numbers(tied: Engine) -> None:
     with pytest.raises(ValueError, match="157 tokens and 100 to generate .* 256 tokens"):
-        tied.generate([Generate("9", 8), Generate("7" * 157, 100)])
+        tied.answer([Generate("9", 8), Generate("7" * 157, 100)])
     with pytest.raises(ValueError, match="258 tokens and 1 to generate"):
-        tied.loglikelihood([Choice("7" * 250, "=12+34=4")])
+        tied.answer([Choice("7" * 250, "=12+34=4")])
     with pytest.raises(ValueError, match="no tokens"):
-        tied.generate([Generate("", 8)])
-    assert tied.generate([Generate("7" * 156, 100)])[0].prompt_tokens == 156
-    assert tied.loglikelihood([Choice("7" * 254, "1")])[0].tokens == 1
-    assert tied.generate([]) == [] and tied.loglikelihood([]) == []
+        tied.answer([Generate("", 8)])
+    assert tied.answer([Generate("7" * 156, 100)])[0].prompt_tokens == 156
+    assert tied.answer([Choice("7" * 254, "1")])[0].tokens == 1
 
 
 def test_the_order_of_a_batch_does_not_matter(tied: Engine) -> None:
     requests = [Generate(prompt, 24) for prompt in PROMPTS]
-    assert tied.generate(requests[::-1]) == tied.generate(requests)[::-1]
+    assert tied.answer(requests[::-1]) == tied.answer(requests)[::-1]
     choices = [Choice(*pair) for pair in PAIRS]
-    assert tied.loglikelihood(choices[::-1]) == tied.loglikelihood(choices)[::-1]
+    assert tied.answer(choices[::-1]) == tied.answer(choices)[::-1]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_while_it_answers_it_tells_how_far_it_is(
     tied: Engine, monkeypatch: pytest.MonkeyPatch, requests: list[Request]
 ) -> None:
     """Told at every step it answers as when nobody asks, and what is told only grows, up to all."""
-    untold = {Generate: tied.generate, Choice: tied.loglikelihood, Rolling: tied.rolling}[type(requests[0])](requests)
+    untold = tied.answer(requests)
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TELL_EVERY", -1.0)
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TOKENS_AT_ONCE", 2 * SETTINGS.max_model_len)
     told, running = [], tied.answer_all(requests)
@@ -290,12 +289,12 @@ def test_while_it_answers_it_tells_how_far_it_is(
 
 def test_a_batch_that_is_given_up_leaves_nothing_behind(tied: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Generate(prompt, 24) for prompt in PROMPTS]
-    whole = tied.generate(requests)
+    whole = tied.answer(requests)
     monkeypatch.setattr("rvdist.evaluate.fleet.engine._TELL_EVERY", -1.0)
     given_up = tied.answer_all([Generate("what", 200)])
     next(given_up)
     given_up.close()
-    assert tied.generate(requests) == whole
+    assert tied.answer(requests) == whole
 
 
 def test_generation_arguments() -> None:
@@ -408,7 +407,7 @@ from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.request import Generate
 if __name__ == "__main__":
     engine = Engine({str(families["tied"].target)!r}, EngineSettings(max_model_len=64, kv_cache_gib=0.0625))
-    engine.generate([Generate("a", 4)])
+    engine.answer([Generate("a", 4)])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -420,7 +419,7 @@ def test_no_template_of_a_stranger_s_is_rendered_where_vllm_starts(families: dic
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     (path / "chat_template.jinja").write_text(endless)
     engine = start(WeightPoint(str(path)))
-    assert engine._tokenizer.chat_template == endless and len(engine.generate([Generate("12 + 34", 4)])) == 1
+    assert engine._tokenizer.chat_template == endless and len(engine.answer([Generate("12 + 34", 4)])) == 1
 
 
 def test_shared_prefixes_are_of_one_batch_and_one_point(families: dict[str, Family]) -> None:
@@ -461,7 +460,7 @@ def test_shared_prefixes_are_of_one_batch_and_one_point(families: dict[str, Fami
     assert ask(batch) == elsewhere
     fresh = start(target, settings)
     fresh.swap(other)
-    assert fresh.generate(batch) == elsewhere
+    assert fresh.answer(batch) == elsewhere
 
 
 def iter_all(running: Any) -> Any:

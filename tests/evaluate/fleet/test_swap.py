@@ -61,7 +61,7 @@ def test_fifty_swaps_leave_no_trace(engine: Engine, base: Answers, family: Famil
     first, memory = {}, []
     for k in range(52):
         engine.swap(points[k % 4])
-        scores = engine.loglikelihood(choices)
+        scores = engine.answer(choices)
         assert first.setdefault(k % 4, scores) == scores, f"drift after {k} swaps"
         memory.append(anonymous_bytes())
     assert len(set(map(tuple, first.values()))) == 4
