@@ -89,16 +89,12 @@ class Suite:
         """
         include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
         loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
-        for name in (*loaded["tasks"], *loaded.get("groups", {})):
+        for name in (*loaded["tasks"], *loaded["groups"]):
             if len(name) > LONGEST_NAME:
                 raise BadInput(f"task {cut(name, 80)}: has a name of {len(name):,} characters; give it a shorter one")
         runs_code = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
         walls = sandbox.available_mode(code == "degraded") if runs_code else None
-        names_of = {id(task): name for name, task in loaded["tasks"].items()}
-        groups = {
-            name: [names_of[id(task)] for task in group.get_all_tasks() if id(task) in names_of]
-            for name, group in loaded.get("groups", {}).items()
-        }
+        groups = {name: _members(group) for name, group in loaded["groups"].items()}
         chosen = catalogue.primary_filters(loaded["tasks"], groups, primary or {}, lacking)
         return cls(loaded, limit, chat, walls, lacking, primary=chosen)
 
@@ -121,7 +117,7 @@ class Suite:
         """The same with these documents alone; without tasks and, if there are such, groups that have none."""
         chosen = {name: sorted(own) for name, own in documents.items() if own}
         tasks = {name: task for name, task in self.tasks.items() if name in chosen}
-        groups = self.loaded.get("groups", {}) if len(tasks) == len(self.tasks) else {}
+        groups = self.loaded["groups"] if len(tasks) == len(self.tasks) else {}
         return replace(self, loaded={**self.loaded, "tasks": tasks, "groups": groups}, limit=None, chosen=chosen)
 
     def requests(self, tokenizer: Any) -> dict[str, list[Request]]:
@@ -182,7 +178,7 @@ class Suite:
         given: dict[Hashable, deque[Answer]] = defaultdict(deque)
         for task, asked in requests.items():
             for request, answer in zip(asked, answers[task], strict=True):
-                given[self.tasks[task].task_name, request].append(answer)
+                given[task, request].append(answer)
         self._reseed()
         with verdicts.allow_code(self.walls), templates_compiled_once():
             results = evaluate(
@@ -253,18 +249,18 @@ class Suite:
 
     @property
     def groups(self) -> dict[str, tuple[Any, list[str]]]:
-        """lm-eval's Group objects that have a score of their own, by name, and the tasks of each that are asked."""
-        scored = {name: group for name, group in self.loaded.get("groups", {}).items() if group.aggregate_metric_list}
-        names = {id(task): name for name, task in self.tasks.items()}
-        return {
-            name: (group, [names[id(task)] for task in group.get_all_tasks() if id(task) in names])
-            for name, group in scored.items()
-        }
+        """lm-eval's Group objects that have a score of their own, by name, and the tasks of each."""
+        scored = {name: group for name, group in self.loaded["groups"].items() if group.aggregate_metric_list}
+        return {name: (group, _members(group)) for name, group in scored.items()}
 
     def _reseed(self) -> None:
         """Few-shot examples are drawn anew each time requests are built: make it the same draw."""
         for task in self.tasks.values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+def _members(group: Any) -> list[str]:
+    return list(dict.fromkeys(task.task_name for task in group.get_all_tasks()))
 
 
 def _requests(instance: Any) -> list[Request]:
