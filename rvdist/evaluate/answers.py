@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rvdist.evaluate.cache import FILE, SampleCache, slice_keys
 from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import Slice, cut
 from rvdist.evaluate.fleet.view import FleetView
-from rvdist.evaluate.request import Answered, Request
+from rvdist.evaluate.request import Answered
 
 Answers = dict[Slice, Answered]
 
@@ -72,9 +74,7 @@ def answer(
             size, identity = answering.slice_size, answering.identity or {}
             digests = {point: asked.digest for point, asked in points.items()}
             with timing.phase("cache"):
-                keys = slice_keys(slices, requests, digests, asking.suite.versions, identity)
-                known = cache.read(list(keys.values()), _requests_by_key(keys, requests))
-                answered = {piece: known[key] for piece, key in keys.items() if key in known}
+                keys, answered = _recall(cache, asking, slices, digests, identity)
                 if asking.whole:
                     lacking = [piece for piece in slices if piece not in answered]
                     answered |= from_whole(asking.whole, lacking, requests, size, digests, identity, cache)
@@ -112,9 +112,17 @@ def answer(
             return Collected(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
 
 
-def _requests_by_key(keys: Mapping[Slice, str], requests: Requests) -> dict[str, Sequence[Request]]:
-    """What was asked in the slice with each key."""
-    return {key: piece.take(requests) for piece, key in keys.items()}
+def _recall(
+    cache: SampleCache,
+    asking: Asking,
+    slices: Sequence[Slice],
+    digests: Mapping[WeightPoint, str],
+    identity: Mapping[str, Any],
+) -> tuple[dict[Slice, str], Answers]:
+    """The key of each slice, and the answers that the cache has to it."""
+    keys = slice_keys(slices, asking.requests, digests, asking.suite.versions, identity)
+    known = cache.read(list(keys.values()), {key: piece.take(asking.requests) for piece, key in keys.items()})
+    return keys, {piece: known[key] for piece, key in keys.items() if key in known}
 
 
 def from_whole(
@@ -126,25 +134,23 @@ def from_whole(
     identity: Mapping[str, Any],
     cache: SampleCache,
 ) -> Answers:
-    """Those of the `lacking` slices, of some documents, whose every request was answered in a slice of all documents,
-    as an evaluation of the same point left it in the cache. A slice is taken from there whole or not at all."""
+    """Those of the `lacking` slices, which ask of some documents, that slices of all documents have answered: every
+    request of theirs at the same point, as an evaluation of the `whole` left it in the cache. A slice is taken from
+    there whole or not at all. `lacking` has one point after the other."""
     sliced: Answers = {}
-    for point in dict.fromkeys(piece.point for piece in lacking):
-        pieces = cut(point, whole.requests, slice_size)
-        keys = slice_keys(pieces, whole.requests, digests, whole.suite.versions, identity)
-        known = cache.read(list(keys.values()), _requests_by_key(keys, whole.requests))
+    for point, pieces in groupby(lacking, key=attrgetter("point")):
+        _, known = _recall(cache, whole, cut(point, whole.requests, slice_size), digests, identity)
         answers = {
             place: answer
-            for piece, key in keys.items()
-            if key in known and not known[key].truncated  # of which one does not know whose they are
-            for place, answer in zip(_places(piece), known[key].answers, strict=True)
+            for piece, found in known.items()
+            if not found.truncated  # of which one does not know whose they are
+            for place, answer in zip(_places(piece), found.answers, strict=True)
         }
-        for piece in lacking if answers else ():
-            if piece.point == point:
-                asked = zip(_places(piece), piece.take(requests), strict=True)
-                own = [answers.get((task, whole.places[task].get(with_repeat(one), -1))) for (task, _), one in asked]
-                if all(own):
-                    sliced[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
+        for piece in pieces if answers else ():
+            asked = zip(_places(piece), piece.take(requests), strict=True)
+            own = [answers.get((task, whole.places[task].get(with_repeat(one), -1))) for (task, _), one in asked]
+            if all(own):
+                sliced[piece] = Answered(tuple(filter(None, own)), 0, 0.0)
     return sliced
 
 
