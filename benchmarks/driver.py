@@ -106,11 +106,11 @@ def main() -> None:
     fleet = Fleet("base", None, given.engines, cpus=1 / 64, actor=Instant)
     import ray
 
-    while fleet.started < given.engines:
-        fleet._seats.tend()
-        for ready in ray.wait(fleet._seats.pending, timeout=1.0)[0]:
-            fleet._seats.hear(ready)
-    print(f"{fleet.started} engines up in {time.perf_counter() - began:.0f} s", flush=True)
+    while fleet.seats.started < given.engines:
+        fleet.seats.tend()
+        for ready in ray.wait(fleet.seats.pending, timeout=1.0)[0]:
+            fleet.seats.hear(ready)
+    print(f"{fleet.seats.started} engines up in {time.perf_counter() - began:.0f} s", flush=True)
     lines = []
     scorer = Scorer()
     for cached, scored in ((False, False), (True, False), (True, True)):

@@ -105,11 +105,11 @@ def answer(
             if not todo:
                 return Collected(answered, None, 0.0, cached)
             fleet = answering.fleet()
-            was_up = fleet.first_up is not None
+            was_up = fleet.seats.first_up is not None
             names = {point: asked.name for point, asked in points.items()}
             with FleetView(total, cached, names, log, file) as view:
                 fleet.answer(todo, requests, keep, view.show)
-            return Collected(answered, fleet, 0.0 if was_up else fleet.first_up or 0.0, cached)
+            return Collected(answered, fleet, 0.0 if was_up else fleet.seats.first_up or 0.0, cached)
 
 
 def _recall(

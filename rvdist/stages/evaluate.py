@@ -374,7 +374,7 @@ def _note_fleet(arms: Arms, fleet: Fleet, start: float) -> None:
     timing.count("swaps", stats.swaps)
     timing.count("deaths", stats.deaths)
     timing.count("engine_seconds", stats.lifetimes)
-    timing.fleet["engines"] = max(timing.fleet.get("engines", 0), fleet.started)
+    timing.fleet["engines"] = max(timing.fleet.get("engines", 0), fleet.seats.started)
     timing.fleet["utilisation"] = (timing.phases["swap"] + timing.phases["generate"]) / timing.fleet["engine_seconds"]
     info = next(iter(fleet.info()), {})
     timing.cpu_seconds += stats.cpu_seconds
@@ -385,8 +385,8 @@ def _note_fleet(arms: Arms, fleet: Fleet, start: float) -> None:
         scoring.engine |= {name.replace("_", " "): value for name, value in info.get("resolved", {}).items()}
         scoring.engine["utilisation"] = f"{timing.fleet['utilisation']:.0%}"
     prepared.say(
-        f"fleet: {fleet.started} of {fleet.size} engines worked, {stats.utilisation:.0%} of their time; {stats.swaps} "
-        f"swaps, {stats.deaths} engines died"
+        f"fleet: {fleet.seats.started} of {len(fleet.seats)} engines worked, {stats.utilisation:.0%} of their time; "
+        f"{stats.swaps} swaps, {stats.deaths} engines died"
     )
-    for number, reason in fleet.empty.items():
+    for number, reason in fleet.seats.empty.items():
         prepared.note(f"engine {number} could not start: {reason}")

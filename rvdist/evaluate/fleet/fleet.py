@@ -70,7 +70,7 @@ class Fleet:
         self._begin = self._created  # of the present call of `answer`
         self._ahead: dict[int, Any] = {}  # the answers to what seats hold while they answer
         self._reads_ahead: bool = getattr(actor, "reads_ahead", False)
-        self._seats = Seats(
+        self.seats = Seats(
             lambda number: actor_class.options(**(self._place(number, kind) if over_nodes else own)).remote(
                 base, settings
             ),
@@ -83,30 +83,10 @@ class Fleet:
             resolved=resolved or {},
         )
 
-    @property
-    def size(self) -> int:
-        """How many engines it wants."""
-        return len(self._seats)
-
-    @property
-    def started(self) -> int:
-        """How many engines are up."""
-        return self._seats.started
-
-    @property
-    def first_up(self) -> float | None:
-        """Seconds until there was an engine, None where there was none yet."""
-        return self._seats.first_up
-
-    @property
-    def empty(self) -> Mapping[int, str]:
-        """Engines that could not be started, and why."""
-        return self._seats.empty
-
     def info(self) -> list[dict[str, Any]]:
         """What each engine that is up says of itself. What it used since it was last asked goes to `stats`."""
         infos = []
-        for seat, said in self._seats.info():
+        for seat, said in self.seats.info():
             infos.append(said)
             cpu, read = said.get("cpu_seconds", 0.0), said.get("bytes_read", 0)
             self.stats.cpu_seconds += cpu - seat.cpu_seconds
@@ -131,19 +111,19 @@ class Fleet:
         self.stats, self.refused, self._failures = FleetStats(), {}, Failures()
         self.stats.failures = self._failures.told
         self._ahead = {}
-        for seat in self._seats:
-            seat.told = set()
+        for seat in self.seats:
+            seat.sent = set()
         slices = list(slices)
         schedule, forecast = Schedule(slices, self._home), Forecast(slices, requests)
         answers: dict[Slice, Answered] = {}
         running: dict[Any, tuple[Seat, Slice]] = {}
         came: dict[Slice, Answered] = {}
         self._begin = time.monotonic()
-        for seat in self._seats:
-            if seat.up is not None and seat.number not in self._seats.unsure:
+        for seat in self.seats:
+            if seat.up is not None and seat.number not in self.seats.unsure:
                 schedule.join(seat.number, seat.at)
         while True:
-            self._seats.tend()
+            self.seats.tend()
             self._feed(schedule, forecast, requests, running)
             if came:  # after the engines were fed: keeping takes its time
                 keep(came)
@@ -152,9 +132,9 @@ class Fleet:
                 break
             self._require_engines(running)
             came = {}
-            for ready in _ready([*running, *self._seats.pending]):
+            for ready in _ready([*running, *self.seats.pending]):
                 if ready not in running:
-                    if up := self._seats.hear(ready):
+                    if up := self.seats.hear(ready):
                         schedule.join(up.number, up.at)
                     continue
                 seat, piece = running[ready]
@@ -193,7 +173,7 @@ class Fleet:
                     del running[late]
                     forecast.drop(piece)
                     self._fail(seat, schedule, set(), TimeoutError(_LATE), piece)
-        for seat in self._seats:
+        for seat in self.seats:
             self._outlive(seat)
         if schedule.lethal:
             raise self._failures.explain_slices(schedule.lethal)
@@ -202,7 +182,7 @@ class Fleet:
     def stop(self) -> None:
         """Ends every engine."""
         self._ahead = {}
-        self._seats.stop()
+        self.seats.stop()
         for group in self._groups.values():
             from ray.util.placement_group import remove_placement_group
 
@@ -234,17 +214,17 @@ class Fleet:
         self._ahead.pop(seat.number, None)
         self.stats.deaths += 1
         self._failures.add(seat.number, why, piece)
-        self._seats.replace(seat)
+        self.seats.replace(seat)
         if isinstance(cause(error), Unusable):
             self._failures.require_usable(why)
         if isinstance(error, ray.exceptions.RayTaskError | TimeoutError):
             return
         # It died. Idle ones must show that they live before they get what it had: they may have gone with its node
-        idle = [other for other in self._seats if other.up is not None and other.number not in busy]
-        idle = [other for other in idle if other.number not in self._seats.unsure]
+        idle = [other for other in self.seats if other.up is not None and other.number not in busy]
+        idle = [other for other in idle if other.number not in self.seats.unsure]
         for other in idle:
             schedule.leave(other.number)
-        self._seats.ask(idle)
+        self.seats.ask(idle)
 
     def _feed(
         self,
@@ -253,8 +233,8 @@ class Fleet:
         requests: Mapping[str, Sequence[Request]],
         running: dict[Any, tuple[Seat, Slice]],
     ) -> None:
-        busy = self._seats.unsure | {seat.number for seat, _ in running.values()}
-        for seat in self._seats:
+        busy = self.seats.unsure | {seat.number for seat, _ in running.values()}
+        for seat in self.seats:
             if seat.up is None or seat.number in busy:
                 continue
             now = time.monotonic()
@@ -268,11 +248,11 @@ class Fleet:
     def _send(self, seat: Seat, piece: Slice, schedule: Schedule, requests: Mapping[str, Sequence[Request]]) -> Any:
         """The answer to come, of an engine that may still be at another slice. It is told what it may be asked then, so
         that it makes the prompts ready meanwhile."""
-        seat.told.add(piece.parts)
+        seat.sent.add(piece.parts)
         after = schedule.after(seat.number) if self._reads_ahead else None
-        if after is None or after.parts in seat.told:
+        if after is None or after.parts in seat.sent:
             return seat.actor.answer.remote(piece, piece.take(requests))
-        seat.told.add(after.parts)
+        seat.sent.add(after.parts)
         return seat.actor.answer.remote(piece, piece.take(requests), after.take(requests))
 
     def _begin_held(
@@ -295,11 +275,11 @@ class Fleet:
 
     def _require_engines(self, running: Mapping[Any, Any]) -> None:
         """Raises Failed where nothing works and nothing can come."""
-        if running or self.started:
+        if running or self.seats.started:
             return
-        self._seats.require_any()
+        self.seats.require_any()
         waited = time.monotonic() - self._created
-        if self.first_up is None and waited > self._patience and not self._has_room():
+        if self.seats.first_up is None and waited > self._patience and not self._has_room():
             wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in self._need.items() if amount)
             lack = "all nodes together lack" if self._over_nodes else "none of the cluster's nodes has"
             raise Failed(f"no engine could start in {waited:.0f} s: {lack} {wanted}, which each takes")
@@ -351,14 +331,14 @@ class Fleet:
                 else 0.0,
                 schedule.left(piece.point) if piece else 0,
             )
-            for seat in self._seats
-            if seat.number not in self.empty
+            for seat in self.seats
+            if seat.number not in self.seats.empty
         ]
         return Status(
             tuple(engines),
             stats.requests + sum(requests.values()),
             stats.tokens + sum(found.tokens for found in within.values()),
-            forecast.seconds_left(now, self.started),
+            forecast.seconds_left(now, self.seats.started),
             stats.prompt_tokens + sum(found.read for found in within.values()),
             sum(piece.count for piece in working.values()),
             stats.requests,

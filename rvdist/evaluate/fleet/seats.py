@@ -39,7 +39,7 @@ class Seat:
     cpu_seconds: float = 0.0  # of the engine, as it last said
     bytes_read: int = 0
     progress: Progress | None = None  # of the slice at which it works
-    told: set[tuple[Part, ...]] = field(default_factory=set)  # requests that its engine has been sent
+    sent: set[tuple[Part, ...]] = field(default_factory=set)  # requests that its engine has been sent
 
 
 class Seats:
@@ -207,7 +207,7 @@ class Seats:
 
     def _start(self, seat: Seat) -> None:
         seat.actor, seat.up, seat.at, seat.until, seat.log = self._spawn(seat.number), None, None, None, ""
-        seat.cpu_seconds, seat.bytes_read, seat.told = 0.0, 0, set()
+        seat.cpu_seconds, seat.bytes_read, seat.sent = 0.0, 0, set()
         self._coming[seat.actor.__ray_ready__.remote()] = seat
 
     def _lose(self, seat: Seat, error: Exception) -> None:

@@ -131,8 +131,8 @@ def test_a_fleet_that_is_stopped_holds_nothing_of_rays(ray_local, tmp_path):
     _, fleet = run(tmp_path, {"at8": ("die", 1)})
     gc.collect()
     handles = [held for held in gc.get_objects() if isinstance(held, ray.actor.ActorHandle)]
-    assert fleet.started and not [held for held in handles if "Fake" in repr(held)]
-    assert not fleet._seats.pending
+    assert fleet.seats.started and not [held for held in handles if "Fake" in repr(held)]
+    assert not fleet.seats.pending
 
 
 def test_a_slice_on_which_two_engines_raise_is_named_after_all_else_is_answered(ray_local, tmp_path):

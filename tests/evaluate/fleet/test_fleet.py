@@ -123,9 +123,9 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alo
 
     warm.cool()
     fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
-    while fleet.started < 2:
-        ready, _ = ray.wait(fleet._seats.pending, num_returns=1)
-        fleet._seats.hear(ready[0])
+    while fleet.seats.started < 2:
+        ready, _ = ray.wait(fleet.seats.pending, num_returns=1)
+        fleet.seats.hear(ready[0])
     kept, seen, killed = {}, [], []
 
     def keep(came):
@@ -141,12 +141,12 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alo
 
     assert texts(fleet.answer(all_slices(requests, 4), requests, keep, watch)) == texts(kept)
     whole = {(piece.point, piece.parts[0]): piece for piece in alone}
-    assert fleet.started >= 1 and fleet.stats.deaths == 1 and killed
+    assert fleet.seats.started >= 1 and fleet.stats.deaths == 1 and killed
     assert fleet.stats.requests == seen[-1].requests == sum(map(len, requests.values())) * 3
     assert 0 < fleet.stats.utilisation <= 1
     again = fleet.answer(all_slices(requests, 16), requests)
     assert texts(again) == alone and again.keys() == set(whole.values()), "a warm fleet, after a death"
-    assert fleet.started < 3
+    assert fleet.seats.started < 3
     fleet.stop()
 
 
@@ -268,7 +268,7 @@ def test_an_engine_joins_when_the_cluster_grows(requests):
         deadline = time.monotonic() + 120
         while len(worked) < 2 and time.monotonic() < deadline:
             fleet.answer(all_slices(requests, 4), requests, watch=watch)
-        assert worked == {0, 1} and fleet.started == 2
+        assert worked == {0, 1} and fleet.seats.started == 2
         fleet.stop()
     finally:
         ray.shutdown()
