@@ -34,14 +34,14 @@ class Load:
 def load_of(requests: Sequence[Request], tokenizer: Any, length: float | None) -> Load:
     """That of a task's requests, whose answers had so many tokens on average (None: not known). Of prompts some are
     counted, and the rest is taken to be like these."""
-    texts = [one.prompt if isinstance(one, Generate) else one.context + one.continuation for one in requests]
+    texts = [one.text for one in requests]
     some = texts[:: math.ceil(len(texts) / _SAMPLE)] if texts else []
     counted = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in some)
     prompt = counted * sum(map(len, texts)) / max(1, sum(map(len, some)))
-    most = [one.max_tokens if isinstance(one, Generate) else 1 for one in requests]
-    generated = any(isinstance(one, Generate) for one in requests)
-    made = sum(most) if length is None or not generated else sum(min(length, one) for one in most)
-    return Load(len(requests), round(prompt), round(made), length is not None or not generated)
+    if not any(isinstance(one, Generate) for one in requests):
+        length = 1.0
+    made = sum(one.max_tokens if length is None else min(length, one.max_tokens) for one in requests)
+    return Load(len(requests), round(prompt), round(made), length is not None)
 
 
 def mean_lengths(answered: Mapping[Slice, Answered]) -> dict[str, float]:

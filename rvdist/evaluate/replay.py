@@ -254,9 +254,7 @@ def _arguments(logged: Any) -> list[list[Any]]:
 
 def _prompt(request: Request) -> str:
     """The first of lm-eval's arguments."""
-    if isinstance(request, Generate):
-        return request.prompt
-    return request.continuation if isinstance(request, Rolling) else request.context
+    return request.context if isinstance(request, Choice) else request.text
 
 
 def _end(request: Request, answer: Answer) -> Answer:

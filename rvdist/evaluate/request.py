@@ -27,6 +27,11 @@ class Generate:
     seed: int | None = None
     repeat: int = field(default=0, compare=False)
 
+    @property
+    def text(self) -> str:
+        """All that is read of it."""
+        return self.prompt
+
     @classmethod
     def from_lm_eval(cls, prompt: str, kwargs: Mapping[str, Any], default_max_tokens: int = 256) -> Generate:
         """The request for lm-eval's `generate_until` arguments. Greedy unless `do_sample` is true or a positive
@@ -68,6 +73,11 @@ class Choice:
 
     context: str
     continuation: str
+    max_tokens: ClassVar[int] = 1  # as of a completion: none comes of it, and vLLM makes one
+
+    @property
+    def text(self) -> str:
+        return self.context + self.continuation
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,11 @@ class Rolling:
     length: each token is scored once, after as many of those before it as its window holds."""
 
     continuation: str
-    context: ClassVar[str] = ""
+    max_tokens: ClassVar[int] = 1
+
+    @property
+    def text(self) -> str:
+        return self.continuation
 
 
 @dataclass(frozen=True)

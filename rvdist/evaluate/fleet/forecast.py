@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvdist.evaluate.fleet.schedule import CHARACTERS_PER_TOKEN, Part, Slice
-from rvdist.evaluate.request import Answered, Completion, Generate, Progress, Request
+from rvdist.evaluate.request import Answered, Completion, Progress, Request
 
 Floats = NDArray[np.float64]
 
@@ -52,29 +52,32 @@ class _Size:
 class _Work:
     """A slice at which an engine works, and what it has told."""
 
-    task: str
     size: _Size
     begun: float
     heard: float | None = None
     progress: Progress = field(default_factory=Progress)
     seconds: float = 0.0  # between the first and the last that was heard
-    costs: Floats | None = None  # what was done meanwhile
+    costs: Floats = field(default_factory=lambda: np.zeros(_KINDS))  # what was done meanwhile
 
 
+@dataclass
 class _Task:
-    """What is known of a task's lengths, from slices that are finished and others."""
+    """What is known of a task's lengths: of its slices that are finished so many tokens and steps, and the `works` of
+    those that are being answered."""
 
-    def __init__(self) -> None:
-        self.waiting = _Size()
-        self.finished = _Size()
-        self.prompt_tokens = self.tokens = self.steps = 0
+    waiting: _Size = field(default_factory=_Size)
+    finished: _Size = field(default_factory=_Size)
+    works: dict[Slice, _Work] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
 
-    def known(self, works: Iterable[_Work]) -> tuple[_Size, int, int, int]:
+    def known(self) -> tuple[_Size, int, int, int]:
         """Of the slices that told anything: their size, their prompt tokens, requests that are answered, and the tokens
         made."""
         size, prompts, answered, tokens = _Size(), self.prompt_tokens, self.finished.requests, self.tokens
         size.add(self.finished)
-        for work in works:
+        for work in self.works.values():
             if work.progress.prompt_tokens:
                 size.add(work.size)
                 prompts += work.progress.prompt_tokens
@@ -89,7 +92,6 @@ class Forecast:
     def __init__(self, slices: Iterable[Slice], requests: Mapping[str, Sequence[Request]]) -> None:
         self._sizes: dict[tuple[Part, ...], _Size] = {}
         self._tasks: dict[str, _Task] = defaultdict(_Task)
-        self._works: dict[Slice, _Work] = {}
         self._squares, self._products = np.zeros((_KINDS, _KINDS)), np.zeros(_KINDS)  # of the least squares
         self._costs, self._seconds, self._heard = np.zeros(_KINDS), 0.0, 0
         self._said: float | None = None
@@ -101,43 +103,44 @@ class Forecast:
 
     def begin(self, piece: Slice, now: float) -> None:
         """An engine works at a slice."""
-        size = self._sizes[piece.parts]
-        self._tasks[piece.kind].waiting.add(size, -1)
-        self._works[piece] = _Work(piece.kind, size, now)
+        task, size = self._tasks[piece.kind], self._sizes[piece.parts]
+        task.waiting.add(size, -1)
+        task.works[piece] = _Work(size, now)
 
     def drop(self, piece: Slice) -> None:
         """The engine is gone."""
-        self._tasks[piece.kind].waiting.add(self._works.pop(piece).size)
+        task = self._tasks[piece.kind]
+        task.waiting.add(task.works.pop(piece).size)
 
     def refuse(self, piece: Slice, waiting: Iterable[Slice]) -> None:
         """A slice has no answers, and those that wait at its point are not asked."""
-        del self._works[piece]
+        del self._tasks[piece.kind].works[piece]
         for other in waiting:
             self._tasks[other.kind].waiting.add(self._sizes[other.parts], -1)
 
     def hear(self, piece: Slice, progress: Progress, now: float) -> None:
         """How far a slice is."""
-        work = self._works[piece]
+        work = self._tasks[piece.kind].works[piece]
         done = _costs(progress) - _costs(work.progress)
         if not done.any():
             return
         if work.heard is not None:
             self._learn(done, now - work.heard)
             work.seconds += now - work.heard
-            work.costs = done if work.costs is None else work.costs + done
+            work.costs += done
         work.heard, work.progress = now, progress
 
     def finish(self, piece: Slice, answered: Answered, now: float) -> None:
         """A slice is answered."""
-        work, task = self._works.pop(piece), self._tasks[piece.kind]
+        task = self._tasks[piece.kind]
+        work = task.works.pop(piece)
         progress = work.progress
         if work.heard is None:
             prompts = sum(one.prompt_tokens for one in answered.answers if isinstance(one, Completion))
             prompts = prompts or work.size.characters // CHARACTERS_PER_TOKEN
             made = sum(one.tokens for one in answered.answers if isinstance(one, Completion))
             progress = Progress(work.size.requests, prompts, prompts, made or work.size.requests, 0)
-        rest = _costs(progress) - (0 if work.costs is None else work.costs)
-        self._learn(rest, max(0.0, answered.seconds - work.seconds))
+        self._learn(_costs(progress) - work.costs, max(0.0, answered.seconds - work.seconds))
         self._held += now - work.begun
         self._answering += answered.seconds
         task.finished.add(work.size)
@@ -160,21 +163,18 @@ class Forecast:
         price = self._price()
         if price is None or not engines:
             return None
-        works = defaultdict(list)
-        for work in self._works.values():
-            works[work.task].append(work)
         waiting, slices = 0.0, 0
         running = []
-        for name, task in self._tasks.items():
-            if not (task.waiting.slices or works[name]):
+        for task in self._tasks.values():
+            if not (task.waiting.slices or task.works):
                 continue
-            length = self._length(name, works)
+            length = self._length(task)
             if length is None:
                 return None
             slices += task.waiting.slices
-            per_character = self._tokens_per_character(name, works)
-            left = [self._remaining(work, length, per_character) for work in works[name]]
-            steps = self._steps(name, works[name], left)
+            per_character = self._tokens_per_character(task)
+            left = [_remaining(task, work, length, per_character) for work in task.works.values()]
+            steps = _steps(task, [steps for _, steps in left])
             costs = np.array(
                 [
                     task.waiting.characters * per_character,
@@ -183,54 +183,33 @@ class Forecast:
                 ]
             )
             waiting += float(price @ costs)
-            for work, (costs, _) in zip(works[name], left, strict=True):
+            for work, (costs, _) in zip(task.works.values(), left, strict=True):
                 since = 0.0 if work.heard is None else now - work.heard
                 running.append(max(0.0, float(price @ costs) - since))
         shared = (waiting + sum(running)) / max(1, min(engines, slices + len(running)))
         return max([shared, *running])
 
-    def _remaining(self, work: _Work, length: float, per_character: float) -> tuple[Floats, float]:
-        """What a slice that is being answered still costs, and how many steps it takes in all."""
-        progress, size, task = work.progress, work.size, self._tasks[work.task]
-        prompts = (progress.prompt_tokens or size.characters * per_character) - progress.read
-        made = min(size.requests * length, size.tokens) - progress.tokens
-        if task.finished.slices:
-            steps = task.steps / task.finished.slices - progress.steps
-        else:
-            unanswered = 1 - min(progress.requests, size.requests) / size.requests
-            steps = (size.longest - progress.steps) * math.sqrt(unanswered)
-        costs = np.maximum([prompts, made, steps], 0.0)
-        return costs, progress.steps + float(costs[2])
-
-    def _steps(self, name: str, works: Sequence[_Work], left: Sequence[tuple[Floats, float]]) -> float:
-        """How many a waiting slice of a task takes."""
-        task = self._tasks[name]
-        if task.finished.slices:
-            return task.steps / task.finished.slices
-        heard = [steps for work, (_, steps) in zip(works, left, strict=True) if work.heard is not None]
-        return max(heard) if heard else task.waiting.longest / max(1, task.waiting.slices)
-
-    def _length(self, name: str, works: Mapping[str, Sequence[_Work]]) -> float | None:
+    def _length(self, task: _Task) -> float | None:
         """The mean number of tokens of an answer: those made, for each that is finished; in a task of which none is,
         the share of what it may be that other tasks have."""
-        size, _, answered, tokens = self._tasks[name].known(works.get(name, ()))
+        size, _, answered, tokens = task.known()
         if answered >= min(_FEW, size.requests) > 0:
             return tokens / answered
         most = made = 0.0
-        for other, task in self._tasks.items():
-            size, _, answered, tokens = task.known(works.get(other, ()))
+        for other in self._tasks.values():
+            size, _, answered, tokens = other.known()
             if answered >= min(_FEW, size.requests) > 0:
                 most += size.tokens / size.requests * answered
                 made += tokens
-        sizes = [self._tasks[name].waiting, *(work.size for work in works.get(name, ()))]
+        sizes = [task.waiting, *(work.size for work in task.works.values())]
         mean = sum(one.tokens for one in sizes) / sum(one.requests for one in sizes)
         if mean == 1:
             return 1.0
         return mean * min(1.0, made / most) if most else None
 
-    def _tokens_per_character(self, name: str, works: Mapping[str, Sequence[_Work]]) -> float:
-        for names in ([name], self._tasks):
-            seen = [self._tasks[one].known(works.get(one, ())) for one in names]
+    def _tokens_per_character(self, task: _Task) -> float:
+        for tasks in ([task], self._tasks.values()):
+            seen = [one.known() for one in tasks]
             if characters := sum(size.characters for size, *_ in seen):
                 return sum(prompts for _, prompts, *_ in seen) / characters
         return 1 / CHARACTERS_PER_TOKEN
@@ -272,13 +251,27 @@ def _costs(progress: Progress) -> Floats:
 
 
 def _size(requests: Sequence[Request]) -> _Size:
-    if not all(isinstance(request, Generate) for request in requests):
-        characters = sum(
-            len(request.context) + len(request.continuation)
-            for request in requests
-            if not isinstance(request, Generate)
-        )
-        return _Size(1, len(requests), characters, len(requests), 1)
-    own = [request for request in requests if isinstance(request, Generate)]
-    lengths = [request.max_tokens for request in own]
-    return _Size(1, len(own), sum(len(request.prompt) for request in own), sum(lengths), max(lengths))
+    most = [request.max_tokens for request in requests]
+    return _Size(1, len(requests), sum(len(request.text) for request in requests), sum(most), max(most))
+
+
+def _remaining(task: _Task, work: _Work, length: float, per_character: float) -> tuple[Floats, float]:
+    """What a slice that is being answered still costs, and how many steps it takes in all."""
+    progress, size = work.progress, work.size
+    prompts = (progress.prompt_tokens or size.characters * per_character) - progress.read
+    made = min(size.requests * length, size.tokens) - progress.tokens
+    if task.finished.slices:
+        steps = task.steps / task.finished.slices - progress.steps
+    else:
+        unanswered = 1 - min(progress.requests, size.requests) / size.requests
+        steps = (size.longest - progress.steps) * math.sqrt(unanswered)
+    costs = np.maximum([prompts, made, steps], 0.0)
+    return costs, progress.steps + float(costs[2])
+
+
+def _steps(task: _Task, running: Sequence[float]) -> float:
+    """How many steps a waiting slice of a task takes, given those of each that is `running`."""
+    if task.finished.slices:
+        return task.steps / task.finished.slices
+    heard = [steps for work, steps in zip(task.works.values(), running, strict=True) if work.heard is not None]
+    return max(heard) if heard else task.waiting.longest / max(1, task.waiting.slices)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rvdist.core.text import reason
-from rvdist.evaluate.request import Choice, Generate, Request
+from rvdist.evaluate.request import Choice, Request
 
 _REMEMBERED = 2**24  # tokens of prompts, so that no prompt is cut into tokens again for every point
 _PATIENCE, _SLOWEST = 10.0, 20_000  # seconds for a text, and one more for so many characters
@@ -116,18 +116,17 @@ class Prompts:
                 if isinstance(request, Choice):
                     self.encode_pair(request)
                 else:
-                    self.encode(request.prompt if isinstance(request, Generate) else request.continuation)
+                    self.encode(request.text)
 
     def encode_pair(self, request: Choice) -> tuple[list[int], list[int]]:
         """lm-eval's `loglikelihood` and `_encode_pair`: white space at the end of the context is scored with the
         continuation, and an empty context is the tokenizer's beginning of text."""
         context = request.context.rstrip()
-        text = request.context + request.continuation
         if not context:
-            tokens = self.encode(text, special=False)
+            tokens = self.encode(request.text, special=False)
             return (tokens[:1], tokens[1:]) if tokens[:1] == [self._prefix] else ([self._prefix], tokens)
         before = self.encode(context)
-        return before, self.encode(text)[len(before) :]
+        return before, self.encode(request.text)[len(before) :]
 
     def windows(self, tokens: list[int]) -> Iterator[tuple[list[int], int]]:
         """lm-eval's rolling windows, made disjoint: prompts as long as its vLLM backend makes them, and from where on

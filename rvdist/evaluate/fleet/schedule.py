@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.request import Generate, Request
+from rvdist.evaluate.request import Request
 
 LETHAL = 2  # engines that may die on a slice before it is given up
 CHARACTERS_PER_TOKEN = 4
@@ -97,9 +97,7 @@ def cut(point: WeightPoint, requests: Mapping[str, Sequence[Request]], slice_siz
 
 
 def _work(request: Request) -> float:
-    if isinstance(request, Generate):
-        return len(request.prompt) / CHARACTERS_PER_TOKEN + request.max_tokens
-    return (len(request.context) + len(request.continuation)) / CHARACTERS_PER_TOKEN + 1
+    return len(request.text) / CHARACTERS_PER_TOKEN + request.max_tokens
 
 
 @dataclass
