@@ -50,7 +50,7 @@ def serving_digest(checkpoint: Path, digests: Path | None = None) -> str:
     """A digest of what an engine reads of a checkpoint besides its weights: tokenizer, chat template, generation
     defaults, whatever else lies there in small files. `digests`: see file_digest."""
     files = [path for path in companions(checkpoint) if path.name != MANIFEST]
-    return _digest([[path.name, file_digest(path, digests)] for path in files])
+    return digest_of([[path.name, file_digest(path, digests)] for path in files])
 
 
 def slice_keys(
@@ -63,7 +63,7 @@ def slice_keys(
     """The key of each slice: of its requests all together, its point's digest in `points`, the versions in `tasks` of
     those it has requests of, and `engine`, which is everything else that decides the answers."""
     asked: dict[tuple[Part, ...], str] = {}
-    served_by = _digest(engine)
+    served_by = digest_of(engine)
     keys = {}
     for piece in slices:
         if piece.parts not in asked:
@@ -75,12 +75,13 @@ def slice_keys(
                 ]
                 for part in piece.parts
             ]
-            asked[piece.parts] = _digest(parts if len(parts) > 1 else parts[0])
-        keys[piece] = _digest([_LAYOUT, points[piece.point], asked[piece.parts], served_by])
+            asked[piece.parts] = digest_of(parts if len(parts) > 1 else parts[0])
+        keys[piece] = digest_of([_LAYOUT, points[piece.point], asked[piece.parts], served_by])
     return keys
 
 
-def _digest(made_of: object) -> str:
+def digest_of(made_of: object) -> str:
+    """The digest of what JSON can hold: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -3,7 +3,6 @@ part of the cache's key, which is asked before one is started."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,13 +11,14 @@ from typing import Any
 
 from rvdist.core.foreign import parse_json
 from rvdist.core.regular import read_regular, write_regular
+from rvdist.evaluate.cache import digest_of
 
 _MOST = 4 << 20  # bytes of what is remembered
 
 
 def name_of(identity: Mapping[str, Any], tensors: str) -> str:
     """That of engines with this `identity` on a model of these `tensors`."""
-    return hashlib.blake2b(json.dumps([identity, tensors], sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_of([identity, tensors])
 
 
 def remembered(cache: Path, engines: str) -> dict[str, str]:

@@ -54,7 +54,7 @@ def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
     files |= {path.name: path.resolve(strict=True) for path in companions(checkpoint.path)}
     index = {"metadata": {}, "weight_map": {name: spec.file for name, spec in checkpoint.tensors.items()}}
     known = [[name, str(file), (at := file.stat()).st_size, at.st_mtime_ns] for name, file in sorted(files.items())]
-    root = _root()
+    root = own_directory("rvdist-engines") or Path(tempfile.mkdtemp(prefix="rvdist-engines-"))
     place = root / hashlib.blake2b(json.dumps([known, index]).encode(), digest_size=16).hexdigest()
     holder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -79,12 +79,11 @@ def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
         os.close(holder)
 
 
-def _root() -> Path:
-    """A directory on this machine that is this user's alone."""
-    root = Path(tempfile.gettempdir()) / f"rvdist-engines-{os.getuid()}"
+def own_directory(name: str) -> Path | None:
+    """The directory on this machine that all processes of this user find under the name; None where another user's, or
+    something else, stands there. Raises OSError."""
+    directory = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     with suppress(FileExistsError):
-        root.mkdir(mode=0o700)
-    status = root.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
-        return root
-    return Path(tempfile.mkdtemp(prefix="rvdist-engines-"))
+        directory.mkdir(mode=0o700)
+    status = directory.lstat()
+    return directory if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() else None

@@ -9,8 +9,6 @@ import json
 import logging
 import os
 import re
-import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,7 @@ from rvdist.evaluate.fleet.arguments import (
     versions,
     vllm_arguments,
 )
-from rvdist.evaluate.fleet.served import link_files, strays
+from rvdist.evaluate.fleet.served import link_files, own_directory, strays
 from rvdist.evaluate.request import Unusable
 from rvdist.weights.checkpoint.directory import Checkpoint
 
@@ -118,11 +116,8 @@ def alone_on(cards: Sequence[str]) -> Iterator[None]:
     """No other engine of this user starts on one of these cards meanwhile: vLLM counts what a neighbour allocates as
     its own."""
     with contextlib.ExitStack() as locks:
-        directory = Path(tempfile.gettempdir()) / f"rvdist-{os.getuid()}"
         with contextlib.suppress(OSError):  # a lock that cannot be had is no reason not to start
-            directory.mkdir(mode=0o700, exist_ok=True)
-            found = directory.lstat()
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            if directory := own_directory("rvdist"):
                 for card in sorted(cards):  # in one order, so that no two wait for each other
                     name = f"card-{re.sub('[^A-Za-z0-9-]', '-', card)}"
                     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
