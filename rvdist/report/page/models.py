@@ -5,7 +5,6 @@ Knows rows and the template; computes nothing, and tests no model against anothe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -18,7 +17,8 @@ from matplotlib.figure import Figure
 from rvdist.report.claims import headline
 from rvdist.report.page.page import csp_hash, environment, style_sheet
 from rvdist.report.page.tables import kind_of
-from rvdist.report.pictures.drawing import SERIES, columns_for, empty, grid, label, legend_below, render, title
+from rvdist.report.pictures.alpha import band
+from rvdist.report.pictures.drawing import SERIES, grid, label, legend_below, panels, render, title
 from rvdist.report.summary import Row
 from rvdist.report.wording import Scale, by_task, verdict_text
 
@@ -84,29 +84,23 @@ def _cell(row: Row | None, scale: Scale) -> dict[str, str]:
 
 def models_figure(models: Sequence[Model], scales: dict[str, Scale]) -> Figure | None:
     """A panel for each benchmark, a curve for each model of which more than one α was scored; None without any."""
-    panels: dict[str, list[tuple[str, list[Row]]]] = {}
+    shown: dict[str, list[tuple[str, list[Row]]]] = {}
     for model in models:
         for task, group in by_task(model.rows):
             curve = sorted((row for row in group if row.alpha is not None), key=lambda row: row.alpha or 0.0)
             if len({row.alpha for row in curve}) > 1:
-                panels.setdefault(task, []).append((model.name, curve))
-    if not panels:
+                shown.setdefault(task, []).append((model.name, curve))
+    if not shown:
         return None
-    columns = columns_for(len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = empty(6.4, 4.0) if len(panels) == 1 else empty(3.6 * columns + 0.4, 2.9 * lines + 0.5)
+    figure, grid_of_axes = panels(len(shown))
     styles = dict(zip([model.name for model in models], cycle(SERIES), strict=False))
     legend: dict[str, Any] = {}
-    for place, (task, curves) in enumerate(panels.items()):
-        axes, factor = figure.add_subplot(lines, columns, place + 1), scales[task].factor
+    for axes, (task, curves) in zip(grid_of_axes, shown.items(), strict=True):
+        factor = scales[task].factor
         for name, curve in curves:
             color, marker = styles[name]
             x = [row.alpha or 0.0 for row in curve]
-            low, high = (
-                [factor * (row.value if end is None else end) for row, end in zip(curve, ends, strict=True)]
-                for ends in ([row.ci_low for row in curve], [row.ci_high for row in curve])
-            )
-            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+            axes.fill_between(x, *band(curve, factor), color=color, alpha=0.12, linewidth=0)
             y = [factor * row.value for row in curve]
             (legend[label(name)],) = axes.plot(x, y, color=color, marker=marker, markersize=4)
         axes.set_xlabel("α")

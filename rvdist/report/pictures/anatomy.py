@@ -17,15 +17,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rvdist.report.pictures.drawing import QUIET, empty, label, render
+from rvdist.report.pictures.drawing import FAINT, LINES, QUIET, empty, grid, label, legend_below, render, title
 from rvdist.weights.anatomy.findings import Anatomy
 
-# Okabe and Ito's palette, told apart without colour by shape and dashes too.
-_LINES = [
-    ("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "v", ":"),
-    ("#E69F00", "D", "-"), ("#56B4E9", "P", "--"), ("#000000", "X", "-."), ("#8C6D31", "*", ":"),
-    ("#7F7F7F", "h", "-"), ("#6A51A3", "<", "--"),
-]  # fmt: skip
 _LARGE = 10.0  # times the median: from there on a logarithmic scale
 _FLOOR = 1e-4  # of σ₁: what is beneath is not drawn
 _NUMBERED = 14  # columns of a heat map that have room for a number in each cell
@@ -45,16 +39,16 @@ def anatomy_plots(anatomy: Anatomy) -> dict[str, bytes]:
 
 def _layers(anatomy: Anatomy) -> Figure:
     """‖v‖ / ‖θ‖ along the layers, a line for each kind of module; what is outside of all layers beside them."""
-    styles = dict(zip(_kinds_of_layers(anatomy), _LINES, strict=False))
+    styles = dict(zip(_kinds_of_layers(anatomy), LINES, strict=False))
     outside = [cell for cell in anatomy.cells if cell.layer is None]
     figure = empty(7.2, 0.7 + 3.1 * len(anatomy.vectors))
     shown = [cell for cell in anatomy.cells if cell.kind in styles or cell.layer is None]
     scale = _scale([x for vector in anatomy.vectors for cell in shown if (x := cell.percent(vector))])
     ticks = _ticks(anatomy.layers[0].layer or 0, anatomy.layers[-1].layer or 0)
-    grid = figure.add_gridspec(len(anatomy.vectors), 2, width_ratios=[12, max(0.01, len(outside))])
+    places = figure.add_gridspec(len(anatomy.vectors), 2, width_ratios=[12, max(0.01, len(outside))])
     legend: dict[str, Any] = {}
     for row, vector in enumerate(anatomy.vectors):
-        axes = figure.add_subplot(grid[row, 0] if outside else grid[row, :])
+        axes = figure.add_subplot(places[row, 0] if outside else places[row, :])
         for kind, style in styles.items():
             cells = [cell for cell in anatomy.cells if cell.kind == kind and cell.layer is not None]
             points = [
@@ -65,9 +59,9 @@ def _layers(anatomy: Anatomy) -> Figure:
         axes.set_xlabel("layer")
         axes.set_ylabel("‖v‖ / ‖θ‖, %")
         _percent_axis(axes, scale)
-        _set_title(axes, vector)
+        title(axes, vector)
         if outside:
-            beside = figure.add_subplot(grid[row, 1])
+            beside = figure.add_subplot(places[row, 1])
             for place, cell in enumerate(outside):
                 if (x := cell.percent(vector)) is not None:
                     color, marker, _ = styles.get(cell.kind or "", (QUIET, "d", ""))
@@ -80,7 +74,8 @@ def _layers(anatomy: Anatomy) -> Figure:
             _percent_axis(beside, scale)
             beside.tick_params(axis="y", which="both", length=0, labelleft=False)
             beside.spines["left"].set_visible(False)
-    return _with_legend(figure, legend, 7.2)
+    legend_below(figure, legend)
+    return figure
 
 
 def _modules(anatomy: Anatomy) -> Figure:
@@ -89,20 +84,20 @@ def _modules(anatomy: Anatomy) -> Figure:
     outside = any(cell.layer is None for cell in anatomy.cells)
     columns = [*layers, None] if outside else list(layers)
     kinds = [part.kind or "" for part in anatomy.kinds]
-    grids = []
+    maps = []
     for vector in anatomy.vectors:
-        grid = np.full((len(kinds), len(columns)), np.nan)
+        shares = np.full((len(kinds), len(columns)), np.nan)
         for cell in anatomy.cells:
             percent = cell.percent(vector)
             if percent is not None:
-                grid[kinds.index(cell.kind or ""), columns.index(cell.layer)] = percent
-        grids.append(grid)
-    scale = _scale([float(x) for grid in grids for x in grid[grid > 0]])
+                shares[kinds.index(cell.kind or ""), columns.index(cell.layer)] = percent
+        maps.append(shares)
+    scale = _scale([float(x) for shares in maps for x in shares[shares > 0]])
     width = min(11.0, max(5.2, 2.6 + 0.34 * len(columns) + 0.4 * len(columns) * (len(columns) <= _NUMBERED)))
-    figure = empty(width, 0.5 + len(grids) * (0.9 + 0.26 * len(kinds)))
-    for row, (vector, grid) in enumerate(zip(anatomy.vectors, grids, strict=True)):
-        axes = figure.add_subplot(len(grids), 1, row + 1)
-        image = axes.imshow(grid, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
+    figure = empty(width, 0.5 + len(maps) * (0.9 + 0.26 * len(kinds)))
+    for row, (vector, shares) in enumerate(zip(anatomy.vectors, maps, strict=True)):
+        axes = figure.add_subplot(len(maps), 1, row + 1)
+        image = axes.imshow(shares, cmap="viridis", norm=scale, aspect="auto", interpolation="nearest")
         axes.set_facecolor("#f3f4f6")  # what the vector or the target lacks
         axes.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
         ticks = [columns.index(tick) for tick in _ticks(layers[0] or 0, layers[-1] or 0) if tick in layers]
@@ -115,12 +110,12 @@ def _modules(anatomy: Anatomy) -> Figure:
         if outside:
             axes.axvline(len(layers) - 0.5, color="white", linewidth=3)
         if len(columns) <= _NUMBERED:
-            _numbers(axes, grid, image, lambda percent: f"{percent:#.2g}".removesuffix("."))
+            _numbers(axes, shares, image, lambda percent: f"{percent:#.2g}".removesuffix("."))
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=12)
         bar.set_label("‖v‖ / ‖θ‖, %")
         bar.outline.set_visible(False)
         _percent_ticks(bar.ax, scale)
-        _set_title(axes, vector)
+        title(axes, vector)
         axes.set_xlabel("layer")
     return figure
 
@@ -131,12 +126,11 @@ def _spectra(anatomy: Anatomy) -> Figure:
     vectors = [vector for vector in anatomy.vectors if anatomy.spectra(vector)]
     columns = min(len(vectors), 2)
     rows = math.ceil(len(vectors) / columns)
-    width = 4.2 * columns + (2.0 if columns == 1 else 0.4)
-    figure = empty(width, 3.4 * rows + 0.7)
+    figure = empty(4.2 * columns + (2.0 if columns == 1 else 0.4), 3.4 * rows + 0.7)
     legend: dict[str, Any] = {}
     for place, vector in enumerate(vectors):
         axes = figure.add_subplot(rows, columns, place + 1)
-        for kind, (color, _, dashes) in zip(kinds, cycle(_LINES), strict=False):
+        for kind, (color, _, dashes) in zip(kinds, cycle(LINES), strict=False):
             spectra = anatomy.spectra(vector, kind)
             if not spectra:
                 continue
@@ -154,9 +148,10 @@ def _spectra(anatomy: Anatomy) -> Figure:
         _plain(axes.yaxis)
         axes.set_xlabel("i, the place of a singular value")
         axes.set_ylabel("σᵢ / σ₁")
-        axes.grid(color="#e5e7eb", linewidth=0.6)
-        _set_title(axes, vector)
-    return _with_legend(figure, legend, width)
+        axes.grid(color=FAINT, linewidth=0.6)
+        title(axes, vector)
+    legend_below(figure, legend)
+    return figure
 
 
 def _cosines(anatomy: Anatomy) -> Figure:
@@ -165,30 +160,30 @@ def _cosines(anatomy: Anatomy) -> Figure:
     names = [label(vector) for vector in anatomy.vectors]
     side = 1.2 + 0.62 * count
     figure = empty(side + 1.2 + (4.4 if anatomy.layers else 0), max(3.2, side + 0.6))
-    grid_spec = figure.add_gridspec(1, 2, width_ratios=[side, 4.0]) if anatomy.layers else figure.add_gridspec(1, 1)
-    axes = figure.add_subplot(grid_spec[0])
-    grid = np.array([[math.nan if x is None else x for x in row] for row in anatomy.whole.cosines])
-    image = axes.imshow(grid, cmap="RdBu_r", norm=Normalize(-1, 1), interpolation="nearest")
+    places = figure.add_gridspec(1, 2, width_ratios=[side, 4.0]) if anatomy.layers else figure.add_gridspec(1, 1)
+    axes = figure.add_subplot(places[0])
+    cosines = np.array([[math.nan if x is None else x for x in row] for row in anatomy.whole.cosines])
+    image = axes.imshow(cosines, cmap="RdBu_r", norm=Normalize(-1, 1), interpolation="nearest")
     axes.set_xticks(range(count), names, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), names)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _numbers(axes, grid, image, lambda cosine: f"{round(cosine, 2) + 0.0:.2f}".replace("-", "−"))
-    axes.set_title("cosine, all tensors", loc="left", fontsize=10, fontweight="bold")
+    _numbers(axes, cosines, image, lambda cosine: f"{round(cosine, 2) + 0.0:.2f}".replace("-", "−"))
+    title(axes, "cosine, all tensors")
     if anatomy.layers:
-        along = figure.add_subplot(grid_spec[1])
-        pairs = sorted(combinations(range(count), 2), key=lambda pair: -abs(np.nan_to_num(grid[pair])))[: len(_LINES)]
-        for (i, j), style in zip(pairs, _LINES, strict=False):
+        along = figure.add_subplot(places[1])
+        pairs = sorted(combinations(range(count), 2), key=lambda pair: -abs(np.nan_to_num(cosines[pair])))[: len(LINES)]
+        for (i, j), style in zip(pairs, LINES, strict=False):
             points = [(part.layer, x) for part in anatomy.layers if (x := part.cosines[i][j]) is not None]
             _line(along, points, style).set_label(f"{names[i]} · {names[j]}")
         along.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
         along.set_xticks(_ticks(anatomy.layers[0].layer or 0, anatomy.layers[-1].layer or 0))
         along.set_xlabel("layer")
-        cosines = [x for part in anatomy.layers for i, j in pairs if (x := part.cosines[i][j]) is not None]
-        along.set_ylim(min(-0.1, *cosines, 0) * 1.1, max(0.1, *cosines, 0) * 1.1)
-        along.set_title("by layer", loc="left", fontsize=10, fontweight="bold")
-        along.grid(axis="y", color="#e5e7eb", linewidth=0.6)
+        shown = [x for part in anatomy.layers for i, j in pairs if (x := part.cosines[i][j]) is not None]
+        along.set_ylim(1.1 * min([-0.1, *shown]), 1.1 * max([0.1, *shown]))
+        title(along, "by layer")
+        grid(along, "y")
         along.legend(frameon=False, fontsize=8, loc="best")
     return figure
 
@@ -197,7 +192,7 @@ def _kinds_of_layers(anatomy: Anatomy) -> list[str]:
     """The kinds that layers are made of, at most as many as there are lines: those with the most of the vectors."""
     within = dict.fromkeys(cell.kind or "" for cell in anatomy.cells if cell.layer is not None)
     size = {part.kind: max((m.norm for m in part.vectors.values()), default=0.0) for part in anatomy.kinds}
-    chosen = sorted(within, key=lambda kind: -size[kind])[: len(_LINES)]
+    chosen = sorted(within, key=lambda kind: -size[kind])[: len(LINES)]
     return [kind for kind in within if kind in chosen]
 
 
@@ -216,8 +211,7 @@ def _percent_axis(axes: Any, scale: Normalize) -> None:
         axes.set_yscale("log")
         axes.set_ylim((scale.vmin or 1) / 1.2, (scale.vmax or 1) * 1.2)
     _percent_ticks(axes, scale)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
-    axes.set_axisbelow(True)
+    grid(axes, "y")
 
 
 def _percent_ticks(axes: Any, scale: Normalize) -> None:
@@ -232,9 +226,9 @@ def _plain(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _numbers(axes: Any, grid: Any, image: Any, text: Callable[[float], str]) -> None:
+def _numbers(axes: Any, values: Any, image: Any, text: Callable[[float], str]) -> None:
     """A number in each cell, in black or white, whichever can be read on its colour."""
-    for (y, x), value in np.ndenumerate(grid):
+    for (y, x), value in np.ndenumerate(values):
         if not math.isnan(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
@@ -246,16 +240,6 @@ def _line(axes: Any, points: Sequence[tuple[int | None, float]], style: tuple[st
     x, y = [layer for layer, _ in points], [value for _, value in points]
     size = 4 if len(points) <= 16 else 2.5
     return axes.plot(x, y, color=color, marker=marker, linestyle=dashes, markersize=size, linewidth=1.2)[0]
-
-
-def _set_title(axes: Any, vector: str) -> None:
-    axes.set_title(label(vector), loc="left", fontsize=10, fontweight="bold")
-
-
-def _with_legend(figure: Figure, legend: dict[str, Any], width: float) -> Figure:
-    columns = max(1, min(len(legend), int(width / (0.08 * (max(map(len, legend), default=1) + 8)))))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    return figure
 
 
 def _ticks(first: int, last: int) -> list[int]:

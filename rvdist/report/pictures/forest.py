@@ -13,19 +13,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rvdist.report.paper import Line, paper_arms
-from rvdist.report.pictures.drawing import QUIET, SERIES, columns_for, empty, grid, label, legend_below, title
+from rvdist.report.pictures.drawing import QUIET, SERIES, columns_for, empty, grid, label, legend_below, reach, title
 from rvdist.report.statistics.robustness import Change, Edited
 from rvdist.report.wording import Scale
 
 Ends = tuple[float, float | None, float | None]  # a difference, and its interval
-
-_REPORTED: dict[str, Any] = {
-    "color": QUIET,
-    "marker": "D",
-    "markerfacecolor": "white",
-    "linestyle": "",
-    "markersize": 6,
-}
 
 
 def changes_figure(lines: Sequence[Line]) -> Figure | None:
@@ -47,7 +39,9 @@ def changes_figure(lines: Sequence[Line]) -> Figure | None:
             if row.delta is not None:
                 _interval(axes, place, (row.delta, row.delta_ci_low, row.delta_ci_high), factor, styles[arm])
             if cell.reported is not None:
-                (legend["reported"],) = axes.plot([cell.reported], [place], zorder=5, **_REPORTED)
+                (legend["reported"],) = axes.plot(
+                    cell.reported, place, "D", color=QUIET, markerfacecolor="white", markersize=6, zorder=5
+                )
         _finish(axes, [label(arm) for arm in arms] if i % columns == 0 else [""] * len(arms))
         axes.set_xlabel("change, points" if line.unit else f"change, {label(line.metric)}")
         title(axes, line.task, f"{line.n}")
@@ -103,7 +97,7 @@ def _interval(axes: Any, y: float, change: Ends, factor: float, style: tuple[str
     color, marker = style
     delta, low, high = change
     x = factor * delta
-    ends = [[0.0 if low is None else x - factor * low], [0.0 if high is None else factor * high - x]]
+    ends = reach(x, low, high, factor)
     return axes.errorbar(
         x, y, xerr=ends, color=color, marker=marker, markersize=5, capsize=2.5, linewidth=1.2, linestyle="", zorder=4
     )
