@@ -13,13 +13,6 @@ from numpy.typing import NDArray
 
 from rvdist.weights.checkpoint.difference import BLOCK
 
-try:
-    from rvdist.weights.arithmetic import unpack
-except ModuleNotFoundError as error:  # where there is no compiler, numpy does the same, and takes longer
-    if error.name != "numba":
-        raise
-    unpack = None  # type: ignore[assignment]
-
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes of an element
 
 Bits = NDArray[Any]
@@ -54,19 +47,8 @@ def spread(where: Bits, counts: NDArray[np.int64], values: Bits, first: int, lim
     """Fills `out` with elements from `first` on of some blocks, of which so many elements (`limit`) are the tensor's:
     the `values` of which `where` says where they are, and 0. Whether it says so: as many as `counts`, ascending, within
     the tensor. Otherwise `out` holds nothing of use."""
+    from rvdist.weights.arithmetic import unpack  # only packed tensors need a compiler
+
     out[:] = 0
-    if unpack is not None:
-        kernel = unpack.places if where.dtype == np.uint16 else unpack.bits
-        return bool(kernel(where, counts, values, first, limit, out))
-    block = np.repeat(np.arange(len(counts)), counts)
-    if where.dtype == np.uint16:
-        found = block * BLOCK + where
-        if not ((where < BLOCK).all() and (np.diff(found) > 0).all() and (found < limit).all()):
-            return False
-    else:
-        found = np.flatnonzero(np.unpackbits(where, bitorder="little"))
-        if len(found) != len(block) or not ((found // BLOCK == block).all() and (found < limit).all()):
-            return False
-    inside = (found >= first) & (found < first + len(out))
-    out[found[inside] - first] = values[inside]
-    return True
+    kernel = unpack.places if where.dtype == np.uint16 else unpack.bits
+    return bool(kernel(where, counts, values, first, limit, out))

@@ -95,10 +95,7 @@ def test_minus_zero_is_a_value(tmp_path):
 
 @pytest.mark.parametrize("share", [0.7, 0.99])
 @pytest.mark.parametrize("begin", [0, 1, 4095, 4096, 4097, 12_345, 77_356])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_any_range_is_that_of_the_whole(share, begin, compiled, tmp_path, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(packed, "unpack", None)
+def test_any_range_is_that_of_the_whole(share, begin, tmp_path):
     store(donors(tmp_path, share), tmp_path / "v", Storage("BF16"))
     operand = open_operand(open_source(str(tmp_path / "v")))
     numel = operand.checkpoint.tensors["a.weight"].numel
@@ -110,14 +107,9 @@ def test_any_range_is_that_of_the_whole(share, begin, compiled, tmp_path, monkey
         assert torch.equal(part, whole[begin:end])
 
 
-@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("share", [0.7, 0.99])
-@pytest.mark.parametrize(
-    "harm", ["a place more", "a value less", "descending", "negative", "beyond the end", "of a block"]
-)
-def test_places_that_do_not_fit_are_refused(harm, share, compiled, tmp_path, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(packed, "unpack", None)
+@pytest.mark.parametrize("harm", HARMS)
+def test_places_that_do_not_fit_are_refused(harm, share, tmp_path):
     store(donors(tmp_path, share), tmp_path / "v")
     (file,) = (tmp_path / "v").glob("*.safetensors")
     tensors, name = load_file(file), "a.weight"
