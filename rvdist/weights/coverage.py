@@ -74,20 +74,19 @@ def _squared_size(
     """‖m ⊙ v‖² over these tensors, from the means of a few elements of each, or of evenly many tensors of them."""
     import torch
 
-    from rvdist.weights.operand import open_operand
+    from rvdist.weights.values import Values
 
     names = sorted(name for name, spec in specs.items() if spec.numel)
     chosen = names[:: -(-len(names) // _TENSORS)] if names else []
-    buffers = [torch.empty(8 * _ELEMENTS, dtype=torch.uint8) for _ in range(2)]
+    out = torch.empty(_ELEMENTS, dtype=torch.float64)
+    sources = {"plus": plus} if minus is None else {"plus": plus, "minus": minus}
     square = weight = 0.0
-    with closing(open_operand(plus)) as left, closing(open_operand(minus or plus)) as right:
+    with closing(Values(sources)) as values:
         for name in chosen:
-            numel = specs[name].numel if minus is None else min(specs[name].numel, minus.tensors[name].numel)
+            numel = values.numel(name, sources)
             squares, count = 0.0, 0
             for begin, end in _places(numel):
-                value = left.read(name, begin, end, buffers[0]).double()
-                if minus is not None:
-                    value = value - right.read(name, begin, end, buffers[1]).double()
+                value = values.difference(name, begin, "plus", "minus" if minus else None, out[: end - begin])
                 squares += float(value.nan_to_num(0.0, 0.0, 0.0).square().sum())
                 count += end - begin
             square += coefficient(name) ** 2 * specs[name].numel * squares / max(1, count)

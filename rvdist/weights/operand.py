@@ -8,8 +8,7 @@ tensor, and nothing else of a model.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -52,6 +51,11 @@ class Operand:
         """The same of some columns of some rows."""
         return self._files.read_columns(self._tensors[name], rows, columns, buffer)
 
+    def _whole(self, spec: TensorSpec) -> torch.Tensor:
+        """All of a tensor, in fp32 and its shape."""
+        room = torch.empty(spec.nbytes, dtype=torch.uint8)
+        return self._files.read(spec, 0, spec.numel, room).view(spec.shape).float()
+
     def close(self) -> None:
         self._files.close()
 
@@ -83,14 +87,11 @@ class _Computed(Operand):
     def _load_factors(self, name: str, form: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """left [rows, r] and right [r, columns] of the tensor, widened exactly to fp32; kept until another is read."""
         if self._factors[0] != name:
-            left, right = (self._whole(spec).view(spec.shape).float() for spec in (form.left, form.right))
+            left, right = self._whole(form.left), self._whole(form.right)
             if form.transposed:
                 left, right = right.T.contiguous(), left.T.contiguous()
             self._factors = (name, left, right)
         return self._factors[1:]
-
-    def _whole(self, spec: TensorSpec) -> torch.Tensor:
-        return self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
 
     def _unpack(self, name: str, form: Packed, begin: int, out: torch.Tensor) -> None:
         first, last = begin // BLOCK, -(-(begin + out.numel()) // BLOCK)
@@ -118,8 +119,12 @@ class _Computed(Operand):
         return self._files.read(spec, begin, end, self._parts[suffix])
 
     def _scatter(self, name: str, form: Sparse, begin: int, end: int, out: torch.Tensor) -> None:
-        indices = _Elements(self._files, form.indices)
-        first, last = bisect_left(indices, begin), bisect_left(indices, end)
+        room, indices = torch.empty(8, dtype=torch.uint8), range(form.indices.numel)
+
+        def index(k: int) -> int:
+            return int(self._files.read(form.indices, k, k + 1, room))
+
+        first, last = bisect_left(indices, begin, key=index), bisect_left(indices, end, key=index)
         count = last - first
         at = self._files.read(form.indices, first, last, torch.empty(count * 8, dtype=torch.uint8)).long()
         values = self._files.read(form.values, first, last, torch.empty(count * 8, dtype=torch.uint8))
@@ -145,9 +150,7 @@ class _Dequantized(Operand):
         if name not in self._scales:
             return super().read(name, begin, end, buffer)
         if self._scale[0] != name:
-            spec = self._scales[name]
-            scale = self._files.read(spec, 0, spec.numel, torch.empty(spec.nbytes, dtype=torch.uint8))
-            self._scale = name, scale.view(spec.shape).float().numpy()
+            self._scale = name, self._whole(self._scales[name]).numpy()
         spec, count = self._tensors[name], end - begin
         out = buffer[: 4 * count].view(torch.float32)
         codes = self._files.read(spec, begin, end, buffer[4 * count :]).view(torch.uint8)
@@ -176,10 +179,7 @@ def tell_nonfinite(operand: Operand, name: str, part: str, stop: int) -> str:
         count += int(odd.sum())
     if not count:
         return ""
-    place: list[int] = []
-    for size in reversed(spec.shape):
-        first, at = divmod(first, size)
-        place.insert(0, at)
+    place = [int(at) for at in np.unravel_index(first, spec.shape)]
     where = f"{checkpoint.hub}/{spec.file}" if checkpoint.hub else checkpoint.path / spec.file
     values = "1 value that is" if count == 1 else f"{count:,} values that are"
     return f"{where} ({part}) has {values} not finite there{f', the first at {place}' if place else ''}"
@@ -212,22 +212,3 @@ def _rectangles(begin: int, end: int, columns: int) -> Iterator[tuple[int, int, 
             last = end // columns
             yield row, last, 0, columns
             begin = last * columns
-
-
-class _Elements(Sequence[int]):
-    """An integer tensor in a file as a sequence that is not held, for searching."""
-
-    def __init__(self, files: TensorFiles, spec: TensorSpec) -> None:
-        self._files, self._spec = files, spec
-        self._buffer = torch.empty(8, dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return self._spec.numel
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        assert isinstance(index, int)
-        return int(self._files.read(self._spec, index, index + 1, self._buffer))

@@ -19,7 +19,6 @@ from rvdist.core.regular import read_regular, write_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
 
-_BLOCK = 4 << 20
 _DIGEST = re.compile("[0-9a-f]{32}")
 
 
@@ -37,15 +36,12 @@ def _file_digest(path: Path, stamp: Stamp, cache: Path | None) -> str:
     with suppress(OSError, ValueError):
         if remembered and _DIGEST.fullmatch(known := read_regular(remembered, 64).decode("ascii")):
             return known
-    digest = xxhash.xxh3_128()
-    block = bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:
-        while read := file.readinto(block):
-            digest.update(memoryview(block)[:read])
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
     if remembered and Stamp.of(path) == stamp:
         with suppress(OSError):  # what is not remembered is read again; what is written in part is no digest
-            write_regular(remembered, digest.hexdigest())
-    return digest.hexdigest()
+            write_regular(remembered, digest)
+    return digest
 
 
 def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
