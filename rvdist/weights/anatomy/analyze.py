@@ -23,6 +23,7 @@ from rvdist.weights.anatomy.sums import BLOCK, Dot, Floats
 from rvdist.weights.arithmetic.method import torch_threads
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.compat import settle_vector
 from rvdist.weights.values import AT_ONCE, Values
 
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
@@ -51,7 +52,7 @@ def analyze(
     base = sources[target]
     names = list(vectors)
     displacements = [_displacement(vector, sources) for vector in vectors.values()]
-    used = {target, *(s for one in displacements for s in one.sources())}
+    used = {target, *(source for vector in vectors.values() for source in vector.sources())}
     tensors: list[_Tensor] = []
     opened = closing(Values({source: sources[source] for source in used}))
     with torch_threads(1), np.errstate(over="ignore", invalid="ignore"), opened as values:
@@ -73,26 +74,15 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Displacement:
-    """v = plus − minus, or plus alone; and the checkpoint it begins at."""
+    """What v is computed from, and the checkpoint it begins at, if it begins at one."""
 
-    plus: str
-    minus: str | None
+    vector: Vector
     origin: str | None
-
-    def sources(self) -> list[str]:
-        return [source for source in dict.fromkeys((self.plus, self.minus, self.origin)) if source is not None]
-
-    @property
-    def taken(self) -> list[str]:
-        """What v is computed from."""
-        return [self.plus] if self.minus is None else [self.plus, self.minus]
 
 
 def _displacement(vector: Vector, sources: Mapping[str, Checkpoint]) -> _Displacement:
-    minus = vector.minus
-    begins = minus is not None and not isinstance(sources[minus], Difference)
-    difference = isinstance(sources[vector.plus], Difference)
-    return _Displacement(vector.plus, None if begins and difference else minus, minus if begins else None)
+    begins = vector.minus is not None and not isinstance(sources[vector.minus], Difference)
+    return _Displacement(settle_vector(vector, sources), vector.minus if begins else None)
 
 
 @dataclass
@@ -126,7 +116,7 @@ def _survey(
 ) -> _Tensor:
     count = len(displacements)
     numel = values.numel(name, [target])
-    covered = [values.numel(name, [target, *one.taken]) for one in displacements]
+    covered = [values.numel(name, [target, *one.vector.sources()]) for one in displacements]
     shared = [values.numel(name, [target, one.origin]) if one.origin else 0 for one in displacements]
     sums = [_Sums(elements=elements, below=(0,) * len(thresholds)) for elements in covered]
     square = Dot()
@@ -134,22 +124,22 @@ def _survey(
     dots = {(i, j): Dot() for i in range(count) for j in range(i + 1, count)}
     room = np.empty((count + 4, AT_ONCE))
 
-    def fill(plus: str, minus: str | None, out: Floats) -> Floats:
-        values.difference(name, begin, plus, minus, torch.from_numpy(out))
+    def fill(vector: Vector, out: Floats) -> Floats:
+        values.difference(name, begin, vector.plus, vector.minus, torch.from_numpy(out))
         return out
 
     for begin in range(0, numel, AT_ONCE):
         end = min(begin + AT_ONCE, numel)
         theta, size, apart, scratch = (row[: end - begin] for row in room[count:])
-        fill(target, None, theta)
+        fill(Vector(target), theta)
         square.add(theta, theta, scratch)
         taken = []
         for k, one in enumerate(displacements):
             v = room[k, : max(0, min(end, covered[k]) - begin)]
-            taken.append(fill(one.plus, one.minus, v))
+            taken.append(fill(one.vector, v))
             if one.origin is not None:
                 ours = theta[: max(0, shared[k] - begin)]
-                d = fill(one.origin, None, apart[: len(ours)])
+                d = fill(Vector(one.origin), apart[: len(ours)])
                 np.subtract(ours, d, out=d)
                 common[k].add(ours, ours, scratch)
                 distance[k].add(d, d, scratch)
@@ -203,7 +193,7 @@ def _add_spectra(tensor: _Tensor, columns: int, displacements: Sequence[_Displac
 
             def read(first: int, rows: Floats, one: _Displacement = one) -> None:
                 flat = torch.from_numpy(rows.reshape(-1))
-                values.difference(tensor.name, first * columns, one.plus, one.minus, flat)
+                values.difference(tensor.name, first * columns, one.vector.plus, one.vector.minus, flat)
 
             sums.spectrum = spectrum(read, (sums.elements // columns, columns), sums.square)
 
