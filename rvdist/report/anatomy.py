@@ -106,7 +106,8 @@ def _said_of(anatomy: Anatomy, vector: str) -> Iterator[str]:
         yield f"“{vector}” has no tensor in common with {anatomy.target}."
         return
     size, zeros = _share(m.relative), _share(m.zeros)
-    yield f"“{vector}” has {size} of the norm of {anatomy.target}; {zeros} of its elements are 0."
+    equal = f"{zeros} of its elements are 0, as where donors are equal"
+    yield f"“{vector}” has {size} of the norm of {anatomy.target}; {equal}."
     if m.elements < anatomy.whole.elements:
         yield f"It covers {_share(m.elements / anatomy.whole.elements)} of the target's elements."
     ranked = sorted((x, part.kind or "") for part in anatomy.kinds if (x := part.percent(vector)) is not None)
@@ -125,7 +126,7 @@ def anatomy_csv(anatomy: Anatomy) -> str:
     writer.writerow(
         [
             *("level", "name", "layer", "kind", "elements", "theta_norm", "vector", "covered", "norm", "relative"),
-            *("largest", "zeros", *(f"below_{limit:g}" for limit in anatomy.thresholds), "distance", "toward"),
+            *("largest", "zeros", *(f"below_{limit:g}" for limit in anatomy.thresholds), "distance", "toward", "reach"),
             *("singular_values", "stable_rank", "effective_rank_low", "effective_rank_high", "captured", "error"),
             *(csv_cell(f"cosine_{vector}") for vector in anatomy.vectors),
         ]
@@ -143,4 +144,4 @@ def anatomy_csv(anatomy: Anatomy) -> str:
 def _numbers_of(m: Measures) -> list[float | None]:
     s = m.spectrum
     spectrum = [s.size, s.stable_rank, *s.effective_rank, s.captured, s.error] if s else [None] * 6
-    return [m.elements, m.norm, m.relative, m.largest, m.zeros, *m.below, m.distance, m.toward, *spectrum]
+    return [m.elements, m.norm, m.relative, m.largest, m.zeros, *m.below, m.distance, m.toward, m.reach, *spectrum]

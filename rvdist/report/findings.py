@@ -170,8 +170,10 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What the page shows of vectors: sentences, pictures, and tables as (title, head, rows) of text."""
+    """What the page shows of vectors: sentences, pictures, tables as (title, head, rows) of text, and the reasons why
+    they do not help, or may not."""
 
     sentences: Sequence[str] = ()
     exhibits: Sequence[Exhibit] = ()
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+    reasons: Sequence[str] = ()

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rvdist.core.progress import Bar
 from rvdist.report.anatomy import anatomy_csv, anatomy_sentences, anatomy_tables
-from rvdist.report.findings import Anatomy, Exhibit
+from rvdist.report.findings import Anatomy, Exhibit, Findings
 from rvdist.report.pictures.anatomy import anatomy_plots
+from rvdist.report.transfer import Line, outcome, transfer, transfer_facts
 from rvdist.stages.job import Prepared
 from rvdist.weights.anatomy.analyze import analyze
+from rvdist.weights.anatomy.findings import Anatomy as Found
 from rvdist.weights.checkpoint.hub import download_weights
 
+FILE = "anatomy.json"
 
-def analyse(prepared: Prepared) -> Anatomy:
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found of a job's vectors, what is shown of it, and what a text costs along `lines`."""
+
+    found: Found
+    shown: Anatomy
+    lines: Sequence[Line] = ()
+
+    def join(self, shown: Anatomy, lines: Sequence[Line]) -> Analysis:
+        """With what was measured along lines."""
+        sentences = [*self.shown.sentences, *shown.sentences]
+        return replace(
+            self,
+            shown=replace(self.shown, sentences=sentences, exhibits=[*self.shown.exhibits, *shown.exhibits]),
+            lines=lines,
+        )
+
+
+def analyse(prepared: Prepared) -> Analysis:
     """Measures every vector that the job examines beside its target, in one pass over their sources, and writes
-    `anatomy.json`, `anatomy.csv` and a picture for each of `anatomy_plots`."""
+    FILE, `anatomy.csv` and a picture for each of `anatomy_plots`."""
     vectors = {name: point.terms[0].vector for name, point in prepared.examined.items()}
     target = next(iter(prepared.examined.values())).base
     names = {target, *(source for vector in vectors.values() for source in vector.sources())}
@@ -31,7 +55,7 @@ def analyse(prepared: Prepared) -> Anatomy:
     with prepared.timing.phase("analyze"), prepared.timing.count_cpu():
         with Bar("analyze", nbytes, prepared.job.log) as bar:
             anatomy = analyze(vectors, target, sources, progress=bar.advance, account=account)
-        (prepared.directory / "anatomy.json").write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
+        (prepared.directory / FILE).write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
         (prepared.directory / "anatomy.csv").write_text(anatomy_csv(anatomy))
         pictures = anatomy_plots(anatomy)
         for name, picture in pictures.items():
@@ -40,8 +64,19 @@ def analyse(prepared: Prepared) -> Anatomy:
     for sentence in sentences:
         prepared.say(sentence)
     prepared.say(f"vector: {prepared.directory / 'anatomy.csv'}")
-    return Anatomy(
-        sentences,
-        [Exhibit(name, picture) for name, picture in pictures.items()],
-        [(table.title, table.head, table.rows) for table in anatomy_tables(anatomy)],
-    )
+    tables = [(table.title, table.head, table.rows) for table in anatomy_tables(anatomy)]
+    return Analysis(anatomy, Anatomy(sentences, [Exhibit(name, picture) for name, picture in pictures.items()], tables))
+
+
+def explain(prepared: Prepared, analysis: Analysis, findings: Findings) -> Anatomy:
+    """Says why vectors do not help, or may not, by all that the job has found out, and writes it into FILE."""
+    found = {
+        name: transfer(analysis.found, name, outcome(point.terms[0].vector, findings), analysis.lines)
+        for name, point in prepared.examined.items()
+    }
+    account = analysis.found.to_json() | {"transfer": {name: one.to_json() for name, one in found.items()}}
+    (prepared.directory / FILE).write_text(json.dumps(account, indent=1) + "\n")
+    facts, reasons = transfer_facts(found), [sentence for one in found.values() for sentence in one.sentences()]
+    for sentence in [*facts, *reasons]:
+        prepared.say(sentence)
+    return replace(analysis.shown, sentences=[*analysis.shown.sentences, *facts], reasons=reasons)

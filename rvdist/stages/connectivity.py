@@ -64,7 +64,7 @@ def reader(prepared: Prepared) -> Prepared:
     return replace(prepared, job=job, settings=settings, arms=arms, examined={}, written={}, saved=None, lines={})
 
 
-def measure(evaluator: Evaluator, prepared: Prepared, reading: Scoring) -> Anatomy:
+def measure(evaluator: Evaluator, prepared: Prepared, reading: Scoring) -> tuple[Anatomy, list[Line]]:
     """Reads the text at every point of the job's lines. Writes FILE."""
     reading.prepared.directory.mkdir(exist_ok=True)
     with prepared.timing.phase("connectivity"):
@@ -78,7 +78,7 @@ def measure(evaluator: Evaluator, prepared: Prepared, reading: Scoring) -> Anato
     sentences = [line.sentence() for line in lines]
     for sentence in sentences:
         prepared.say(sentence)
-    return Anatomy(sentences, [Exhibit("connectivity", picture)])
+    return Anatomy(sentences, [Exhibit("connectivity", picture)]), lines
 
 
 def _shares(arms: Sequence[Arm]) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ from rvdist.weights.checkpoint.staging import discards
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 if TYPE_CHECKING:
-    from rvdist.report.findings import Anatomy
+    from rvdist.stages.analyze import Analysis
     from rvdist.stages.evaluate import Evaluator
     from rvdist.stages.score import Scoring
 
@@ -95,7 +95,7 @@ class _Command:
         self._evaluator: Evaluator | None = None
         self._scorings: dict[Prepared, Scoring] = {}
         self._readings: dict[Prepared, Scoring] = {}
-        self._anatomies: dict[Prepared, Anatomy] = {}
+        self._analyses: dict[Prepared, Analysis] = {}
         self._kept: dict[Job, list[Path]] = {}
 
     def prepare(self) -> None:
@@ -253,7 +253,7 @@ class _Command:
     def _analyze(self, prepared: Prepared) -> None:
         from rvdist.stages.analyze import analyse
 
-        self._anatomies[prepared] = analyse(prepared)
+        self._analyses[prepared] = analyse(prepared)
 
     def _save_vector(self, prepared: Prepared) -> None:
         assert prepared.saved is not None
@@ -270,12 +270,8 @@ class _Command:
     def _measure(self, prepared: Prepared) -> None:
         from rvdist.stages.connectivity import measure
 
-        before, measured = self._anatomies[prepared], measure(self._evaluation(), prepared, self._readings[prepared])
-        self._anatomies[prepared] = replace(
-            before,
-            sentences=[*before.sentences, *measured.sentences],
-            exhibits=[*before.exhibits, *measured.exhibits],
-        )
+        measured = measure(self._evaluation(), prepared, self._readings[prepared])
+        self._analyses[prepared] = self._analyses[prepared].join(*measured)
 
     def _evaluate(self, group: Group) -> None:
         scored = [one for one in self._unfailed() if one.arms]
@@ -287,18 +283,22 @@ class _Command:
         race(self._evaluation(), self._scorings[prepared])
 
     def _report(self, prepared: Prepared) -> None:
-        scoring, anatomy = self._scorings.get(prepared), self._anatomies.get(prepared)
+        scoring, analysis = self._scorings.get(prepared), self._analyses.get(prepared)
         scores = scoring.scores if scoring else None
-        if not _in("report", prepared) or not (scores or anatomy):
+        if not analysis and not (_in("report", prepared) and scores):
             return
         from rvdist.report.findings import Findings, Making
         from rvdist.report.report import print_findings, write_report
+        from rvdist.stages.analyze import explain
 
         reported, race = prepared.settings.reported, scoring.race if scoring else None
         scores = scores or Scores((), [], [], [])
         findings = Findings(
             scores.arms, scores.rows, scores.records, scores.tasks, scores.groups, reported, scores.lacking, race
         )
+        anatomy = explain(prepared, analysis, findings) if analysis else None
+        if not _in("report", prepared):
+            return
         named = ", ".join(dict.fromkeys(row.task for row in findings.benchmarks))
         engine = {f"engine {key}": value for key, value in scoring.engine.items()} if scoring else {}
         making = Making(

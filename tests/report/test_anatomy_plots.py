@@ -104,7 +104,10 @@ def test_a_vector_that_is_zero(tmp_path):
     sources = {name: open_source(str(write_checkpoint(tmp_path / name, base))) for name in ("target", "plus")}
     anatomy = analyze({"v": Vector("plus", "target"), "w": Vector("target", "plus")}, "target", sources)
     assert anatomy_plots(anatomy).keys() == ALL - {"spectra"}
-    assert anatomy_sentences(anatomy)[0] == "“v” has 0 % of the norm of target; 100 % of its elements are 0."
+    assert (
+        anatomy_sentences(anatomy)[0]
+        == "“v” has 0 % of the norm of target; 100 % of its elements are 0, as where donors are equal."
+    )
 
 
 def test_names_are_neither_mathtext_nor_markup_nor_more_than_a_cell(tmp_path):
@@ -145,6 +148,8 @@ def test_tables_and_sentences_of_the_pocket_family(pocket):
     assert cells["embedding"]["effective rank"] == "87 of 128" and cells["all"]["effective rank"].endswith("% of full")
     assert cells["norm"]["effective rank"] == "" and cells["norm"]["≤ 1 % of θ"] == "100 %"
     sentences = anatomy_sentences(pocket)
-    assert sentences[0] == "“v” has 1.71 % of the norm of target; 13.1 % of its elements are 0."
+    assert (
+        sentences[0] == "“v” has 1.71 % of the norm of target; 13.1 % of its elements are 0, as where donors are equal."
+    )
     assert sentences[1] == "Beside θ it is largest in up_proj (2.67 %) and smallest in norm (0.263 %)."
     assert sentences[-1] == "The cosine between “v” and “chat” is −0.006."

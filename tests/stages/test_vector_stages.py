@@ -60,7 +60,14 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
     timing = json.loads((tmp_path / "run/timing.json").read_text())
     sizes = sum(Path(path).stat().st_size for name in paths for path in Path(paths[name]).glob("*.safetensors"))
     assert timing["cpu_seconds"] > 0 and 0.5 * sizes < timing["bytes_read"] <= 2 * sizes
-    assert "The cosine between" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The cosine between" in said and "“vectors[0]” may not help: " in " ".join(said.split())
+    reasons = found["transfer"]["vectors[0]"]["reasons"]
+    assert {reason["name"] for reason in reasons} == {
+        "too far",
+        "noise",
+        "embeddings",
+    }  # it was drawn, and is a fifth of θ
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,14 @@ def write_page(
     """`pictures` are PNG: `alpha` and `robustness`, those there are."""
     anatomy = anatomy or Anatomy()
     first = [headline(findings.benchmarks)] if findings.rows else []
-    sentence, *details = [*filter(None, first), *findings.claims, *anatomy.sentences[: not findings.rows], ""]
+    sentence, *details = [
+        *filter(None, first),
+        *findings.claims[:3],
+        *anatomy.reasons,
+        *findings.claims[3:],
+        *anatomy.sentences[: not findings.rows],
+        "",
+    ]
     style, script = style_sheet(), (_HERE / "page.js").read_text(encoding="utf-8")
     seen = findings.detectable
     cells = {(line.task, arm): cell for line in findings.lines for arm, cell in line.cells.items()}

@@ -1,20 +1,20 @@
-"""What answers cost: how long they are, how many were cut at the limit, and how many are as the task asks for them.
+"""What answers cost: how long they are, how many were cut at the limit, how many are as the task asks for them; and
+whether what an arm gained is only format.
 
 Knows samples and records; nothing of tables or plots.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rvdist.core.record import Record
-from rvdist.report.statistics.intervals import known, mean_interval
-from rvdist.report.statistics.sample import Answers, Score, document_names
+from rvdist.report.statistics.intervals import mean_interval
+from rvdist.report.statistics.sample import Answers, Floats, Score, document_names
 
 
 @dataclass(frozen=True)
@@ -32,44 +32,56 @@ class Cost:
 
 def cost(answers: Answers, arm: str, score: Score) -> Cost:
     """A document's completions, repeats and seeds count together as much as another's."""
-    documents = dict(_by_document(answers, arm, score))
-    tokens = [[count for record in own for count in record.tokens] for own in documents.values()]
-    cuts = [[end == "length" for record in own for end in record.finish] for own in documents.values()]
-    lengths = [float(np.mean(own)) for own in tokens if own]
-    low, high = math.nan, math.nan
-    if lengths:
-        low, high = mean_interval(np.array(lengths), np.ones(len(lengths)), (len(lengths),))
-    within = [record for own in documents.values() for record in own if record.in_format]
+    lengths: list[float] = []
+    cuts: list[float] = []
+    formats: list[float] = []
+    scores: list[float] = []
+    for task in score.members or (score.task,):
+        by_document: defaultdict[str, list[Record]] = defaultdict(list)
+        records = answers.get((arm, task, score.filter), ())
+        for record, name in zip(records, document_names(records), strict=True):
+            by_document[name].append(record)
+        for own in by_document.values():
+            tokens = [count for record in own for count in record.tokens]
+            ends = [end == "length" for record in own for end in record.finish]
+            known = [record for record in own if record.in_format is not None]
+            lengths += [float(np.mean(tokens))] if tokens else []
+            cuts += [float(np.mean(ends))] if ends else []
+            formats += [float(np.mean([bool(record.in_format) for record in known]))] if known else []
+            scores += [record.metrics[score.metric] for record in known if record.in_format]
+    if not lengths:
+        return Cost(in_format=_mean(formats), value_in_format=_mean(scores))
+    low, high = mean_interval(np.array(lengths), np.ones(len(lengths)), (len(lengths),))
+    ends_known = np.isfinite([low, high]).all()
     return Cost(
         tokens=_mean(lengths),
-        tokens_ci_low=known(low),
-        tokens_ci_high=known(high),
-        cut=_mean([float(np.mean(own)) for own in cuts if own]),
-        in_format=_mean(list(_in_format(documents.items()).values())),
-        value_in_format=_mean([record.metrics[score.metric] for record in within]),
+        tokens_ci_low=low if ends_known else None,
+        tokens_ci_high=high if ends_known else None,
+        cut=_mean(cuts),
+        in_format=_mean(formats),
+        value_in_format=_mean(scores),
     )
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return float(np.mean(numbers)) if numbers else None
 
 
 def shares_in_format(answers: Answers, arm: str, score: Score) -> dict[str, float]:
     """By document as a sample names it, how many of its answers are in the asked format; without those of which the
     records do not say."""
-    return _in_format(_by_document(answers, arm, score))
-
-
-def _by_document(answers: Answers, arm: str, score: Score) -> Iterator[tuple[str, list[Record]]]:
-    """An arm's records of each document, as a sample names it."""
+    found: dict[str, float] = {}
     for task in score.members or (score.task,):
-        records = answers.get((arm, task, score.filter), ())
-        own: defaultdict[str, list[Record]] = defaultdict(list)
+        records = [one for one in answers.get((arm, task, score.filter), ()) if one.in_format is not None]
+        own: defaultdict[str, list[bool]] = defaultdict(list)
         for record, name in zip(records, document_names(records), strict=True):
-            own[f"{task}/{name}" if score.members else name].append(record)
-        yield from own.items()
+            own[name].append(bool(record.in_format))
+        prefix = f"{task}/" if score.members else ""
+        found |= {f"{prefix}{name}": float(np.mean(all_)) for name, all_ in own.items()}
+    return found
 
 
-def _in_format(documents: Iterable[tuple[str, list[Record]]]) -> dict[str, float]:
-    said = {name: [one.in_format for one in own if one.in_format is not None] for name, own in documents}
-    return {name: float(np.mean(own)) for name, own in said.items() if own}
-
-
-def _mean(numbers: Sequence[float]) -> float | None:
-    return float(np.mean(numbers)) if numbers else None
+def rest_of(differences: Floats, ours: Floats, theirs: Floats) -> Floats:
+    """The differences of documents whose answers of both arms are alike in format; 0 where they are not."""
+    rest: Floats = np.where(ours == theirs, differences, 0.0)
+    return rest

@@ -11,11 +11,11 @@ import math
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 from scipy.stats import binom
 
-from rvdist.report.statistics.intervals import Floats
-
+Floats = NDArray[np.float64]
 FEW = 16  # changed documents up to which every way to flip is looked at; above, a saddlepoint approximation
 _TINY = 1e-9  # of the scale of a sum: zero
 

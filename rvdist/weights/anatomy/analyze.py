@@ -273,6 +273,7 @@ def _measures(sums: Sequence[_Sums], theta: float) -> Measures:
         below=tuple(sum(counts) / elements for counts in zip(*(one.below for one in sums), strict=True)),
         distance=distance / shared if shared else None,
         toward=_cosine(math.fsum(one.toward for one in sums), norm, distance),
+        reach=norm / distance if distance else None,
     )
 
 

@@ -35,8 +35,9 @@ class Measures:
     `elements`: of the target's, those that v has; the shares are of these. `relative`: ‖v‖ / ‖θ‖ of the whole part,
     None where θ is 0. `zeros`: the share that is exactly 0. `below`: for each threshold τ the share with
     |v| ≤ τ · |θ|, zeros included. `distance`: ‖θ − origin‖ / ‖θ‖ over the elements that both have, where the origin
-    is the checkpoint v begins at (minus); `toward`: the cosine between v and θ − origin. Both are None where there is
-    no origin to compare with, or no direction. `spectrum`: of a tensor that is a matrix and not all 0.
+    is the checkpoint v begins at (minus); `toward`: the cosine between v and θ − origin; `reach`: ‖v‖ / ‖θ − origin‖.
+    They are None where there is no origin to compare with, or no direction. `spectrum`: of a tensor that is a
+    matrix and not all 0.
     """
 
     elements: int
@@ -47,6 +48,7 @@ class Measures:
     below: tuple[float, ...]
     distance: float | None = None
     toward: float | None = None
+    reach: float | None = None
     spectrum: Spectrum | None = None
 
 
