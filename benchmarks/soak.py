@@ -1,13 +1,16 @@
-"""Random ends: merges and sweeps of the pocket family, of which a process is ended or stopped at a random moment; then
-the same command again. `python benchmarks/soak.py N [--seed S] [--only merge|sweep] [--log FILE]` prints a line a kill,
-and what was wrong; exit status 1 where anything was not as it must be. With a log N counts the kills that are in it:
-several such commands, one after the other or at once, come to N together, and the last says what all of them found.
+"""Random ends: merges and sweeps of the pocket family, of which processes are ended or stopped at random moments, and
+the same command again, which meets such ends in turn; after at most CHAIN of them a command is left alone.
+`python benchmarks/soak.py N [--seed S] [--only merge|sweep] [--log FILE]` prints a line a kill, and what was wrong;
+exit status 1 where anything was not as it must be. With a log N counts the kills that are in it: several such commands,
+one after the other or at once, come to N together, and the last says what all of them found.
 
     a run that was disturbed goes on to status 0, or ends within a minute with one sentence of ours (lines of the log of
     Ray's core may stand beside it) and its status
-    the same command then ends with status 0, the outputs' digests and `summary.json` of an undisturbed run
+    the first run that ends with status 0 has the outputs' digests and `summary.json` of an undisturbed one
     within a minute of each end none of its processes is left, and nothing in /dev/shm or beside the output; in the
     temporary directory nothing but what a driver leaves that is killed, and the next command that starts later removes
+
+Commands have a /dev/shm of their own, where the system permits that; elsewhere it is not looked at.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +62,7 @@ STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 60.0  # seconds for a run that was disturbed to end, and for its processes to be gone
 PAUSE = 3.0  # seconds that a stopped process stands still
 UNDISTURBED = 300.0
+CHAIN = 5  # kills before a command is left alone
 LATER = 61.0  # seconds after which a command removes what a killed one has left of Ray's
 
 
@@ -75,7 +79,7 @@ class Run:
         self.mark = f"soak-{os.getpid()}-{time.monotonic_ns()}"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *FAMILY, *COMMANDS[self.kind], *COMMON],
+            [*within(shared(self.place)), sys.executable, "-c", _COMMAND, *FAMILY, *COMMANDS[self.kind], *COMMON],
             cwd=self.place,
             env={**os.environ, "SOAK": self.mark, "TMPDIR": str(self.place.parent / "t"), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
@@ -125,6 +129,11 @@ class Run:
         return [line[:80] or "?" for _, line in left]
 
 
+# A directory in the place of /dev/shm, then a command.
+_OWN = ["unshare", "--mount", "--user", "--map-current-user", "--keep-caps", "sh", "-c"]
+_OWN += ['mount --bind "$0" /dev/shm && exec "$@"']
+
+
 # In small units, so that there is much to interrupt; SIGINT as in a terminal, whoever started this script.
 _COMMAND = """
 import signal
@@ -149,91 +158,102 @@ def outcome(place: Path, kind: str) -> dict[str, str]:
     return found
 
 
-def files_left(place: Path, shared: set[str]) -> list[str]:
-    """What lies where nothing may; what a process of others has open in /dev/shm is theirs."""
-    expected = {"out", "cache", "run"}
-    left = [name for name in os.listdir(place) if name not in expected]
-    new = {f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared}
-    for maps in Path("/proc").glob("[0-9]*/maps") if new else ():
-        with contextlib.suppress(OSError):
-            content = maps.read_text()
-            new -= {path for path in new if path in content}
-    return left + [path for path in new if os.path.exists(path)]
+def shared(place: Path) -> Path:
+    """What stands in the place of /dev/shm."""
+    return place.parent / "shm"
+
+
+@functools.cache
+def within(shm: Path) -> tuple[str, ...]:
+    """What a command begins with, so that `shm` is its /dev/shm; nothing where the system does not permit it."""
+    words = (*_OWN, str(shm))
+    return words if subprocess.run([*words, "true"], capture_output=True).returncode == 0 else ()
+
+
+def files_left(place: Path) -> list[str]:
+    """What lies where nothing may."""
+    left = [name for name in os.listdir(place) if name not in {"out", "cache", "run"}]
+    return left + [f"/dev/shm/{name}" for name in os.listdir(shared(place))]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A line of the log: what was killed, how its run ended after how many seconds, how long the same command took
-    thereafter, and what was not as it must be. `commit`: of this script and all else; the load of the machine."""
+    """A line of the log: what was killed, how its run ended after how many seconds (both None where it went on until
+    another kill), and what was not as it must be. `commit`: of this script and all else; the load of the machine."""
 
     commit: str
     load: float
     kind: str
     what: str
     status: int | None
-    seconds: float
-    again: float
+    seconds: float | None
     wrong: list[str]
 
     def __str__(self) -> str:
-        ended = "; ".join(self.wrong) if self.wrong else "the same after the same command"
-        times = f"status {self.status} {self.seconds:5.1f} s later, again {self.again:5.1f} s"
-        return f"{self.kind} {self.what:18} {times}; {ended}"
+        went = "went on until" if self.seconds is None else f"status {self.status} {self.seconds:.1f} s later"
+        return f"{self.kind} {self.what:18} {went}; {'; '.join(self.wrong) or 'right'}"
 
 
-def soak(kind: str, place: Path, right: dict[str, str], seconds: float) -> Kill | None:
-    """One kill; None where the run had ended before."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    shared = set(os.listdir("/dev/shm"))
-    what = random.choice(VICTIMS[kind])
-    sent = random.choice(SIGNALS.get(what, [signal.SIGKILL]))
-    wrong: list[str] = []
-    run = Run(place, kind)
-    at = time.monotonic() + random.uniform(0.5, seconds)
-    while time.monotonic() < at and run.process.poll() is None:
-        time.sleep(0.01)
-    while run.process.poll() is None and (pid := run.victim(what)) is None:
-        time.sleep(0.05)
-    if run.process.poll() is not None:
-        return None
-    if pid is not None:
+def disturb(run: Run, seconds: float, most: int) -> list[tuple[str, signal.Signals]]:
+    """Up to so many kills of one run, until it has ended: what was sent to whom."""
+    sent: list[tuple[str, signal.Signals]] = []
+    pid: int | None = None
+    while len(sent) < most:
+        at = time.monotonic() + random.uniform(0.2 if sent else 0.5, seconds / 2 if sent else seconds)
+        what = random.choice(VICTIMS[run.kind])
+        number = random.choice(SIGNALS[what])
+        while run.process.poll() is None and time.monotonic() < at:
+            time.sleep(0.01)
+        while run.process.poll() is None and (pid := run.victim(what)) is None:
+            time.sleep(0.05)
+        if run.process.poll() is not None or pid is None:
+            break
         with contextlib.suppress(OSError):
-            os.kill(pid, sent)
-            if sent == signal.SIGSTOP:
+            os.kill(pid, number)
+            sent.append((what, number))
+            if number == signal.SIGSTOP:
                 time.sleep(PAUSE)
                 os.kill(pid, signal.SIGCONT)
-    began = time.monotonic()
-    status = run.wait(UNDISTURBED)
-    ended, said = time.monotonic() - began, run.said
-    wanted = {0, 1, STATUS.get(sent)} if what == "driver" else {0, 1}
+    return sent
+
+
+def judge(sent: list[tuple[str, signal.Signals]], status: int | None, seconds: float, said: str) -> list[str]:
+    """What was wrong with the end of a run, so long after its last kill."""
+    wanted = {0, 1} | {STATUS.get(number) for what, number in sent if what == "driver"}
     ours = [line for line in said.splitlines() if OURS.match(line)]
-    if status not in wanted or (status and ended > PATIENCE):
-        wrong.append(f"ended with {status} after {ended:.0f} s: {said[-300:]}")
-    elif status not in (0, -9) and (
-        len(ours) != 1 or not all(OURS.match(a) or OF_RAY.match(a) for a in said.splitlines())
-    ):
-        wrong.append(f"said: {said[:150]} … {said[-150:]}")
-    wrong += [f"left running: {line}" for line in run.leftovers()]
-    second = time.monotonic()
-    again = Run(place, kind)
-    if failed := again.wait(UNDISTURBED):
-        wrong.append(f"again: ended with {failed}: {again.said[-300:]}")
-    elif outcome(place, kind) != right:
-        wrong.append("again: another outcome")
-    wrong += [f"again: left running: {line}" for line in again.leftovers()]
-    wrong += [f"left: {path}" for path in files_left(place, shared)]
-    again_took = round(time.monotonic() - second, 1)
-    return Kill(
-        commit(),
-        round(os.getloadavg()[0], 1),
-        kind,
-        f"{what} {sent.name}",
-        status,
-        round(ended, 1),
-        again_took,
-        wrong,
-    )
+    if status not in wanted or (status and seconds > PATIENCE):
+        return [f"ended with {status} after {seconds:.0f} s: {said[-300:]}"]
+    if status in (0, -9) or (len(ours) == 1 and all(OURS.match(a) or OF_RAY.match(a) for a in said.splitlines())):
+        return []
+    return [f"said: {said[:150]} … {said[-150:]}"]
+
+
+def soak(kind: str, place: Path, right: dict[str, str], seconds: float) -> list[Kill]:
+    """The kills of commands one after the other, until one ends with status 0; none where that was the first."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    found: list[Kill] = []
+    while True:
+        run = Run(place, kind)
+        sent = disturb(run, seconds, CHAIN - len(found))
+        began = time.monotonic()
+        status = run.wait(UNDISTURBED)
+        ended, said = round(time.monotonic() - began, 1), run.said
+        load = round(os.getloadavg()[0], 1)
+        found += [Kill(commit(), load, kind, f"{what} {number.name}", None, None, []) for what, number in sent]
+        wrong = judge(sent, status, ended, said) if sent else [f"again: {status}: {said[-300:]}"] if status else []
+        wrong += [f"left running: {line}" for line in run.leftovers()]
+        if status == 0:
+            wrong += ["another outcome"] if outcome(place, kind) != right else []
+            wrong += [f"left: {path}" for path in files_left(place)]
+        if wrong and not found:
+            sys.exit(f"an undisturbed {kind}: {'; '.join(wrong)}")
+        if sent:
+            found[-1] = replace(found[-1], status=status, seconds=ended)
+        if found:
+            found[-1].wrong.extend(wrong)
+        if status == 0 or not sent:
+            return found
 
 
 @functools.cache
@@ -272,6 +292,7 @@ def main() -> None:
         place, temporary = Path(scratch) / "place", Path(scratch) / "t"
         log = arguments.log or Path(scratch) / "log.jsonl"
         temporary.mkdir()
+        shared(place).mkdir()
         right, seconds = {}, {}
         for kind in dict.fromkeys(kinds):
             shutil.rmtree(place, ignore_errors=True)
@@ -282,12 +303,10 @@ def main() -> None:
             right[kind], seconds[kind] = outcome(place, kind), time.monotonic() - started
         while len(kills(log)) < arguments.kills:
             kind = random.choice(kinds)
-            kill = soak(kind, place, right[kind], seconds[kind])
-            if kill is None:
-                continue
-            with open(log, "a") as file:
-                file.write(json.dumps(asdict(kill)) + "\n")
-            print(f"{len(kills(log)):4} {kill}", flush=True)
+            for kill in soak(kind, place, right[kind], seconds[kind]):
+                with open(log, "a") as file:
+                    file.write(json.dumps(asdict(kill)) + "\n")
+                print(f"{len(kills(log)):4} {kill}", flush=True)
         time.sleep(arguments.later)
         wrong = []
         if arguments.later and (last := Run(place, kinds[0]).wait(UNDISTURBED)):
