@@ -298,8 +298,9 @@ def main() -> None:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
             started = time.monotonic()
-            if undisturbed := Run(place, kind).wait(UNDISTURBED):
-                sys.exit(f"an undisturbed {kind} ended with {undisturbed}")
+            run = Run(place, kind)
+            if undisturbed := run.wait(UNDISTURBED):
+                sys.exit(f"an undisturbed {kind} ended with {undisturbed}: {run.said[-500:]}")
             right[kind], seconds[kind] = outcome(place, kind), time.monotonic() - started
         while len(kills(log)) < arguments.kills:
             kind = random.choice(kinds)

@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rvdist.core import session, text
+from rvdist.core import private_ray, session, text
 from rvdist.core.config import Config
 from rvdist.core.ends import KEPT, Watch, leave
 from rvdist.core.errors import BadInput, Failed
@@ -47,6 +47,7 @@ def main() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
     session.last_word = "" if log.as_json else f"rvdist: killed, or ended from inside Ray; {KEPT}"
+    private_ray.hear = lambda words: log.record("ray", words, "warning")
     watch = Watch(log.fail)
     watch.begin()
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on

@@ -136,6 +136,7 @@ def _init(address: str, namespace: str | None) -> None:
 
     global _leaving, _session, _starting
     private_ray.require()
+    private_ray.take_its_words()
     more: dict[str, Any] = {}
     for start in range(1, _STARTS + 1):
         _leaving, _starting = False, private_ray.gcs_servers() if address == "local" else None

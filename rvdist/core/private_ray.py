@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rvdist.core.private import Library
 from rvdist.core.session import is_ours
 
 RAY = Library("ray", "2.60.0")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SERVICES = ("ray._private.services:resolve_ip_for_localhost", "ray._private.services:node_ip_address_from_perspective")
 _NOTED, _CLIENT = "ray._private.utils:read_ray_address", "ray._raylet:GcsClient"
+_PRINT = "ray._private.worker:print_to_stdstream"
 _ENABLE = "ray._private.authentication.authentication_token_setup:maybe_enable_token_auth_if_token_available"
 NEEDED = (
     *_SERVICES,
     _NOTED,
     _CLIENT,
     _ENABLE,
+    _PRINT,
     "ray._private.worker:_global_node",
     "ray._private.node:Node.raylet_socket_name",
     "ray._private.node:Node.gcs_address",
 )
+
+hear: Callable[[str], None] | None = None  # is told what Ray says of workers that died
 
 
 def require() -> None:
@@ -46,6 +53,18 @@ def loopback_taken_at_its_word() -> Iterator[None]:
         yield
     finally:
         services.resolve_ip_for_localhost = resolve
+
+
+def take_its_words() -> None:
+    """A patch, for good: what Ray says of the cluster's workers, which it prints on standard output whatever
+    `log_to_driver` is, between lines of ours, is heard instead."""
+    from ray._private import worker
+
+    def heard(said: dict[str, Any], ignore_prefix: bool) -> None:
+        for line in said["lines"] if (tell := hear) else ():
+            tell(_COLOUR.sub("", str(line)))
+
+    worker.print_to_stdstream = heard
 
 
 def own_address() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 from checkpoints import POCKET
 
-from rvdist.core import cluster
+from rvdist.core import cluster, private_ray
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import Failed
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -31,9 +31,12 @@ def left() -> list[str]:
 
 def main() -> None:
     plan.UNIT_BYTES, crew._SYNC_BYTES = 128 << 10, 256 << 10
+    heard: list[str] = []
+    private_ray.hear = heard.append
     cluster.connect("local", namespace="merging")
     for line in sys.stdin:
         said: list[str] = []
+        heard.clear()
         point = WeightPoint(str(POCKET / "target"), (Term(1.0, Vector(str(POCKET / "grpo"), str(POCKET / "sft"))),))
         sources = {source: open_source(source) for source in point.sources()}
         built = plan.build_plan({Path(line.strip()): point}, sources, OutputFormat(max_shard_size=400_000))
@@ -43,7 +46,7 @@ def main() -> None:
             failed = ""
         except Failed as error:
             failed = str(error)
-        print(json.dumps({"failed": failed, "said": said, "left": left()}), flush=True)
+        print(json.dumps({"failed": failed, "said": said, "heard": heard, "left": left()}), flush=True)
     cluster.disconnect()
 
 

@@ -50,8 +50,7 @@ def merging(fault: Fault) -> Iterator[Merging]:
         assert process.stdin and process.stdout
         process.stdin.write(f"{fault.under / 'out'}\n")
         process.stdin.flush()
-        ended = next(line for line in process.stdout if line.startswith("{"))  # Ray may tell of a worker that died
-        return dict(json.loads(ended))
+        return dict(json.loads(process.stdout.readline()))  # and nothing of Ray's stands there
 
     yield merge
     process.stdin.close()
@@ -73,6 +72,8 @@ def enumerate_faults(merging: Merging, fault: Fault, action: str, chosen: Callab
         at = told[number] if number < len(told) else number
         if action in ENDS and (ended["failed"] or not any(said.endswith(REPLACED) for said in ended["said"])):
             wrong.append((at, ended))
+        if action in ("kill", "torn") and not any("worker died" in words for words in ended["heard"]):
+            wrong.append((at, "Ray's words are not heard", ended))
         fault.at(-1)
         while ended["failed"]:
             if (
