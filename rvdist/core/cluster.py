@@ -96,6 +96,7 @@ def connect(
         if _MODE not in os.environ and re.fullmatch(r"[^/]+:\d+", address) and private_ray.takes_token(address):
             raise BadInput(f"{named}={address}: the cluster takes a token; {_TOKEN}")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "90")  # Ray's own choice, 30, is little on one
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice, 15, starves them on a shared machine
         try:
             _init(address, namespace)
@@ -146,7 +147,8 @@ def _init(address: str, namespace: str | None) -> None:
         try:
             here = address == "local" or _is_on_loopback_alone(address)
             kept = _session.kept() if address == "local" and _session else nullcontext()
-            with private_ray.loopback_taken_at_its_word() if here else nullcontext(), kept:
+            awaited = private_ray.start_awaited() if address == "local" else nullcontext()
+            with private_ray.loopback_taken_at_its_word() if here else nullcontext(), kept, awaited:
                 ray.init(address=address, namespace=namespace, logging_level="ERROR", log_to_driver=False, **more)
             return
         except Exception as error:

@@ -6,10 +6,13 @@ import os
 import re
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ RAY = Library("ray", "2.60.0")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SERVICES = ("ray._private.services:resolve_ip_for_localhost", "ray._private.services:node_ip_address_from_perspective")
 _NOTED, _CLIENT = "ray._private.utils:read_ray_address", "ray._raylet:GcsClient"
-_PRINT = "ray._private.worker:print_to_stdstream"
+_PRINT, _LISTEN = "ray._private.worker:print_to_stdstream", "ray._private.worker:listen_error_messages"
+_NODE = "ray._private.services:get_node"
 _ENABLE = "ray._private.authentication.authentication_token_setup:maybe_enable_token_auth_if_token_available"
 NEEDED = (
     *_SERVICES,
@@ -28,11 +32,13 @@ NEEDED = (
     _CLIENT,
     _ENABLE,
     _PRINT,
+    _LISTEN,
+    _NODE,
     "ray._private.worker:_global_node",
     "ray._private.node:Node.raylet_socket_name",
     "ray._private.node:Node.gcs_address",
 )
-
+_PATIENCE = 90.0  # seconds for a raylet of our own to register
 hear: Callable[[str], None] | None = None  # is told what Ray says of workers that died
 
 
@@ -55,16 +61,61 @@ def loopback_taken_at_its_word() -> Iterator[None]:
         services.resolve_ip_for_localhost = resolve
 
 
+@contextmanager
+def start_awaited() -> Iterator[None]:
+    """A patch while a Ray of our own starts: it gives its raylet half a minute to register, which is little where much
+    else runs, and waits as long for one that has died."""
+    from ray._private import services
+
+    ask = services.get_node
+
+    def wait(*given: Any) -> Any:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            answer: Future[Any] = Future()
+            threading.Thread(target=_settle, args=(answer, ask, given), daemon=True).start()
+            while not answer.done():
+                if not _children("raylet"):
+                    raise ChildProcessError("its raylet ended while it started")
+                time.sleep(0.02)
+            if not isinstance(answer.exception(), RuntimeError) or time.monotonic() > until:
+                return answer.result()
+            time.sleep(0.1)
+
+    services.get_node = wait
+    try:
+        yield
+    finally:
+        services.get_node = ask
+
+
+def _settle(answer: Future[Any], ask: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    try:
+        answer.set_result(ask(*given))
+    except Exception as error:
+        answer.set_exception(error)
+
+
+@cache
 def take_its_words() -> None:
     """A patch, for good: what Ray says of the cluster's workers, which it prints on standard output whatever
-    `log_to_driver` is, between lines of ours, is heard instead."""
+    `log_to_driver` is, between lines of ours, is heard instead. Its thread ends without a traceback where the GCS does
+    as the thread begins."""
     from ray._private import worker
+    from ray.exceptions import RpcError
+
+    listen = worker.listen_error_messages
 
     def heard(said: dict[str, Any], ignore_prefix: bool) -> None:
-        for line in said["lines"] if (tell := hear) else ():
-            tell(_COLOUR.sub("", str(line)))
+        for line in said["lines"]:
+            if hear is not None:
+                hear(_COLOUR.sub("", str(line)))
 
-    worker.print_to_stdstream = heard
+    def listen_quietly(*given: Any) -> None:
+        with suppress(RpcError):
+            listen(*given)
+
+    worker.print_to_stdstream, worker.listen_error_messages = heard, listen_quietly
 
 
 def own_address() -> str:
@@ -154,12 +205,16 @@ def starting(since: frozenset[int]) -> Vital | None:
 
 def gcs_servers() -> frozenset[int]:
     """Those that are children of this process, and not dead."""
+    return _children("gcs_server")
+
+
+def _children(name: str) -> frozenset[int]:
     found = set()
     for children in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
             for pid in children.read_text().split():
                 status = Path(f"/proc/{pid}/stat").read_text()
-                if "(gcs_server) " in status and "(gcs_server) Z" not in status:
+                if f"({name}) " in status and f"({name}) Z" not in status:
                     found.add(int(pid))
     return frozenset(found)
 

@@ -113,6 +113,33 @@ def test_a_gcs_that_is_killed_while_ray_starts_ends_the_command(place):
     assert again.returncode == 0, again.stderr
 
 
+STARTING = """
+from rvdist.core import cluster
+cluster.connect("local")
+cluster.disconnect()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_raylet_that_dies_or_is_slow_while_ray_starts(sent):
+    """One that dies is made up for at once, for which Ray waited half a minute; one that is slow is waited for longer
+    than that."""
+    with subprocess.Popen([sys.executable, "-c", STARTING], stdout=-1, stderr=-1, text=True) as running:
+        wait_for(lambda: "raylet" in descendants(running.pid))
+        raylet, began = descendants(running.pid)["raylet"], time.monotonic()
+        os.kill(raylet, sent)
+        if sent == signal.SIGSTOP:
+            time.sleep(40)
+            assert descendants(running.pid)["raylet"] == raylet
+            os.kill(raylet, signal.SIGCONT)
+        else:
+            wait_for(lambda: descendants(running.pid).get("raylet", raylet) != raylet)
+            assert time.monotonic() - began < 20
+        _, errors = running.communicate(timeout=240)
+    assert running.returncode == 0, errors
+
+
 @pytest.mark.heavy
 def test_a_start_that_times_out_is_tried_again(monkeypatch):
     import ray
