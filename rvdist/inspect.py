@@ -152,6 +152,7 @@ def _donors(vector: Checkpoint) -> Facts:
     said = read_json(vector.path / DESCRIPTION)
     donors = said.get("donors")
     told = {key: said.get(key) for key in ("formula", "exact_for", "relative_error")}
+    told["equal_elements"] = said.get("zeros")  # of both donors; vectors of earlier versions do not say
     if isinstance(donors, dict):
         told |= {part: donor.get("name") for part, donor in donors.items() if isinstance(donor, dict)}
     return {key: value for key, value in told.items() if isinstance(value, str | int | float)}

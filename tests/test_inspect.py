@@ -6,7 +6,7 @@ import sys
 import adapters
 import pytest
 import torch
-from checkpoints import POCKET, near, tensors, write_checkpoint
+from checkpoints import POCKET, load_checkpoint, near, tensors, write_checkpoint
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -81,6 +81,9 @@ def test_a_stored_vector(tmp_path, storage, stored, dtypes):
     assert {dtype: total["tensors"] for dtype, total in facts["dtypes"].items()} == dtypes
     assert facts["made_of"]["formula"] == "v = plus − minus"
     assert (facts["made_of"]["plus"], facts["made_of"]["minus"]) == ("p", "m")
+    plus, minus = (load_checkpoint(tmp_path / name) for name in "pm")
+    equal = sum(int((plus[name] == minus[name]).sum()) for name in base)
+    assert equal > 0 and facts["made_of"]["equal_elements"] == equal / sum(t.numel() for t in base.values())
 
 
 def test_an_adapter(tmp_path):

@@ -368,18 +368,21 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _measure(name: str, differences: _Differences, result: Operand) -> dict[str, Any]:
-    """How what was written differs from v: `exact` is against what a merge takes, the rest against v in fp64."""
+    """How what was written differs from v: `exact` is against what a merge takes, the rest against v in fp64. `zeros`
+    counts v's own, where donors agree."""
     buffer = torch.empty(AT_ONCE * 8, dtype=torch.uint8)
-    exact, worst, error, norm = True, 0.0, 0.0, 0.0
+    exact, worst, error, norm, zeros = True, 0.0, 0.0, 0.0, 0
     for begin, taken, wide in differences(name):
         stored = result.read(name, begin, begin + taken.numel(), buffer)
         exact = exact and torch.equal(stored.double(), taken.double())
         norm += float(wide.square().sum())
+        zeros += wide.numel() - int(torch.count_nonzero(wide))
         off = wide.sub_(stored)
         worst = max(worst, float(off.abs().max()))
         error += float(off.square().sum())
     relative = math.sqrt(error / norm) if norm else 0.0
-    return {"exact": exact, "max_error": worst, "relative_error": relative, "norm": math.sqrt(norm)}
+    measured = {"exact": exact, "max_error": worst, "relative_error": relative, "norm": math.sqrt(norm)}
+    return measured | {"zeros": zeros}
 
 
 def _summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -390,7 +393,10 @@ def _summary(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     norm = math.hypot(*(entry["norm"] for entry in entries.values()))
     exact = all(entry["exact"] for entry in entries.values())
     holds = "every target and output" if worst == 0 else "targets and outputs of 16 bits" if exact else None
-    return {"exact": exact, "exact_for": holds, "max_error": worst, "relative_error": error / norm if norm else 0.0}
+    elements = sum(math.prod(entry["shape"]) for entry in entries.values())
+    zeros = sum(entry["zeros"] for entry in entries.values()) / elements if elements else 0.0
+    relative = error / norm if norm else 0.0
+    return {"exact": exact, "exact_for": holds, "max_error": worst, "relative_error": relative, "zeros": zeros}
 
 
 def _readable(description: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> str:
