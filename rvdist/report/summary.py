@@ -65,7 +65,11 @@ class Row:
     tokens_ci_low: float | None = None
     tokens_ci_high: float | None = None
     cut: float | None = None
+    cut_ci_low: float | None = None
+    cut_ci_high: float | None = None
     in_format: float | None = None
+    in_format_ci_low: float | None = None
+    in_format_ci_high: float | None = None
     value_in_format: float | None = None
 
 

@@ -125,15 +125,19 @@ def _answers(row: Row, scale: Scale) -> str:
     """What a row's answers cost, in words; empty where nobody wrote it down."""
     said = []
     if row.tokens is not None:
-        low, high = row.tokens_ci_low, row.tokens_ci_high
-        ends = f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else ""
-        said.append(f"{row.tokens:.1f}{ends} tokens")
+        said.append(f"{row.tokens:.1f}{_ends(row.tokens_ci_low, row.tokens_ci_high)} tokens")
     if row.cut is not None:
-        said.append(f"{100 * row.cut:.1f} % cut")
+        said.append(f"{100 * row.cut:.1f}{_ends(row.cut_ci_low, row.cut_ci_high, 100)} % cut")
     if row.in_format is not None:
         own = "" if row.value_in_format is None else f", which score {scale.number(row.value_in_format)}"
-        said.append(f"{100 * row.in_format:.1f} % in format{own}")
+        ends = _ends(row.in_format_ci_low, row.in_format_ci_high, 100)
+        said.append(f"{100 * row.in_format:.1f}{ends} % in format{own}")
     return "; ".join(said)
+
+
+def _ends(low: float | None, high: float | None, factor: float = 1.0) -> str:
+    """An interval behind its number; empty where nothing is known of it."""
+    return f" [{factor * low:.1f}, {factor * high:.1f}]" if low is not None and high is not None else ""
 
 
 def _effect(effect: float | None, scale: Scale) -> str:

@@ -7,26 +7,30 @@ Knows samples and records; nothing of tables or plots.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rvdist.core.record import Record
-from rvdist.report.statistics.intervals import mean_interval
+from rvdist.report.statistics.intervals import mean_interval, share_interval, wilson
 from rvdist.report.statistics.sample import Answers, Floats, Score, document_names
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one arm's answers under one score: the mean of their tokens with its 95 % interval, the shares that were cut
-    and that are in the asked format, and the mean score of the latter. None where the records do not say."""
+    """Of one arm's answers under one score: the mean of their tokens, the shares that were cut and that are in the
+    asked format, each with its 95 % interval, and the mean score of the latter. None where the records do not say."""
 
     tokens: float | None = None
     tokens_ci_low: float | None = None
     tokens_ci_high: float | None = None
     cut: float | None = None
+    cut_ci_low: float | None = None
+    cut_ci_high: float | None = None
     in_format: float | None = None
+    in_format_ci_low: float | None = None
+    in_format_ci_high: float | None = None
     value_in_format: float | None = None
 
 
@@ -49,22 +53,29 @@ def cost(answers: Answers, arm: str, score: Score) -> Cost:
             cuts += [float(np.mean(ends))] if ends else []
             formats += [float(np.mean([bool(record.in_format) for record in known]))] if known else []
             scores += [record.metrics[score.metric] for record in known if record.in_format]
-    if not lengths:
-        return Cost(in_format=_mean(formats), value_in_format=_mean(scores))
-    low, high = mean_interval(np.array(lengths), np.ones(len(lengths)), (len(lengths),))
-    ends_known = np.isfinite([low, high]).all()
-    return Cost(
-        tokens=_mean(lengths),
-        tokens_ci_low=low if ends_known else None,
-        tokens_ci_high=high if ends_known else None,
-        cut=_mean(cuts),
-        in_format=_mean(formats),
-        value_in_format=_mean(scores),
-    )
+    return Cost(*_with_ends(lengths, mean_interval), *_share(cuts), *_share(formats), _mean(scores))
 
 
 def _mean(numbers: Sequence[float]) -> float | None:
     return float(np.mean(numbers)) if numbers else None
+
+
+def _share(shares: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """The mean of documents' shares and its interval: Wilson's where each document's is 0 or 1."""
+    if set(shares) <= {0.0, 1.0} and shares:
+        return float(np.mean(shares)), *wilson(float(np.mean(shares)), len(shares))
+    return _with_ends(shares, share_interval)
+
+
+def _with_ends(
+    numbers: Sequence[float], interval: Callable[[Floats, Floats, Sequence[int]], tuple[float, float]]
+) -> tuple[float | None, float | None, float | None]:
+    """The mean and its interval, without ends that nothing is known of."""
+    if not numbers:
+        return None, None, None
+    low, high = interval(np.array(numbers), np.ones(len(numbers)), (len(numbers),))
+    known = bool(np.isfinite([low, high]).all())
+    return _mean(numbers), low if known else None, high if known else None
 
 
 def shares_in_format(answers: Answers, arm: str, score: Score) -> dict[str, float]:

@@ -55,7 +55,8 @@ def test_row_is_the_contract_of_summary_json():
     assert " ".join(field.name for field in fields(Row)) == (
         "arm point alpha prompt task metric filter primary higher_is_better seed value stderr ci_low ci_high n "
         "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone margin unseen "
-        "tokens tokens_ci_low tokens_ci_high cut in_format value_in_format"
+        "tokens tokens_ci_low tokens_ci_high cut cut_ci_low cut_ci_high in_format in_format_ci_low in_format_ci_high "
+        "value_in_format"
     )
 
 

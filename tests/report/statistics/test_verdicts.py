@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_up import make_arm, make_records, make_task
+from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.report.findings import Findings
+from rvdist.report.page.tables import task_table
 from rvdist.report.statistics.compare import format_gains, summarise
 from rvdist.report.statistics.sweep import halve, sweeps, take
 from rvdist.report.summary import GroupInfo
@@ -156,7 +158,12 @@ def test_a_row_says_what_answers_cost():
     base, row = summarise([BASE, ARM], records, [make_task()], "baseline")
     assert (base.tokens, base.cut, base.in_format) == (31, 0, 0.75) and base.value_in_format == pytest.approx(2 / 3)
     assert base.tokens_ci_low < 31 < base.tokens_ci_high
+    ends = [(base.cut_ci_low, base.cut_ci_high), (base.in_format_ci_low, base.in_format_ci_high)]
+    for (low, high), count in zip(ends, (0, 3 * base.n // 4), strict=True):
+        assert (low, high) == pytest.approx(proportion_confint(count, base.n, method="wilson"), abs=1e-9)
     assert (row.tokens, row.cut, row.in_format, row.value_in_format) == (19.75, 0.25, 1, 1)
+    shown = task_table([base, row], {}, {})["rows"]
+    assert shown[0]["answers"].endswith("0.0 [0.0, 49.0] % cut; 75.0 [30.1, 95.4] % in format, which score 66.7")
     said = Findings([BASE, ARM], [base, row], records, [make_task()]).claims
     assert "gsm8k: answers were cut at max_gen_toks: 25.0 % with “α=1”." in said
     older = summarise([BASE], answered("baseline", [1.0, 0.0]), [make_task()], None)[0]
