@@ -18,6 +18,7 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.core.table import print_table
 from rvdist.core.text import reason
+from rvdist.report.summary import Outline
 from rvdist.stages.job import Job, Prepared, Scores
 
 FILE = "batch.json"
@@ -148,6 +149,7 @@ class Batch:
                 sentences.append(f"failed: {target} could not be scored: {_sentence(error)}")
         refused = refused and all(scorer in failed for scorer in self._scorers.values())
         self._print(rows)
+        self._show_models(scores)
         for sentence in sentences:
             self._job.say(sentence)
         if not refused and {"merge", "evaluate"} & {*self._merged, *self._scored}:
@@ -161,6 +163,22 @@ class Batch:
                 f"batch: of {len(rows)} merges{evaluations} {len(errors)} failed, the others are done; the first: "
                 f"{_sentence(errors[0])}"
             ) from errors[0]
+
+    def _show_models(self, scores: Mapping[Job, Scores]) -> None:
+        """All targets that have scores as one page, in the batch's directory."""
+        found = {target: own for target, job in self._scorers.items() if (own := scores.get(job)) and own.rows}
+        if "report" not in self._scored or not found:
+            return
+        from rvdist.report.page.models import Model, write_models
+
+        path, models = self._job.directory / "report.html", []
+        for target, own in found.items():
+            report = self._scorers[target].directory / path.name
+            reports = (str(report.relative_to(path.parent)),) if report.exists() else ()
+            rows = Outline([task.name for task in own.tasks], own.groups).benchmarks(own.rows)
+            models.append(Model(name_of(target), rows, reports))
+        write_models(path, "One target" if len(models) == 1 else f"{len(models)} targets", models)
+        self._job.say(f"report: {path}")
 
     def _row(
         self,

@@ -112,7 +112,7 @@ class RayLauncher(Launcher):
             differing = [override for override in own.split(" ") if not override.startswith("alpha=")]
             name = " ".join(differing).strip() or job.settings.target
             rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
-            found = Model(name, rows, str(place.relative_to(sweep) / "report.html"))
+            found = Model(name, rows, (str(place.relative_to(sweep) / "report.html"),))
             RayLauncher._models[name] = RayLauncher._models[name].join(found) if name in RayLauncher._models else found
 
     def _show_models(self) -> None:

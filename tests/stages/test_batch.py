@@ -9,17 +9,27 @@ import torch
 from checkpoints import POCKET, SCORING, launch, load_checkpoint, near, tensors, write_checkpoint
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from made_up import make_experiment
 from omegaconf import OmegaConf
 
 import rvdist
 from rvdist.core import config
-from rvdist.core.config import BatchConfig, Config, DonorsConfig, EachConfig, VectorConfig, WeightedVectorConfig
+from rvdist.core.config import (
+    BatchConfig,
+    BenchmarksConfig,
+    Config,
+    DonorsConfig,
+    EachConfig,
+    VectorConfig,
+    WeightedVectorConfig,
+)
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.timing import Timing
 from rvdist.launch import CONF
+from rvdist.report.statistics.compare import summarise
 from rvdist.stages import multirun
 from rvdist.stages.batch import Batch
-from rvdist.stages.job import Job
+from rvdist.stages.job import Job, Scores
 from rvdist.stages.jobs import run_jobs
 from rvdist.stages.warm import Warm
 
@@ -231,6 +241,21 @@ def test_a_batch_in_which_all_is_bad_input_writes_nothing(place):
     assert refused.returncode == 2 and refused.stderr == "rvdist: batch: Key 'save' not in 'DonorsConfig'\n"
 
 
+def test_all_targets_are_one_page_with_links_to_their_own(tmp_path):
+    arms, records, tasks = make_experiment(n=30)
+    batch = Batch(Job(settings(batch=[BatchConfig(["org/t", "org/u", "org/lost"])], output="o/{target}",
+                               benchmarks=BenchmarksConfig(tasks=["task_0"])), tmp_path, "", Timing()))  # fmt: skip
+    one, other, lost = batch.scorers({})
+    one.directory.mkdir()
+    (one.directory / "report.html").touch()
+    scores = Scores(arms, summarise(arms, records, tasks, "baseline"), records, tasks)
+    with pytest.raises(Failed):
+        batch.conclude({lost: Failed("it is lost")}, {}, {one: scores, other: scores})
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<a href=") == 1 and '<a href="t/report.html">' in page, "the other has no report of its own"
+    assert "<h1>2 targets</h1>" in page and all(f'scope="rowgroup">{name}<' in page for name in "tu")
+
+
 def test_no_merge_overwrites_what_another_one_reads(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     batch = [BatchConfig("models/one", output="models/two"), BatchConfig("models/two", output="late/three")]
@@ -269,6 +294,7 @@ def test_what_a_batch_makes_of_each_target_is_scored_beside_it(tmp_path):
         arms = ["baseline", "grpo alpha=0.5", "grpo alpha=1", "back alpha=0.5", "back alpha=1"]
         assert list(dict.fromkeys(row["arm"] for row in summary)) == arms
         assert (tmp_path / "run" / target / "report.html").exists()
+        assert f'<a href="{target}/report.html">' in (tmp_path / "run/report.html").read_text()
         by_arm = {arm: [row["value"] for row in summary if row["arm"] == arm and row["primary"]] for arm in arms}
         own = [row for row in rows if row["target"].endswith(target) and row["score"] is not None]
         assert len(own) == 4

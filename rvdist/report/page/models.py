@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -25,11 +26,12 @@ from rvdist.report.wording import Scale, by_task, verdict_text
 
 @dataclass(frozen=True)
 class Model:
-    """One job of several: what it is called, the rows of its main table, and where its own report is."""
+    """One job of several: what it is called, the rows of its main table, and where its own reports are, from the page's
+    directory on."""
 
     name: str
     rows: Sequence[Row]
-    report: str
+    reports: tuple[str, ...] = ()
 
     def join(self, other: Model) -> Model:
         """With the rows of another that this has not, such as those of another α, by the order of α."""
@@ -39,8 +41,7 @@ class Model:
         rows = sorted(
             [*self.rows, *new], key=lambda row: (tasks.index(row.task), row.delta is not None, row.alpha or 0.0)
         )
-        reports = ", ".join(dict.fromkeys([*self.report.split(", "), other.report]))
-        return replace(self, rows=rows, report=reports)
+        return replace(self, rows=rows, reports=tuple(dict.fromkeys([*self.reports, *other.reports])))
 
 
 def write_models(path: Path, name: str, models: Sequence[Model]) -> None:
@@ -57,7 +58,12 @@ def write_models(path: Path, name: str, models: Sequence[Model]) -> None:
             sentences=[f"{model.name}: {said}" for model in models if (said := headline(model.rows))],
             tasks=tasks,
             models=[
-                {"name": model.name, "report": model.report, "lines": _lines(model, tasks, scales)} for model in models
+                {
+                    "name": model.name,
+                    "reports": [(report, quote(report, errors="replace")) for report in model.reports],
+                    "lines": _lines(model, tasks, scales),
+                }
+                for model in models
             ],
             picture=picture[0] if picture else None,
             style=Markup(style),
