@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -22,7 +23,8 @@ ALPHAS = [-1, 0.5, 1]
 KEYS = (
     "arm point alpha prompt task metric filter primary higher_is_better seed value stderr ci_low ci_high n "
     "delta delta_ci_low delta_ci_high p_value p_adjusted verdict verdict_alone margin unseen "
-    "tokens tokens_ci_low tokens_ci_high cut in_format value_in_format"
+    "tokens tokens_ci_low tokens_ci_high cut cut_ci_low cut_ci_high in_format in_format_ci_low in_format_ci_high "
+    "value_in_format"
 )
 
 
@@ -113,6 +115,18 @@ def test_what_was_answered_before_is_not_asked_again(run):
     place, _ = run
     assert score_again(place, ALPHAS, "cache", "again") == {"requests": 0, "cached": 4 * REQUESTS}
     assert (place / "again/summary.json").read_bytes() == (place / "run/summary.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_demo_ends_as_the_readme_shows(tmp_path):
+    """`make demo`, but for where things lie. The table of README.md is its output, some rows left out."""
+    readme = (POCKET.parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"`make demo` ends like this:\n\n((?:    .*\n)+)", readme)
+    shown = [line.strip() for line in block.splitlines() if line.strip() != "…"]
+    done = launch("experiment=demo", *SCORING[1:4], "output=out", "cache.dir=cache", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = [line.strip() for line in done.stdout.splitlines()]
+    assert len(shown) == 7 and [line for line in printed if line in shown] == shown
 
 
 @pytest.mark.slow
