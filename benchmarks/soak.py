@@ -62,7 +62,8 @@ STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 60.0  # seconds for a run that was disturbed to end, and for its processes to be gone
 PAUSE = 3.0  # seconds that a stopped process stands still
 UNDISTURBED = 300.0
-CHAIN = 5  # kills before a command is left alone
+CHAIN = 8  # kills before a command is left alone
+GAP = 5.0  # seconds, at most, from one to the next of the same command
 LATER = 61.0  # seconds after which a command removes what a killed one has left of Ray's
 
 
@@ -199,7 +200,7 @@ def disturb(run: Run, seconds: float, most: int) -> list[tuple[str, signal.Signa
     sent: list[tuple[str, signal.Signals]] = []
     pid: int | None = None
     while len(sent) < most:
-        at = time.monotonic() + random.uniform(0.2 if sent else 0.5, seconds / 2 if sent else seconds)
+        at = time.monotonic() + (random.uniform(0.1, GAP) if sent else random.uniform(0.5, seconds))
         what = random.choice(VICTIMS[run.kind])
         number = random.choice(SIGNALS[what])
         while run.process.poll() is None and time.monotonic() < at:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _REGEX = re.compile(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HIDDEN = re.compile(rb"\\u00[4-7]")  # a letter written in another way, as a key could be
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _KNOWN = {_WORDS % r"\p{N}{1,3}", _WORDS % r"\p{N}"}  # Llama's and Qwen's, which end
+_ATOM = r"(?:[^\\.^$|?*+()\[\]{}]|\\(?:\W|[sSdDwWnrt])|\[\^?(?:[^\\\[\]&]|\\(?:\W|[sSdDwWnrt]))+\]|\.)"
+_LINEAR = re.compile(rf"\^?{_ATOM}{{1,99}}(?:[*+]|\{{\d{{1,3}},?\}}|\$)?")  # at most its end is repeated
 _SECONDS, _BYTES = 3, 512 << 20  # of processor time, of memory
 
 _TRY = """
@@ -88,6 +91,7 @@ def require_usable(path: Path) -> None:
         except ValueError as error:
             raise BadInput(f"{file}: cannot be used ({reason(error)}); copy the tokenizer again") from None
         if file.name == "tokenizer.json" and _is_odd(content):
+            _require_linear_decoder(file, content)
             _try(file, len(content))
 
 
@@ -99,6 +103,27 @@ def _is_odd(content: bytes) -> bool:
         return not {json.loads(found) for found in _REGEX.findall(content)} <= _KNOWN
     except ValueError:
         return True
+
+
+def _require_linear_decoder(file: Path, content: bytes) -> None:
+    """Raises BadInput where its decoder has another regular expression than such as take no longer than a text is long:
+    an engine decodes what its model writes, and nothing ends that."""
+
+    def found(value: Any, name: str = "") -> Iterator[str]:
+        for key, inner in value if isinstance(value, tuple) else ((name, one) for one in value):
+            if isinstance(inner, tuple | list):
+                yield from found(inner, key)
+            elif key == "Regex":
+                yield str(inner)
+
+    whole = json.loads(content, object_pairs_hook=tuple)
+    for key, value in whole if isinstance(whole, tuple) else ():
+        for pattern in found([value]) if key == "decoder" else ():
+            if not _LINEAR.fullmatch(pattern):
+                raise BadInput(
+                    f"{file}: has a tokenizer that cannot be used (its decoder has a regular expression that may take "
+                    f"for ever on what the model writes: {reason(pattern, 80)}); take the model's own"
+                )
 
 
 def _try(file: Path, nbytes: int) -> None:

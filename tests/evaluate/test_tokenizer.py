@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,41 @@ def test_a_pattern_that_does_not_end_is_refused(pattern, where, tmp_path):
     assert said.startswith(f"{tmp_path}/model/tokenizer.json: has a tokenizer that cannot be used (")
 
 
-def test_a_decoder_s_pattern_counts_too(tmp_path):
-    assert "cannot be used" in refused(CHECK, with_pattern(tmp_path / "model", "(a+)+$", "decoder"))
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+$",
+        "(Q+)+Z",
+        "[^\\s]+$",
+        "a*b",
+        "a?b",
+        "a|b",
+        "a{1,3}+",
+        "a{9999}",
+        "(a)",
+        r"a\1",
+        "a" * 1000,
+        "[[a]&&[b]]",
+    ],
+)
+def test_a_decoder_s_pattern_that_is_not_plain_is_refused(pattern, tmp_path):
+    """An engine decodes what the model writes, which no text that is tried foretells."""
+    path = with_pattern(tmp_path / "model", pattern, "decoder")
+    assert "its decoder has a regular expression that may take for ever" in refused(CHECK, path)
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"Regex"', '"\\u0052egex"'))
+    assert "its decoder has a regular expression that may take for ever" in refused(CHECK, path)
+
+
+@pytest.mark.parametrize("pattern", ["▁", "Ġ+", r"\s{2,}", "[ \\t]+", "^ ", r" \.", "x$", r"<0x[0-9A-F]{2}", "."])
+def test_a_decoder_s_plain_pattern_is_used_and_takes_no_time(pattern, tmp_path):
+    path = with_pattern(tmp_path / "model", pattern, "decoder")
+    require_usable(path)
+    decoder = load_tokenizer(path, chat=False).backend_tokenizer.decoder
+    began = time.process_time()
+    for text in ("a", " ", "x", "<0x", " .", "▁", "Ġ", "\t "):
+        decoder.decode([text * (200_000 // len(text)) + "!"])
+    assert time.process_time() - began < 5
 
 
 def test_it_is_not_hidden_by_its_spelling(tmp_path):
