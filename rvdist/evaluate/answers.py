@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -40,7 +40,7 @@ class Answering:
     slice_size: int
     fleet: Callable[[], Fleet]
     cache: Path | None = None
-    identity: Mapping[str, Any] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,12 @@ def answer(
         keys: dict[Slice, str] = {}
         answered: Answers = {}
         if cache:
-            size, identity = answering.slice_size, answering.identity or {}
             digests = {point: asked.digest for point, asked in points.items()}
             with timing.phase("cache"):
-                keys, answered = _recall(cache, asking, slices, digests, identity)
+                keys, answered = _recall(cache, asking, slices, digests, answering)
                 if asking.whole:
                     lacking = [piece for piece in slices if piece not in answered]
-                    answered |= from_whole(asking.whole, lacking, requests, size, digests, identity, cache)
+                    answered |= from_whole(asking.whole, lacking, requests, digests, answering, cache)
             if count := len(cache.damaged):
                 log.say("note", f"note: {file}: {count} slices in it are damaged and count as not answered", "warning")
         todo = [piece for piece in slices if piece not in answered]
@@ -117,10 +116,10 @@ def _recall(
     asking: Asking,
     slices: Sequence[Slice],
     digests: Mapping[WeightPoint, str],
-    identity: Mapping[str, Any],
+    answering: Answering,
 ) -> tuple[dict[Slice, str], Answers]:
     """The key of each slice, and the answers that the cache has to it."""
-    keys = slice_keys(slices, asking.requests, digests, asking.suite.versions, identity)
+    keys = slice_keys(slices, asking.requests, digests, asking.suite.versions, answering.identity)
     known = cache.read(list(keys.values()), {key: piece.take(asking.requests) for piece, key in keys.items()})
     return keys, {piece: known[key] for piece, key in keys.items() if key in known}
 
@@ -129,9 +128,8 @@ def from_whole(
     whole: Asking,
     lacking: Sequence[Slice],
     requests: Requests,
-    slice_size: int,
     digests: Mapping[WeightPoint, str],
-    identity: Mapping[str, Any],
+    answering: Answering,
     cache: SampleCache,
 ) -> Answers:
     """Those of the `lacking` slices, which ask of some documents, that slices of all documents have answered: every
@@ -139,7 +137,7 @@ def from_whole(
     there whole or not at all. `lacking` has one point after the other."""
     sliced: Answers = {}
     for point, pieces in groupby(lacking, key=attrgetter("point")):
-        _, known = _recall(cache, whole, cut(point, whole.requests, slice_size), digests, identity)
+        _, known = _recall(cache, whole, cut(point, whole.requests, answering.slice_size), digests, answering)
         answers = {
             place: answer
             for piece, found in known.items()

@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.answers import answers_of, from_whole
+from rvdist.evaluate.answers import Answering, answers_of, from_whole
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.cache import SampleCache, slice_keys
 from rvdist.evaluate.fleet.schedule import cut
@@ -28,7 +28,9 @@ def reused(tmp_path, wanted, *, cached=(0, 1, 2), truncated=0, point=POINT, serv
             texts = [Completion(f"a{k}", "stop", 1, 1) for k in piece.parts[0].places]
             cache.write([(keys[piece], "p", "t", Answered(tuple(texts), truncated, 1.0))])
     part = {"t": wanted}
-    found = from_whole(whole, cut(point, part, SIZE), part, SIZE, DIGESTS, {"engine": served_by}, cache)
+    found = from_whole(
+        whole, cut(point, part, SIZE), part, DIGESTS, Answering(SIZE, None, identity={"engine": served_by}), cache
+    )
     cache.close()
     return [[answer.text for answer in one.answers] for one in found.values()]
 
@@ -66,7 +68,7 @@ def test_answers_in_a_batch_of_several_tasks_are_found(tmp_path):
     cache.write([(keys[piece], "p", piece.kind, Answered(tuple(texts), 0, 1.0))])
     part = {"t": asked["t"][1:2], "u": asked["u"][2:]}
     whole = Asking("serving", "tensors", suite, None, asked)
-    found = from_whole(whole, cut(POINT, part, 9), part, 9, DIGESTS, {}, cache)
+    found = from_whole(whole, cut(POINT, part, 9), part, DIGESTS, Answering(9, None), cache)
     cache.close()
     answers, _ = answers_of(POINT, part, 9, found)
     assert {task: [answer.text for answer in own] for task, own in answers.items()} == {"t": ["T1"], "u": ["U2"]}
