@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,9 +29,8 @@ from rvdist.evaluate.request import Answer, Answered, Completion, Generate, Logl
 from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.journal import MANIFEST
 
-Kept: TypeAlias = tuple[
-    str, str, str, Answered
-]  # a slice's key; for people its point's digest and its task; its answers
+# A slice's key; for people its point's digest and its task; its answers.
+Kept: TypeAlias = tuple[str, str, str, Answered]
 
 FILE = "samples.sqlite"
 _APPLICATION = 0x72766473  # marks the file as ours
@@ -104,7 +104,7 @@ class SampleCache:
                 os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
             place = f"{self._path.absolute().as_uri()}?mode=rw"
             self._connection = sqlite3.connect(place, uri=True, timeout=_PATIENCE, isolation_level=None)
-            self._connection.text_factory = _text
+            self._connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
             self._connection.set_progress_handler(lambda: time.monotonic() > self._until, 100_000)
             for setting in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA"):
                 self._connection.execute(f"PRAGMA {setting}")
@@ -142,7 +142,7 @@ class SampleCache:
                 key,
                 point,
                 task,
-                json.dumps([_to_json(answer) for answer in found.answers]),
+                json.dumps([list(vars(answer).values()) for answer in found.answers]),
                 found.truncated,
                 found.seconds,
             )
@@ -198,12 +198,6 @@ class SampleCache:
             ) from None
 
 
-def _to_json(answer: Answer) -> list[Any]:
-    if isinstance(answer, Completion):
-        return [answer.text, answer.finish, answer.prompt_tokens, answer.tokens]
-    return [answer.logprob, answer.greedy, answer.tokens]
-
-
 def _parse_answers(answers: Any, truncated: Any, seconds: Any, asked: Sequence[Request] | None) -> Answered:
     """Raises ValueError, TypeError, LookupError, RecursionError for what is no answer to what was asked."""
     parsed = tuple(map(_from_json, json.loads(answers)))
@@ -232,7 +226,3 @@ def _is_count(value: Any) -> bool:
 def _require(holds: bool) -> None:
     if not holds:
         raise ValueError("it is no answer")
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", "surrogateescape")

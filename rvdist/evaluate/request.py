@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's, the first counts
+_DEFAULT_LENGTH = 256  # tokens, lm-eval's too
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Generate:
         return self.prompt
 
     @classmethod
-    def from_lm_eval(cls, prompt: str, kwargs: Mapping[str, Any], default_max_tokens: int = 256) -> Generate:
+    def from_lm_eval(cls, prompt: str, kwargs: Mapping[str, Any]) -> Generate:
         """The request for lm-eval's `generate_until` arguments. Greedy unless `do_sample` is true or a positive
         temperature is given without `do_sample`. An empty string in `until` stops nothing. Raises ValueError for an
         argument nobody here knows."""
         left = dict(kwargs)
         until = left.pop("until", None) or ()
         lengths = [left.pop(key, None) for key in _LENGTHS]
-        max_tokens = next((int(length) for length in lengths if length is not None), default_max_tokens)
+        max_tokens = next((int(length) for length in lengths if length is not None), _DEFAULT_LENGTH)
         do_sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
         if do_sample is False or (do_sample is None and temperature is None):
             temperature = 0.0

@@ -68,7 +68,6 @@ class Fleet:
         self.refused: dict[WeightPoint, str] = {}  # in the last call of `answer`: points without a score, and why
         self.stats = FleetStats()
         self._begin = self._created  # of the present call of `answer`
-        self._ahead: dict[int, Any] = {}  # the answers to what seats hold while they answer
         self._reads_ahead: bool = getattr(actor, "reads_ahead", False)
         self.seats = Seats(
             lambda number: actor_class.options(**(self._place(number, kind) if over_nodes else own)).remote(
@@ -110,9 +109,8 @@ class Fleet:
 
         self.stats, self.refused, self._failures = FleetStats(), {}, Failures()
         self.stats.failures = self._failures.told
-        self._ahead = {}
         for seat in self.seats:
-            seat.sent = set()
+            seat.sent, seat.ahead = set(), None
         slices = list(slices)
         schedule, forecast = Schedule(slices, self._home), Forecast(slices, requests)
         answers: dict[Slice, Answered] = {}
@@ -181,7 +179,6 @@ class Fleet:
 
     def stop(self) -> None:
         """Ends every engine."""
-        self._ahead = {}
         self.seats.stop()
         for group in self._groups.values():
             from ray.util.placement_group import remove_placement_group
@@ -211,7 +208,6 @@ class Fleet:
         if isinstance(cause(error), BadInput):
             raise BadInput(why)
         schedule.leave(seat.number)
-        self._ahead.pop(seat.number, None)
         self.stats.deaths += 1
         self._failures.add(seat.number, why, piece)
         self.seats.replace(seat)
@@ -243,7 +239,7 @@ class Fleet:
                 self._expect(seat, piece, schedule, forecast, now)
         for seat, _ in list(running.values()):  # when nobody is idle
             if held := schedule.hold(seat.number):
-                self._ahead[seat.number] = self._send(seat, held, schedule, requests)
+                seat.ahead = self._send(seat, held, schedule, requests)
 
     def _send(self, seat: Seat, piece: Slice, schedule: Schedule, requests: Mapping[str, Sequence[Request]]) -> Any:
         """The answer to come, of an engine that may still be at another slice. It is told what it may be asked then, so
@@ -259,11 +255,12 @@ class Fleet:
         self, seat: Seat, schedule: Schedule, forecast: Forecast, running: dict[Any, tuple[Seat, Slice]]
     ) -> None:
         """An engine has answered and is, if it held a slice, at that by now."""
-        if seat.number in self._ahead:
+        if seat.ahead is not None:
             now = time.monotonic()
             piece = schedule.take(seat.number, now)
             assert piece is not None
-            running[self._ahead.pop(seat.number)] = (seat, piece)
+            running[seat.ahead] = (seat, piece)
+            seat.ahead = None
             self._expect(seat, piece, schedule, forecast, now)
 
     def _expect(self, seat: Seat, piece: Slice, schedule: Schedule, forecast: Forecast, now: float) -> None:

@@ -40,6 +40,7 @@ class Seat:
     bytes_read: int = 0
     progress: Progress | None = None  # of the slice at which it works
     sent: set[tuple[Part, ...]] = field(default_factory=set)  # requests that its engine has been sent
+    ahead: Any = None  # the answer to a slice that it holds while it is at another
 
 
 class Seats:
@@ -202,12 +203,12 @@ class Seats:
         end this process."""
         for seat in self._seats:
             kill(seat.actor)
-            seat.actor = None
+            seat.actor = seat.ahead = None
         self._coming, self._starting = {}, {}
 
     def _start(self, seat: Seat) -> None:
         seat.actor, seat.up, seat.at, seat.until, seat.log = self._spawn(seat.number), None, None, None, ""
-        seat.cpu_seconds, seat.bytes_read, seat.sent = 0.0, 0, set()
+        seat.cpu_seconds, seat.bytes_read, seat.sent, seat.ahead = 0.0, 0, set(), None
         self._coming[seat.actor.__ray_ready__.remote()] = seat
 
     def _lose(self, seat: Seat, error: Exception) -> None:

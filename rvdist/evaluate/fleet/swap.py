@@ -64,9 +64,9 @@ class SwapExtension:
     def rvdist_rows(self) -> list[int]:
         """How many rows of logits there were since the last call, and how many of them have no finite maximum: a NaN,
         +inf, or nothing but -inf. No token can be drawn from such a row, and vLLM draws one all the same."""
-        rows = self._rvdist_rows.tolist()
+        rows: list[int] = self._rvdist_rows.tolist()
         self._rvdist_rows.zero_()
-        return list(map(int, rows))
+        return rows
 
     def rvdist_swap(self, point: str, exchanged: list[int]) -> dict[str, str]:
         """Loads the weights of `point` (the JSON of a WeightPoint), or the mirror image of them (see `mirror`)

@@ -79,11 +79,10 @@ class Verdict:
 
 
 def run(
-    programs: Sequence[Program], limits: Limits | None = None, workers: int | None = None, mode: Mode = "namespaces"
+    programs: Sequence[Program], limits: Limits = Limits(), workers: int | None = None, mode: Mode = "namespaces"
 ) -> list[Verdict]:
     """A verdict for each program, in order; `workers` programs run at a time (None: one for each core).
     Raises Failed where the kernel does not give `mode`."""
-    limits = limits or Limits()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda program: _run(program, limits, mode), programs))
 

@@ -248,7 +248,9 @@ def test_engines_that_hold_their_next_slice_lose_nothing(ray_local, tmp_path, ki
     fleet = Fleet("base", (str(tmp_path), {"at40": (kind, 1)}), 2, cpus=0.1, actor=Fake, pauses=(0.1,))
     ahead = []
     try:
-        found = fleet.answer(slices, requests, watch=lambda status: ahead.append(len(fleet._ahead)))
+        found = fleet.answer(
+            slices, requests, watch=lambda status: ahead.append(sum(seat.ahead is not None for seat in fleet.seats))
+        )
     finally:
         fleet.stop()
     assert {piece: [one.text for one in given.answers] for piece, given in found.items()} == {
