@@ -162,9 +162,9 @@ def speeds(cache: Path) -> object:
 
 
 def chosen(cache: Path) -> object:
-    from rvdist.evaluate.resolved import remembered
+    from rvdist.evaluate.resolved import recall
 
-    return remembered(cache, "a")
+    return recall(cache, "a")
 
 
 def rate(path: Path) -> object:

@@ -17,8 +17,8 @@ Requests = Mapping[str, Sequence[Request]]  # by task
 class Asking:
     """What is asked of engines that serve alike.
 
-    `serving` is a digest of what engines read of a checkpoint besides its weights; `tensors` are those it has; `whole`
-    is what is asked of all documents, where these are some of them."""
+    `serving` is a digest of what engines read of a checkpoint besides its weights; `tensors` is the JSON of its
+    tensors' names, dtypes and shapes; `whole` is what is asked of all documents, where these are some of them."""
 
     serving: str
     tensors: str

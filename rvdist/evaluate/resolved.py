@@ -21,7 +21,7 @@ def name_of(identity: Mapping[str, Any], tensors: str) -> str:
     return digest_of([identity, tensors])
 
 
-def remembered(cache: Path, engines: str) -> dict[str, str]:
+def recall(cache: Path, engines: str) -> dict[str, str]:
     """What was chosen where engines of this name answered before; nothing where it cannot be read."""
     found = _read(cache).get(engines, {})
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}

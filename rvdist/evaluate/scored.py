@@ -14,10 +14,10 @@ from rvdist.evaluate.transcript import show_answers
 LOGARITHM = "log2_"  # before the name of a perplexity in records
 
 
-def formatted(task: Any, entries: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
-    """By document, whether its answers were as the task asks for them: whether of its filters that may find nothing, by
-    a regular expression, the one called strict-match, or else the first, found something in each. Empty where it has
-    none."""
+def in_format(task: Any, entries: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
+    """By document, whether its answers were as the task asks for them. Of the task's filters that search answers by a
+    regular expression, and may find nothing, one says so: strict-match, or else the first. It must have found something
+    in each answer. Empty where the task has no such filter."""
     from lm_eval.api.registry import get_filter
     from lm_eval.filters.extraction import RegexFilter
 

@@ -20,7 +20,7 @@ from rvdist.core.record import LONGEST_NAME, Record, TaskInfo
 from rvdist.core.text import cut, reason
 from rvdist.evaluate.request import Answer, Choice, Completion, Generate, Loglikelihood, Request, Rolling
 from rvdist.evaluate.sandbox import sandbox
-from rvdist.evaluate.scored import LOGARITHM, as_record, formatted
+from rvdist.evaluate.scored import LOGARITHM, as_record, in_format
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
 from rvdist.evaluate.tasks.private_lm_eval import templates_compiled_once
@@ -53,8 +53,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Suite:
-    """Loaded tasks and how they are asked. `load` makes one; `lacking` says why names were left out; `chosen`, by task,
-    are the documents of `restricted`; `primary`, by task, is the filter whose score counts."""
+    """Loaded tasks and how they are asked. `load` makes one. `loaded` is lm-eval's TaskDict; `limit` and `chat` are as
+    `load` takes them; `walls` are the sandbox's, if answers are programs; `lacking` says why names were left out. By
+    task, `chosen` are the documents that `restrict` named, and `primary` is the filter whose score counts."""
 
     loaded: Mapping[str, Any]
     limit: int | None
@@ -80,12 +81,10 @@ class Suite:
     ) -> Suite:
         """The tasks and groups called `names`, ours and those under `include_path` first, then lm-eval's own.
 
-        `limit` documents of each task; `num_fewshot` overrides tasks that set a number other than 0; `chat` puts
-        prompts into the model's chat template; `code` lets answers that are programs run in a "strict" or "degraded"
-        sandbox; `data_dir` holds the benchmarks as files, and `leave_out` goes on without those it does not hold;
-        `prompt` is put before every question, but for those of examples; `primary` names filters whose score counts,
-        by task or group.
-        Raises BadInput for an unknown task, data that cannot be had, code that may not or cannot be run.
+        `limit` documents of each task; `chat` puts prompts into the model's chat template; `code` lets answers that are
+        programs run in a "strict" or "degraded" sandbox; `primary` names filters whose score counts, by task or group;
+        what else there is, `catalogue.load` takes. Raises BadInput for an unknown task, data that cannot be had, code
+        that may not or cannot be run.
         """
         include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
         loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
@@ -203,7 +202,7 @@ class Suite:
         samples = results.pop("samples")
         records = []
         for task, entries in samples.items():
-            together, found = self.tasks[task].aggregation(), formatted(self.tasks[task], entries)
+            together, found = self.tasks[task].aggregation(), in_format(self.tasks[task], entries)
             written = self._written(task, answers[task])
             for entry in entries:
                 ours = written.get(int(entry["doc_id"]), ())

@@ -25,7 +25,7 @@ from rvdist.evaluate.foresight import Memory, mean_lengths
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer
 from rvdist.evaluate.resolved import name_of as name_of_engines
-from rvdist.evaluate.resolved import remember, remembered
+from rvdist.evaluate.resolved import recall, remember
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.stages.job import Prepared
@@ -259,7 +259,7 @@ class Evaluator:
             timeout=limits[0],
             start_timeout=limits[1],
             accelerator_type=accelerator,
-            resolved=remembered(prepared.cache, engines) if prepared.settings.cache.samples else None,
+            resolved=recall(prepared.cache, engines) if prepared.settings.cache.samples else None,
             over_nodes=device == "cuda" and config.over_nodes(prepared.settings),
         )
 

@@ -42,7 +42,7 @@ class EngineActor:
     def info(self) -> dict[str, Any]:
         """What the engine says of itself. Raises BadInput and Unusable where it cannot start, Failed with the end of
         the log where it did not."""
-        with _log_told():
+        with _with_log():
             if self._engine is None:
                 self._engine = Engine(*self._made_of)
             return self._engine.info() | {"log": _log(), "host": platform.node(), "environment": self._told}
@@ -57,7 +57,7 @@ class EngineActor:
         assert engine is not None
         begin, truncated, moved = time.perf_counter(), engine.truncated, not engine.is_at(piece.point)
         swapped = begin
-        with _log_told():
+        with _with_log():
             try:
                 engine.swap(piece.point)
                 swapped = time.perf_counter()
@@ -73,7 +73,7 @@ class EngineActor:
 
 
 @contextlib.contextmanager
-def _log_told() -> Iterator[None]:
+def _with_log() -> Iterator[None]:
     """What is raised within is ours, or Failed with the end of this process's log."""
     try:
         yield

@@ -105,9 +105,8 @@ class EngineSettings:
     `max_model_len` in tokens, None: the checkpoint's own. `gpu_memory_utilization` counts on GPUs, unless there is
     `kv_cache_gib` (GiB a rank, on CPUs zeroed at start: two seconds a GiB). `cpu_threads` counts on CPUs, where a
     thread too many on a busy machine costs far more than one too few. `truncate`: cut prompts that do not fit from
-    the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served.
-    `prefix_caching`: texts of one slice share what they begin with. `args`: what else vLLM is
-    started with, as `further_arguments` gives it.
+    the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served. `prefix_caching`: texts of one
+    slice share what they begin with. `args`: what else vLLM is started with, as `further_arguments` gives it.
     """
 
     tensor_parallel_size: int = 1

@@ -22,7 +22,7 @@ from typing import Any
 from rvdist.core.errors import Failed
 from rvdist.core.point import Term, WeightPoint
 from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, EngineSettings, versions
-from rvdist.evaluate.fleet.private_vllm import begun, steps
+from rvdist.evaluate.fleet.private_vllm import steps, under_way
 from rvdist.evaluate.fleet.prompts import Prompts
 from rvdist.evaluate.fleet.running import Running, finish, next_of
 from rvdist.evaluate.fleet.start import start_vllm
@@ -179,7 +179,7 @@ class Engine:
             )
 
     def _run_probe(self) -> str:
-        """Swaps in a mirror image of the base (swap.mirror), whose log-probabilities are known: those of the base.
+        """Swaps in a mirror image of the base (mirror.mirror), whose log-probabilities are known: those of the base.
         Any weight left behind anywhere, as a vLLM of another version or build might, gives others."""
         tokens = self._probe_tokens()
         one, other, *_ = dict.fromkeys(tokens)
@@ -360,7 +360,7 @@ class Engine:
 
     def _progress(self, prompts: Sequence[list[int]], answers: Sequence[Any], number: int) -> Progress:
         """How far a batch is: counted, not guessed, but for prompts that vLLM has read in part."""
-        going = begun(self._llm)
+        going = under_way(self._llm)
         return Progress(
             len(answers),
             sum(map(len, prompts)),

@@ -35,8 +35,8 @@ class Fleet:
     `start_timeout` seconds, and say nothing at its work for `timeout` (None: for 15 minutes, or many times as long as
     its slice should take, or as its start took). A start that fails is tried again after each of `pauses` seconds.
     `accelerator_type` is the kind of GPU, by Ray's name, where there may be several. `over_nodes`: the GPUs of an
-    engine may be on several nodes. `resolved`: what vLLM must choose, where that is known.
-    `actor` is what answers, made of `base` and `settings`."""
+    engine may be on several nodes. `resolved`: what vLLM must choose, where that is known. `actor` is the class of what
+    answers, made of `base` and `settings`."""
 
     def __init__(
         self,

@@ -119,7 +119,7 @@ def watch_logits(model_runner: Any) -> torch.Tensor:
     return rows
 
 
-def resolved(worker: Any) -> dict[str, str]:
+def own_choices(worker: Any) -> dict[str, str]:
     """What vLLM has chosen by itself in a rank, of which text may depend: how many requests share a batch at most, the
     kernels of attention, and the code that runs the model. What a version does not tell is not among it."""
     runner, found = worker.model_runner, dict[str, str]()
@@ -202,8 +202,8 @@ def steps(llm: Any, prompts: Sequence[list[int]], parameters: Any) -> Generator[
         raise
 
 
-def begun(llm: Any) -> list[tuple[int, int]]:
-    """(tokens of the prompt, tokens written so far) of each request that vLLM has read the prompt of and not finished.
+def under_way(llm: Any) -> list[tuple[int, int]]:
+    """(tokens of the prompt, tokens made so far) of each request whose prompt vLLM has read and that is not finished.
     Raises Failed where it does not say so any more."""
     try:
         return [

@@ -21,10 +21,10 @@ from rvdist.evaluate.fleet.private_vllm import (
     ask_for_amx,
     clear_caches,
     hide_llvmlite,
+    own_choices,
     reload,
     repair_packed_copies,
     require_in_rank,
-    resolved,
     watch_logits,
 )
 from rvdist.weights.reader import open_point
@@ -52,7 +52,7 @@ class SwapExtension:
 
     def rvdist_resolved(self) -> dict[str, str]:
         """What vLLM has chosen in this rank."""
-        return resolved(self)
+        return own_choices(self)
 
     def rvdist_ready(self, tensors: list[str]) -> None:
         """Call once after start on a checkpoint of these tensors. Raises Failed where vLLM is not as we know it."""

@@ -76,8 +76,8 @@ def load(
     Of two definitions the later counts: lm-eval's, ours, those under `include_paths`. `num_fewshot` overrides tasks
     that set a number other than 0. With `data_dir` the data sets in `local.LAYOUTS` are read from there and from
     nowhere else; names without their files are left out on request. A `prompt` is put before every question, but for
-    those of examples. Raises BadInput for a name there is not, data that
-    cannot be had, code that may not be run (`code` is None) or would run outside our sandbox.
+    those of examples. Raises BadInput for a name there is not, data that cannot be had, code that may not be run
+    (`code` is None) or would run outside our sandbox.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     private_lm_eval.require()
