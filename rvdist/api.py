@@ -202,11 +202,11 @@ def evaluate(
             console,
         )
         ended = _do(replace(job, arms=arms))
-    assert ended.scores is not None
+    assert ended.findings is not None
     if kept:
         text = json.dumps({name: point.to_json() for name, point in points.items()}, indent=1)
         (kept / POINTS).write_text(text + "\n", encoding="utf-8")
-    return Evaluation(ended.scores.rows, ended.scores.records, ended.notes, job.timing, kept)
+    return Evaluation(list(ended.findings.rows), list(ended.findings.records), ended.notes, job.timing, kept)
 
 
 def load_records(path: str | Path) -> list[Record]:

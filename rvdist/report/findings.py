@@ -23,7 +23,7 @@ from rvdist.report.claims import (
 )
 from rvdist.report.page.samples import empty_answers
 from rvdist.report.paper import Line, Reported, paper_lines
-from rvdist.report.pictures.race import RaceAccount
+from rvdist.report.pictures.race import Runner
 from rvdist.report.statistics.compare import FormatGain, detectable_effects, format_gains
 from rvdist.report.statistics.robustness import Edited, robustness
 from rvdist.report.statistics.seeds import Spread, seed_spread
@@ -35,8 +35,8 @@ from rvdist.report.wording import Scale
 @dataclass(frozen=True)
 class Findings:
     """`rows` are those of `summarise` of the same arms, records, tasks and groups. `reported` are changes that somebody
-    else found, in points, by benchmark and arm; `lacking` says of tasks why they could not be asked; `race` how the
-    arms were chosen, if by one."""
+    else found, in points, by benchmark and arm; `lacking` says of tasks why they could not be asked. `runners` are
+    those of the race that chose the arms, if one did."""
 
     arms: Sequence[Arm]
     rows: Sequence[Row]
@@ -45,7 +45,7 @@ class Findings:
     groups: Sequence[GroupInfo] = ()
     reported: Reported = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
-    race: RaceAccount | None = None
+    runners: Sequence[Runner] = ()
 
     @cached_property
     def outline(self) -> Outline:
@@ -61,6 +61,13 @@ class Findings:
     def benchmarks(self) -> list[Row]:
         """The rows of the main table."""
         return self.outline.benchmarks(self.rows)
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweeper maximises: the mean score over benchmarks (less it where less is better), of the arms other
+        than the baseline if any. A group is one benchmark; edited questions are none."""
+        rows = [row for row in self.benchmarks if row.delta is not None] or self.benchmarks
+        return sum(row.value if row.higher_is_better else -row.value for row in rows) / len(rows) if rows else None
 
     @cached_property
     def members(self) -> list[Row]:

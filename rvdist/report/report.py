@@ -57,13 +57,13 @@ def write_report(directory: Path, findings: Findings, making: Making, anatomy: A
     wanted: dict[str, Callable[[], Figure | None]] = {}
     if findings.benchmarks:
         wanted = {
-            "alpha": lambda: alpha_figure(findings.benchmarks, findings.race is None),
+            "alpha": lambda: alpha_figure(findings.benchmarks, not findings.runners),
             "changes": lambda: changes_figure(findings.lines),
             "cost": lambda: cost_figure(findings.benchmarks),
         }
         write_paper_table(directory / "paper.csv", findings.lines)
-    if race := findings.race:
-        wanted["race"] = lambda: race_figure(race)
+    if findings.runners:
+        wanted["race"] = lambda: race_figure(findings.runners)
     if findings.edited:
         wanted["robustness"] = lambda: robustness_figure(findings.edited, findings.scales)
         write_robustness(directory / "robustness.csv", findings.edited)

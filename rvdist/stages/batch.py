@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from glob import glob, has_magic
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rvdist.core import config
 from rvdist.core.config import BatchConfig, Config, DonorsConfig, VectorConfig, WeightedVectorConfig
@@ -18,8 +18,10 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.core.table import print_table
 from rvdist.core.text import reason
-from rvdist.report.summary import Outline
-from rvdist.stages.job import Job, Prepared, Scores
+from rvdist.stages.job import Job, Prepared
+
+if TYPE_CHECKING:
+    from rvdist.report.findings import Findings
 
 FILE = "batch.json"
 _MERGING, _SCORING = ("plan", "merge"), ("evaluate", "report")
@@ -130,7 +132,7 @@ class Batch:
                 yield BatchMerge(None, None, own.name or "", listed, None, BadInput(f"{key}{error}"))
 
     def conclude(
-        self, failed: Mapping[Job, Exception], prepared: Mapping[Job, Prepared], scores: Mapping[Job, Scores]
+        self, failed: Mapping[Job, Exception], prepared: Mapping[Job, Prepared], findings: Mapping[Job, Findings]
     ) -> None:
         """Prints what became of every merge and writes it to FILE. Raises Failed where some failed, BadInput where all
         did, of what they were given: then nothing is written."""
@@ -138,7 +140,7 @@ class Batch:
         errors: list[Exception] = []
         for part in self.parts:
             error = failed.get(part.job) if isinstance(part.job, Job) else part.job
-            rows.append(self._row(part, error, prepared, scores))
+            rows.append(self._row(part, error, prepared, findings))
             if error:
                 errors.append(error)
                 sentences.append(f"failed: {_short(part.output) or part.target}: {_sentence(error)}")
@@ -149,7 +151,7 @@ class Batch:
                 sentences.append(f"failed: {target} could not be scored: {_sentence(error)}")
         refused = refused and all(scorer in failed for scorer in self._scorers.values())
         self._print(rows)
-        self._show_models(scores)
+        self._show_models(findings)
         for sentence in sentences:
             self._job.say(sentence)
         if not refused and {"merge", "evaluate"} & {*self._merged, *self._scored}:
@@ -164,9 +166,9 @@ class Batch:
                 f"{_sentence(errors[0])}"
             ) from errors[0]
 
-    def _show_models(self, scores: Mapping[Job, Scores]) -> None:
+    def _show_models(self, findings: Mapping[Job, Findings]) -> None:
         """All targets that have scores as one page, in the batch's directory."""
-        found = {target: own for target, job in self._scorers.items() if (own := scores.get(job)) and own.rows}
+        found = {target: own for target, job in self._scorers.items() if (own := findings.get(job)) and own.rows}
         if "report" not in self._scored or not found:
             return
         from rvdist.report.page.models import Model, write_models
@@ -175,8 +177,7 @@ class Batch:
         for target, own in found.items():
             report = self._scorers[target].directory / path.name
             reports = (str(report.relative_to(path.parent)),) if report.exists() else ()
-            rows = Outline([task.name for task in own.tasks], own.groups).benchmarks(own.rows)
-            models.append(Model(name_of(target), rows, reports))
+            models.append(Model(name_of(target), own.benchmarks, reports))
         write_models(path, "One target" if len(models) == 1 else f"{len(models)} targets", models)
         self._job.say(f"report: {path}")
 
@@ -185,7 +186,7 @@ class Batch:
         part: BatchMerge,
         error: Exception | None,
         prepared: Mapping[Job, Prepared],
-        scores: Mapping[Job, Scores],
+        findings: Mapping[Job, Findings],
     ) -> dict[str, Any]:
         scorer = self._scorers.get(part.target)
         if error:
@@ -204,15 +205,15 @@ class Batch:
             "reason": _sentence(error) if error else None,
         }
         if self._scored:
-            row |= {"score": self._score(scores.get(scorer), part) if scorer else None}
+            row |= {"score": self._score(findings.get(scorer), part) if scorer else None}
         return row
 
-    def _score(self, scores: Scores | None, part: BatchMerge) -> float | None:
+    def _score(self, findings: Findings | None, part: BatchMerge) -> float | None:
         """The mean over benchmarks."""
-        if scores is None or part.point not in self._arms:
+        if findings is None or part.point not in self._arms:
             return None
         name = self._arms[part.point].name
-        return replace(scores, rows=[row for row in scores.rows if row.arm == name]).objective
+        return replace(findings, rows=[row for row in findings.rows if row.arm == name]).objective
 
     def _print(self, rows: Sequence[Mapping[str, Any]]) -> None:
         scored = ["mean score"] if self._scored else []

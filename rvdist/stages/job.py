@@ -15,13 +15,11 @@ from rvdist import __version__
 from rvdist.core.config import Config, Saved, cache_directory
 from rvdist.core.log import Log
 from rvdist.core.point import Arm, Vector, WeightPoint
-from rvdist.core.record import Record, TaskInfo
 from rvdist.core.timing import Timing
-from rvdist.report.summary import Outline
 from rvdist.weights.checkpoint.directory import Checkpoint
 
 if TYPE_CHECKING:
-    from rvdist.report.summary import GroupInfo, Row
+    from rvdist.report.findings import Findings
 
 Notes = Mapping[WeightPoint, tuple[str, ...]]  # what whoever reads a result should know, in sentences
 
@@ -117,41 +115,17 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What was found of some arms, the baseline first: records, and what they mean. `lacking`: why tasks were left
-    out."""
-
-    arms: Sequence[Arm]
-    rows: list[Row]
-    records: list[Record]
-    tasks: list[TaskInfo]
-    groups: Sequence[GroupInfo] = ()
-    lacking: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def objective(self) -> float | None:
-        """What a sweeper maximises: the mean score over benchmarks (less it where less is better), of the arms other
-        than the baseline if any. A group is one benchmark; edited questions are none."""
-        primary = Outline([task.name for task in self.tasks], self.groups).benchmarks(self.rows)
-        values = [
-            row.value if row.higher_is_better else -row.value
-            for row in [row for row in primary if row.delta is not None] or primary
-        ]
-        return sum(values) / len(values) if values else None
-
-
-@dataclass(frozen=True)
 class Ended:
-    """How a job ended: the error that it failed of, if it did, and what it found in any case."""
+    """How a job ended: the error that it failed of, if it did, and what was found of its arms in any case."""
 
     error: Exception | None
-    scores: Scores | None
+    findings: Findings | None
     notes: tuple[str, ...]
 
     @property
     def objective(self) -> float | None:
-        """That of the scores, None of a job that failed or scored nothing."""
-        return self.scores.objective if self.scores and not self.error else None
+        """That of the findings, None of a job that failed or scored nothing."""
+        return self.findings.objective if self.findings and not self.error else None
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from rvdist.core.point import Vector, name_of
 from rvdist.core.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.report.card.metadata import licence_of
 from rvdist.stages.batch import Batch, is_batch
-from rvdist.stages.job import Ended, Job, Notes, Prepared, Scores, versions
+from rvdist.stages.job import Ended, Job, Notes, Prepared, versions
 from rvdist.stages.merge import card, common_plan, group_alike, merge_together, save_vector, sources_of
 from rvdist.stages.plan import print_evaluation, print_plan
 from rvdist.stages.prepare import Known, prepare, require_no_source
@@ -31,6 +31,7 @@ from rvdist.weights.checkpoint.staging import discards
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 if TYPE_CHECKING:
+    from rvdist.report.findings import Findings
     from rvdist.stages.analyze import Analysis
     from rvdist.stages.evaluate import Evaluator
     from rvdist.stages.score import Scoring
@@ -152,10 +153,10 @@ class _Command:
         """What became of every job."""
         for job, error in self._failed.items():
             self._failed[job] = self._with_kept(job, error)
-        scores = {one.job: scoring.scores for one, scoring in self._scorings.items() if scoring.scores}
+        found = {one.job: scoring.findings for one, scoring in self._scorings.items() if scoring.findings}
         for job in self._batches:
-            self._try(job, lambda job: self._batches[job].conclude(self._failed, self._prepared, scores))
-        return [self._end(job, scores.get(job)) for job in self._jobs]
+            self._try(job, lambda job: self._batches[job].conclude(self._failed, self._prepared, found))
+        return [self._end(job, found.get(job)) for job in self._jobs]
 
     def _unfailed(self) -> Group:
         return [one for job, one in self._prepared.items() if job not in self._failed]
@@ -182,9 +183,9 @@ class _Command:
             return error
         return Failed(f"{error}; written before, and kept: {', '.join(map(str, self._kept[job]))}")
 
-    def _end(self, job: Job, scores: Scores | None) -> Ended:
+    def _end(self, job: Job, findings: Findings | None) -> Ended:
         prepared, where = self._prepared.get(job), str(job.directory)
-        ended = Ended(self._failed.get(job), scores, self._sentences(prepared) if prepared else ())
+        ended = Ended(self._failed.get(job), findings, self._sentences(prepared) if prepared else ())
         if ended.error:
             sentence = f"failed: {type(ended.error).__name__}: {ended.error}"
             job.log.record("end", sentence, "error", directory=where)
@@ -284,18 +285,14 @@ class _Command:
 
     def _report(self, prepared: Prepared) -> None:
         scoring, analysis = self._scorings.get(prepared), self._analyses.get(prepared)
-        scores = scoring.scores if scoring else None
-        if not analysis and not (_in("report", prepared) and scores):
+        findings = scoring.findings if scoring else None
+        if not analysis and not (_in("report", prepared) and findings):
             return
         from rvdist.report.findings import Findings, Making
         from rvdist.report.report import print_findings, write_report
         from rvdist.stages.analyze import explain
 
-        reported, race = prepared.settings.reported, scoring.race if scoring else None
-        scores = scores or Scores((), [], [], [])
-        findings = Findings(
-            scores.arms, scores.rows, scores.records, scores.tasks, scores.groups, reported, scores.lacking, race
-        )
+        findings = findings or Findings((), [], [], [])
         anatomy = explain(prepared, analysis, findings) if analysis else None
         if not _in("report", prepared):
             return
@@ -304,7 +301,7 @@ class _Command:
         making = Making(
             title=f"{name_of(prepared.settings.target)}: {named or 'its vectors'}",
             command=prepared.job.command,
-            digests={arm.name: prepared.digests[arm.point] for arm in scores.arms},
+            digests={arm.name: prepared.digests[arm.point] for arm in findings.arms},
             versions=versions() | engine | {"run": prepared.job.log.run},
             timing=prepared.timing.phases,
             notes=self._sentences(prepared),
@@ -320,13 +317,13 @@ class _Command:
 
         for source in prepared.sources.values():
             download_card(source)
-        scores = self._scorings[prepared].scores if prepared in self._scorings else None
+        findings = self._scorings[prepared].findings if prepared in self._scorings else None
         for directory, what in prepared.published.items():
             repository = self._known.repositories[directory]
             if isinstance(what, Vector):
                 text = _vector_card(prepared, what, directory, repository)
             else:
-                scored = results(prepared.directory, scores, prepared.digests.get(what))
+                scored = results(prepared.directory, findings, prepared.digests.get(what))
                 text = card(prepared, what, self._notes(prepared), repository, scored)
             publish(prepared.job, directory, repository, text)
 

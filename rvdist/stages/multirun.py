@@ -105,14 +105,13 @@ class RayLauncher(Launcher):
     def _keep(self, job: Job, own: str, ended: Ended) -> None:
         """For the page of all jobs; those that differ in α alone are one model."""
         from rvdist.report.page.models import Model
-        from rvdist.report.summary import Outline
 
-        sweep, place, scores = Path(self._config.hydra.sweep.dir).absolute(), job.directory.absolute(), ended.scores
-        if scores and scores.rows and sweep in place.parents:
+        sweep, place = Path(self._config.hydra.sweep.dir).absolute(), job.directory.absolute()
+        if ended.findings and ended.findings.rows and sweep in place.parents:
             differing = [override for override in own.split(" ") if not override.startswith("alpha=")]
             name = " ".join(differing).strip() or job.settings.target
-            rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
-            found = Model(name, rows, (str(place.relative_to(sweep) / "report.html"),))
+            where = (str(place.relative_to(sweep) / "report.html"),)
+            found = Model(name, ended.findings.benchmarks, where)
             RayLauncher._models[name] = RayLauncher._models[name].join(found) if name in RayLauncher._models else found
 
     def _show_models(self) -> None:

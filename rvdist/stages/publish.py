@@ -21,15 +21,16 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
 from rvdist.core.regular import read_regular
 from rvdist.report.card.metadata import Result
-from rvdist.report.summary import Outline, dissenting_rows
 from rvdist.report.wording import printable
-from rvdist.stages.job import Job, Scores
+from rvdist.stages.job import Job
 from rvdist.weights.checkpoint.directory import open_checkpoint, read_json
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Manifest
 from rvdist.weights.checkpoint.staging import discards
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from rvdist.report.findings import Findings
 
 Contents = dict[str, Path | bytes]  # by name in the repository
 
@@ -70,24 +71,22 @@ def require(job: Job, published: Mapping[Path, str], others: Mapping[Path, str])
         job.note(f"what goes to {', '.join(published.values())} will be shown only, as hub.confirmed is not set")
 
 
-def results(directory: Path, scores: Scores | None, digest: str | None) -> list[Result]:
+def results(directory: Path, findings: Findings | None, digest: str | None) -> list[Result]:
     """What the run in a directory found of the point with this digest, with the baseline's score beside it: the rows
     of the main table."""
-    if scores is None or digest is None:
+    if findings is None or digest is None:
         return []
-    rows = Outline([task.name for task in scores.tasks], scores.groups).benchmarks(scores.rows)
-    baseline = scores.arms[0].name
-    dissent = dissenting_rows(scores.rows)
-    reference = {row.task: row for row in rows if row.arm == baseline}
-    members = {group.name: group.tasks for group in scores.groups}
+    baseline = findings.arms[0].name
+    reference = {row.task: row for row in findings.benchmarks if row.arm == baseline}
+    members = {group.name: group.tasks for group in findings.groups}
     said = read_json(directory / "results" / f"{baseline}.json")
     listed = []
-    for row in rows:
+    for row in findings.benchmarks:
         if row.point == digest:
             asked = {json.dumps(_ask(said, task)) for task in members.get(row.task, (row.task,))}
             what = json.loads(asked.pop()) if len(asked) == 1 else {}
             other = reference.get(row.task) if row.arm != baseline else None
-            listed.append(Result(row, other, dissent=dissent.get((row.task, row.arm), ()), **what))
+            listed.append(Result(row, other, dissent=findings.dissent.get((row.task, row.arm), ()), **what))
     return listed
 
 

@@ -19,7 +19,7 @@ from rvdist.stages.evaluate import Evaluator
 from rvdist.stages.score import Scoring, score, score_arm
 
 if TYPE_CHECKING:
-    from rvdist.report.pictures.race import RaceAccount
+    from rvdist.report.pictures.race import Runner
 
 FILE = "search.json"
 
@@ -61,7 +61,7 @@ def race(evaluator: Evaluator, scoring: Scoring) -> None:
             prepared.say(_sentence(running.outcome))
     outcome = running.outcome
     _write(prepared.directory, outcome, seen, held)
-    scoring.race = _account(outcome, arms, sum(map(len, seen.values())))
+    scoring.runners = _runners(outcome, arms)
     claim = _claim(outcome, sum(map(len, seen.values())), sum(map(len, held.values())))
     scoring.add_note(baseline, claim)
     prepared.say(claim)
@@ -128,20 +128,20 @@ def _claim(outcome: Outcome[str], seen: int, held: int) -> str:
     )
 
 
-def _account(outcome: Outcome[str], arms: Mapping[str, Arm], documents: int) -> RaceAccount:
+def _runners(outcome: Outcome[str], arms: Mapping[str, Arm]) -> list[Runner]:
     """For the page."""
-    from rvdist.report.pictures.race import BEST, DROPPED, TIED, RaceAccount, Runner
+    from rvdist.report.pictures.race import BEST, DROPPED, TIED, Runner
 
     dropped = {one.candidate: one for one in outcome.eliminated}
     runners = []
     for name in outcome.means:
-        fate, why = (BEST, "") if name == outcome.best else (TIED, "") if name in outcome.tied else (DROPPED, "")
+        fate, why = BEST if name == outcome.best else TIED if name in outcome.tied else DROPPED, ""
         if state := dropped.get(name):
             evidence = f"evidence {min(state.evidence, 1e6):,.0f} of {state.bound:,.0f}"
             why = f"after round {state.round} by “{state.by}” ({evidence})"
         rounds = [(one.seen, one.mean) for one in outcome.history if one.candidate == name]
         runners.append(Runner(name, arms[name].alpha, rounds, fate, why))
-    return RaceAccount(runners, documents)
+    return runners
 
 
 def _write(

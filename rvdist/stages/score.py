@@ -15,10 +15,11 @@ from rvdist.evaluate.answers import Answers, answers_of
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.suite import Suite
 from rvdist.report.summary import GroupInfo, write_summary
-from rvdist.stages.job import Prepared, Scores
+from rvdist.stages.job import Prepared
 
 if TYPE_CHECKING:
-    from rvdist.report.pictures.race import RaceAccount
+    from rvdist.report.findings import Findings
+    from rvdist.report.pictures.race import Runner
 
 Scored = tuple[dict[str, Any], list[Record]]
 Known = dict[tuple[Arm, str, Asking], Future[Scored]]  # what lm-eval finds, by the point's digest
@@ -27,8 +28,9 @@ Known = dict[tuple[Arm, str, Asking], Future[Scored]]  # what lm-eval finds, by 
 @dataclass(eq=False)
 class Scoring:
     """What the evaluate stage knows of a job, more with every step: what each arm is asked, by its name; what the
-    `engine` was; `notes` by point; arms that are `unscored`, and why, in sentences; in the end `scores`, and how arms
-    were chosen where a `race` did it. `places` are what sources are called where not every node has their files."""
+    `engine` was; `notes` by point; arms that are `unscored`, and why, in sentences; in the end its `findings`, and the
+    `runners` of the race where one chose among its arms. `places` are what sources are called where not every node has
+    their files."""
 
     prepared: Prepared
     askings: dict[str, Asking]
@@ -36,8 +38,8 @@ class Scoring:
     slice_size: int
     engine: dict[str, str] = field(default_factory=dict)
     unscored: dict[str, str] = field(default_factory=dict)
-    scores: Scores | None = None
-    race: RaceAccount | None = None
+    findings: Findings | None = None
+    runners: Sequence[Runner] = ()
     places: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -73,7 +75,7 @@ class Scoring:
     def require_scores(self) -> None:
         """Raises Failed where an arm has none."""
         if self.unscored:
-            others = "; all other arms are scored" if self.scores and self.scores.arms else ""
+            others = "; all other arms are scored" if self.findings and self.findings.arms else ""
             raise Failed("; ".join(self.unscored.values()) + others)
 
 
@@ -89,6 +91,7 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
     """Scores and compares what some arms of a job answered, the baseline first. What is `known` is not scored again."""
     from lm_eval.utils import handle_non_serializable
 
+    from rvdist.report.findings import Findings
     from rvdist.report.statistics.compare import summarise
 
     directory = scoring.prepared.directory
@@ -119,7 +122,8 @@ def score(scoring: Scoring, arms: Sequence[tuple[Arm, Asking, Answers]], known: 
         margin = scoring.prepared.settings.benchmarks.margin / 100
         rows = summarise(scored_arms, records, tasks, baseline, groups, margin)
         write_summary(directory / "summary.json", rows)
-        scoring.scores = Scores(scored_arms, rows, records, tasks, groups, asking.suite.lacking)
+        changes, lacking = scoring.prepared.settings.reported, asking.suite.lacking
+        scoring.findings = Findings(scored_arms, rows, records, tasks, groups, changes, lacking, scoring.runners)
 
 
 def groups_of(suite: Suite, tasks: Sequence[TaskInfo]) -> list[GroupInfo]:

@@ -3,13 +3,13 @@
 import pytest
 
 from rvdist.core.record import TaskInfo
+from rvdist.report.findings import Findings
 from rvdist.report.summary import GroupInfo, Row
-from rvdist.stages.job import Scores
 
 
 def scores(rows, groups=()):
     names = dict.fromkeys(row.task for row in rows if row.task not in {group.name for group in groups})
-    return Scores((), rows, [], [TaskInfo(name, "1", (), ("metric", "none")) for name in names], groups)
+    return Findings((), rows, [], [TaskInfo(name, "1", (), ("metric", "none")) for name in names], groups)
 
 
 def row(arm, value, delta=None, primary=True, more_is_better=True, task="task"):

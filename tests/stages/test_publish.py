@@ -27,8 +27,9 @@ from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Arm, Term, Vector, WeightPoint
 from rvdist.core.record import TaskInfo
 from rvdist.core.timing import Timing
+from rvdist.report.findings import Findings
 from rvdist.report.summary import GroupInfo, Row
-from rvdist.stages.job import Job, Scores
+from rvdist.stages.job import Job
 from rvdist.stages.jobs import run_stages
 from rvdist.stages.publish import require, results
 from rvdist.verify import verify
@@ -203,7 +204,7 @@ def test_results_are_those_of_the_point_and_name_data_sets_of_the_hub(tmp_path):
         for task in ("gsm8k", "bbh", *names[1:]) for arm in arms
     ]  # fmt: skip
     groups = [GroupInfo("bbh", two["bbh"], (("acc", "none"),))]
-    scores = Scores(arms, rows, [], infos, groups)
+    scores = Findings(arms, rows, [], infos, groups)
     (tmp_path / "results").mkdir()
     gsm8k = {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}
     bbh = {"dataset_path": "some/bbh", "validation_split": "dev"}

@@ -22,6 +22,7 @@ from rvdist.report.findings import Anatomy, Findings, Making
 from rvdist.report.page.samples import choose_samples
 from rvdist.report.page.tables import edited_table, spread_line, task_table
 from rvdist.report.paper import INSIDE_NOTE
+from rvdist.report.pictures.race import race_table
 from rvdist.report.summary import Row
 from rvdist.report.wording import by_task, formula, printable
 
@@ -78,7 +79,7 @@ def write_page(
                 for arm in findings.arms
             ],
             pictures=pictures,
-            race=findings.race.table() if findings.race else [],
+            race=race_table(findings.runners),
             anatomy=anatomy,
             versions=making.versions,
             timing=making.timing,

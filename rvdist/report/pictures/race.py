@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 from matplotlib.figure import Figure
-from statsmodels.stats.proportion import proportion_confint
 
-from rvdist.report.pictures.drawing import FAINT, QUIET, SERIES, empty, grid, label, legend_below, title
-from rvdist.report.summary import LEVEL
+from rvdist.report.pictures.drawing import FAINT, QUIET, SERIES, empty, grid, label, legend_below, reach, title
+from rvdist.report.statistics.intervals import wilson
 
 BEST, TIED, DROPPED = "the best", "not told apart from it", "dropped"
 
@@ -33,58 +31,47 @@ class Runner:
 
     @property
     def seen(self) -> int:
-        """Documents it has been seen on."""
-        return self.rounds[-1][0] if self.rounds else 0
+        """Documents that it has been asked."""
+        return self.rounds[-1][0]
 
     @property
     def mean(self) -> float:
         """Its mean score on these."""
-        return self.rounds[-1][1] if self.rounds else 0.0
+        return self.rounds[-1][1]
 
     def interval(self, place: int = -1) -> tuple[float, float]:
         """Of the mean after a round, in which a score counts as the share of a right answer that it is."""
         seen, mean = self.rounds[place]
-        low, high = proportion_confint(mean * seen, seen, LEVEL, method="wilson")
-        return float(low), float(high)
+        return wilson(mean, seen)
 
 
-@dataclass(frozen=True)
-class RaceAccount:
-    """The race of a run, over so many `documents`."""
-
-    runners: Sequence[Runner]
-    documents: int
-
-    @property
-    def ran(self) -> list[Runner]:
-        """Those with a score, the best first, then whoever lasted longest."""
-        order = (BEST, TIED, DROPPED)
-        ran = [runner for runner in self.runners if runner.rounds]
-        return sorted(ran, key=lambda runner: (order.index(runner.fate), -runner.seen, -runner.mean))
-
-    def table(self) -> list[tuple[str, str, str, str]]:
-        """Candidate, mean score with its interval, documents seen, and what became of it."""
-        return [
-            (
-                runner.name,
-                f"{100 * runner.mean:.1f} [{100 * runner.interval()[0]:.1f}, {100 * runner.interval()[1]:.1f}]",
-                f"{runner.seen:,}",
-                runner.fate + (f" {runner.why}" if runner.why else ""),
-            )
-            for runner in self.ran
-        ]
+def rank(runners: Sequence[Runner]) -> list[Runner]:
+    """Those with a score, the best first, then whoever lasted longest."""
+    order = (BEST, TIED, DROPPED)
+    ran = [runner for runner in runners if runner.rounds]
+    return sorted(ran, key=lambda runner: (order.index(runner.fate), -runner.seen, -runner.mean))
 
 
-def race_figure(account: RaceAccount) -> Figure | None:
+def race_table(runners: Sequence[Runner]) -> list[tuple[str, str, str, str]]:
+    """Candidate, mean score with its interval in percent, documents seen, and what became of it."""
+    rows = []
+    for runner in rank(runners):
+        low, high = runner.interval()
+        score = f"{100 * runner.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        rows.append((runner.name, score, f"{runner.seen:,}", f"{runner.fate} {runner.why}".strip()))
+    return rows
+
+
+def race_figure(runners: Sequence[Runner]) -> Figure | None:
     """On the left the running means, each with its band until it was dropped; on the right, where candidates lie along
     α, the last of them. No line joins what was not measured."""
-    ran = account.ran
+    ran = rank(runners)
     if not ran:
         return None
     along = [runner for runner in ran if runner.alpha is not None]
     figure = empty(9.6 if len(along) > 1 else 6.4, 4.2)
     axes = figure.add_subplot(1, 2 if len(along) > 1 else 1, 1)
-    shown = {runner.name: style for runner, style in zip(_coloured_runners(ran), cycle(SERIES), strict=False)}
+    shown = {runner.name: style for runner, style in zip(ran, SERIES, strict=False)}  # as many as can be told apart
     legend: dict[str, Any] = {}
     for runner in reversed(ran):  # the best on top
         color, marker = shown.get(runner.name, (QUIET, "o"))
@@ -96,7 +83,7 @@ def race_figure(account: RaceAccount) -> Figure | None:
         if len(x) > 1:
             axes.fill_between(x, low, high, color=color, alpha=0.14 if named else 0.05, linewidth=0, zorder=1)
         else:
-            axes.errorbar(x, y, [[y[0] - low[0]], [high[0] - y[0]]], color=color, capsize=2, linewidth=0.8, zorder=1)
+            axes.errorbar(x, y, reach(y[0], low[0], high[0], 1), color=color, capsize=2, linewidth=0.8, zorder=1)
         (line,) = axes.plot(
             x, y, color=color, marker=marker, markersize=4 if named else 2.5, linewidth=1.3 if named else 0.8, zorder=3
         )
@@ -114,11 +101,6 @@ def race_figure(account: RaceAccount) -> Figure | None:
     return figure
 
 
-def _coloured_runners(ran: Sequence[Runner]) -> list[Runner]:
-    """Those that have a colour of their own: as many as can be told apart."""
-    return list(ran[: len(SERIES)])
-
-
 def _place(name: str, ran: Sequence[Runner]) -> int:
     return next((place for place, runner in enumerate(ran) if label(runner.name) == name), len(ran))
 
@@ -126,10 +108,9 @@ def _place(name: str, ran: Sequence[Runner]) -> int:
 def _along_alpha(axes: Any, along: Sequence[Runner], shown: dict[str, tuple[str, str]]) -> None:
     for runner in along:
         color, marker = shown.get(runner.name, (QUIET, "o"))
-        low, high = (100 * end for end in runner.interval())
         y = 100 * runner.mean
         axes.errorbar(
-            runner.alpha, y, [[max(0.0, y - low)], [max(0.0, high - y)]],
+            runner.alpha, y, reach(y, *runner.interval(), 100),
             color=color, marker="x" if runner.fate == DROPPED else marker, markersize=6, capsize=3, linewidth=1.1,
         )  # fmt: skip
     axes.axvline(0, color=FAINT, linewidth=0.8, zorder=0)
