@@ -9,17 +9,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
+from typing import NamedTuple
 
 from rvdist.core.text import cell as csv_cell
 from rvdist.report.wording import printable
 from rvdist.weights.anatomy.findings import Anatomy, Measures, Part, Spectrum
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text under a title; the first cell of a row says what it is of."""
 
     title: str

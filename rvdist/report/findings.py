@@ -172,7 +172,6 @@ class Exhibit:
 
     title: str
     png: bytes
-    caption: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,12 @@ def analyse(prepared: Prepared) -> Analysis:
     for source in sources.values():
         if source.hub:
             download_weights(source)
-    nbytes = sum(spec.nbytes for spec in sources[target].tensors.values())
 
     def account(nbytes_read: int) -> None:
         prepared.timing.bytes_read += nbytes_read
 
     with prepared.timing.phase("analyze"), prepared.timing.count_cpu():
-        with Bar("analyze", nbytes, prepared.job.log) as bar:
+        with Bar("analyze", sources[target].nbytes, prepared.job.log) as bar:
             anatomy = analyze(vectors, target, sources, progress=bar.advance, account=account)
         (prepared.directory / FILE).write_text(json.dumps(anatomy.to_json(), indent=1) + "\n")
         (prepared.directory / "anatomy.csv").write_text(anatomy_csv(anatomy))
@@ -64,8 +63,8 @@ def analyse(prepared: Prepared) -> Analysis:
     for sentence in sentences:
         prepared.say(sentence)
     prepared.say(f"vector: {prepared.directory / 'anatomy.csv'}")
-    tables = [(table.title, table.head, table.rows) for table in anatomy_tables(anatomy)]
-    return Analysis(anatomy, Anatomy(sentences, [Exhibit(name, picture) for name, picture in pictures.items()], tables))
+    exhibits = [Exhibit(name, picture) for name, picture in pictures.items()]
+    return Analysis(anatomy, Anatomy(sentences, exhibits, anatomy_tables(anatomy)))
 
 
 def explain(prepared: Prepared, analysis: Analysis, findings: Findings) -> Anatomy:

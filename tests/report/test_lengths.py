@@ -58,7 +58,7 @@ def test_a_page_and_a_summary(tmp_path: Path) -> None:
     arms = [make_arm("baseline", 0.0), make_arm(LONG, 1.0)]
     records = [record for arm in arms for record in make_records(arm.name, [0.0, 1.0, 1.0], LONG, response=LONG)]
     records = [replace(record, prompt=LONG, target=LONG, filtered=LONG) for record in records[:3]] + records[3:]
-    anatomy = Anatomy([LONG], [Exhibit(LONG, b"PNG" * 10, LONG)], [(LONG, [LONG], [[LONG]])])
+    anatomy = Anatomy([LONG], [Exhibit(LONG, b"PNG" * 10)], [(LONG, [LONG], [[LONG]])])
     page = write(
         tmp_path / "report.html", arms[:1], records[:3], [make_task(LONG)], title=LONG, notes=[LONG], command=LONG,
         versions={LONG: LONG}, timing={LONG: 1.0}, digests={"baseline": LONG}, lacking={LONG: LONG}, anatomy=anatomy,

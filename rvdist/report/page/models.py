@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rvdist.report.claims import headline
-from rvdist.report.page.page import csp_hash, environment, style_sheet
+from rvdist.report.page.page import write_html
 from rvdist.report.page.tables import kind_of
 from rvdist.report.pictures.alpha import band
 from rvdist.report.pictures.drawing import SERIES, grid, label, legend_below, panels, render, title
@@ -49,28 +48,22 @@ def write_models(path: Path, name: str, models: Sequence[Model]) -> None:
     tasks = list(dict.fromkeys(row.task for model in models for row in model.rows))
     scales = {task: Scale([row for model in models for row in model.rows if row.task == task]) for task in tasks}
     picture = render(lambda: models_figure(models, scales), "png")
-    style = style_sheet()
-    html = (
-        environment()
-        .get_template("models.html.jinja")
-        .render(
-            title=name,
-            sentences=[f"{model.name}: {said}" for model in models if (said := headline(model.rows))],
-            tasks=tasks,
-            models=[
-                {
-                    "name": model.name,
-                    "reports": [(report, quote(report, errors="replace")) for report in model.reports],
-                    "lines": _lines(model, tasks, scales),
-                }
-                for model in models
-            ],
-            picture=picture[0] if picture else None,
-            style=Markup(style),
-            style_hash=csp_hash(style),
-        )
+    write_html(
+        path,
+        "models.html.jinja",
+        title=name,
+        sentences=[f"{model.name}: {said}" for model in models if (said := headline(model.rows))],
+        tasks=tasks,
+        models=[
+            {
+                "name": model.name,
+                "reports": [(report, quote(report, errors="replace")) for report in model.reports],
+                "lines": _lines(model, tasks, scales),
+            }
+            for model in models
+        ],
+        picture=picture[0] if picture else None,
     )
-    path.write_bytes(html.encode("utf-8", "replace"))
 
 
 def _lines(model: Model, tasks: Sequence[str], scales: dict[str, Scale]) -> list[dict[str, Any]]:

@@ -44,64 +44,55 @@ def write_page(
         *anatomy.sentences[: not findings.rows],
         "",
     ]
-    style, script = style_sheet(), (_HERE / "page.js").read_text(encoding="utf-8")
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
     seen = findings.detectable
     cells = {(line.task, arm): cell for line in findings.lines for arm, cell in line.cells.items()}
     samples = choose_samples(findings.records, findings.tasks, [arm.name for arm in findings.arms], findings.baseline)
-    html = (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=making.title,
-            command=making.command,
-            sentence=sentence,
-            claims=[text for text in details if text],
-            lacking=[line for line in findings.lines if line.lacking],
-            inside=INSIDE_NOTE if any(cell.inside is not None for cell in cells.values()) else "",
-            primary=[task_table(group, findings.dissent, seen, cells) for _, group in by_task(findings.benchmarks)],
-            members=[task_table(group, findings.dissent, seen) for _, group in by_task(findings.members)],
-            others=[task_table(list(group)) for _, group in groupby(findings.others, _score_of)],
-            footnotes=findings.footnotes,
-            edited=[
-                edited_table(list(group), findings.scales[task])
-                for task, group in groupby(findings.edited, lambda row: row.task)
-            ],
-            baseline=findings.baseline,
-            spreads=[spread_line(spread, findings.scales[spread.task]) for spread in findings.spreads],
-            arms=[
-                {
-                    "name": arm.name,
-                    "prompt": arm.prompt,
-                    "formula": formula(arm.point),
-                    "digest": making.digests[arm.name],
-                    "json": json.dumps(arm.point.to_json(), indent=2),
-                }
-                for arm in findings.arms
-            ],
-            pictures=pictures,
-            race=race_table(findings.runners),
-            anatomy=anatomy,
-            versions=making.versions,
-            timing=making.timing,
-            notes=making.notes,
-            data=_json_for_html(samples),
-            style=Markup(style),
-            script=Markup(script),
-            style_hash=csp_hash(style),
-            script_hash=csp_hash(script),
-        )
+    write_html(
+        path,
+        "page.html.jinja",
+        title=making.title,
+        command=making.command,
+        sentence=sentence,
+        claims=[text for text in details if text],
+        lacking=[line for line in findings.lines if line.lacking],
+        inside=INSIDE_NOTE if any(cell.inside is not None for cell in cells.values()) else "",
+        primary=[task_table(group, findings.dissent, seen, cells) for _, group in by_task(findings.benchmarks)],
+        members=[task_table(group, findings.dissent, seen) for _, group in by_task(findings.members)],
+        others=[task_table(list(group)) for _, group in groupby(findings.others, _score_of)],
+        footnotes=findings.footnotes,
+        edited=[
+            edited_table(list(group), findings.scales[task])
+            for task, group in groupby(findings.edited, lambda row: row.task)
+        ],
+        baseline=findings.baseline,
+        spreads=[spread_line(spread, findings.scales[spread.task]) for spread in findings.spreads],
+        arms=[
+            {
+                "name": arm.name,
+                "prompt": arm.prompt,
+                "formula": formula(arm.point),
+                "digest": making.digests[arm.name],
+                "json": json.dumps(arm.point.to_json(), indent=2),
+            }
+            for arm in findings.arms
+        ],
+        pictures=pictures,
+        race=race_table(findings.runners),
+        anatomy=anatomy,
+        versions=making.versions,
+        timing=making.timing,
+        notes=making.notes,
+        data=_json_for_html(samples),
+        script=Markup(script),
+        script_hash=_csp_hash(script),
     )
-    path.write_bytes(html.encode("utf-8", "replace"))  # names may hold lone surrogates
 
 
-def style_sheet() -> str:
-    """The pages' own."""
-    return (_HERE / "page.css").read_text(encoding="utf-8")
-
-
-def environment() -> Environment:
-    """Where the pages' templates are, and what they show text with."""
-    made = Environment(
+def write_html(path: Path, template: str, **shown: object) -> None:
+    """Writes a page of the `template`, with the style that all of them have."""
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    pages = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
@@ -109,9 +100,10 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=_cut,
     )
-    made.filters |= {"printable": printable, "name": _name, "width": _width}
-    made.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    return made
+    pages.filters |= {"printable": printable, "name": _name, "width": _width}
+    pages.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    html = pages.get_template(template).render(style=Markup(style), style_hash=_csp_hash(style), **shown)
+    path.write_bytes(html.encode("utf-8", "replace"))  # names may hold lone surrogates
 
 
 def _cut(value: object) -> object:
@@ -141,6 +133,6 @@ def _json_for_html(data: object) -> Markup:
     return Markup(text)
 
 
-def csp_hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
     """Of a script or style, for the page's policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -36,7 +36,7 @@ def hostile_page(path: Path) -> str:
         made = [replace(made[0], filtered=HOSTILE, target=HOSTILE), replace(made[1], response=LONG), made[2]]
         records += made + [replace(record, task=f"{name}+{HOSTILE}") for record in made]
         records += [replace(record, seed=1) for record in made]
-    anatomy = Anatomy([HOSTILE], [Exhibit(HOSTILE, b"PNG", HOSTILE)], [(HOSTILE, [HOSTILE], [[HOSTILE]])])
+    anatomy = Anatomy([HOSTILE], [Exhibit(HOSTILE, b"PNG")], [(HOSTILE, [HOSTILE], [[HOSTILE]])])
     return write(
         path, arms, records, [make_task(name), make_task(f"{name}+{HOSTILE}")], title=HOSTILE, command=HOSTILE,
         notes=[HOSTILE], versions={HOSTILE: HOSTILE}, timing={HOSTILE: 1.0},
@@ -114,7 +114,7 @@ def test_the_papers_layout_with_what_was_reported_and_what_is_lacking(tmp_path):
 
 
 def test_a_run_that_scored_nothing_shows_its_vectors(tmp_path):
-    anatomy = Anatomy(["v is small."], [Exhibit("Layers", b"PNG", "norms")], [("v", ["layer", "norm"], [["0", "1.5"]])])
+    anatomy = Anatomy(["v is small."], [Exhibit("Layers", b"PNG")], [("v", ["layer", "norm"], [["0", "1.5"]])])
     making = Making("Vectors", "python -m rvdist.launch stages=[analyze]", {})
     write_page(tmp_path / "report.html", Findings([], [], [], []), making, {}, anatomy)
     html = (tmp_path / "report.html").read_text()
