@@ -26,10 +26,11 @@ from rvdist.core.config import (
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.timing import Timing
 from rvdist.launch import CONF
+from rvdist.report.findings import Findings
 from rvdist.report.statistics.compare import summarise
 from rvdist.stages import multirun
 from rvdist.stages.batch import Batch
-from rvdist.stages.job import Job, Scores
+from rvdist.stages.job import Job
 from rvdist.stages.jobs import run_jobs
 from rvdist.stages.warm import Warm
 
@@ -248,9 +249,9 @@ def test_all_targets_are_one_page_with_links_to_their_own(tmp_path):
     one, other, lost = batch.scorers({})
     one.directory.mkdir()
     (one.directory / "report.html").touch()
-    scores = Scores(arms, summarise(arms, records, tasks, "baseline"), records, tasks)
+    found = Findings(arms, summarise(arms, records, tasks, "baseline"), records, tasks)
     with pytest.raises(Failed):
-        batch.conclude({lost: Failed("it is lost")}, {}, {one: scores, other: scores})
+        batch.conclude({lost: Failed("it is lost")}, {}, {one: found, other: found})
     page = (tmp_path / "report.html").read_text()
     assert page.count("<a href=") == 1 and '<a href="t/report.html">' in page, "the other has no report of its own"
     assert "<h1>2 targets</h1>" in page and all(f'scope="rowgroup">{name}<' in page for name in "tu")

@@ -86,7 +86,10 @@ def models_figure(models: Sequence[Model], scales: dict[str, Scale]) -> Figure |
     shown: dict[str, list[tuple[str, list[Row]]]] = {}
     for model in models:
         for task, group in by_task(model.rows):
-            curve = sorted((row for row in group if row.alpha is not None), key=lambda row: row.alpha or 0.0)
+            curve = sorted(
+                (row for row in group if row.alpha is not None and row.prompt == group[0].prompt),
+                key=lambda row: row.alpha or 0.0,
+            )
             if len({row.alpha for row in curve}) > 1:
                 shown.setdefault(task, []).append((model.name, curve))
     if not shown:

@@ -38,9 +38,9 @@ def write_page(
     first = [headline(findings.benchmarks)] if findings.rows else []
     sentence, *details = [
         *filter(None, first),
-        *findings.claims[:3],
+        *findings.claims[:1],
         *anatomy.reasons,
-        *findings.claims[3:],
+        *findings.claims[1:],
         *anatomy.sentences[: not findings.rows],
         "",
     ]
@@ -101,7 +101,7 @@ def write_html(path: Path, template: str, **shown: object) -> None:
         finalize=_cut,
     )
     pages.filters |= {"printable": printable, "name": _name, "width": _width}
-    pages.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    pages.filters["base64"] = lambda png: Markup(base64.b64encode(png).decode())  # which is not cut
     html = pages.get_template(template).render(style=Markup(style), style_hash=_csp_hash(style), **shown)
     path.write_bytes(html.encode("utf-8", "replace"))  # names may hold lone surrogates
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -36,7 +37,7 @@ def hostile_page(path: Path) -> str:
         made = [replace(made[0], filtered=HOSTILE, target=HOSTILE), replace(made[1], response=LONG), made[2]]
         records += made + [replace(record, task=f"{name}+{HOSTILE}") for record in made]
         records += [replace(record, seed=1) for record in made]
-    anatomy = Anatomy([HOSTILE], [Exhibit(HOSTILE, b"PNG")], [(HOSTILE, [HOSTILE], [[HOSTILE]])])
+    anatomy = Anatomy([HOSTILE], [Exhibit(HOSTILE, b"PNG")], [(HOSTILE, [HOSTILE], [[HOSTILE]])], [HOSTILE])
     return write(
         path, arms, records, [make_task(name), make_task(f"{name}+{HOSTILE}")], title=HOSTILE, command=HOSTILE,
         notes=[HOSTILE], versions={HOSTILE: HOSTILE}, timing={HOSTILE: 1.0},
@@ -114,11 +115,14 @@ def test_the_papers_layout_with_what_was_reported_and_what_is_lacking(tmp_path):
 
 
 def test_a_run_that_scored_nothing_shows_its_vectors(tmp_path):
-    anatomy = Anatomy(["v is small."], [Exhibit("Layers", b"PNG")], [("v", ["layer", "norm"], [["0", "1.5"]])])
+    png = b"PNG" * 50_000
+    table = ("v", ["layer", "norm"], [["0", "1.5"]])
+    anatomy = Anatomy(["v is small."], [Exhibit("Layers", png)], [table], ["v may not help."])
     making = Making("Vectors", "python -m rvdist.launch stages=[analyze]", {})
     write_page(tmp_path / "report.html", Findings([], [], [], []), making, {}, anatomy)
     html = (tmp_path / "report.html").read_text()
-    assert "v is small." in html and "data:image/png;base64,UE5H" in html and "1.5" in html
+    assert "v is small." in html and '<p class="lead">v may not help.</p>' in html and "1.5" in html
+    assert f"data:image/png;base64,{base64.b64encode(png).decode()}" in html, "a picture is shown whole"
     assert "Samples" not in html and "Results" not in html and "nan" not in html
 
 
