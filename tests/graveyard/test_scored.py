@@ -38,7 +38,7 @@ def score(settings: Sequence[Config], directory: Path) -> list[Scores]:
         jobs.append(Job(one, directory / f"run-{number}", "graveyard", LoggedTiming(log), log))
     with closing(Warm()) as warm:
         ends = run_jobs(jobs, warm, last=True)
-    return [(list(end.scores.records) if end.scores else [], end.error) for end in ends]
+    return [(list(end.findings.records) if end.findings else [], end.error) for end in ends]
 
 
 @pytest.fixture
