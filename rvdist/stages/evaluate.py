@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rvdist.core import config
-from rvdist.core.cluster import Resources, blind_nodes
+from rvdist.core.cluster import blind_nodes
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Arm, WeightPoint, name_of
 from rvdist.evaluate.answers import Answering, Answers, Asked, Collected, answer
@@ -32,6 +32,7 @@ from rvdist.stages.job import Prepared
 from rvdist.stages.score import Known, Scoring, score, score_arm
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.hub import download_weights
 
 Arms = Sequence[tuple[Scoring, Arm]]
 Recorded = tuple[dict[str, list[Answer]], int, int]  # answers by task; documents asked in other words, and cut
@@ -85,7 +86,7 @@ class Evaluator:
             self._join_replay(scoring)
         else:
             resources = self._warm.resources()
-            identity(_engine_settings(prepared, device), _kind(prepared, device))
+            _identity(prepared, device)
             scoring.places = self._places(prepared, device)
             config.engines(settings, resources.counts)
         return scoring
@@ -125,14 +126,12 @@ class Evaluator:
             _, own, cut = self._recorded_answers(scoring.askings[arm.name], scoring, arm)
             reworded, shortened = reworded + own, shortened + cut
         scoring.engine |= {"replay": str(recording.path), "replay digest": recording.digest}
-        if reworded:
-            sentence = f"{reworded} documents were asked with another prompt when they were recorded"
-            scoring.add_note(scoring.arms[0], sentence)
-            scoring.prepared.note(sentence)
-        if shortened:
-            sentence = f"{shortened} recorded answers went on behind a stop string of their task and were cut there"
-            scoring.add_note(scoring.arms[0], sentence)
-            scoring.prepared.note(sentence)
+        for count, what in (
+            (reworded, "documents were asked with another prompt when they were recorded"),
+            (shortened, "recorded answers went on behind a stop string of their task and were cut there"),
+        ):
+            if count:
+                scoring.note(scoring.arms[0], f"{count} {what}")
 
     def _open_recording(self, prepared: Prepared) -> Recording:
         path = _path(prepared.settings.engine.replay)
@@ -207,7 +206,7 @@ class Evaluator:
         if prepared.settings.engine.replay:
             return Answering(scoring.slice_size, fleet)
         device = self._device(prepared)
-        served_by = identity(_engine_settings(prepared, device), _kind(prepared, device)) | {"serving": asking.serving}
+        served_by = _identity(prepared, device) | {"serving": asking.serving}
         for scoring, _ in arms:
             scoring.engine["device"] = served_by["device"]
         cache = prepared.cache if prepared.settings.cache.samples else None
@@ -231,24 +230,20 @@ class Evaluator:
         everything = [(own, name, one) for own, _ in arms for name, one in own.prepared.sources.items()]
         for source in {one.path: one for own, name, one in everything if name not in own.places}.values():
             if source.hub:
-                from rvdist.weights.checkpoint.hub import download_weights
-
                 download_weights(source)
         source = prepared.sources[arm.point.base]
-        return self._warm.fleet(
-            *self._needed_fleet(prepared, source, base, asking.serving, asking.tensors, self._warm.resources())
-        )
+        return self._warm.fleet(*self._needed_fleet(prepared, source, base, asking.serving, asking.tensors))
 
     def _needed_fleet(
-        self, prepared: Prepared, source: Checkpoint, base: str, serving: str, tensors: str, resources: Resources
+        self, prepared: Prepared, source: Checkpoint, base: str, serving: str, tensors: str
     ) -> tuple[Hashable, Callable[[], Fleet]]:
         """The key of the fleet that a job needs, and how it is started."""
-        device = config.engine_device(prepared.settings, resources.gpus, build())
+        device = self._device(prepared)
         settings, patience = _engine_settings(prepared, device), prepared.settings.cluster.timeout
         accelerator = prepared.settings.engine.accelerator_type if device == "cuda" else None
-        count, need = config.engines(prepared.settings, resources.counts)
-        limits = config.engine_timeouts(prepared.settings, sum(spec.nbytes for spec in source.tensors.values()))
-        engines = name_of_engines(identity(settings, _kind(prepared, device)) | {"serving": serving}, tensors)
+        count, need = config.engines(prepared.settings, self._warm.resources().counts)
+        limits = config.engine_timeouts(prepared.settings, source.nbytes)
+        engines = name_of_engines(_identity(prepared, device) | {"serving": serving}, tensors)
         key = (serving, tensors, settings, count, need, limits, accelerator)
         return key, lambda: Fleet(
             base,
@@ -284,11 +279,11 @@ class Evaluator:
         prepared, fleet = scoring.prepared, collected.fleet
         if fleet is not None and prepared.settings.engine.replay is None:
             if prepared.settings.cache.samples and (chosen := next(iter(fleet.info()), {}).get("resolved")):
-                asking, device = scoring.askings[arm.name], self._device(prepared)
-                served_by = identity(_engine_settings(prepared, device), _kind(prepared, device))
-                engines = name_of_engines(served_by | {"serving": asking.serving}, asking.tensors)
-                remember(prepared.cache, engines, chosen)
-            nbytes = sum(spec.nbytes for spec in prepared.sources[arm.point.base].tensors.values())
+                asking, served_by = scoring.askings[arm.name], _identity(prepared, self._device(prepared))
+                remember(
+                    prepared.cache, name_of_engines(served_by | {"serving": asking.serving}, asking.tensors), chosen
+                )
+            nbytes = prepared.sources[arm.point.base].nbytes
             tokens, seconds = fleet.stats.prompt_tokens + fleet.stats.tokens, fleet.stats.generate
             kind, lengths = scoring.engine["device"], mean_lengths(collected.answers)
             Memory.read(prepared.cache).remember(prepared.cache, kind, nbytes, tokens, seconds, lengths)
@@ -312,9 +307,7 @@ class Evaluator:
             if reason := fleet.refused.get(scoring.locate(arm)):
                 scoring.leave_out(arm, reason)
             if tensors := spoiled.get(scoring.locate(arm)):
-                sentence = f"{arm.name} is scored although {', '.join(tensors[:3])} hold infinities or NaNs"
-                scoring.add_note(arm, sentence)
-                scoring.prepared.note(sentence)
+                scoring.note(arm, f"{arm.name} is scored although {', '.join(tensors[:3])} hold infinities or NaNs")
 
 
 def suite_of(prepared: Prepared, prompt: str) -> Suite:
@@ -338,8 +331,10 @@ def _path(text: str | None) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
 
-def _kind(prepared: Prepared, device: str) -> str:
-    return device_kind(device == "cuda", prepared.settings.engine.accelerator_type)
+def _identity(prepared: Prepared, device: str) -> dict[str, str]:
+    """What of its engines decides a job's answers. Raises BadInput for a device that cannot be named."""
+    kind = device_kind(device == "cuda", prepared.settings.engine.accelerator_type)
+    return identity(_engine_settings(prepared, device), kind)
 
 
 def _engine_settings(prepared: Prepared, device: str) -> EngineSettings:

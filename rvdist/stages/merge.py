@@ -144,7 +144,7 @@ def save_vector(prepared: Prepared) -> None:
 
     assert prepared.saved is not None
     saved, vector = prepared.saved
-    nbytes = sum(spec.nbytes for spec in prepared.sources[vector.plus].tensors.values())
+    nbytes = prepared.sources[vector.plus].nbytes
     with prepared.timing.phase("vector"), Bar("vector", nbytes, prepared.job.log) as bar:
         save(
             vector,

@@ -128,7 +128,7 @@ def _print_engines(prepared: Prepared, tokens: int, memory: Memory) -> None:
 
     settings, resources = prepared.settings, _foresee(prepared.settings)
     bases = {arm.point.base for arm in prepared.foreseen}
-    nbytes = max(sum(spec.nbytes for spec in prepared.sources[base].tensors.values()) for base in bases)
+    nbytes = max(prepared.sources[base].nbytes for base in bases)
     arms = f"{len(prepared.foreseen)} arms" + (", of which a race asks less" if settings.search.method else "")
     try:
         device = config.engine_device(settings, resources.gpus, build())

@@ -65,12 +65,16 @@ class Scoring:
         """What whoever reads the arm's scores should know."""
         self.notes[arm.point] = (*self.notes.get(arm.point, ()), sentence)
 
+    def note(self, arm: Arm, sentence: str) -> None:
+        """The same, said at once."""
+        self.add_note(arm, sentence)
+        self.prepared.note(sentence)
+
     def leave_out(self, arm: Arm, reason: str) -> None:
         """This arm has no score."""
         if arm.name not in self.unscored:
             self.unscored[arm.name] = f"{arm.name} has no score: {reason}"
-            self.add_note(arm, self.unscored[arm.name])
-            self.prepared.note(self.unscored[arm.name])
+            self.note(arm, self.unscored[arm.name])
 
     def require_scores(self) -> None:
         """Raises Failed where an arm has none."""

@@ -54,13 +54,13 @@ class Warm:
                 self._fleet, self._key = start(), key
             return self._fleet
 
-    def expect(self, wanted: Callable[[cluster.Resources], tuple[Hashable, Callable[[], Fleet]]]) -> None:
+    def expect(self, wanted: Callable[[], tuple[Hashable, Callable[[], Fleet]]]) -> None:
         """Starts a fleet, of which `wanted` says the key and how, as soon as there is Ray. What goes wrong is for
         whoever asks for the fleet to hear."""
 
-        def begin(resources: Future[cluster.Resources]) -> None:
+        def begin(_: Future[cluster.Resources]) -> None:
             with suppress(Exception):
-                self.fleet(*wanted(resources.result()))
+                self.fleet(*wanted())
 
         self._resources.add_done_callback(begin)
 
