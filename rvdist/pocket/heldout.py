@@ -8,7 +8,7 @@ path depends on the working directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,17 +29,17 @@ def distinct(make: Callable[[], Row], count: int) -> list[Row]:
     return list(rows.values())
 
 
-def make_sums(random: Random) -> Iterator[Row]:
+def make_sums(random: Random) -> list[Row]:
     """Rows of the task pocket_sums."""
 
     def one() -> Row:
         a, b = text.draw_sum(random, test=True)
         return {"question": text.ask_sum(random, a, b), "answer": str(a + b)}
 
-    yield from distinct(one, SIZES["sums"])
+    return distinct(one, SIZES["sums"])
 
 
-def make_choice(random: Random) -> Iterator[Row]:
+def make_choice(random: Random) -> list[Row]:
     """Problems with at least one carry; the choices are the worked answers under the four ways to carry."""
 
     def one() -> Row:
@@ -56,10 +56,10 @@ def make_choice(random: Random) -> Iterator[Row]:
         random.shuffle(choices)
         return {"question": text.ask_sum(random, a, b), "choices": choices, "label": choices.index(right)}
 
-    yield from distinct(one, SIZES["choice"])
+    return distinct(one, SIZES["choice"])
 
 
-def make_control(random: Random) -> Iterator[Row]:
+def make_control(random: Random) -> list[Row]:
     """Rows of the task pocket_control, of each ability as many."""
     rows: list[Row] = []
     for ability in text.CONTROLS:
@@ -70,7 +70,7 @@ def make_control(random: Random) -> Iterator[Row]:
 
         rows += distinct(one, SIZES["control"] // len(text.CONTROLS))
     random.shuffle(rows)
-    yield from rows
+    return rows
 
 
 MAKERS = {"sums": make_sums, "choice": make_choice, "control": make_control}

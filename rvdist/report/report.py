@@ -16,7 +16,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.text import Text
 
 from rvdist.report.claims import spread_sentences
 from rvdist.report.findings import Anatomy, Findings, Making
@@ -29,8 +28,7 @@ from rvdist.report.pictures.forest import changes_figure, robustness_figure
 from rvdist.report.pictures.race import race_figure
 from rvdist.report.statistics.robustness import write_robustness
 from rvdist.report.statistics.seeds import write_seeds
-from rvdist.report.terminal import print_paper_table, print_robustness, print_scores
-from rvdist.report.wording import printable
+from rvdist.report.terminal import print_paper_table, print_robustness, print_scores, say
 
 
 def print_findings(findings: Findings, console: Console | None = None) -> None:
@@ -46,7 +44,7 @@ def print_findings(findings: Findings, console: Console | None = None) -> None:
     if findings.spreads:
         console.print()
         for sentence in spread_sentences(findings.spreads, findings.scales):
-            console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
+            say(sentence, console, "")
     if findings.reported or findings.lacking:
         console.print()
         print_paper_table(findings.lines, console)

@@ -1,6 +1,6 @@
 """The row of `summary.json`: the contract between the statistics and everything that shows them.
 
-Knows the fields and how they are written to disk; computes nothing.
+Knows the fields, how they are written to disk, and which rows belong to each other; tests nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row:
     """One score of one arm, and its difference to the baseline arm.
 
     `n` counts documents. `seed` is the arm's sampling seed, None where several seeds are pooled. The
-    fields from `delta` on are None for the baseline itself and without a baseline; an interval end is
+    fields from `delta` to `unseen` are None for the baseline itself and without a baseline; an interval end is
     None where the data say nothing about it (one document of an unbounded metric, say). `verdict` is what holds after
     Holm's correction, as `p_adjusted` does; `verdict_alone` is what the comparison says by itself, as its interval.
     A change is `equivalent` to none where its interval lies within `margin`, None for what is no share. `unseen` is

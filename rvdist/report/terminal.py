@@ -76,12 +76,17 @@ def _metric(row: Row, scale: Scale) -> str:
     return f"{metric_name(row.metric, row.filter)} {scale.unit}".strip()
 
 
+def say(sentence: str, console: Console, style: str = "dim") -> None:
+    """A line, which is not broken off a terminal."""
+    console.print(Text(printable(sentence), style=style), soft_wrap=not console.is_terminal)
+
+
 def print_scores(
     said: Sequence[str], rows: Sequence[Row], notes: Sequence[str], console: Console, dissent: Dissent | None = None
 ) -> None:
     """Claims, table, footnotes. Below each row stand those of other filters that `dissent`."""
     for sentence in said:
-        console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
+        say(sentence, console, "")
     console.print()
     if console.is_terminal:
         print_table(*_grouped_rows(rows, dissent or {}), console, right=(1, 2, 3))
@@ -89,7 +94,7 @@ def print_scores(
         print_table(*_flat_rows(rows, dissent or {}), console)
     console.print()
     for note in notes:
-        _say(note, console)
+        say(note, console)
 
 
 def print_paper_table(lines: Sequence[Line], console: Console) -> None:
@@ -107,12 +112,12 @@ def print_paper_table(lines: Sequence[Line], console: Console) -> None:
     print_table(["benchmark", *arms], table, console)
     for line in lines:
         if not line.cells:
-            _say(f"{line.task}: not asked: {line.lacking}", console)
+            say(f"{line.task}: not asked: {line.lacking}", console)
     notes = [MARK_NOTE] if any(MARK in cell.verdict for line in asked for cell in line.cells.values()) else []
     if any(cell.inside is not None for line in asked for cell in line.cells.values()):
         notes.append(INSIDE_NOTE)
     for note in notes:
-        _say(note, console)
+        say(note, console)
 
 
 def print_robustness(
@@ -138,11 +143,7 @@ def print_robustness(
     note = "Where no word follows a difference, none was detected. What is said of it holds after correction."
     if any(mark(row.change) for row in rows):
         note += f" {MARK} significant alone, but not after Holm's correction over this table."
-    _say(note, console)
-
-
-def _say(sentence: str, console: Console) -> None:
-    console.print(Text(printable(sentence), style="dim"), soft_wrap=not console.is_terminal)
+    say(note, console)
 
 
 def _change(change: Change, scale: Scale, with_verdict: bool) -> Text:

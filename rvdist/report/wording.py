@@ -89,12 +89,12 @@ class Tested(Protocol):
 
 
 def significant(tested: Tested) -> bool:
-    """Whether it is, taken alone."""
+    """Whether the difference can be told from chance, taken alone."""
     return tested.p_value is not None and tested.p_value < LEVEL
 
 
 def survives(tested: Tested) -> bool:
-    """Whether it still is after correction for all of its table."""
+    """Whether it still can after correction for all of its table."""
     return tested.p_adjusted is not None and tested.p_adjusted < LEVEL
 
 

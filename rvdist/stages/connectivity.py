@@ -26,8 +26,7 @@ FILE = "connectivity.json"
 
 @dataclass(frozen=True)
 class Line:
-    """`bits`: bits a byte of the whole text at each of `shares` of the way. `barrier`: the most by which they lie above
-    the straight line between both ends, and `rise`: above the worse end; neither is below 0."""
+    """`bits`: bits a byte of the whole text at each of `shares` of the way, the first 0 and the last 1."""
 
     name: str
     shares: tuple[float, ...]
@@ -35,13 +34,13 @@ class Line:
 
     @property
     def barrier(self) -> float:
-        """Bits a byte that the worst point lies above the straight line between the ends (arXiv 1912.05671)."""
+        """The most bits a byte that a point lies above the line between both ends (arXiv 1912.05671); at least 0."""
         first, last = self.bits[0], self.bits[-1]
         return max(b - (first + s * (last - first)) for s, b in zip(self.shares, self.bits, strict=True))
 
     @property
     def rise(self) -> float:
-        """Bits a byte that the worst point lies above the worse end."""
+        """The most bits a byte that a point lies above the worse end; at least 0."""
         return max(self.bits) - max(self.bits[0], self.bits[-1])
 
     def sentence(self) -> str:

@@ -97,12 +97,12 @@ class Prepared:
 
     @property
     def timing(self) -> Timing:
-        """The command's."""
+        """The command's: what its phases take."""
         return self.job.timing
 
     @property
     def cache(self) -> Path:
-        """`cache.dir`."""
+        """The directory `cache.dir`, with samples, digests and rates."""
         return cache_directory(self.settings)
 
     def say(self, text: str) -> None:

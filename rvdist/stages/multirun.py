@@ -153,7 +153,7 @@ class RayLauncher(Launcher):
             job_subdir_key="hydra.sweep.subdir",
         )
         returned.cfg = returned.hydra_cfg = None  # nobody asks, and of ten thousand jobs they are gigabytes
-        return returned, jobs[0] if jobs else private_hydra.returned(returned)
+        return returned, jobs[0] if jobs else private_hydra.result_of(returned)
 
     @classmethod
     def close(cls) -> None:

@@ -43,7 +43,7 @@ def register(name: str, module: str, launcher: type[Launcher], settings: type) -
     Plugins.instance().register(launcher)
 
 
-def returned(job: JobReturn) -> Any:
+def result_of(job: JobReturn) -> Any:
     """What a job returned, or raised: its public property prints what was raised."""
     return job._return_value
 

@@ -66,7 +66,7 @@ class Scoring:
         self.notes[arm.point] = (*self.notes.get(arm.point, ()), sentence)
 
     def note(self, arm: Arm, sentence: str) -> None:
-        """The same, said at once."""
+        """Adds a note and says it at once."""
         self.add_note(arm, sentence)
         self.prepared.note(sentence)
 

@@ -25,8 +25,8 @@ from rvdist.report.wording import (
     verdict_text,
 )
 
-# An absolute path (/a/b, ~/b, file:///a/b), but not the path of a URL; the group is its last component.
 _MARKUP = re.compile(r"[\\`*~|\[\]]|(?<![^\W_])_|_(?![^\W_])")  # underscores within words are none
+# An absolute path (/a/b, ~/b, file:///a/b), but not the path of a URL; the group is its last component.
 _PATH = re.compile(r"(?<![\w/.~-])(?!//)(?:file://)?~?/(?:[^\s/\"'`]+/)*([^\s/\"'`]+)/?")
 
 

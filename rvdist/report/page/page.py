@@ -33,7 +33,7 @@ _LONGEST = 100_000  # characters of a text
 def write_page(
     path: Path, findings: Findings, making: Making, pictures: Mapping[str, bytes], anatomy: Anatomy | None = None
 ) -> None:
-    """`pictures` are PNG: `alpha` and `robustness`, those there are."""
+    """Writes the page of a run. `pictures` are PNG: `alpha`, `cost`, `race` and `robustness`, those there are."""
     anatomy = anatomy or Anatomy()
     first = [headline(findings.benchmarks)] if findings.rows else []
     sentence, *details = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -40,10 +40,8 @@ def choose_samples(
     not. All text is in `texts`, once, and pointed into. A document that was asked several times is shown by its first
     record."""
     first: dict[str, defaultdict[str, dict[int, Record]]] = {task.name: defaultdict(dict) for task in tasks}
-    filters = {task.name: task.primary[1] for task in tasks}
-    for record in records:
-        if filters.get(record.task) == record.filter:
-            first[record.task][record.arm].setdefault(record.doc_id, record)
+    for record in _primary(records, tasks):
+        first[record.task][record.arm].setdefault(record.doc_id, record)
     texts = _Texts()
     shown = {}
     smallest_first = sorted(tasks, key=lambda task: sum(map(len, first[task.name].values())))
@@ -64,13 +62,17 @@ _BLANK = re.compile(r"(\[\d+ of \d+, 0 characters\]\s*)*")  # what is shown of a
 def empty_answers(records: Iterable[Record], tasks: Sequence[TaskInfo]) -> list[tuple[str, str, int, int]]:
     """The tasks and arms of whose answers half or more are empty: (task, arm, how many are, of how many)."""
     counts: dict[tuple[str, str], list[int]] = {}
-    filters = {task.name: task.primary[1] for task in tasks}
-    for record in records:
-        if filters.get(record.task) == record.filter:
-            pair = counts.setdefault((record.task, record.arm), [0, 0])
-            pair[0] += bool(_BLANK.fullmatch(record.response.strip()))
-            pair[1] += 1
+    for record in _primary(records, tasks):
+        pair = counts.setdefault((record.task, record.arm), [0, 0])
+        pair[0] += bool(_BLANK.fullmatch(record.response.strip()))
+        pair[1] += 1
     return [(task, arm, none, all_) for (task, arm), (none, all_) in counts.items() if 2 * none >= all_ > 0]
+
+
+def _primary(records: Iterable[Record], tasks: Sequence[TaskInfo]) -> Iterator[Record]:
+    """The records that the primary scores of tasks are made from."""
+    filters = {task.name: task.primary[1] for task in tasks}
+    return (record for record in records if filters.get(record.task) == record.filter)
 
 
 def written_bytes(text: str) -> int:

@@ -92,7 +92,6 @@ def task_table(
     """The rows of one score, each followed by those of other filters that `dissent`. `detectable` are the minimal
     detectable effects and `cells` what was reported, by task and arm."""
     first, scale = rows[0], Scale(rows)
-    effects = {} if detectable is None else {row.arm: detectable.get((row.task, row.arm)) for row in rows}
     rows = [one for row in rows for one in (row, *(dissent or {}).get((row.task, row.arm), ()))]
     reach = max((abs(end) for row in rows for end in (row.delta_ci_low, row.delta_ci_high) if end), default=1.0)
 
@@ -101,19 +100,20 @@ def task_table(
 
     lines = []
     for row in rows:
-        drawn = row.delta is not None and row.delta_ci_low is not None and row.delta_ci_high is not None
-        ends = [place(x or 0.0) for x in (row.delta_ci_low, row.delta, row.delta_ci_high)] if drawn else None
+        places = [place(x) for x in (row.delta_ci_low, row.delta, row.delta_ci_high) if x is not None]
+        own = row.filter == first.filter
+        effect = (detectable or {}).get((row.task, row.arm)) if own else None
         lines.append(
             {
-                "arm": row.arm if row.filter == first.filter else f"{row.arm}, by {row.filter}",
+                "arm": row.arm if own else f"{row.arm}, by {row.filter}",
                 "score": scale.score(row),
                 "delta": scale.delta(row),
-                "interval": ends,
-                "detectable": _effect(effects.get(row.arm), scale) if row.filter == first.filter else "",
+                "interval": places if len(places) == 3 else None,
+                "detectable": "" if effect is None else scale.number(effect),
                 "p_adjusted": p_text(row.p_adjusted),
                 "verdict": verdict_text(row),
                 "kind": kind_of(row),
-                "reported": cells[row.task, row.arm].comparison if cells and row.filter == first.filter else "",
+                "reported": cells[row.task, row.arm].comparison if cells and own else "",
                 "answers": _answers(row, scale),
             }
         )
@@ -138,7 +138,3 @@ def _answers(row: Row, scale: Scale) -> str:
 def _ends(low: float | None, high: float | None, factor: float = 1.0) -> str:
     """An interval behind its number; empty where nothing is known of it."""
     return f" [{factor * low:.1f}, {factor * high:.1f}]" if low is not None and high is not None else ""
-
-
-def _effect(effect: float | None, scale: Scale) -> str:
-    return "" if effect is None else scale.number(effect)

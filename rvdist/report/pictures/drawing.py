@@ -64,7 +64,7 @@ def empty(width: float, height: float) -> Figure:
 
 
 def columns_for(panels: int) -> int:
-    """How many stand side by side."""
+    """How many of so many panels stand side by side."""
     return 2 if panels == 4 else min(panels, 3)
 
 

@@ -2,7 +2,8 @@
 
 If two arms are alike, each document's difference was as likely to come with the other sign. The p value is the share of
 all ways to flip signs that give a sum as far out as the one found; for equal differences that is McNemar's exact test.
-The interval holds every δ that the same test, of the differences less δ, does not reject. Knows numbers only.
+The interval holds every δ that the same test, of the differences less δ, does not reject. `values` are fp64, one a
+document. Knows numbers only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How far off a score may be: 95 % intervals of a weighted mean over documents that were drawn by stratum.
 
-Knows numbers only.
+`values` and `weights` are fp64, one a document, stratum after stratum; `strata` are the numbers of documents; weights
+have a mean of 1. Knows numbers only.
 """
 
 from __future__ import annotations
