@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rvdist.core.text import cell
 from rvdist.report.summary import Row
-from rvdist.report.wording import Scale, by_task, metric_name, verdict_text
+from rvdist.report.wording import Scale, by_task, metric_name
 
 Reported = Mapping[str, Mapping[str, float]]  # by benchmark and arm, changes against the baseline in points
 
@@ -34,21 +34,6 @@ class Cell:
         if self.reported is None or low is None or high is None:
             return None
         return low <= self.reported / self.scale.factor <= high
-
-    @property
-    def score(self) -> str:
-        """The score with its interval."""
-        return self.scale.score(self.row)
-
-    @property
-    def change(self) -> str:
-        """The change from the baseline with its interval; empty for the baseline."""
-        return self.scale.delta(self.row)
-
-    @property
-    def verdict(self) -> str:
-        """The verdict in words."""
-        return verdict_text(self.row)
 
     @property
     def comparison(self) -> str:

@@ -103,9 +103,9 @@ def print_paper_table(lines: Sequence[Line], console: Console) -> None:
     arms, table = paper_arms(asked), list[Cells]()
     for line in asked:
         cells = [line.cells[arm] for arm in arms]
-        table.append([Text(printable(line.task), style="bold"), *(cell.score for cell in cells)])
-        table.append([f"{line.metric} {line.unit}".strip(), *(cell.change for cell in cells)])
-        verdicts = (_verdict(cell.row, "" if cell.row.delta is None else cell.verdict) for cell in cells)
+        table.append([Text(printable(line.task), style="bold"), *(cell.scale.score(cell.row) for cell in cells)])
+        table.append([f"{line.metric} {line.unit}".strip(), *(cell.scale.delta(cell.row) for cell in cells)])
+        verdicts = (_verdict(cell.row, "" if cell.row.delta is None else verdict_text(cell.row)) for cell in cells)
         table.append([Text(f"{line.n} documents", style="dim"), *verdicts])
         table.append(["", *(cell.comparison for cell in cells)])
         table.append([])
@@ -113,7 +113,7 @@ def print_paper_table(lines: Sequence[Line], console: Console) -> None:
     for line in lines:
         if not line.cells:
             say(f"{line.task}: not asked: {line.lacking}", console)
-    notes = [MARK_NOTE] if any(MARK in cell.verdict for line in asked for cell in line.cells.values()) else []
+    notes = [MARK_NOTE] if any(mark(cell.row) for line in asked for cell in line.cells.values()) else []
     if any(cell.inside is not None for line in asked for cell in line.cells.values()):
         notes.append(INSIDE_NOTE)
     for note in notes:

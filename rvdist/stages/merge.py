@@ -9,13 +9,12 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 
 from rvdist.core import config
-from rvdist.core.config import Config
-from rvdist.core.point import Vector, WeightPoint
+from rvdist.core.point import WeightPoint
 from rvdist.core.progress import Bar
 from rvdist.merge.placement import rates, remember_rate
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.report.card.metadata import Result, licence_of
-from rvdist.stages.job import Job, Notes, Prepared, versions
+from rvdist.stages.job import Notes, Prepared, versions
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
@@ -122,20 +121,6 @@ def card(
         name=name,
         results=results,
     )
-
-
-def vector_is_complete(
-    job: Job, settings: Config, sources: Mapping[str, Checkpoint], saved: config.Saved, vector: Vector
-) -> bool:
-    """Whether an earlier run has stored this vector. Raises BadInput for donors of which there is nothing to store."""
-    from rvdist.weights.store import is_complete
-
-    with job.timing.phase("digest"):
-        digests = config.cache_directory(settings) / "digests"
-        complete = is_complete(vector, sources, saved.directory, saved.storage, digests)
-    if complete := complete and not settings.overwrite:
-        job.say(f"{saved.directory}: already complete")
-    return complete
 
 
 def save_vector(prepared: Prepared) -> None:

@@ -16,7 +16,6 @@ from rvdist.core.point import Rename, Term, Vector, WeightPoint
 from rvdist.core.recipe import read_recipe
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.stages.job import Job, Prepared
-from rvdist.stages.merge import vector_is_complete
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
@@ -91,8 +90,15 @@ def prepare(job: Job, known: Known) -> Prepared:
             companions(sources[written[output].base])
     saved = None
     if stored and vector:
+        from rvdist.weights.store import is_complete
+
         require_no_source(settings, [stored.directory], sources)
-        if not vector_is_complete(job, settings, sources, stored, vector):
+        with job.timing.phase("digest"):
+            digested = config.cache_directory(settings) / "digests"
+            complete = is_complete(vector, sources, stored.directory, stored.storage, digested)
+        if complete and not settings.overwrite:
+            job.say(f"{stored.directory}: already complete")
+        else:
             require_free(stored.directory, settings.overwrite)
             _require_place(stored.directory)
             saved = stored, vector
