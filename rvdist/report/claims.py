@@ -225,8 +225,12 @@ def limit_sentences(
     return sentences
 
 
-def footnotes(rows: Sequence[Row], detectable: Mapping[tuple[str, str], float]) -> list[str]:
-    """What the reader of the table must know: the mark, and what was too small to be seen."""
+def footnotes(
+    rows: Sequence[Row], detectable: Mapping[tuple[str, str], float], corrected: Mapping[tuple[str, str], float]
+) -> list[str]:
+    """What the reader of the table must know: the mark, and what was too small to be seen, by a comparison alone and at
+    most where all are `corrected` for."""
+    compared = sum(row.p_value is not None for row in rows)
     notes = []
     if any(row.primary and significant(row) and not survives(row) for row in rows):
         notes.append(MARK_NOTE)
@@ -240,7 +244,9 @@ def footnotes(rows: Sequence[Row], detectable: Mapping[tuple[str, str], float]) 
                 about = f"differences under about {ends[0]}"
             else:
                 about = f"differences under about {ends[0]} with “{low}”, up to {ends[1]} with “{high}”,"
-            note += f"; {about} will often go unseen (power 80 %, taken alone; corrected for all it takes more)"
+            all_ = [corrected[task, row.arm] for row in group if (task, row.arm) in corrected]
+            holm = f"; under {scale.amount(max(all_))} where all {compared} are corrected for" if all_ else ""
+            note += f"; {about} will often go unseen (power 80 %, taken alone{holm})"
         notes.append(note + ".")
     return notes + skew_notes(rows)
 

@@ -28,7 +28,7 @@ from rvdist.report.statistics.compare import FormatGain, detectable_effects, for
 from rvdist.report.statistics.robustness import Edited, robustness
 from rvdist.report.statistics.seeds import Spread, seed_spread
 from rvdist.report.statistics.sweep import Sweep, limits, sweeps
-from rvdist.report.summary import GroupInfo, Outline, Row, baseline_of, dissenting_rows
+from rvdist.report.summary import LEVEL, GroupInfo, Outline, Row, baseline_of, dissenting_rows
 from rvdist.report.wording import Scale
 
 
@@ -144,7 +144,7 @@ class Findings:
     @cached_property
     def footnotes(self) -> list[str]:
         """Sentences below the table of scores."""
-        return footnotes(self.benchmarks, self.detectable)
+        return footnotes(self.benchmarks, self.detectable, self._corrected)
 
     @cached_property
     def detectable(self) -> dict[tuple[str, str], float]:
@@ -152,6 +152,15 @@ class Findings:
         if self.baseline is None:
             return {}
         return detectable_effects(self.arms, self.records, self.tasks, self.baseline, self.groups)
+
+    @cached_property
+    def _corrected(self) -> dict[tuple[str, str], float]:
+        """The same where the comparison is the first that Holm corrects, for all of the main table: at most so much."""
+        count = sum(row.p_value is not None for row in self.benchmarks)
+        if self.baseline is None or count < 2:
+            return {}
+        level = LEVEL / count
+        return detectable_effects(self.arms, self.records, self.tasks, self.baseline, self.groups, level)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rvdist.weights.checkpoint.source import open_source
 
 TARGET, SFT, GRPO = (str(POCKET / name) for name in ("target", "sft", "grpo"))
 EMBEDDING = "model.embed_tokens.weight"
-DOCUMENTS = 40
+DOCUMENTS = 24
 
 
 @pytest.fixture(scope="module", autouse=True)

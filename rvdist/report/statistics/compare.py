@@ -118,11 +118,13 @@ def compare_discordant(better: int, worse: int, n: int) -> Comparison:
     )
 
 
-def minimal_detectable_effect(n: int, square: float, size: float = 1.0, power: float = 0.8) -> float:
-    """The smallest true difference that n pairs show at the 5 % level with this power, after Connor (1987): `square` is
+def minimal_detectable_effect(
+    n: int, square: float, size: float = 1.0, power: float = 0.8, level: float = LEVEL
+) -> float:
+    """The smallest true difference that n pairs show at the `level` with this power, after Connor (1987): `square` is
     the mean squared difference of a pair (of 0/1 scores the share that is discordant), `size` what a changed pair
     differs by; more pairs change if the difference needs it."""
-    z, z_power = norm.ppf(1 - LEVEL / 2), norm.ppf(power)
+    z, z_power = norm.ppf(1 - level / 2), norm.ppf(power)
     if n <= z**2:
         return size
     root = (z * math.sqrt(n) + z_power * math.sqrt(n + z_power**2 - z**2)) / (n + z_power**2)
@@ -135,9 +137,10 @@ def detectable_effects(
     tasks: Sequence[TaskInfo],
     baseline: str,
     groups: Sequence[GroupInfo] = (),
+    level: float = LEVEL,
 ) -> dict[tuple[str, str], float]:
-    """The minimal detectable effect of each comparison of primary scores with the baseline, by task or group and arm;
-    without those whose documents of an unbounded score did not change."""
+    """The minimal detectable effect of each comparison of primary scores with the baseline at the `level`, by task or
+    group and arm; without those whose documents of an unbounded score did not change."""
     answers = sort_records(records)
     effects = {}
     for score in scores(tasks, groups):
@@ -149,7 +152,7 @@ def detectable_effects(
                     squares, sizes = differences**2, np.abs(differences)
                     if sizes.any() or (ours.shares and reference.shares):
                         size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
-                        effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size)
+                        effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size, level=level)
                         more, _ = _hidden_variance(differences, ours.weights, ours.strata)
                         effects[score.task, arm.name] = effect * math.sqrt(more)
     return effects

@@ -15,6 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.core.record import TaskInfo
+from rvdist.report.findings import Findings
 from rvdist.report.statistics.compare import (
     Row,
     baseline_of,
@@ -365,13 +366,13 @@ def test_rows_do_not_depend_on_the_order_of_records():
 
 def test_minimal_detectable_effect_has_its_power():
     """Exact power of the exact test at the effect: near 80 %, a little less because the test is discrete."""
-    for n, discordance in [(150, 0.2), (300, 0.1), (60, 0.5)]:
-        effect = minimal_detectable_effect(n, discordance)
+    for n, discordance, level in [(150, 0.2, 0.05), (300, 0.1, 0.05), (60, 0.5, 0.05), (300, 0.2, 0.05 / 18)]:
+        effect = minimal_detectable_effect(n, discordance, level=level)
         better = (discordance + effect) / 2 / discordance
         power = 0.0
         for m in range(n + 1):
             b = np.arange(m + 1)
-            tail = np.minimum(1, 2 * binom.cdf(np.minimum(b, m - b), m, 0.5)) < 0.05
+            tail = np.minimum(1, 2 * binom.cdf(np.minimum(b, m - b), m, 0.5)) < level
             power += binom.pmf(m, n, discordance) * binom.pmf(b, m, better)[tail].sum()
         assert 0.7 < power < 0.85
     assert minimal_detectable_effect(3, 0.5) == 1.0
@@ -388,6 +389,10 @@ def test_detectable_effects_are_each_comparisons_own():
         ("gsm8k", "α=1"): minimal_detectable_effect(100, 0.2),
         ("gsm8k", "α=2"): minimal_detectable_effect(100, 0.05),
     }
+    arms, tasks = [BASE, ARM, other], [make_task()]
+    (note,) = Findings(arms, summarise(arms, records, tasks, "baseline"), records, tasks).footnotes
+    most = 100 * minimal_detectable_effect(100, 0.2, level=0.025)
+    assert note.endswith(f"(power 80 %, taken alone; under {most:.1f} points where all 2 are corrected for).")
     same = make_records("baseline", [0.5]) + make_records("α=1", [0.5])
     assert detectable_effects([BASE, ARM], same, [make_task()], "baseline") == {}
 
