@@ -52,6 +52,7 @@ def hub(server, tmp_path, monkeypatch):
     """The server as this process's Hub, which takes TOKEN."""
     server.stand_in(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    guard.install()  # remembers what the user wants of Xet: not after the next line
     monkeypatch.setattr(guard, "_xet_is_disabled", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return server
