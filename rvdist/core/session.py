@@ -40,14 +40,14 @@ if sys.stdin.buffer.read(1):
     sys.exit()
 if word:
     print(word, file=sys.stderr, flush=True)
-mark, until, quiet = b"{MARK}=" + os.fsencode(path) + b"\\0", time.monotonic() + 10, 0
-while quiet < 3 and time.monotonic() < until:
-    quiet += 1
+mark, until = b"{MARK}=" + os.fsencode(path) + b"\\0", time.monotonic() + 60
+killed = time.monotonic()
+while time.monotonic() < min(until, killed + 2):  # one that is about to begin shows no mark yet
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             if mark in open("/proc/" + pid + "/environ", "rb").read():
                 os.kill(int(pid), signal.SIGKILL)
-                quiet = 0
+                killed = time.monotonic()
         except OSError:
             pass
     time.sleep(0.1)

@@ -1,9 +1,11 @@
 """Ends that are not ours, beside those of a merge (tests/merge/test_faults.py): of a sweep, of Ray's start."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -64,6 +66,36 @@ def test_a_sweep_ends_with_our_sentence_and_goes_on(place, victim, status, sente
     again = launch(*arguments, cwd=place)
     assert again.returncode == 0, again.stderr
     assert (place / "run/summary.json").exists()
+
+
+def has_answers(cache):
+    with contextlib.suppress(sqlite3.OperationalError), sqlite3.connect(f"file:{cache}?mode=ro", uri=True) as known:
+        return known.execute("SELECT count(*) FROM slices").fetchone()[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["engine", "driver"])
+def test_a_sweep_of_which_a_process_stands_still_goes_on(place, victim):
+    """An engine that is stopped is replaced once `engine.timeout` is over; the driver goes on when it is continued,
+    though its engine was silent meanwhile for longer than that."""
+    arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", *SCORING]
+    arguments += ["sweep.alphas=[0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1]", "engine.timeout=20"]
+    undisturbed = launch(*arguments, "hydra.run.dir=undisturbed", "cache.dir=another", cwd=place)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    command = [sys.executable, "-m", "rvdist.launch", *arguments, "hydra.run.dir=run"]
+    running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: has_answers(place / "cache/samples.sqlite"))
+    stopped = descendants(running.pid)["ray::EngineActo"] if victim == "engine" else running.pid
+    os.kill(stopped, signal.SIGSTOP)
+    if victim == "driver":
+        time.sleep(25)
+        os.kill(stopped, signal.SIGCONT)
+    _, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    assert (place / "run/summary.json").read_bytes() == (place / "undisturbed/summary.json").read_bytes()
+    said = [json.loads(line)["message"] for line in (place / "run/log.jsonl").read_text().splitlines()]
+    assert any("said nothing for too long" in message for message in said) == (victim == "engine"), said
+    assert not Path(f"/proc/{stopped}").exists()
 
 
 WATCHED = """
