@@ -1,13 +1,10 @@
 """The benchmark of the fleet compares like with like, and its long run ends in a table."""
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import fleet
+import pytest
 
 from rvdist.core.record import Record, write_records
 

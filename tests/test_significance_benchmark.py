@@ -1,12 +1,7 @@
 """The benchmark of verdicts measures what the report does, and says what comes of it."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import significance
 
 from rvdist.report.statistics.sample import sample, scores, sort_records

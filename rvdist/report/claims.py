@@ -5,7 +5,6 @@ Knows rows and what statistics say of them; knows no markup, so whoever shows th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -120,18 +119,13 @@ def _confirmed(sweep: Sweep, scale: Scale, baseline: str) -> str:
     if one.chosen == baseline:
         return " That these documents chose it flatters it: half of them would have chosen no α."
     found = one.found
-    low, high = (scale.number(known_end(end), sign=True) for end in (found.low, found.high))
+    low, high = (scale.number(end, sign=True) for end in (found.low, found.high))
     said = {"better": "confirmed", "worse": "it is worse"}.get(one.verdict, "not confirmed")
     return (
         f" That these documents chose it flatters it: on {one.n:,} documents that did not, α = {_alpha(one.alpha)}, "
         f"the choice of the others, changes it by {scale.number(found.delta, sign=True)} "
         f"(95 % interval {low} to {high}; adjusted p {p_text(one.p_adjusted)}): {said}."
     )
-
-
-def known_end(end: float) -> float | None:
-    """An end of an interval, None where nothing is known of it."""
-    return end if math.isfinite(end) else None
 
 
 def headline(rows: Sequence[Row]) -> str:

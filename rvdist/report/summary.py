@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -131,7 +131,12 @@ def dissenting_rows(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 def write_summary(path: Path, rows: Sequence[Row]) -> None:
     """Write `path` as a JSON list and the same rows as CSV beside it."""
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+    write_csv(path.with_suffix(".csv"), [field.name for field in fields(Row)], map(asdict, rows))
+
+
+def write_csv(path: Path, names: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """A head of `names`, then `rows`, in which no spreadsheet finds a formula."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows({key: cell(value) for key, value in asdict(row).items()} for row in rows)
+        writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)

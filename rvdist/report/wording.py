@@ -5,6 +5,7 @@ Knows rows and points; knows no markup, so whoever shows the words escapes them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -44,7 +45,7 @@ class Scale:
 
     def number(self, x: float | None, sign: bool = False) -> str:
         """A score or a difference; ? where it is not known."""
-        if x is None:
+        if x is None or not math.isfinite(x):
             return "?"
         text = f"{100 * x:+.1f}" if self.percent else f"{x:+.4g}"
         if not float(text):

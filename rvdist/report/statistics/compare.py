@@ -17,27 +17,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.statistics.cost import Cost, cost, rest_of, shares_in_format
-from rvdist.report.statistics.flips import FEW, Floats, lattice, least_shift, subset_ends, tails
-from rvdist.report.statistics.intervals import PRIOR, mean_interval, share_interval, split, wilson
+from rvdist.report.statistics.cost import Cost, cost, shares_in_format
+from rvdist.report.statistics.flips import FEW, lattice, least_shift, subset_ends, tails
+from rvdist.report.statistics.intervals import PRIOR, Floats, known, mean_interval, share_interval, split, wilson
 from rvdist.report.statistics.sample import Sample, Score, round_off, sample, scores, sort_records
-from rvdist.report.summary import LEVEL, MARGIN, UNITS, GroupInfo, Outline, Row, baseline_of, write_summary
-
-__all__ = [
-    "Comparison",
-    "GroupInfo",
-    "Row",
-    "baseline_of",
-    "compare",
-    "compare_differences",
-    "compare_discordant",
-    "detectable_effects",
-    "holm",
-    "minimal_detectable_effect",
-    "summarise",
-    "write_summary",
-]
-
+from rvdist.report.summary import LEVEL, MARGIN, UNITS, GroupInfo, Outline, Row
 
 UNDETECTED = "no detectable difference"
 EQUIVALENT = "equivalent"  # whatever it is, it is within the margin
@@ -143,18 +127,16 @@ def detectable_effects(
     group and arm; without those whose documents of an unbounded score did not change."""
     answers = sort_records(records)
     effects = {}
-    for score in scores(tasks, groups):
-        if score.primary:
-            reference = sample(answers, baseline, score)
-            for arm in arms:
-                if arm.name != baseline:
-                    differences = _differences(ours := sample(answers, arm.name, score), reference)
-                    squares, sizes = differences**2, np.abs(differences)
-                    if sizes.any() or (ours.shares and reference.shares):
-                        size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
-                        effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size, level=level)
-                        more, _ = _hidden_variance(differences, ours.weights, ours.strata)
-                        effects[score.task, arm.name] = effect * math.sqrt(more)
+    for score in [score for score in scores(tasks, groups) if score.primary]:
+        reference = sample(answers, baseline, score)
+        for arm in [arm for arm in arms if arm.name != baseline]:
+            differences = _differences(ours := sample(answers, arm.name, score), reference)
+            squares, sizes = differences**2, np.abs(differences)
+            if sizes.any() or (ours.shares and reference.shares):
+                size = float(squares.sum() / sizes.sum()) if sizes.any() else 1.0
+                effect = minimal_detectable_effect(len(sizes), float(squares.mean()), size, level=level)
+                more, _ = _hidden_variance(differences, ours.weights, ours.strata)
+                effects[score.task, arm.name] = effect * math.sqrt(more)
     return effects
 
 
@@ -195,11 +177,7 @@ def format_gains(
         after, before = (np.array([shares[doc] for doc in ours.documents]) for shares in formats)
         changed = compare_differences(round_off(after - before, after, before), np.ones(len(after)), (len(after),), 1.0)
         if changed.p_value < LEVEL and (changed.delta > 0) == ((row.delta or 0.0) > 0):
-            left = rest_of(_differences(ours, theirs), after, before)
-            if ours.exact and theirs.exact:
-                rest = compare_discordant(int((left > 0).sum()), int((left < 0).sum()), len(left))
-            else:
-                rest = compare_differences(left, ours.weights, ours.strata, 1.0)
+            rest = _test(np.where(after == before, _differences(ours, theirs), 0.0), ours, theirs, 1.0)
             if rest.p_value >= LEVEL or (rest.delta > 0) != ((row.delta or 0.0) > 0):
                 only = within(rest.low, rest.high, row.margin)
                 found.append(FormatGain(row.task, row.arm, float(before.mean()), float(after.mean()), rest, only))
@@ -295,10 +273,13 @@ def _differences(sample: Sample, reference: Sample) -> Floats:
 
 def compare(sample: Sample, reference: Sample) -> Comparison:
     """Two samples of the same documents."""
-    differences = _differences(sample, reference)
+    most = 1.0 if sample.shares and reference.shares else math.inf
+    return _test(_differences(sample, reference), sample, reference, most)
+
+
+def _test(differences: Floats, sample: Sample, reference: Sample, most: float) -> Comparison:
     if sample.exact and reference.exact:
         return compare_discordant(int((differences > 0).sum()), int((differences < 0).sum()), len(differences))
-    most = 1.0 if sample.shares and reference.shares else math.inf
     return compare_differences(differences, sample.weights, sample.strata, most)
 
 
@@ -391,8 +372,3 @@ def _adjust(rows: list[Row], outline: Outline) -> list[Row]:
             rows[i] = replace(rows[i], p_adjusted=p)
             rows[i] = replace(rows[i], verdict=judge(rows[i]))
     return rows
-
-
-def known(number: float) -> float | None:
-    """The number, None where nothing is known of it."""
-    return number if math.isfinite(number) else None

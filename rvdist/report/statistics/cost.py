@@ -1,5 +1,4 @@
-"""What answers cost: how long they are, how many were cut at the limit, how many are as the task asks for them; and
-whether what an arm gained is only format.
+"""What answers cost: how long they are, how many were cut at the limit, and how many are as the task asks for them.
 
 Knows samples and records; nothing of tables or plots.
 """
@@ -7,14 +6,14 @@ Knows samples and records; nothing of tables or plots.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rvdist.core.record import Record
-from rvdist.report.statistics.intervals import mean_interval, share_interval, wilson
-from rvdist.report.statistics.sample import Answers, Floats, Score, document_names
+from rvdist.report.statistics.intervals import Floats, known, mean_interval, share_interval, wilson
+from rvdist.report.statistics.sample import Answers, Score, document_names
 
 
 @dataclass(frozen=True)
@@ -36,33 +35,29 @@ class Cost:
 
 def cost(answers: Answers, arm: str, score: Score) -> Cost:
     """A document's completions, repeats and seeds count together as much as another's."""
-    lengths: list[float] = []
-    cuts: list[float] = []
-    formats: list[float] = []
-    scores: list[float] = []
-    for task in score.members or (score.task,):
-        by_document: defaultdict[str, list[Record]] = defaultdict(list)
-        records = answers.get((arm, task, score.filter), ())
-        for record, name in zip(records, document_names(records), strict=True):
-            by_document[name].append(record)
-        for own in by_document.values():
-            tokens = [count for record in own for count in record.tokens]
-            ends = [end == "length" for record in own for end in record.finish]
-            known = [record for record in own if record.in_format is not None]
-            lengths += [float(np.mean(tokens))] if tokens else []
-            cuts += [float(np.mean(ends))] if ends else []
-            formats += [float(np.mean([bool(record.in_format) for record in known]))] if known else []
-            scores += [record.metrics[score.metric] for record in known if record.in_format]
-    return Cost(*_with_ends(lengths, mean_interval), *_share(cuts), *_share(formats), _mean(scores))
+    documents = dict(_by_document(answers, arm, score))
+    tokens = [[count for record in own for count in record.tokens] for own in documents.values()]
+    cuts = [[end == "length" for record in own for end in record.finish] for own in documents.values()]
+    within = [record.metrics[score.metric] for own in documents.values() for record in own if record.in_format]
+    return Cost(
+        *_with_ends(_means(tokens), mean_interval),
+        *_share(_means(cuts)),
+        *_share(list(_in_format(documents.items()).values())),
+        _mean(within),
+    )
 
 
 def _mean(numbers: Sequence[float]) -> float | None:
     return float(np.mean(numbers)) if numbers else None
 
 
+def _means(of_documents: Iterable[Sequence[float]]) -> list[float]:
+    return [float(np.mean(own)) for own in of_documents if own]
+
+
 def _share(shares: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     """The mean of documents' shares and its interval: Wilson's where each document's is 0 or 1."""
-    if set(shares) <= {0.0, 1.0} and shares:
+    if shares and set(shares) <= {0.0, 1.0}:
         return float(np.mean(shares)), *wilson(float(np.mean(shares)), len(shares))
     return _with_ends(shares, share_interval)
 
@@ -74,25 +69,25 @@ def _with_ends(
     if not numbers:
         return None, None, None
     low, high = interval(np.array(numbers), np.ones(len(numbers)), (len(numbers),))
-    known = bool(np.isfinite([low, high]).all())
-    return _mean(numbers), low if known else None, high if known else None
+    return float(np.mean(numbers)), known(low), known(high)
 
 
 def shares_in_format(answers: Answers, arm: str, score: Score) -> dict[str, float]:
     """By document as a sample names it, how many of its answers are in the asked format; without those of which the
     records do not say."""
-    found: dict[str, float] = {}
+    return _in_format(_by_document(answers, arm, score))
+
+
+def _by_document(answers: Answers, arm: str, score: Score) -> Iterator[tuple[str, list[Record]]]:
+    """An arm's records of each document, as a sample names it."""
     for task in score.members or (score.task,):
-        records = [one for one in answers.get((arm, task, score.filter), ()) if one.in_format is not None]
-        own: defaultdict[str, list[bool]] = defaultdict(list)
+        records = answers.get((arm, task, score.filter), ())
+        own: defaultdict[str, list[Record]] = defaultdict(list)
         for record, name in zip(records, document_names(records), strict=True):
-            own[name].append(bool(record.in_format))
-        prefix = f"{task}/" if score.members else ""
-        found |= {f"{prefix}{name}": float(np.mean(all_)) for name, all_ in own.items()}
-    return found
+            own[f"{task}/{name}" if score.members else name].append(record)
+        yield from own.items()
 
 
-def rest_of(differences: Floats, ours: Floats, theirs: Floats) -> Floats:
-    """The differences of documents whose answers of both arms are alike in format; 0 where they are not."""
-    rest: Floats = np.where(ours == theirs, differences, 0.0)
-    return rest
+def _in_format(documents: Iterable[tuple[str, list[Record]]]) -> dict[str, float]:
+    said = {name: [one.in_format for one in own if one.in_format is not None] for name, own in documents}
+    return {name: float(np.mean(own)) for name, own in said.items() if own}

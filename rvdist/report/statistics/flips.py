@@ -12,11 +12,11 @@ import math
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 from scipy.stats import binom
 
-Floats = NDArray[np.float64]
+from rvdist.report.statistics.intervals import Floats
+
 FEW = 16  # changed documents up to which every way to flip is looked at; above, a saddlepoint approximation
 _TINY = 1e-9  # of the scale of a sum: zero
 

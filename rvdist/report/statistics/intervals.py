@@ -19,6 +19,11 @@ PRIOR = 4.0  # documents that score as all strata together, added to each, as Ag
 _DOUBT = 4.0  # documents that answer all right or all wrong, added to those seen to vary
 
 
+def known(number: float) -> float | None:
+    """The number, None where nothing is known of it."""
+    return number if math.isfinite(number) else None
+
+
 def split(values: Floats, strata: Sequence[int]) -> list[Floats]:
     """The values of each stratum."""
     return np.split(values, np.cumsum(strata)[:-1])

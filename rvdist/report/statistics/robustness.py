@@ -6,7 +6,6 @@ by document. Knows samples and records; nothing of tables or plots.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,8 +14,8 @@ from typing import Any
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.core.text import cell
-from rvdist.report.statistics.compare import UNDETECTED, Comparison, compare, compare_differences, holm, known
+from rvdist.report.statistics.compare import UNDETECTED, Comparison, compare, compare_differences, holm
+from rvdist.report.statistics.intervals import known
 from rvdist.report.statistics.sample import (
     Answers,
     Sample,
@@ -28,7 +27,8 @@ from rvdist.report.statistics.sample import (
     scores,
     sort_records,
 )
-from rvdist.report.summary import LEVEL, Outline, Row
+from rvdist.report.summary import LEVEL, Outline, Row, write_csv
+from rvdist.report.wording import survives
 
 Pair = Sequence[Sample]  # of the same documents: as they are, and edited
 
@@ -112,10 +112,7 @@ def write_robustness(path: Path, rows: Sequence[Edited]) -> None:
             change = line.pop(name) or {}
             line |= {f"{name}_{field.name}": change.get(field.name) for field in fields(Change)}
         lines.append(line)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows({key: cell(value) for key, value in line.items()} for line in lines)
+    write_csv(path, list(lines[0]), lines)
 
 
 def _pairs(
@@ -173,7 +170,7 @@ def _said(row: Edited) -> Edited:
     before, after, kept = row.gain_original, row.gain, row.gain_change
     if before is None or after is None or kept is None:
         return row
-    was, is_, changed = (_survives(change) for change in (before, after, kept))
+    was, is_, changed = (survives(change) for change in (before, after, kept))
     less = (kept.delta > 0) != (before.delta > 0)
     words, rests = "cannot be told", []
     if was and is_:
@@ -189,17 +186,13 @@ def _said(row: Edited) -> Edited:
     elif is_ and changed and before.p_value >= LEVEL:
         words, rests = "only when edited", [after, kept]
     elif before.p_value >= LEVEL and after.p_value >= LEVEL:
-        words = "no detectable difference"
+        words = UNDETECTED
     p_value = max((change.p_adjusted or 0.0 for change in rests), default=None)
     return replace(row, persistence=words, persistence_p=p_value)
 
 
 def _corrected(change: Change, p_adjusted: float) -> Change:
     return replace(change, p_adjusted=p_adjusted, verdict=change.verdict if p_adjusted < LEVEL else UNDETECTED)
-
-
-def _survives(change: Change) -> bool:
-    return change.p_adjusted is not None and change.p_adjusted < LEVEL
 
 
 def _adjust(rows: Sequence[Edited], surviving: Mapping[tuple[str, str, str, str], float | None]) -> list[Edited]:

@@ -12,13 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rvdist.core.record import Record, TaskInfo
-from rvdist.report.statistics.intervals import split
-from rvdist.report.summary import GroupInfo
+from rvdist.report.statistics.intervals import Floats, split
+from rvdist.report.summary import GroupInfo, Outline
 
-Floats = NDArray[np.float64]
 Answers = Mapping[tuple[str, str, str], Sequence[Record]]  # by arm, task and filter
 
 
@@ -101,6 +99,12 @@ def scores(tasks: Sequence[TaskInfo], groups: Sequence[GroupInfo] = ()) -> Itera
                 yield Score(group.name, *pair, pair == group.metrics[0], better, members, by_size)
         for pair in task.metrics:
             yield Score(task.name, *pair, pair == task.primary, task.higher_is_better.get(pair[0], True))
+
+
+def benchmark_scores(tasks: Sequence[TaskInfo], groups: Sequence[GroupInfo] = ()) -> list[Score]:
+    """The primary scores of tasks and groups that stand for themselves."""
+    outline = Outline([task.name for task in tasks], groups)
+    return [score for score in scores(tasks, groups) if score.primary and outline.is_benchmark(score.task)]
 
 
 def sample(answers: Answers, arm: str, score: Score) -> Sample:
@@ -201,10 +205,9 @@ def _reduce(part: Sample, documents: Collection[str]) -> Sample:
 
 def average(parts: Sequence[Sample]) -> Sample:
     """The mean of several samples of the same documents: what a document scores over all of them."""
-    first = parts[0]
     return replace(
-        first,
+        parts[0],
         values=np.mean([part.values for part in parts], axis=0),
-        exact=first.exact and len(parts) == 1,
+        exact=False,
         seeds=frozenset(seed for part in parts for seed in part.seeds),
     )

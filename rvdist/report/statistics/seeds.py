@@ -6,7 +6,6 @@ question: what another single run might have shown. Knows samples and records; n
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,9 +16,8 @@ from scipy.stats import chi2
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
-from rvdist.core.text import cell
-from rvdist.report.statistics.sample import Answers, Score, round_off, sample, scores, sort_records
-from rvdist.report.summary import LEVEL, GroupInfo, Outline
+from rvdist.report.statistics.sample import Answers, Score, benchmark_scores, round_off, sample, sort_records
+from rvdist.report.summary import LEVEL, GroupInfo, write_csv
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ def seed_spread(
     if len(by_seed) < 2:
         return []
     answers = {seed: sort_records(of_seed) for seed, of_seed in sorted(by_seed.items())}
-    outline = Outline([task.name for task in tasks], groups)
-    shown = [score for score in scores(tasks, groups) if score.primary and outline.is_benchmark(score.task)]
+    shown = benchmark_scores(tasks, groups)
     spreads = [_spread(answers, arm.name, baseline, score) for score in shown for arm in arms]
     return [spread for spread in spreads if spread]
 
@@ -84,13 +81,12 @@ def write_seeds(path: Path, rows: Sequence[Spread]) -> None:
     """As CSV, a line for each seed of each row."""
     names = [field.name for field in fields(Spread)]
     names = [{"seeds": "seed", "values": "value", "deltas": "delta"}.get(name, name) for name in names]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for row in rows:
-            whole = {name: cell(value) for name, value in asdict(row).items() if name in names}
-            for seed, value, delta in zip(row.seeds, row.values, row.deltas or [None] * len(row.seeds), strict=True):
-                writer.writerow(whole | {"seed": seed, "value": value, "delta": delta})
+    lines: list[dict[str, object]] = []
+    for row in rows:
+        whole = {name: value for name, value in asdict(row).items() if name in names}
+        for seed, value, delta in zip(row.seeds, row.values, row.deltas or [None] * len(row.seeds), strict=True):
+            lines.append(whole | {"seed": seed, "value": value, "delta": delta})
+    write_csv(path, names, lines)
 
 
 def _sd(values: Sequence[float]) -> float:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from rvdist.core.point import Arm
 from rvdist.core.record import Record, TaskInfo
 from rvdist.report.statistics.compare import SEEN, Comparison, compare, holm, rooms
-from rvdist.report.statistics.sample import Answers, Sample, Score, sample, scores, sort_records
-from rvdist.report.summary import GroupInfo, Outline
+from rvdist.report.statistics.sample import Answers, Sample, Score, benchmark_scores, sample, sort_records
+from rvdist.report.summary import GroupInfo
 
 FEWEST = 3  # α's of one prompt style: fewer are no sweep
 HALF = 2 * SEEN  # documents of which half can choose and half confirm
@@ -94,7 +94,7 @@ def sweeps(
     lines = [(prompt, _line(arms, prompt)) for prompt in prompts]
     made: list[Sweep] = []
     tests: list[tuple[int, int, Comparison]] = []  # the sweep, the place of the lower α, what was found
-    for score in _benchmarks(tasks, groups):
+    for score in benchmark_scores(tasks, groups):
         for prompt, line in lines:
             drawn = _samples(answers, line, score)
             if len(drawn) >= FEWEST:
@@ -178,16 +178,11 @@ def limits(
     """Benchmarks of shares on which the baseline is so near 0 or 1 that a change could not be seen."""
     answers = sort_records(records)
     made = []
-    for score in _benchmarks(tasks, groups):
+    for score in benchmark_scores(tasks, groups):
         own = sample(answers, baseline, score)
         n = len(own.values)
         made += [Limit(score.task, what == "fall", room, n) for what, room in rooms(own).items() if room < SEEN]
     return made
-
-
-def _benchmarks(tasks: Sequence[TaskInfo], groups: Sequence[GroupInfo]) -> list[Score]:
-    outline = Outline([task.name for task in tasks], groups)
-    return [score for score in scores(tasks, groups) if score.primary and outline.is_benchmark(score.task)]
 
 
 def _line(arms: Sequence[Arm], prompt: str) -> list[Arm]:

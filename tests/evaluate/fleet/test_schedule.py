@@ -1,21 +1,13 @@
 """The schedule without engines: properties under chance, and recorded times on 64 engines of a virtual clock."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
+import schedule as benchmark
 
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.fleet.schedule import Part, Schedule, Slice, cut
 from rvdist.evaluate.request import Choice, Generate
-
-_FILE = Path(__file__).resolve().parents[3] / "benchmarks/schedule.py"
-_SPEC = importlib.util.spec_from_file_location("schedule_benchmark", _FILE)
-benchmark = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = benchmark
-_SPEC.loader.exec_module(benchmark)
 
 HOME, ONE, TWO = (WeightPoint(name) for name in ("home", "one", "two"))
 

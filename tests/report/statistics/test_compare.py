@@ -17,18 +17,16 @@ from statsmodels.stats.proportion import proportion_confint
 from rvdist.core.record import TaskInfo
 from rvdist.report.findings import Findings
 from rvdist.report.statistics.compare import (
-    Row,
-    baseline_of,
     compare_differences,
     compare_discordant,
     detectable_effects,
     holm,
     minimal_detectable_effect,
     summarise,
-    write_summary,
 )
 from rvdist.report.statistics.flips import FEW, _subset_sums, _tail, lattice, tails
 from rvdist.report.statistics.sample import round_off
+from rvdist.report.summary import Row, baseline_of, write_summary
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)
 

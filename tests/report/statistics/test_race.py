@@ -2,18 +2,14 @@
 
 import itertools
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
+import search as benchmark
 
 from rvdist.report.statistics import race as search
 from rvdist.report.statistics.race import Race, split
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-import search as benchmark
 
 
 def run(race, grid):

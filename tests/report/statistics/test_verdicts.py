@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
+import significance
 from made_up import make_arm, make_records, make_task
 from statsmodels.stats.proportion import proportion_confint
 
@@ -17,9 +16,6 @@ from rvdist.report.page.tables import task_table
 from rvdist.report.statistics.compare import format_gains, summarise
 from rvdist.report.statistics.sweep import halve, sweeps, take
 from rvdist.report.summary import GroupInfo
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-import significance
 
 BASE, ARM = make_arm("baseline", 0.0), make_arm("α=1", 1.0)
 
