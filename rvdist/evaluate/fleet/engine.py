@@ -60,8 +60,7 @@ class Engine:
         self._here: dict[str, str] = {}  # where this node has the files of a source that is called otherwise
         self._place(base, self._checkpoint)
         started = start_vllm(base, self._checkpoint, settings)
-        self._llm, self._device, self._seconds = started.llm, started.device, started.seconds
-        self._kind = started.kind
+        self._llm, self._device, self._kind = started.llm, started.device, started.kind
         self.settings = settings
         try:
             self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors),))
@@ -90,15 +89,12 @@ class Engine:
             "device": self._device,
             "kind": self._kind,
             "dtype": str(self._llm.llm_engine.model_config.dtype).removeprefix("torch."),
-            "max_model_len": self._max_len,
             "resolved": self._llm.collective_rpc("rvdist_resolved")[0],
-            "truncated": self.truncated,
             "probe": self._probe or "not run",
             "cpu_seconds": time.process_time(),
             "bytes_read": sum(
                 self._checkpoint_bytes + read for read in self._llm.collective_rpc("rvdist_bytes")
             ),  # of weights, by all ranks
-            **self._seconds,
         }
 
     @property

@@ -108,7 +108,6 @@ class Fleet:
         import ray
 
         self.stats, self.refused, self._failures = FleetStats(), {}, Failures()
-        self.stats.failures = self._failures.told
         for seat in self.seats:
             seat.sent, seat.ahead = set(), None
         slices = list(slices)

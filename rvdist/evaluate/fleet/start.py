@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,13 +39,11 @@ _QUANTIZED = "is quantized, and weights are only swapped exactly when they are n
 
 @dataclass(frozen=True)
 class Started:
-    """vLLM, on what it runs (cpu or cuda, and of cards the kind), and how many seconds its import and its start
-    took."""
+    """vLLM, and on what it runs: cpu or cuda, and of cards the kind."""
 
     llm: Any
     device: str
     kind: str
-    seconds: dict[str, float]
 
 
 def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> Started:
@@ -54,7 +51,6 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
     that vLLM refuses; Unusable for a vLLM that is not as we know it."""
     if "quantization_config" in checkpoint.config:
         raise BadInput(f"{base}: {_QUANTIZED}")
-    begin = time.perf_counter()
     os.environ.update(ENVIRONMENT | os.environ)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses what is of no use on CPUs
@@ -75,7 +71,6 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
             private_vllm.require_in_engine()
         except Failed as error:
             raise Unusable(str(error)) from None
-    imported = time.perf_counter()
     if on_cpu and settings.cpu_threads != torch.get_num_threads():
         torch.set_num_threads(settings.cpu_threads)
     with (
@@ -93,9 +88,7 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
             raise explain_refusal(str(error).replace(str(directory), base), base, settings) from None
     if llm.llm_engine.model_config.quantization:
         raise BadInput(f"{base}: {_QUANTIZED}")
-    seconds = {"import_seconds": imported - begin, "start_seconds": time.perf_counter() - imported}
-    kind = "" if on_cpu else torch.cuda.get_device_name(0)
-    return Started(llm, "cpu" if on_cpu else "cuda", kind, seconds)
+    return Started(llm, "cpu", "") if on_cpu else Started(llm, "cuda", torch.cuda.get_device_name(0))
 
 
 def explain_refusal(words: str, base: str, settings: EngineSettings) -> BadInput | Failed:

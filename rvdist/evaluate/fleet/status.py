@@ -23,7 +23,6 @@ class FleetStats:
     cpu_seconds: float = 0.0
     bytes_read: int = 0
     deaths: int = 0
-    failures: Sequence[str] = ()  # a sentence for each engine that failed
     by_engine: dict[int, int] = field(default_factory=dict)  # requests
 
     @property

@@ -115,11 +115,11 @@ def test_cut_prompts_are_lm_evals(families: dict[str, Family], lm_eval_backend: 
     long = "12 + 34" * 40
     (ours,) = engine.answer([Generate.from_lm_eval(long, kwargs)])
     assert [ours.text] == lm_eval_backend.generate_until([_Request(long, kwargs)], disable_tqdm=True)
-    assert (ours.prompt_tokens, engine.info()["truncated"]) == (156, 1)
+    assert (ours.prompt_tokens, engine.truncated) == (156, 1)
     (score,) = engine.answer([Choice(long, "=46")])
     theirs = lm_eval_backend.loglikelihood([_Request(long, "=46")], disable_tqdm=True)
     assert [(score.logprob, score.greedy)] == theirs
-    assert engine.info()["truncated"] == 2
+    assert engine.truncated == 2
     resolved = engine.info()["resolved"]
     assert resolved["max_num_seqs"] == "16" and resolved["runner"].endswith("CPUModelRunner")
     assert resolved["attention_backend"] == "CPU_ATTN" and int(resolved["max_num_batched_tokens"]) > 0

@@ -116,7 +116,7 @@ def alive(tmp_path):
 def test_every_request_is_answered_whatever_an_engine_does(kind, where, ray_local, tmp_path):
     answered, fleet = run(tmp_path, {where: (kind, 1)}, count=1 if where == "start" else 2)
     assert answered == UNDISTURBED
-    (told,) = fleet.stats.failures
+    (told,) = fleet._failures.told
     at = " as it started" if where == "start" else f" at t {8 if where == 'at8' else ''}"
     said = {"raise": "CUDA out of memory", "hang": "raise engine.", "stop": "raise engine.", "die": "died"}[kind]
     assert at in told and said in told

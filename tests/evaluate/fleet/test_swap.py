@@ -221,7 +221,9 @@ def test_what_a_swap_costs(tmp_path: Path) -> None:
             step()
             seconds[name].append(time.process_time() - begin)
     took = {name: statistics.median(times) for name, times in seconds.items()}
-    took["start"] = start(WeightPoint(str(family.target))).info()["start_seconds"]
+    begin = time.perf_counter()
+    start(WeightPoint(str(family.target)))
+    took["start"] = time.perf_counter() - begin
     shutil.rmtree(tmp_path / "deep")
     count = sum(tensor.numel() for tensor in merged.values())
     ratio = took["swap"] / (took["read"] + took["reload"])
