@@ -221,3 +221,19 @@ def test_every_sample_of_a_program_is_judged(tmp_path, tokenizer):
     ]
     assert results["results"]["thrice"]["pass@2,create_test"] == pytest.approx(5 / 6)
     assert records[0].filtered.count("\npassed (") == 1 and records[0].filtered.count("\nfailed (") == 2
+
+
+def test_a_task_of_several_subgroups_counts_in_each(tmp_path):
+    """lm-eval makes an object of it for each, and keeps one."""
+    (tmp_path / "asked.json").write_text(json.dumps([{"question": "1+1?", "answer": "2"}]))
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'asked.json'}}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: exact_match}]\n"
+    )
+    for group, members in {"one": "mine", "two": "mine", "both": "one, two"}.items():
+        (tmp_path / f"{group}.yaml").write_text(
+            f"group: {group}\ntask: [{members}]\naggregate_metric_list: [{{metric: exact_match}}]\n"
+        )
+    groups = Suite.load(["both"], tmp_path, chat=False).groups
+    assert [(name, members) for name, (_, members) in groups.items()] == [(k, ["mine"]) for k in ("both", "one", "two")]
