@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 FAST := fast-1 fast-2 fast-3
 PARTS := heavy-1 heavy-2 shared $(FAST)
 
-.PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint audit pocket clean
+.PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint audit pocket real clean
 
 demo: $(VENV)/ready
 	$(PY) -m rvdist.launch experiment=demo
@@ -40,6 +40,10 @@ audit:
 
 pocket: $(VENV)/ready
 	$(PY) -m rvdist.pocket.train outputs/pocket --seed 0
+
+# Real models beside other tools; ARGS are options of the script, such as --data DIR.
+real: $(VENV)/ready
+	$(PY) benchmarks/real.py $(ARGS)
 
 # Without a GPU: exactly what constraints.txt lists, from wherever pip's own settings say. It is complete, and pip
 # resolves nothing: packages ask for things that are large, or break vLLM, and that nothing here needs. So parts of the
