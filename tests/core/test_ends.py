@@ -19,13 +19,15 @@ from rvdist.core.ends import KEPT
 from rvdist.core.errors import Failed
 
 
-def descendants(pid):
-    """The processes below one, by name."""
-    found = {}
+def children(pid):
+    """The processes that one has begun, or was given."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found |= {Path(f"/proc/{child}/comm").read_text().strip(): child}
-    return found
+        yield from map(int, (task / "children").read_text().split())
+
+
+def descendants(pid):
+    """The same by name."""
+    return {Path(f"/proc/{child}/comm").read_text().strip(): child for child in children(pid)}
 
 
 def wait_for(condition, seconds=240):
@@ -85,7 +87,10 @@ def test_a_sweep_of_which_a_process_stands_still_goes_on(place, victim):
     command = [sys.executable, "-m", "rvdist.launch", *arguments, "hydra.run.dir=run"]
     running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: has_answers(place / "cache/samples.sqlite"))
-    stopped = descendants(running.pid)["ray::EngineActo"] if victim == "engine" else running.pid
+    stopped = running.pid
+    if victim == "engine":
+        raylet = descendants(running.pid)["raylet"]
+        (stopped,) = (pid for pid in children(raylet) if b"EngineActor" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(stopped, signal.SIGSTOP)
     if victim == "driver":
         time.sleep(25)

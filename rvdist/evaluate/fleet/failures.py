@@ -80,4 +80,5 @@ class Starts:
         """Why there is no engine at all."""
         if self._final:
             return self._final[0]
-        return Failed(f"no engine could start: {next(iter(self.empty.values()))}")
+        why = next(iter(self.empty.values()))
+        return Failed(f"no engine could start: {why}; mend the cause, and the same command goes on from there")

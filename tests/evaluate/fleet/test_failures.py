@@ -240,6 +240,13 @@ def test_a_start_is_final_for_the_run_only_where_no_engine_is_up():
     assert starts.fail(0, "slow", None, 0) == 1.0
 
 
+def test_a_run_without_any_engine_says_how_to_go_on():
+    starts = Starts(())
+    assert starts.fail(0, "it was killed", None, 0) is None
+    said = str(starts.explain())
+    assert said == "no engine could start: it was killed; mend the cause, and the same command goes on from there"
+
+
 @pytest.mark.parametrize("kind", ["raise", "die", "none"])
 def test_engines_that_hold_their_next_slice_lose_nothing(ray_local, tmp_path, kind):
     """While one answers it has its next slice already; should it fail, both go back, and one is to blame."""
