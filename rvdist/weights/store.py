@@ -27,8 +27,8 @@ from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.method import Scratch, torch_threads, working_dtype
 from rvdist.weights.checkpoint.difference import BLOCK, Difference
 from rvdist.weights.checkpoint.digest import checkpoint_digest
-from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
-from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header, read_header
+from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSIONS, as_vector, part_names
@@ -75,7 +75,7 @@ def save(
     from what is journalled.
     """
     asked = _ask([sources[source] for source in vector.sources()], storage, digests)
-    donors, skipped = asked.donors, asked.skipped
+    donors = asked.donors
     if not overwrite and _holds(output, asked):
         say(f"{output}: already complete")
         return
@@ -93,8 +93,9 @@ def save(
             description = {"kind": "vector", "version": version, **asked.provenance, "storage": asdict(storage)}
             entries = {s.name: {"form": s.form, "shape": list(s.shape)} for s in stored}
             staging.write_text(DESCRIPTION, json.dumps(description | {"tensors": entries}))
-            written = as_vector(_reopen(staging.partial, list(files)))
-            result = opened.enter_context(closing(open_operand(written)))
+            parts = {part.name: part for tensor in stored for part in tensor.parts}
+            write_index(staging, parts, list(files))
+            result = opened.enter_context(closing(open_operand(as_vector(open_checkpoint(staging.partial)))))
             writer = opened.enter_context(closing(Writer(staging, list(values.operands.values()))))
             for tensor in stored:
                 if not writer.has(tensor.parts):
@@ -107,10 +108,8 @@ def save(
             donor.require_unchanged()
         if _has_companions(donors[0]):
             carry_over(donors[0], staging, None)
-        parts = {part.name: part for tensor in stored for part in tensor.parts}
-        write_index(staging, parts, list(files))
         measured = _summary(entries)
-        description |= {"skipped": skipped, "bytes": sum(size for _, size in files.values()), **measured}
+        description |= {"skipped": asked.skipped, "bytes": sum(size for _, size in files.values()), **measured}
         staging.write_text(DESCRIPTION, _readable(description, entries))
         staging.commit()
         holds = f"exact for {measured['exact_for']}" if measured["exact_for"] else "not exact"
@@ -185,7 +184,7 @@ def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str,
 
 
 def _stored_dtype(asked: _Asked, storage: Storage, name: str) -> str:
-    return storage.dtype or _SAFETENSORS[_work([donor.tensors[name] for donor in asked.donors])]
+    return storage.dtype or _SAFETENSORS[_work(name, asked.donors)]
 
 
 def _count_values(
@@ -196,7 +195,7 @@ def _count_values(
     for spec in asked.specs:
         dtype = _stored_dtype(asked, storage, spec.name)
         if _parts(spec, dtype, storage)[0] == "dense":
-            stored = (taken.to(TORCH_DTYPE[dtype]) for _, taken, _ in differences(spec.name))
+            stored = (taken.to(TORCH_DTYPE[dtype]) for _, taken in differences(spec.name))
             counts[spec.name] = sum(int(np.count_nonzero(bits(chunk))) for chunk in stored)
         progress(spec.nbytes // 2)
     return counts
@@ -263,42 +262,32 @@ def _digest(
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
-def _reopen(directory: Path, files: Sequence[str]) -> Checkpoint:
-    """What is being written, as it will be read."""
-    tensors: dict[str, TensorSpec] = {}
-    metadata, stamps = {}, {}
-    for file in files:
-        specs, metadata[file], stamps[file] = read_header(directory / file)
-        tensors |= {spec.name: spec for spec in specs}
-    return Checkpoint(directory, tensors, metadata, dict(stamps))
-
-
-def _work(specs: Sequence[TensorSpec]) -> torch.dtype:
+def _work(name: str, donors: Sequence[Checkpoint]) -> torch.dtype:
     """The precision a merge takes the difference in, where neither its target nor its output asks for more."""
-    plus, *minus = (TORCH_DTYPE[spec.dtype] for spec in specs)
+    plus, *minus = (TORCH_DTYPE[donor.tensors[name].dtype] for donor in donors)
     return working_dtype((), [(plus, minus[0] if minus else None)])
 
 
 class _Differences:
-    """v by chunks: in the working precision as a merge computes it, and in fp64. Valid until the next chunk."""
+    """v by chunks: in the working precision as a merge computes it, or in fp64. Valid until the next chunk."""
 
     def __init__(self, donors: Sequence[Checkpoint], values: Values) -> None:
         self._donors, self._values, self._scratch = donors, values, Scratch(AT_ONCE)
 
-    def __call__(self, name: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(first element, in working precision, in fp64) for each chunk of a tensor."""
-        numel, work = self._donors[0].tensors[name].numel, self._work(name)
+    def __call__(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first element, elements in working precision) for each chunk of a tensor."""
+        numel, work = self._donors[0].tensors[name].numel, _work(name, self._donors)
         for begin in range(0, numel, AT_ONCE):
-            count = min(AT_ONCE, numel - begin)
-            taken = self._fill(name, begin, self._scratch(0, count, work))
-            yield begin, taken, self._fill(name, begin, self._scratch(1, count, torch.float64))
+            yield begin, self._fill(name, begin, self._scratch(0, min(AT_ONCE, numel - begin), work))
+
+    def wide(self, name: str, begin: int, count: int) -> torch.Tensor:
+        """Elements of one chunk in fp64."""
+        return self._fill(name, begin, self._scratch(1, count, torch.float64))
 
     def whole(self, name: str) -> torch.Tensor:
         """All of a tensor in working precision, 1-d."""
-        return self._fill(name, 0, torch.empty(self._donors[0].tensors[name].numel, dtype=self._work(name)))
-
-    def _work(self, name: str) -> torch.dtype:
-        return _work([donor.tensors[name] for donor in self._donors])
+        numel = self._donors[0].tensors[name].numel
+        return self._fill(name, 0, torch.empty(numel, dtype=_work(name, self._donors)))
 
     def _fill(self, name: str, begin: int, out: torch.Tensor) -> torch.Tensor:
         plus, *minus = self._values.operands
@@ -308,7 +297,7 @@ class _Differences:
 def _write(tensor: _Stored, storage: Storage, differences: _Differences, writer: Writer) -> None:
     dtypes = [TORCH_DTYPE[part.dtype] for part in tensor.parts]
     if tensor.form == "dense":
-        writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken, _ in differences(tensor.name)))
+        writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken in differences(tensor.name)))
         return
     if tensor.form == "packed":
         _write_packed(tensor, differences, writer)
@@ -332,7 +321,7 @@ def _write_packed(tensor: _Stored, differences: _Differences, writer: Writer) ->
     counts = [np.zeros(1, np.int64)]
 
     def chunks() -> Iterator[torch.Tensor]:
-        for _, taken, _ in differences(tensor.name):
+        for _, taken in differences(tensor.name):
             stored = taken.to(TORCH_DTYPE[values.dtype])
             writer.require_finite(tensor.name, stored)
             filled, places, own = locate(bits(stored), where.dtype == "U16")
@@ -372,8 +361,9 @@ def _measure(name: str, differences: _Differences, result: Operand) -> dict[str,
     counts v's own, where donors agree."""
     buffer = torch.empty(AT_ONCE * 8, dtype=torch.uint8)
     exact, worst, error, norm, zeros = True, 0.0, 0.0, 0.0, 0
-    for begin, taken, wide in differences(name):
+    for begin, taken in differences(name):
         stored = result.read(name, begin, begin + taken.numel(), buffer)
+        wide = differences.wide(name, begin, taken.numel())
         exact = exact and torch.equal(stored.double(), taken.double())
         norm += float(wide.square().sum())
         zeros += wide.numel() - int(torch.count_nonzero(wide))

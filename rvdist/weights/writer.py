@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,10 +9,10 @@ import xxhash
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.weights.arithmetic.method import count_nonfinite
+from rvdist.weights.checkpoint.direct import File
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.journal import Written
 from rvdist.weights.checkpoint.staging import Staging
-from rvdist.weights.checkpoint.stream import write_exactly
 from rvdist.weights.operand import Operand, tell_nonfinite
 
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
@@ -24,7 +23,7 @@ class Writer:
 
     def __init__(self, staging: Staging, donors: Sequence[Operand]) -> None:
         self._staging, self._donors = staging, donors
-        self._open: dict[str, int] = {}
+        self._open: dict[str, File] = {}
         self._pending: list[Written] = []
 
     def has(self, parts: Sequence[TensorSpec]) -> bool:
@@ -54,12 +53,13 @@ class Writer:
         digest, offset = xxhash.xxh3_128(), part.offset
         for chunk in chunks:
             self.require_finite(part.name, chunk)
+            data = chunk.view(torch.uint8).numpy().data
             try:
-                written = write_exactly(self._descriptor(part.file), offset, chunk)
+                self._file(part.file).write(data, offset)
             except OSError as error:
                 raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
-            digest.update(written)
-            offset += written.nbytes
+            digest.update(data)
+            offset += data.nbytes
         if part.nbytes:
             self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
         if sum(written.nbytes for written in self._pending) > _SYNC_BYTES:
@@ -68,19 +68,18 @@ class Writer:
     def sync(self) -> None:
         """Makes durable what was written, and journals it. Raises Failed."""
         try:
-            for descriptor in self._open.values():
-                os.fdatasync(descriptor)
+            for file in self._open.values():
+                file.sync()
         except OSError as error:
             raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
         self._staging.journal(self._pending)
         self._pending = []
 
-    def _descriptor(self, file: str) -> int:
-        if file not in self._open:
-            self._open[file] = self._staging.open(file, os.O_WRONLY)
-        return self._open[file]
+    def _file(self, name: str) -> File:
+        if name not in self._open:
+            self._open[name] = File(self._staging.partial / name, direct=False, handle=self._staging.handle)
+        return self._open[name]
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        for file in self._open.values():
+            file.close()

@@ -174,15 +174,11 @@ class Staging:
         os.close(descriptor)
         raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
 
-    def open(self, name: str | Path, flags: int) -> int:
-        """A descriptor of a file in it. Raises OSError."""
-        return self.handle.open(name, flags)
-
     def allocate(self, name: str, header: bytes, size: int) -> None:
         """Makes a weight file of its final size with its header in place, so that a full disk is found first.
         Raises Failed where there is no room."""
         try:
-            with open(self.open(name, os.O_RDWR | os.O_CREAT), "r+b") as file:
+            with open(self.handle.open(name, os.O_RDWR | os.O_CREAT), "r+b") as file:
                 self._room.reserve(file.fileno(), size)
                 file.truncate(size)
                 file.write(header)
@@ -199,14 +195,14 @@ class Staging:
         """Writes a small file of the output. Raises Failed."""
         with (
             _explain_errors(self.partial / name),
-            open(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file,
+            open(self.handle.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file,
         ):
             file.write(text)
 
     def copy(self, source: int, name: str) -> None:
         """Copies what the descriptor `source` reads, and closes it."""
         with _explain_errors(self.partial / name), open(source, "rb") as read:
-            target = self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            target = self.handle.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with open(target, "wb") as file:
                 shutil.copyfileobj(read, file, 1 << 20)
 
