@@ -147,8 +147,7 @@ class WeightPoint:
     def recipe(self, name: str, layers: int, has: Callable[[str], bool]) -> list[tuple[float, Vector]]:
         """(α·m, v) of every term that changes the floating-point tensor `name` of a base with so many `layers`;
         `has` says whether a source has that tensor."""
-        weighted = [(term.alpha * term.mask.coefficient(name, layers), term.vector) for term in self.active_terms]
-        return [(alpha, vector) for alpha, vector in weighted if alpha != 0 and has(vector.plus)]
+        return [(alpha, term.vector) for alpha, term in self._changes(name, layers, has)]
 
     def densities(self, name: str, layers: int, has: Callable[[str], bool]) -> tuple[float, ...]:
         """The density of each term in `recipe`; empty where no term has one of its own."""
@@ -157,9 +156,14 @@ class WeightPoint:
         at = (layer_of(name) or 0) / max(1, layers - 1)
         return tuple(
             _interpolate(term.density, at * (len(term.density) - 1)) if term.density else self.method.density
-            for term in self.active_terms
-            if term.mask.coefficient(name, layers) != 0 and has(term.vector.plus)
+            for _, term in self._changes(name, layers, has)
         )
+
+    def _changes(self, name: str, layers: int, has: Callable[[str], bool]) -> Iterator[tuple[float, Term]]:
+        for term in self.active_terms:
+            alpha = term.alpha * term.mask.coefficient(name, layers)
+            if alpha != 0 and has(term.vector.plus):
+                yield alpha, term
 
     def sources(self) -> Iterator[str]:
         """Every checkpoint the point names, base first, each once."""

@@ -80,3 +80,12 @@ def test_alpha_zero_is_the_base_itself():
     still = WeightPoint("t", (Term(0.0, Vector("p", "m")),))
     contents = {"t": "1", "p": "2", "m": "3"}
     assert still.digest(contents) == WeightPoint("t").digest(contents)
+
+
+def test_a_density_stands_beside_each_term_of_the_recipe_even_where_a_coefficient_vanishes():
+    """α·m may be 0 though neither is."""
+    gone = Term(1e-200, Vector("a"), Mask(depth=(1e-200,)), density=(0.5,))
+    kept = Term(1.0, Vector("b"), density=(0.25,))
+    made = WeightPoint("base", (gone, kept))
+    assert [vector.plus for _, vector in made.recipe("layers.0.x", 1, lambda source: True)] == ["b"]
+    assert made.densities("layers.0.x", 1, lambda source: True) == (0.25,)
