@@ -19,7 +19,6 @@ SIGN = '''"""A step of the same size for every element: r = t + Σ α_k · densi
 
 
 class Sign:
-    whole_tensors = False
     elementwise_sum = False
     surveys_base = False
 

@@ -15,9 +15,9 @@ class Facts:
 
     `made_by`: FILE.NAME, a class or function below `rvdist/weights/arithmetic/` that takes `parameters` by keyword.
     `parameters`: which of `density` and `seed` it has a use for. `whole_tensors`: all of a tensor must be seen before
-    any of it can be computed. `one_vector`: it goes from the base to one other model. `formula`: r as docs/methods.md
-    has it; empty where only a recipe chooses the method, else `merge.method` may name it. `sentence`: what a card
-    says, with {density} and {seed} filled in; empty where the terms are simply added.
+    any of it can be computed, so that no unit holds a part of one. `one_vector`: it goes from the base to one other
+    model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the method, else `merge.method` may
+    name it. `sentence`: what a card says, with {density} and {seed} filled in; empty where the terms are simply added.
     """
 
     name: str

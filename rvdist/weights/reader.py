@@ -63,7 +63,7 @@ class PointReader:
         self._layers = layer_count(self.base.tensors)
         used = dict.fromkeys(source for point in points for source in point.sources())
         self._values = Values({source: sources[source] for source in used})
-        self._methods = [build(p.method.name, p.method.density, p.method.seed) for p in points]
+        self._methods = [build(point.method) for point in points]
         self._lanes = lanes or open_lanes(device, buffers_of(points))
         self._scratch = Scratch(CHUNK)
         self._prepared = ""  # the tensor that the methods saw last
@@ -115,12 +115,7 @@ class PointReader:
         cuts = self._cuts(name, start, stop, [vector for _, vector in recipes[0]], min(CHUNK, lane.chunk))
         for begin, end, present in cuts:
             operand = self._read([point.base, *_donors(present)], name, begin, end, lane)
-            result = out[begin - start : end - start]
-            place = Place(name, numel, begin)
-            (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
-            if count:
-                self._note(name, int(count))
-                unify_nans(result)
+            self._fill(Place(name, numel, begin), recipes, works, present, operand, out[begin - start : end - start])
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
         """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in
@@ -148,11 +143,22 @@ class PointReader:
                 source: operands[source].read_columns(name, own, columns, lane.buffer(f"in {k}"))
                 for k, source in enumerate(dict.fromkeys([point.base, *_donors(present)]))
             }
-            place = Place(name, numel, begin)
-            (count,) = self._combine(place, recipes, works, present, operand, [result], self._scratch)
-            if count:
-                self._note(name, int(count))
-                unify_nans(result)
+            self._fill(Place(name, numel, begin), recipes, works, present, operand, result)
+
+    def _fill(
+        self,
+        place: Place,
+        recipes: Sequence[Recipe],
+        works: Sequence[torch.dtype],
+        present: Sequence[Vector],
+        operand: Mapping[str, torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        """Computes a chunk of the only point."""
+        (count,) = self._combine(place, recipes, works, present, operand, [out], self._scratch)
+        if count:
+            self._note(place.tensor, int(count))
+            unify_nans(out)
 
     def _note(self, name: str, count: int) -> None:
         if count:
@@ -168,7 +174,7 @@ class PointReader:
         works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
         if name != self._prepared:
             for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
-                if method.whole_tensors and terms:
+                if point.method.facts.whole_tensors and terms:
                     base = [point.base] * method.surveys_base
                     method.survey(
                         self._at(Place(name, numel), point), partial(self._differences, name, base, terms, work)

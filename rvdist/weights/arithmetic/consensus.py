@@ -31,7 +31,6 @@ class Consensus:
     surveys_base = False
 
     def __init__(self, density: float, normalize: bool, dare: Dare | None = None) -> None:
-        self.whole_tensors = dare is None
         self._density = density
         self._normalize = normalize
         self._dare = dare

@@ -24,7 +24,6 @@ _DRAWS = 8  # of 32 bits, in one step of Philox's counter
 class Dare:
     """`density` is the probability with which an element stays, (0, 1]."""
 
-    whole_tensors = False
     elementwise_sum = False
     surveys_base = False
 

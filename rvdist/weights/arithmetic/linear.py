@@ -15,7 +15,6 @@ from rvdist.weights.arithmetic.method import Place
 class Linear:
     """The weighted sum, for any number of vectors."""
 
-    whole_tensors = False
     elementwise_sum = True
     surveys_base = False
 

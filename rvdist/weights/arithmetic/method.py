@@ -37,18 +37,16 @@ class Place:
 
 
 class Method(Protocol):
-    """Turns differences into the change of a tensor. `whole_tensors`: must see all of a tensor before any of it
-    is changed, so that a unit may not hold a part of one. `elementwise_sum`: is base + Σ α·(plus − minus).
-    `surveys_base`: must see the base too."""
+    """Turns differences into the change of a tensor. `elementwise_sum`: is base + Σ α·(plus − minus). `surveys_base`: a
+    survey must see the base too."""
 
-    whole_tensors: bool
     elementwise_sum: bool
     surveys_base: bool
 
     def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
         """Looks at a whole tensor before `add` is called for its chunks. Each call of `chunks` streams all of it,
         one 1-d difference a vector and chunk, valid until the next, with the base before them where `surveys_base`.
-        Only called where `whole_tensors`."""
+        Only called for a method of `whole_tensors` (rvdist/core/method.py)."""
 
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
@@ -120,7 +118,7 @@ def combine(
     work, n = work or working_dtype([base.dtype, out.dtype], vectors), out.numel()
     if fused and method.elementwise_sum and work == torch.float32 and fused.applies([base, out]):
         pairs = [(alpha, plus, minus) for alpha, plus, minus in differences if minus is not None]
-        if not pairs and differences and fused.applies([v for _, v, _ in differences], torch.float32):
+        if not pairs and fused.applies([v for _, v, _ in differences], torch.float32):
             return fused.shifted(base, [(alpha, v) for alpha, v, _ in differences], out)
         operands = (t for _, plus, minus in pairs for t in (plus, minus))
         if len(pairs) == len(differences) and fused.applies(list(operands)):

@@ -9,9 +9,8 @@ from rvdist.core.method import MethodSpec
 from rvdist.weights.arithmetic.method import Method
 
 
-def build(name: str, density: float, seed: int) -> Method:
+def build(spec: MethodSpec) -> Method:
     """The method of that name. Raises ValueError where there is none or its density is out of range."""
-    spec = MethodSpec(name, density, seed)
     spec.check()
     file, made_by = spec.facts.made_by.split(".")
     return cast(Method, getattr(import_module(f"rvdist.weights.arithmetic.{file}"), made_by)(**spec.parameters))

@@ -25,7 +25,6 @@ _NO_DIRECTION = 1e-8  # a norm that is taken as 1
 class Slerp:
     """For one vector; α is how far to go, 0 the base and 1 the other model."""
 
-    whole_tensors = True
     elementwise_sum = False
     surveys_base = True
 

@@ -32,7 +32,6 @@ _BITS = {
 class Ties:
     """`density` is the share of each vector's elements that trimming leaves, (0, 1]."""
 
-    whole_tensors = True
     elementwise_sum = False
     surveys_base = False
 
