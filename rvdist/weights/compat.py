@@ -20,7 +20,7 @@ import numpy as np
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
-from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.difference import Difference, is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
@@ -32,6 +32,7 @@ from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Coefficient = Callable[[str], float]  # m of a tensor
+_Finding = tuple[list[str], list[str]]  # exceptions, refusals
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
 _LONGEST_VALUE = 200  # characters of a configuration's value in a sentence
@@ -78,9 +79,8 @@ def check(
     for term in point.terms:
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
         _require_one_expert_layout((base, plus, minus), term.mask)
-        _require_no_tied_head(base, plus, minus, term.mask)
-        layers = layer_count(base.tensors)
-        coefficient = partial(term.mask.coefficient, layers=layers)
+        coefficient = partial(term.mask.coefficient, layers=layer_count(base.tensors))
+        _require_no_tied_head(base, (plus, minus), coefficient)
         exceptions += check_vector(term.vector, sources, extra_rows, coefficient)
         if term.vector.rename:
             substitutions = ", then ".join(f"{pattern} → {new}" for pattern, new in term.vector.rename)
@@ -88,15 +88,13 @@ def check(
         exceptions += _compare_tensors(base, plus, minus, extra_rows, coefficient)
         if not any(coefficient(name) for name in base.tensors if name in plus.tensors):
             raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
-        said, refused = _judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)
-        exceptions += said
-        refusals += refused
+        findings = [_judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)]
         for donor in (plus, minus):
-            if isinstance(donor, Difference) and donor.kind == "adapter":
-                continue  # has neither a model's config nor a tokenizer
-            for finding in (_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)):
-                refusals += finding.refusals
-                exceptions += finding.exceptions
+            if not is_adapter(donor):
+                findings += [_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)]
+        for said, refused in findings:
+            exceptions += said
+            refusals += refused
         if isinstance(minus, Difference):
             exceptions.append(_why_not_sampled(minus))
         elif term.vector not in distances:
@@ -133,15 +131,12 @@ def check_vector(
     for donor in (plus, minus):
         if isinstance(donor, Difference) and donor.kind == "vector":
             raise BadInput(f"{donor.path}: is a stored vector, a difference already; name it alone, as vector.path")
-    if not isinstance(plus, Difference):
-        if isinstance(minus, Difference):
-            raise BadInput(
-                f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
-                "with peft's merge_and_unload and name the result as vector.minus"
-            )
-        _require_same_tensors(plus, minus, extra_rows, coefficient)
-        return []
-    if isinstance(minus, Difference):
+    if isinstance(minus, Difference) and not isinstance(plus, Difference):
+        raise BadInput(
+            f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
+            "with peft's merge_and_unload and name the result as vector.minus"
+        )
+    if isinstance(minus, Difference) or not isinstance(plus, Difference):
         _require_same_tensors(plus, minus, extra_rows, coefficient)
         return []
     for name in filter(coefficient, plus.tensors.keys() & minus.tensors.keys()):
@@ -182,26 +177,16 @@ def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) ->
                 )
 
 
-def _require_no_tied_head(base: Checkpoint, plus: Checkpoint, minus: Checkpoint, mask: Mask) -> None:
+def _require_no_tied_head(base: Checkpoint, donors: Sequence[Checkpoint], coefficient: Coefficient) -> None:
     """What an adapter adds to a head alone cannot be written where the head is the embedding."""
-    for donor in (plus, minus):
-        for name in donor.tensors if isinstance(donor, Difference) and donor.kind == "adapter" else ():
-            if (
-                name.endswith("lm_head.weight")
-                and is_tied(base.config)
-                and mask.coefficient(name, layer_count(base.tensors))
-            ):
+    for donor in filter(is_adapter, donors):
+        for name in donor.tensors:
+            if name.endswith("lm_head.weight") and is_tied(base.config) and coefficient(name):
                 raise BadInput(
                     f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its embedding "
                     "(tie_word_embeddings), so that the embedding would move too; untie the target, or leave it out "
                     f"by vector.mask.exclude=['{re.escape(name)}']"
                 )
-
-
-@dataclass(frozen=True)
-class _Finding:
-    exceptions: list[str]
-    refusals: list[str]
 
 
 def _require_same_tensors(
@@ -267,12 +252,9 @@ def _compare_tensors(
     yield from _list_names("{} of the vector's tensors are not in the target and were skipped", plus, base)
 
 
-def _judge_coverage(
-    base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient
-) -> tuple[list[str], list[str]]:
+def _judge_coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient) -> _Finding:
     """What to say of a vector that is applied in part, and why one of which little is applied is refused."""
-    donor = None if isinstance(plus, Difference) and plus.kind == "adapter" else minus
-    coverage = measure_coverage(base, plus, donor, coefficient)
+    coverage = measure_coverage(base, plus, None if is_adapter(plus) else minus, coefficient)
     if coverage is None:
         return [], []
     if coverage.size is None or coverage.size >= LEAST:
@@ -299,19 +281,16 @@ def _list_names(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[s
 def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
     if not base.config or not donor.config:
         lacking = donor if base.config else base
-        return _Finding([f"{lacking.path.name} has no config.json: its architecture was not compared"], [])
-
+        return [f"{lacking.path.name} has no config.json: its architecture was not compared"], []
     differing = compare_configs(base.config, donor.config)
-    kinds = [finding for finding in differing if finding[0] == "model_type"]
-    finding = _Finding([], [])
+    kinds = [differs for differs in differing if differs[0] == "model_type"]
+    exceptions, refusals = [], []
     for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
         if key.rpartition(".")[2] in _STRUCTURE:
-            finding.refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
+            refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
         else:
-            finding.exceptions.append(
-                f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}"
-            )
-    return finding
+            exceptions.append(f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}")
+    return exceptions, refusals
 
 
 def _shorten(value: Any) -> str:
@@ -323,7 +302,7 @@ def _compare_tokenizers(base: Path, donor: Path) -> _Finding:
     ours, theirs = token_ids(base), token_ids(donor)
     if ours is None or theirs is None:
         lacking = base if ours is None else donor
-        return _Finding([f"{lacking.name} has no tokenizer.json or vocab.json: token ids were not compared"], [])
+        return [f"{lacking.name} has no tokenizer.json or vocab.json: token ids were not compared"], []
     theirs_by_id = {number: token for token, number in theirs.items()}
     for token, number in ours.items():
         if theirs.get(token, number) != number:
@@ -332,10 +311,10 @@ def _compare_tokenizers(base: Path, donor: Path) -> _Finding:
             reason = f"id {number} is token {theirs_by_id[number]!r} where the target has {token!r}"
         else:
             continue
-        return _Finding([], [f"{donor}: its tokenizer differs from the target's ({reason})"])
+        return [], [f"{donor}: its tokenizer differs from the target's ({reason})"]
     if ours != theirs:
-        return _Finding([f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], [])
-    return _Finding([], [])
+        return [f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], []
+    return [], []
 
 
 def token_ids(path: Path) -> dict[str, int] | None:

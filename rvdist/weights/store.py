@@ -25,7 +25,7 @@ from rvdist.core.config import Storage
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.method import Scratch, torch_threads, working_dtype
-from rvdist.weights.checkpoint.difference import BLOCK, Difference
+from rvdist.weights.checkpoint.difference import BLOCK, is_adapter
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
@@ -106,7 +106,7 @@ def save(
             writer.sync()
         for donor in donors:
             donor.require_unchanged()
-        if _has_companions(donors[0]):
+        if not is_adapter(donors[0]):
             carry_over(donors[0], staging, None)
         measured = _summary(entries)
         description |= {"skipped": asked.skipped, "bytes": sum(size for _, size in files.values()), **measured}
@@ -147,24 +147,20 @@ class _Asked:
 
 
 def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _Asked:
-    skipped = {s.name: f"is of dtype {s.dtype}" for s in donors[0].tensors.values() if not _is_stored(s.name, donors)}
-    specs = [spec for spec in donors[0].tensors.values() if spec.name not in skipped]
+    own = donors[0].tensors
+    skipped = {
+        name: f"is of dtype {spec.dtype}"
+        for name, spec in own.items()
+        if not all(donor.tensors[name].is_floating_point for donor in donors)
+    }
+    specs = [spec for name, spec in own.items() if name not in skipped]
     if not specs:
         raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
-    if _has_companions(donors[0]):
+    if not is_adapter(donors[0]):
         companions(donors[0])
     asked = _Asked(donors, specs, skipped, _provenance(donors, digests), "", "")
     files, _ = _layout(asked, storage, {})
     return replace(asked, plan=_digest(donors, storage, files, _LAYOUT), earlier=_digest(donors, storage, files))
-
-
-def _has_companions(donor: Checkpoint) -> bool:
-    """What stands beside an adapter is the adapter's own."""
-    return not (isinstance(donor, Difference) and donor.kind == "adapter")
-
-
-def _is_stored(name: str, donors: Sequence[Checkpoint]) -> bool:
-    return all(donor.tensors[name].is_floating_point for donor in donors)
 
 
 def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class Difference(Checkpoint):
     trained_on: str | None = None
 
 
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether it is a LoRA adapter: beside its weights stand neither a model's config nor a tokenizer."""
+    return isinstance(checkpoint, Difference) and checkpoint.kind == "adapter"
+
+
 def stamp_beside(checkpoint: Checkpoint, name: str) -> Stamp | HubStamp:
     """The stamp of a small file beside the weights that says what they mean, so that it counts as one of them."""
     path = checkpoint.path / name

@@ -65,28 +65,27 @@ def _spec(name: str, entry: Mapping[str, Any], form: Form) -> TensorSpec:
     shape = tuple(entry["shape"])
     if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
         raise ValueError(f"tensor {name} has a negative, fractional or impossible shape")
-    if isinstance(form, Dense):
-        fits = form.values.shape == shape and form.values.dtype in _VALUES
-        return _require(fits, TensorSpec(name, form.values.dtype, shape, form.values.file, form.values.offset))
+    first, dtype = (form.left, "F32") if isinstance(form, LowRank) else (form.values, form.values.dtype)
+    if not _fits(form, shape, math.prod(shape)):
+        raise ValueError(f"tensor {name} has parts of other shapes or dtypes")
+    return TensorSpec(name, dtype, shape, first.file, first.offset)
+
+
+def _fits(form: Form, shape: tuple[int, ...], numel: int) -> bool:
+    """Whether its parts can be those of a tensor of this shape, which has so many elements."""
     if isinstance(form, LowRank):
         left, right = form.left, form.right
-        fits = {left.dtype, right.dtype} <= set(_FACTORS) and len(left.shape) == len(right.shape) == 2
-        fits = fits and left.shape[1:] == right.shape[:1] and left.shape[:1] + right.shape[1:] == shape
-        return _require(fits, TensorSpec(name, "F32", shape, left.file, left.offset))
+        fits = {left.dtype, right.dtype} <= {*_FACTORS} and len(left.shape) == len(right.shape) == 2
+        return fits and left.shape[1:] == right.shape[:1] and left.shape[:1] + right.shape[1:] == shape
+    values = form.values
+    if values.dtype not in _VALUES:
+        return False
+    if isinstance(form, Dense):
+        return values.shape == shape
+    if len(values.shape) != 1 or values.numel > numel:
+        return False
     if isinstance(form, Packed):
-        starts, where, values = form.starts, form.where, form.values
-        spec = TensorSpec(name, values.dtype, shape, values.file, values.offset)
-        fits = starts.dtype == "I64" and values.dtype in _VALUES and len(values.shape) == 1
-        fits = fits and starts.shape == (-(-spec.numel // BLOCK) + 1,) and values.numel <= spec.numel
-        lengths = {"U8": -(-spec.numel // 8), "U16": values.numel}
-        return _require(fits and where.shape == (lengths.get(where.dtype),), spec)
-    indices, values = form.indices, form.values
-    fits = indices.dtype in _INDICES and values.dtype in _VALUES and len(indices.shape) == 1
-    spec = TensorSpec(name, values.dtype, shape, values.file, values.offset)
-    return _require(fits and indices.shape == values.shape and indices.numel <= spec.numel, spec)
-
-
-def _require(fits: bool, spec: TensorSpec) -> TensorSpec:
-    if not fits:
-        raise ValueError(f"tensor {spec.name} has parts of other shapes or dtypes")
-    return spec
+        lengths = {"U8": -(-numel // 8), "U16": values.numel}
+        starts = form.starts.dtype == "I64" and form.starts.shape == (-(-numel // BLOCK) + 1,)
+        return starts and form.where.shape == (lengths.get(form.where.dtype),)
+    return form.indices.dtype in _INDICES and form.indices.shape == values.shape
