@@ -170,9 +170,9 @@ def test_methods_that_are_refused(density):
             config.point(settings(merge=MergeConfig(method=name, density=density)), 1.0)
     for name in ("ties", "dare"):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
-            registry.build(name, density, 0)
+            registry.build(MethodSpec(name, density))
     with pytest.raises(ValueError, match="'tie' is not one of"):
-        registry.build("tie", 1.0, 0)
+        registry.build(MethodSpec("tie"))
 
 
 def test_arms_are_the_baseline_and_every_other_alpha():
