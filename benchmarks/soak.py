@@ -226,7 +226,7 @@ def judge(sent: list[tuple[str, signal.Signals]], status: int | None, seconds: f
         return [f"ended with {status} after {seconds:.0f} s: {said[-300:]}"]
     if status in (0, -9) or (len(ours) == 1 and all(OURS.match(a) or OF_RAY.match(a) for a in said.splitlines())):
         return []
-    return [f"said: {said[:150]} … {said[-150:]}"]
+    return [f"said: {said[:500]} … {said[-500:]}"]
 
 
 def soak(kind: str, place: Path, right: dict[str, str], seconds: float) -> list[Kill]:

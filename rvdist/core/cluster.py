@@ -337,6 +337,12 @@ def disconnect() -> None:
     clean()
 
 
+def said() -> None:
+    """It is said why this process ends."""
+    if _session is not None:
+        _session.said()
+
+
 def clean() -> None:
     """Removes what a Ray of our own, which has ended or is about to, kept in files."""
     global _session

@@ -97,6 +97,7 @@ class Watch:
             for number in os.read(self._woken, 64):
                 if self.status is None and number in _SAID:
                     self.status, self._deadline = 128 + number, time.monotonic() + _GRACE
+                    cluster.said()
                     self._tell(f"{_SAID[signal.Signals(number)]}; {KEPT}", self.status)
 
     def _is_ours_to_miss(self) -> bool:
@@ -139,6 +140,7 @@ class Watch:
         self._asked = time.monotonic()
 
     def _lose(self, what: str) -> NoReturn:
+        cluster.said()
         self._tell(f"the Ray cluster is lost: its {what}; {KEPT}", 1)
         leave(1)
 

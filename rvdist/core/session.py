@@ -32,12 +32,15 @@ MARK = "RVDIST_RAY"  # in the environment of all that Ray starts: the directory
 
 last_word = ""  # of who is killed while it has one, on standard error
 
-# Given the directory and the last word; reads a byte from who is alive, and nothing once it is not.
+# Given the directory and the last word; reads a dot from who has ended its Ray itself, another byte from who has said
+# why it ends, and nothing once that is killed.
 _KEEPER = f"""
 import os, shutil, signal, sys, time
 path, word = sys.argv[1:]
-if sys.stdin.buffer.read(1):
-    sys.exit()
+while byte := sys.stdin.buffer.read(1):
+    if byte == b".":
+        sys.exit()
+    word = ""
 if word:
     print(word, file=sys.stderr, flush=True)
 mark, until = b"{MARK}=" + os.fsencode(path) + b"\\0", time.monotonic() + 60
@@ -97,6 +100,13 @@ class SessionDirectory:
     def path(self) -> str:
         """What Ray is given."""
         return str(self._path / _INNER)
+
+    def said(self) -> None:
+        """This process has said why it ends: nobody else need."""
+        if self._keeper and self._keeper.stdin:
+            with suppress(OSError, ValueError):
+                self._keeper.stdin.write(b"s")
+                self._keeper.stdin.flush()
 
     def remove(self) -> None:
         """Deletes it, where this process made it; waits up to a second for what Ray still writes."""

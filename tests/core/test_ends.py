@@ -82,6 +82,7 @@ def test_a_sweep_of_which_a_process_stands_still_goes_on(place, victim):
     though its engine was silent meanwhile for longer than that."""
     arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", *SCORING]
     arguments += ["sweep.alphas=[0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1]", "engine.timeout=20"]
+    arguments += ["benchmarks.limit=200", "engine.slice_size=8"]  # so that there is more to come after the first
     undisturbed = launch(*arguments, "hydra.run.dir=undisturbed", "cache.dir=another", cwd=place)
     assert undisturbed.returncode == 0, undisturbed.stderr
     command = [sys.executable, "-m", "rvdist.launch", *arguments, "hydra.run.dir=run"]

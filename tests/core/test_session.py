@@ -102,6 +102,27 @@ def test_no_command_leaves_files_of_ray_s(how, short):
     assert done.stderr == ("killed; go on\n" if how == "kill" else "")
 
 
+TOLD = """
+import os, sys
+from rvdist.core import cluster, session
+session.last_word = "killed"
+cluster._session = session.SessionDirectory()
+with cluster._session.kept():
+    pass
+if sys.argv[1:]:
+    print("lost", file=sys.stderr, flush=True)
+    cluster.said()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("word", ["lost", "killed"])
+def test_why_a_command_ends_is_said_once(short, word):
+    """Ray's core may end a process that has said why it ends and is about to."""
+    done = subprocess.run([sys.executable, "-c", TOLD, *["x"][: word == "lost"]], capture_output=True, timeout=60)
+    assert done.stderr.decode() == f"{word}\n"
+
+
 KILLED = """
 import os, subprocess
 from rvdist.core.session import MARK, SessionDirectory
