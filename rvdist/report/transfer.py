@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Protocol
 
-from rvdist.core.point import Arm, Vector
+from rvdist.core.point import Vector
 from rvdist.report.findings import Findings
 from rvdist.report.statistics.compare import compare
 from rvdist.report.statistics.sample import sample, scores, sort_records
@@ -62,9 +62,15 @@ class Outcome:
 
 
 def outcome(vector: Vector, findings: Findings) -> Outcome:
-    """Of the arms that are a baseline plus α times this vector alone, and of its donors where they are arms."""
+    """Of the arms that are the baseline plus α times this vector alone, and of its donors where they are arms."""
     tasks = tuple(dict.fromkeys(row.task for row in findings.benchmarks))
-    along = {arm.name: arm.point.active_terms[0].alpha for arm in findings.arms if _is_along(arm, vector)}
+    plain = [arm for arm in findings.arms if arm.name == findings.baseline and not arm.point.active_terms]
+    asked = [(arm.point.base, arm.prompt) for arm in plain]
+    along = {
+        arm.name: arm.point.active_terms[0].alpha
+        for arm in findings.arms
+        if [term.vector for term in arm.point.active_terms] == [vector] and (arm.point.base, arm.prompt) in asked
+    }
     rows = [row for row in findings.benchmarks if row.arm in along and row.verdict is not None]
     donors = None
     alone = {arm.point.base: arm.name for arm in findings.arms if not arm.point.active_terms}
@@ -76,10 +82,6 @@ def outcome(vector: Vector, findings: Findings) -> Outcome:
         donors,
         tasks,
     )
-
-
-def _is_along(arm: Arm, vector: Vector) -> bool:
-    return [term.vector for term in arm.point.active_terms] == [vector]
 
 
 def _is_better(plus: str, minus: str, findings: Findings) -> bool:
@@ -96,11 +98,12 @@ def _is_better(plus: str, minus: str, findings: Findings) -> bool:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What was looked at of one vector. `toward`: the cosine between v and θ − minus in each layer.
-    `outside`, `inside`: ‖v‖ / ‖θ‖ of embeddings and head together, and of everything else."""
+    """What was looked at of one vector. `helps` and `donors` are those of its `Outcome`. `toward`: the cosine between v
+    and θ − minus in each layer. `outside`, `inside`: ‖v‖ / ‖θ‖ of embeddings and head together, and of all else."""
 
     vector: str
     helps: bool | None
+    donors: bool | None
     reach: float | None
     toward: tuple[float, ...]
     outside: float | None
@@ -118,10 +121,13 @@ class Transfer:
         name = f"“{printable(self.vector)}”"
         begin = f"{name} may not help" if self.helps is None else f"{name} does not help"
         if not self.reasons:
+            unasked = (
+                " It may hold another skill: score plus and minus as arms beside the target, and take another donor if "
+                "plus does no better than minus."
+            )
             return [
                 f"{begin}, and nothing in its weights says why: its size, its direction and its structure are like "
-                "those of vectors that work. It may hold another skill: score plus and minus as arms, and take another "
-                "donor if plus does no better than minus."
+                f"those of vectors that work.{unasked * (self.donors is None)}"
             ]
         return [f"{begin}: {reason.sentence} {reason.advice}" for reason in self.reasons]
 
@@ -136,7 +142,7 @@ def transfer(anatomy: Anatomy, vector: str, found: Outcome, lines: Sequence[Line
     if m is not None and not found.helps:
         alpha = min((alpha for alpha in found.alphas if alpha > 0), default=1.0)
         reasons = [*_of_weights(anatomy, vector, m, alpha, outside), *_of_loss(lines), *_of_donors(found)]
-    return Transfer(vector, found.helps, m.reach if m else None, toward, outside, inside, tuple(reasons))
+    return Transfer(vector, found.helps, found.donors, m.reach if m else None, toward, outside, inside, tuple(reasons))
 
 
 def _relative(anatomy: Anatomy, vector: str, outside: bool) -> float | None:

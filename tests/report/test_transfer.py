@@ -211,5 +211,11 @@ def test_a_vector_of_another_skill_beside_the_one_that_works(pairs, anatomy):
     ]
     unasked = outcome(own, Findings(arms[:3], summarise(arms[:3], findings.records, findings.tasks, "baseline"),
                                     findings.records, findings.tasks))  # fmt: skip
+    beside = Findings(
+        arms, summarise(arms, findings.records, findings.tasks, "reverse"), findings.records, findings.tasks
+    )
+    assert outcome(works, beside).helps is None, "that it does better than another model says nothing"
     (sentence,) = transfer(anatomy, "another skill", unasked).sentences()
-    assert "nothing in its weights says why" in sentence and "score plus and minus as arms" in sentence
+    assert (
+        "nothing in its weights says why" in sentence and "score plus and minus as arms beside the target" in sentence
+    )
