@@ -43,7 +43,7 @@ HARD = ["boolean_expressions", "navigate", "object_counting"]
 PROBLEMS, CHOICES, GSM8K = "real_problems", "real_choices", "real_gsm8k"
 PRIMARY = {PROBLEMS: "strict", CHOICES: "none", GSM8K: "strict-match"}  # all others: the only filter
 SEED = 777  # of the held-out problems; training drew from others
-CONTEXT, KV_GIB, HARD_TOKENS = 2048, 1.0, 256
+KV_GIB, HARD_TOKENS = 1.0, 256
 CHUNK = 1 << 24
 
 Family = Mapping[str, Path]
@@ -232,11 +232,11 @@ def ours_merge(family: Family, alpha: object, out: object, run: Path) -> list[st
 # ---------------------------------------------------------------- sweep
 
 
-def shared_arguments(threads: int, prefixes: bool) -> dict[str, Any]:
+def shared_arguments(given: argparse.Namespace) -> dict[str, Any]:
     """How vLLM is started by lm-eval's backend: as our engines are."""
     return {
-        "max_model_len": CONTEXT, "kv_cache_memory_bytes": int(KV_GIB * 2**30), "enforce_eager": True,
-        "enable_prefix_caching": prefixes,
+        "max_model_len": given.context, "kv_cache_memory_bytes": int(KV_GIB * 2**30), "enforce_eager": True,
+        "enable_prefix_caching": given.prefix_caching,
     }  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def environment(work: Path, threads: int) -> dict[str, str]:
 
 def cold(family: Family, checkpoint: Path, work: Path, tasks: Sequence[str], given: argparse.Namespace) -> float:
     """Seconds of one process of lm-eval, which scores a checkpoint."""
-    model = {"pretrained": checkpoint, **shared_arguments(given.threads, given.prefix_caching)}
+    model = {"pretrained": checkpoint, **shared_arguments(given)}
     command = [
         Path(sys.executable).with_name("lm_eval"), "run", "--model", "vllm", "--model_args",
         ",".join(f"{key}={value}" for key, value in model.items()), "--tasks", ",".join(tasks), "--include_path",
@@ -318,7 +318,7 @@ def ours_sweep(family: Family, work: Path, tasks: Sequence[str], given: argparse
         f"vector.minus={family['minus']}", "stages=[evaluate,report]",
         f"sweep.alphas=[{','.join(f'{alpha:g}' for alpha in given.alphas)}]", f"benchmarks.tasks=[{','.join(tasks)}]",
         f"benchmarks.include_path={work}/tasks", f"benchmarks.apply_chat_template={has_template(family['target'])}",
-        "engine.count=1", f"engine.cpu_threads={given.threads}", f"engine.max_model_len={CONTEXT}",
+        "engine.count=1", f"engine.cpu_threads={given.threads}", f"engine.max_model_len={given.context}",
         f"engine.kv_cache_gib={KV_GIB}", f"engine.prefix_caching={given.prefix_caching}", "cache.samples=false",
         f"cache.dir={work}/cache", *more,
     ]  # fmt: skip
@@ -388,7 +388,7 @@ def measure_sweep(family: Family, work: Path, tasks: Sequence[str], given: argpa
     places = {float(path.name): str(path) for path in written.iterdir()} | {0.0: str(family["target"])}
     job = {
         "target": str(family["target"]), "tasks": list(tasks), "tasks_in": str(work / "tasks"),
-        "arguments": shared_arguments(given.threads, given.prefix_caching), "chat": has_template(family["target"]),
+        "arguments": shared_arguments(given), "chat": has_template(family["target"]),
         "checkpoints": [(alpha, places[alpha]) for alpha in given.alphas], "out": str(work / "warm.json"),
     }  # fmt: skip
     (work / "warm-job.json").write_text(json.dumps(job))
@@ -593,6 +593,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of merges and of swaps")
     parser.add_argument("--round", type=int, default=64, help="documents a round of the race")
     parser.add_argument("--threads", type=int, default=1, help="of each engine, on all sides")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a prompt and its answer")
     parser.add_argument("--prefix-caching", action="store_true", help="on all sides; answers may then differ")
     parser.add_argument("--no-table", action="store_true", help="leave benchmarks/README.md as it is")
     parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)

