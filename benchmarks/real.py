@@ -588,10 +588,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for side in ("target", "plus", "minus"):
         parser.add_argument(f"--{side}", type=Path, help="a checkpoint; all three or none")
     parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS, metavar="α", help="0 must be among them")
-    parser.add_argument("--problems", type=int, default=200, help="held-out problems")
-    parser.add_argument("--limit", type=int, default=24, help="documents of GSM8K and of each BIG-Bench-Hard task")
+    parser.add_argument("--problems", type=int, default=100, help="held-out problems")
+    parser.add_argument("--limit", type=int, default=12, help="documents of GSM8K and of each BIG-Bench-Hard task")
     parser.add_argument("--rounds", type=int, default=3, help="of merges and of swaps")
-    parser.add_argument("--round", type=int, default=64, help="documents a round of the race")
+    parser.add_argument("--round", type=int, default=32, help="documents a round of the race")
     parser.add_argument("--threads", type=int, default=1, help="of each engine, on all sides")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a prompt and its answer")
     parser.add_argument("--prefix-caching", action="store_true", help="on all sides; answers may then differ")
