@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
 
 import forked
+import ray_workers
 from checkpoints import POCKET, write_family
 from guarantees import COLLECTED, cases, claims
 
@@ -117,6 +118,7 @@ def ray_local():
     """One Ray for all tests that need no more."""
     from rvdist.core import cluster
 
+    ray_workers.fork()
     cluster.connect("local", namespace="rvdist-tests")
     yield
     cluster.disconnect()

@@ -3,9 +3,11 @@
 import sys
 
 import ray
+import ray_workers
 
 from rvdist.core import cluster
 
+ray_workers.fork()
 cluster.connect("local", namespace="rvdist-tests")
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
