@@ -42,8 +42,9 @@ def fork() -> None:
         line.bind(f"{place}/line")
         line.listen(99)
         command = [sys.executable, __file__, str(line.fileno()), str(over), str(place)]
-        subprocess.Popen(command, pass_fds=[line.fileno(), over], stdout=subprocess.DEVNULL)
+        forks = subprocess.Popen(command, pass_fds=[line.fileno(), over], stdout=subprocess.PIPE)
     os.close(over)
+    assert forks.stdout and forks.stdout.read() == b"ready", "what workers import could not be imported"
     start = services.start_ray_process
     ours = f"{sys.executable} -IS {Path(__file__).with_name('ray_worker.py')} {place}/line"
 
@@ -56,6 +57,8 @@ def fork() -> None:
 def _serve(line: socket.socket, over: int, place: Path) -> None:
     """Ends with who started it. A forked process comes back from here, and goes on to be the worker."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.write(1, b"ready")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     while True:
         ready, _, _ = select.select([line, over], [], [])
         if over in ready:
