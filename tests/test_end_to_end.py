@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from checkpoints import POCKET, launch
 
@@ -140,7 +141,8 @@ def test_another_alpha_asks_only_what_is_new(run):
 def test_a_killed_run_resumes_with_all_that_it_answered(run):
     place, _ = run
     arguments = (f"sweep.alphas={ALPHAS}", "output=null", "cache.dir=killed", "hydra.run.dir=killed_run", ONE)
-    process = subprocess.Popen([sys.executable, "-m", "rvdist.launch", *SCORING, *arguments], cwd=place)
+    command = [sys.executable, "-m", "rvdist.launch", *SCORING, *arguments]
+    process = subprocess.Popen(command, cwd=place, env={**os.environ, **forked.ray()})
     deadline = time.monotonic() + 300
     while answered_slices(place / "killed") < 3 and time.monotonic() < deadline:
         time.sleep(0.01)

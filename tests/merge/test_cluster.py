@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import ray_workers
 from checkpoints import near, tensors, write_checkpoint
 
 from rvdist.merge import driver
@@ -28,6 +29,7 @@ class Nodes:
     def __init__(self):
         from ray.cluster_utils import Cluster
 
+        ray_workers.fork()
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.address = self.cluster.address
         self.nodes = []
