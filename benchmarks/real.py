@@ -448,7 +448,7 @@ def answers(base: str, point: Any | None) -> list[Any]:
     if point is not None:
         engine.swap(point)
     texts, choices = questions()
-    return [*(one.text for one in engine.generate(texts)), *(one.logprob for one in engine.loglikelihood(choices))]
+    return [*(one.text for one in engine.answer(texts)), *(one.logprob for one in engine.answer(choices))]
 
 
 def measure_swap(families: Mapping[str, Family], work: Path, rounds: int, alpha: float = 0.5) -> dict[str, Any]:
