@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +67,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Commands of heavy tests share a Ray; those of slow ones start one each, as commands do."""
     forked.is_ray_shared = part(item) == "heavy" and not item.get_closest_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """What vLLM sets where a heavy test imports it, no command of a later test has: it would share nothing."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        if part(item) == "heavy":
+            for key in os.environ.keys() - before.keys():
+                del os.environ[key]
+            os.environ.update(before)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -32,7 +32,7 @@ MODULES = [
 ]
 # Settings that are read by modules when they are imported: the first by any, the others by none of the light ones.
 _BY_ANY, _BY_OTHERS = ("PYTHON", "TORCH"), ("HF_", "TRANSFORMERS_")
-_SHOWN = {"COLUMNS"}  # settings that no worker minds
+_SHOWN = {"COLUMNS", "PYTEST_CURRENT_TEST"}  # settings that no worker minds
 is_ray_shared = False
 
 
