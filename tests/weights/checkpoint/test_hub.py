@@ -387,6 +387,7 @@ def test_offline_a_single_file_that_is_not_cached_is_named(hub, tmp_path, monkey
         open_source("org/one")
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_the_command_merges_from_the_hub_and_again_offline(server, tmp_path):
     base = weights()
