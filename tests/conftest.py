@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import ray_workers
 from checkpoints import POCKET, write_family
 from guarantees import COLLECTED, cases, claims
 
-_SHARES = {"heavy": 2, "fast": 3}  # of which `make test` runs some beside each other
+_SHARES = {"heavy": 2, "fast": 2}  # of which `make test` runs some beside each other
 _STATUS = pytest.StashKey[int]()
 _WITHOUT = Path(__file__).with_name("without")
 _SHARED = {"ray_local", "families", "nodes"}  # a Ray or engines in the process of the tests
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted, _, share = wanted.partition("-")
         mine = [item for item in items if part(item) == wanted]
         if share:  # of the files: some of their tests share what takes time
-            files = list(dict.fromkeys(item.path for item in mine))
+            files = [path for path, _ in Counter(item.path for item in mine).most_common()]  # dealt, the longest first
             mine = [item for item in mine if files.index(item.path) % _SHARES[wanted] + 1 == int(share)]
         kept = set(mine)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

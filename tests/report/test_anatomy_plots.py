@@ -16,6 +16,8 @@ from rvdist.report.pictures.anatomy import anatomy_plots
 from rvdist.weights.anatomy.analyze import analyze
 from rvdist.weights.checkpoint.source import open_source
 
+pytestmark = pytest.mark.heavy
+
 BLUE = (0, 114, 178)  # the first line
 ALL = {"layers", "modules", "spectra", "cosines"}
 

@@ -16,6 +16,8 @@ from rvdist.core.config import Config
 from rvdist.launch import CONF
 from rvdist.stages import multirun, private_hydra
 
+pytestmark = pytest.mark.heavy
+
 SWEEPS = {
     "one value": (["target=a", "alpha=0.5"], ["target=a", "alpha=-1"], ["target=a", "alpha='x y'"]),
     "several": (["target=a", "alpha=1"], ["target=b", "alpha=1"], ["target=b", "alpha=[1,2]"]),

@@ -148,6 +148,7 @@ def bomb(kind: str) -> bytes:
     return raw(b"{" + entries + (b'"x":1}' if kind == "the last of many" else entry[:-1] % 1_000_000 + b"}"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kind",
     [
@@ -247,6 +248,7 @@ def differences(count: int, seed: int) -> tuple[int, int]:
 _NAMES = {"F8_E4M3": "F8_E4M3FN"}
 
 
+@pytest.mark.heavy
 def test_the_verdict_is_the_library_s_but_for_stated_limits():
     both, limits = differences(60_000, seed=0)
     assert both > 2_000 and limits > 20

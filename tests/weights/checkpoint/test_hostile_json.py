@@ -18,6 +18,8 @@ from rvdist.verify import verify
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.store import Storage, save
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
