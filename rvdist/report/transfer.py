@@ -41,11 +41,12 @@ class Line(Protocol):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a vector may not help: what was `measured`, the `limit` that it is beyond, both in words, and what to do."""
+    """Why a vector may not help, and what to do: what was `measured` and the `limit` that it is beyond, where numbers
+    say it."""
 
     name: str
-    measured: float
-    limit: float
+    measured: float | None
+    limit: float | None
     sentence: str
     advice: str
 
@@ -258,8 +259,8 @@ def _of_donors(found: Outcome) -> Iterator[Reason]:
     if found.donors is False:
         yield Reason(
             "another skill",
-            0.0,
-            0.05,
+            None,
+            None,
             f"plus itself does not do better than minus on {', '.join(found.tasks)}.",
             "It does not hold this skill; take another donor.",
         )

@@ -209,6 +209,8 @@ def test_a_vector_of_another_skill_beside_the_one_that_works(pairs, anatomy):
         "“another skill” does not help: plus itself does not do better than minus on pocket_sums. It does not hold "
         "this skill; take another donor."
     ]
+    (reason,) = transfer(anatomy, "another skill", failed).reasons
+    assert (reason.measured, reason.limit) == (None, None), "no number says it, and none is made up"
     unasked = outcome(own, Findings(arms[:3], summarise(arms[:3], findings.records, findings.tasks, "baseline"),
                                     findings.records, findings.tasks))  # fmt: skip
     beside = Findings(
