@@ -86,11 +86,7 @@ def write_tasks(work: Path, data: Path | None, count: int, limit: int) -> list[s
     written = {"output_type": "generate_until", "doc_to_target": "{{answer}}", "generation_kwargs": ends}
     written |= {"filter_list": filters, "metric_list": [_mean("exact_match")]}
     names = [
-        task(
-            PROBLEMS,
-            question | written | {"filter_list": filters, "metric_list": [_mean("exact_match")]},
-            test=held_out,
-        ),
+        task(PROBLEMS, question | written, test=held_out),
         task(
             CHOICES,
             question
