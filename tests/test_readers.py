@@ -221,7 +221,7 @@ OWN = {
     "weights.checkpoint.stream": "weights, whose headers were read", "weights.checkpoint.direct": "writes",
     "weights.checkpoint.journal": "through a handle", "weights.checkpoint.key": "through a handle",
     "weights.checkpoint.staging": "through a handle", "weights.checkpoint.hub": "the cache's own name of a commit",
-    "weights.writer": "through a handle",
+    "weights.writer": "through a handle", "weights.checkpoint.trained": "through open_regular",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from rvdist.weights.checkpoint.pieces import spread_over_files
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
@@ -193,7 +194,8 @@ def _reads(
         reads: Counter[tuple[str, str]] = Counter()
         for source in sorted(elements):
             spec = sources[source].tensors[name]
-            reads[source, spec.file] += elements[source] * ITEMSIZE[spec.dtype]
+            for file, nbytes in spread_over_files(spec, elements[source] * ITEMSIZE[spec.dtype]).items():
+                reads[source, file] += nbytes
             if isinstance(own := sources[source], Scaled) and (scale := own.scales.get(name)):
                 reads[source, scale.file] += scale.nbytes
         by_tensor[name] = dict(reads)
@@ -227,6 +229,8 @@ def _layout(base: Checkpoint, form: OutputFormat) -> Layout:
         specs = list(base.tensors.values())
         shards = reshard(specs, lambda spec: spec.numel * ITEMSIZE[stored(spec)], form.max_shard_size)
         by_file = dict(zip(shard_names(len(shards)), shards, strict=True))
+    elif not all(file.endswith(".safetensors") for file in by_file):  # as a training leaves it
+        by_file = dict(zip(shard_names(len(by_file)), by_file.values(), strict=True))
     files = {}
     tensors: dict[str, TensorSpec] = {}
     for file, specs in by_file.items():

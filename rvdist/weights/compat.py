@@ -91,7 +91,7 @@ def check(
         findings = [_judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)]
         for donor in (plus, minus):
             if not is_adapter(donor):
-                findings += [_compare_configs(base, donor), _compare_tokenizers(base.path, donor.path)]
+                findings += [_compare_configs(base, donor), _compare_tokenizers(base.beside, donor.beside)]
         for said, refused in findings:
             exceptions += said
             refusals += refused

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from checkpoints import near
 from safetensors.torch import load_file, save_file
 from situations import (
@@ -276,14 +277,37 @@ def pickles_beside_safetensors(place: Path) -> Asked:
     return ask(place, right)
 
 
-@situation(
-    "indexes", "pickled weights alone (pytorch_model.bin)", "none found",
-    refused="says why it is not opened, and how to convert it",
-)  # fmt: skip
+@situation("indexes", "pickled weights alone (pytorch_model.bin)", "none found", right="read, and not unpickled")
 def pickled_weights(place: Path) -> Asked:
+    right = plain(place)
+    for role in ("plus", "minus"):
+        torch.save(load_file(place / role / "model.safetensors"), place / role / "pytorch_model.bin")
+        (place / role / "model.safetensors").unlink()
+    return ask(place, right)
+
+
+@situation(
+    "indexes", "a pytorch_model.bin that is not what torch.save writes", "none found",
+    refused="says why it cannot be read without running it, and how to convert it",
+)  # fmt: skip
+def another_pickle(place: Path) -> Asked:
     plain(place)
     (place / "plus/model.safetensors").rename(place / "plus/pytorch_model.bin")
-    return ask(place, Refused(["plus: ", "pickled", "save_pretrained"]))
+    return ask(place, Refused(["plus/pytorch_model.bin: ", "without running it", "save_pretrained"]))
+
+
+@situation(
+    "indexes", "a trainer's output directory with checkpoint-50 and checkpoint-100 in it, and no weights of its own",
+    "none found", refused="lists them, and says which is the last and which trainer_state.json calls the best",
+)  # fmt: skip
+def one_of_several(place: Path) -> Asked:
+    plain(place)
+    for step in (50, 100):
+        shutil.copytree(place / "minus", place / f"out/checkpoint-{step}")
+    (place / "out/checkpoint-100/trainer_state.json").write_text('{"best_model_checkpoint": "out/checkpoint-50"}')
+    shutil.rmtree(place / "minus")
+    (place / "out").rename(place / "minus")
+    return ask(place, Refused(["minus: ", "checkpoint-50, checkpoint-100", "-100 is its last", "-50 is its best"]))
 
 
 @situation("indexes", "a GGUF file alone", "arcee-ai/mergekit#494", refused="says what it is, and what to do")
@@ -295,15 +319,15 @@ def gguf(place: Path) -> Asked:
 
 
 @situation(
-    "indexes", "a distributed checkpoint (.distcp) alone", "verl-project/verl#533",
-    refused="says what it is, and what to do",
+    "indexes", "a distributed checkpoint (.distcp) whose .metadata is damaged", "verl-project/verl#533",
+    refused="says what is wrong, and what converts it",
 )  # fmt: skip
 def distcp(place: Path) -> Asked:
     plain(place)
     (place / "minus/model.safetensors").unlink()
     (place / "minus/__0_0.distcp").write_bytes(bytes(64))
     (place / "minus/.metadata").write_bytes(bytes(8))
-    return ask(place, Refused(["minus: ", "distributed|DCP"]))
+    return ask(place, Refused(["minus/.metadata: ", "pickle", "accelerate merge-weights"]))
 
 
 # --- links and names

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import INDEX, Checkpoint
 
 _COMPANIONS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -50,6 +51,10 @@ def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The directory, for as long as an engine starts: then vLLM has read it, and what else lies beside it. The same
     checkpoint has the same name each time, since a name is part of what vLLM's compiled graphs are kept under;
     processes share it."""
+    if other := next((name for name in checkpoint.files if not name.endswith(".safetensors")), None):
+        raise BadInput(
+            f"{checkpoint.path / other}: engines start on safetensors; write it as such by a merge with alpha=0"
+        )
     files = {name: (checkpoint.path / name).resolve(strict=True) for name in checkpoint.files}
     files |= {path.name: path.resolve(strict=True) for path in companions(checkpoint.path)}
     index = {"metadata": {}, "weight_map": {name: spec.file for name, spec in checkpoint.tensors.items()}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,13 +64,20 @@ class Checkpoint:
     """An opened checkpoint: every tensor by name in file order, and each weight file's metadata and stamp.
 
     With `hub`, `path` is the snapshot in the cache of the machine that opened it: small files are in it, weight
-    files only where they are cached (see checkpoint.hub)."""
+    files only where they are cached (see checkpoint.hub). `companions`: the directory below it where config and
+    tokenizer are, if not in it."""
 
     path: Path
     tensors: dict[str, TensorSpec]
     metadata: dict[str, dict[str, str]]
     stamps: dict[str, Stamp | HubStamp] = field(repr=False)
     hub: Hub | None = None
+    companions: str = field(default="", kw_only=True)
+
+    @property
+    def beside(self) -> Path:
+        """Where its config and its tokenizer are."""
+        return self.path / self.companions
 
     @property
     def files(self) -> list[str]:
@@ -85,7 +92,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Its config.json; empty where there is none. Raises BadInput for a damaged one."""
-        path = self.path / "config.json"
+        path = self.beside / "config.json"
         return read_json(path) if path.exists() else {}
 
     def require_unchanged(self) -> None:
@@ -146,7 +153,7 @@ def assemble(
 ) -> Checkpoint:
     """The checkpoint of which `path` has the index, if there is one, out of the files that have these `names`."""
     index = path / INDEX
-    expected = _weight_map(index) if index.exists() else None
+    expected = weight_map(index) if index.exists() else None
     if expected is not None and _WHOLE in names and _WHOLE not in expected.values():
         if left := sorted({*expected.values()} & {*names}):
             raise BadInput(
@@ -165,12 +172,7 @@ def assemble(
                 raise BadInput(f"{path}: tensor {spec.name} stands in {tensors[spec.name].file} and in {file}")
             tensors[spec.name] = spec
     if expected is not None:
-        for name, file in expected.items():
-            if name not in tensors or tensors[name].file != file:
-                raise BadInput(f"{index}: says tensor {name} is in {file}, but it is not; download the index again")
-        if unlisted := tensors.keys() - expected.keys():
-            name = min(unlisted)
-            raise BadInput(f"{index}: does not list tensor {name}, which is in {tensors[name].file}")
+        require_listed(index, expected, tensors)
     return Checkpoint(path, tensors, metadata, stamps, hub)
 
 
@@ -190,18 +192,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def require_listed(index: Path, expected: Mapping[str, str], tensors: Mapping[str, TensorSpec]) -> None:
+    """Raises BadInput where an index and the files that it lists do not agree on their tensors."""
+    for name, file in expected.items():
+        if name not in tensors or tensors[name].file != file:
+            raise BadInput(f"{index}: says tensor {name} is in {file}, but it is not; download the index again")
+    if unlisted := tensors.keys() - expected.keys():
+        name = min(unlisted)
+        raise BadInput(f"{index}: does not list tensor {name}, which is in {tensors[name].file}")
+
+
+def weight_map(index: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Which file of its directory, of this suffix, an index says each tensor is in. Raises BadInput."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
         raise BadInput(f"{index}: has no weight_map; download or copy it again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_weight_file(file):
-            raise BadInput(f"{index}: tensor {name} is in {file!r}, which is not a safetensors file of its directory")
-    return weight_map
+    for name, file in listed.items():
+        if not isinstance(file, str) or not _is_weight_file(file, suffix):
+            raise BadInput(f"{index}: tensor {name} is in {file!r}, which is not a {suffix[1:]} file of its directory")
+    return listed
 
 
-def _is_weight_file(file: str) -> bool:
-    return file == Path(file).name and file.endswith(".safetensors") and len(file) < 256 and "\0" not in file
+def _is_weight_file(file: str, suffix: str) -> bool:
+    return file == Path(file).name and file.endswith(suffix) and len(file) < 256 and "\0" not in file
 
 
 def _refuse_foreign(path: Path, names: Collection[str]) -> None:

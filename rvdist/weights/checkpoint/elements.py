@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import Checkpoint
@@ -11,6 +12,7 @@ from rvdist.weights.checkpoint.header import (
     TensorSpec,
     unreadable,
 )
+from rvdist.weights.checkpoint.pieces import Assembled, read_pieces
 
 _BLOCK = 4 << 20
 
@@ -52,11 +54,23 @@ def read_elements(checkpoint: Checkpoint, spec: TensorSpec, start: int, count: i
         from rvdist.weights.checkpoint.hub import read_bytes  # the Hub's client takes a while to import
 
         return read_bytes(checkpoint, spec.file, offset, offset + count * itemsize)
+    if isinstance(spec, Assembled):
+        whole = bytearray(count * itemsize)
+
+        def fill(file: str, offset: int, memory: memoryview) -> None:
+            memory[:] = _read_bytes(checkpoint.path / file, offset, len(memory))
+
+        read_pieces(spec, start, start + count, memoryview(whole), fill)
+        return bytes(whole)
+    return _read_bytes(checkpoint.path / spec.file, offset, count * itemsize)
+
+
+def _read_bytes(path: Path, offset: int, size: int) -> bytes:
     try:
-        with open(checkpoint.path / spec.file, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), count * itemsize, offset)
+        with open(path, "rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), size, offset)
     except OSError as error:
-        raise unreadable(checkpoint.path / spec.file, error) from None
-    if len(raw) < count * itemsize:
-        raise BadInput(f"{checkpoint.path / spec.file}: was truncated while it was read; run again when it is at rest")
+        raise unreadable(path, error) from None
+    if len(raw) < size:
+        raise BadInput(f"{path}: was truncated while it was read; run again when it is at rest")
     return raw

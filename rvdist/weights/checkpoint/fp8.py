@@ -57,8 +57,9 @@ def as_scaled(checkpoint: Checkpoint) -> Checkpoint:
     own = {scale.name for scale in scales.values()}
     tensors = {name: spec for name, spec in checkpoint.tensors.items() if name not in own}
     return Scaled(
-        checkpoint.path, tensors, checkpoint.metadata, checkpoint.stamps, checkpoint.hub, scales, tuple(block)
-    )
+        checkpoint.path, tensors, checkpoint.metadata, checkpoint.stamps, checkpoint.hub, scales, tuple(block),
+        companions=checkpoint.companions,
+    )  # fmt: skip
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

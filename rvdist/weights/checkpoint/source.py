@@ -1,5 +1,6 @@
 """Where a checkpoint comes from: a directory, or a Hub repository at a revision (`org/name@revision`); and whether it
-is one as it stands, or a difference, or stored in fp8. A head that is the embedding is no tensor of any."""
+is one as it stands, as a training leaves it, or a difference, or stored in fp8. A head that is the embedding is no
+tensor of any."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from rvdist.weights.checkpoint import adapter, fp8, stored_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.tied import without_tied_head
+from rvdist.weights.checkpoint.trained import open_trained
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
@@ -59,7 +61,7 @@ def _open(source: str) -> Checkpoint:
         )
     path = Path(source).expanduser()
     if path.exists() or not _REPOSITORY.fullmatch(source):
-        return open_checkpoint(path)
+        return open_trained(path) or open_checkpoint(path)
     from rvdist.weights.checkpoint.hub import open_repository  # the Hub's client takes a while to import
 
     repository, _, revision = source.partition("@")

@@ -312,14 +312,14 @@ def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
 def companions(base: Checkpoint) -> dict[Path, Path]:
     """What stands beside the base's weights and goes with them, by its name in the output. Raises BadInput for what is
     no regular file, or is a link to elsewhere: it would be published as a file."""
-    left = ["params.json"] if any(base.path.glob("consolidated*.safetensors")) else []
+    left = ["params.json"] if any(base.beside.glob("consolidated*.safetensors")) else []
     files = {
         Path(entry.name): entry
-        for entry in sorted(base.path.iterdir())
+        for entry in sorted(base.beside.iterdir())
         if entry.suffix in COMPANIONS and not entry.name.endswith(".index.json") and entry.name not in left
         if entry.is_symlink() or not entry.is_dir()
     }
-    if (templates := base.path / _TEMPLATES).is_dir():
+    if (templates := base.beside / _TEMPLATES).is_dir():
         files |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
     for path in files.values():
         descriptor = _open_companion(path, base)
@@ -330,7 +330,7 @@ def companions(base: Checkpoint) -> dict[Path, Path]:
 
 def _open_companion(path: Path, base: Checkpoint) -> int:
     try:
-        descriptor = open_regular(path, own_places(base.path))
+        descriptor = open_regular(path, own_places(base.beside))
     except LeadsOut as error:
         raise BadInput(
             f"{path}: {error.strerror}, outside of its checkpoint, and would be copied into the output; replace the "

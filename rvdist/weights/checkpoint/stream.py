@@ -15,6 +15,7 @@ import torch
 from rvdist.core.errors import BadInput, Failed
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.pieces import Assembled, read_pieces
 
 if TYPE_CHECKING:
     from rvdist.weights.checkpoint.hub import RangeReader
@@ -49,6 +50,11 @@ class TensorFiles:
         or the Hub does not answer."""
         dtype = TORCH_DTYPE[spec.dtype]
         view = buffer[: (stop - start) * dtype.itemsize]
+        if isinstance(spec, Assembled):
+            with self._explain_errors(spec):
+                read_pieces(spec, start, stop, view.numpy().data, self._fill)
+            self.bytes_read += view.numel()
+            return view.view(dtype)
         offset = spec.offset + start * dtype.itemsize
         with self._explain_errors(spec):
             if self._ranges and spec.file in self._ranges.files:
@@ -63,6 +69,11 @@ class TensorFiles:
         dtype, width = TORCH_DTYPE[spec.dtype], spec.shape[-1]
         size = len(columns) * dtype.itemsize
         view = buffer[: len(rows) * size]
+        if isinstance(spec, Assembled):
+            whole = torch.empty(len(rows) * width * dtype.itemsize, dtype=torch.uint8)
+            held = self.read(spec, rows.start * width, rows.stop * width, whole).view(-1, width)
+            view.view(dtype).view(len(rows), -1).copy_(held[:, columns.start : columns.stop])
+            return view.view(dtype)
         memory, offset = view.numpy().data, spec.offset + columns.start * dtype.itemsize
         with self._explain_errors(spec):
             ranged = self._ranges if self._ranges and spec.file in self._ranges.files else None
@@ -75,6 +86,9 @@ class TensorFiles:
                     read_exactly(descriptor, at, view[k * size : (k + 1) * size])
         self.bytes_read += view.numel()
         return view.view(dtype)
+
+    def _fill(self, file: str, offset: int, memory: memoryview) -> None:
+        fill_exactly(self._descriptor(file), offset, memory)
 
     @contextmanager
     def _explain_errors(self, spec: TensorSpec) -> Iterator[None]:
@@ -105,7 +119,11 @@ class TensorFiles:
 
 def read_exactly(descriptor: int, offset: int, view: torch.Tensor) -> None:
     """Fills a 1-d uint8 tensor from a file. Raises EOFError where the file is too short."""
-    memory = view.numpy().data
+    fill_exactly(descriptor, offset, view.numpy().data)
+
+
+def fill_exactly(descriptor: int, offset: int, memory: memoryview) -> None:
+    """Fills bytes from a file. Raises EOFError where the file is too short."""
     while memory:
         count = os.preadv(descriptor, [memory], offset)
         if count == 0:

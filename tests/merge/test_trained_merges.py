@@ -1,0 +1,80 @@
+"""Donors as a training on four ranks leaves them: the merge has the bytes of that of their export."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import POCKET, launch, load_checkpoint
+
+from rvdist.weights.checkpoint.pieces import Assembled
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.operand import open_operand
+
+pytestmark = pytest.mark.heavy
+HELPER = Path(__file__).resolve().parent.parent / "save_sharded.py"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket donors, each as an export, as distributed checkpoints and as a shard a rank."""
+    place = tmp_path_factory.mktemp("saved")
+    pairs = [str(part) for member in ("sft", "grpo") for part in (POCKET / member, place / member)]
+    subprocess.run([sys.executable, str(HELPER), "4", *pairs], check=True, timeout=300)
+    return place
+
+
+def merged(place: Path, saved: Path, plus: str, minus: str) -> bytes:
+    output = place / f"out-{plus}-{minus}"
+    ended = launch(
+        f"target={POCKET / 'target'}", f"vector.plus={saved / 'grpo' / plus}", f"vector.minus={saved / 'sft' / minus}",
+        "alpha=0.7", f"output={output}", cwd=place,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_donors_of_four_ranks_merge_as_their_export_does(saved, tmp_path):
+    expected = merged(tmp_path, saved, "export", "export")
+    for plus, minus in (("dcp", "trained"), ("verl", "dcp"), ("trained", "verl")):
+        assert merged(tmp_path, saved, plus, minus) == expected, (plus, minus)
+
+
+def test_columns_of_tensors_in_pieces(saved):
+    whole, parts = (open_operand(open_source(str(saved / "sft" / kind))) for kind in ("export", "verl"))
+    checked = 0
+    for name, spec in parts.checkpoint.tensors.items():
+        if isinstance(spec, Assembled) and len(spec.shape) == 2:
+            rows, columns = range(1, spec.shape[0]), range(spec.shape[1] // 3, spec.shape[1] - 1)
+            found = [
+                operand.read_columns(name, rows, columns, torch.empty(spec.numel * 8, dtype=torch.uint8))
+                for operand in (whole, parts)
+            ]
+            assert torch.equal(*found)
+            checked += 1
+    assert checked > 5
+
+
+def test_a_target_of_ranks_is_written_as_safetensors_with_what_stands_beside_it(saved, tmp_path):
+    ended = launch(
+        f"target={saved / 'sft/verl'}", f"vector.plus={saved / 'grpo/dcp'}", f"vector.minus={saved / 'sft/dcp'}",
+        "alpha=0", "output=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    expected = load_checkpoint(saved / "sft/export")
+    found = load_checkpoint(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "out/config.json").exists() and (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_a_missing_shard_is_named(saved, tmp_path):
+    for file in (saved / "sft/verl").glob("*.pt"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model_world_size_4_rank_2.pt").unlink()
+    ended = launch(
+        f"target={POCKET / 'target'}", f"vector.plus={saved / 'grpo/dcp'}", f"vector.minus={tmp_path}",
+        "output=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "has 3 shards" in ended.stderr and "Traceback" not in ended.stderr
