@@ -1,4 +1,5 @@
-"""fp8 with block scales, straightforwardly: stored as DeepSeek-V3 is, read as its `weight_dequant` does."""
+"""fp8 with block scales, straightforwardly: stored as DeepSeek-V3 is, read as its `weight_dequant` does, and
+written back a block at a time."""
 
 from __future__ import annotations
 
@@ -20,6 +21,28 @@ def quantize(matrix: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor
             rows, columns = (slice(k * size, (k + 1) * size) for k, size in zip((i, j), block, strict=True))
             scale[..., i, j] = matrix[..., rows, columns].float().abs().amax((-2, -1)) / 448
     return (matrix.float() / spread(scale, matrix.shape, block)).to(E4M3), scale
+
+
+def written_back(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    result: torch.Tensor,
+    before: torch.Tensor,
+    block: tuple[int, int],
+    power_of_two: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A matrix in its own fp8, and how many blocks stay: where the result is as before, codes and scale are, too."""
+    codes, scales, kept = codes.clone(), scales.clone(), 0
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            at = tuple(slice(k * size, (k + 1) * size) for k, size in zip((i, j), block, strict=True))
+            if torch.equal(result[at], before[at]):
+                kept += 1
+                continue
+            scale = result[at].abs().max() / 448
+            scales[i, j] = 2 ** torch.ceil(torch.log2(scale.double())).float() if power_of_two else scale
+            codes[at] = (result[at] / scales[i, j].float()).clamp(-448, 448).to(codes.dtype)
+    return codes, scales, kept
 
 
 def spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:

@@ -51,7 +51,8 @@ def merge(
         for output, layout, staged in zip(plan.outputs, plan.layouts, stagings, strict=True):
             for point, staging in zip(output.points, staged, strict=True):
                 if staging is not None:
-                    carry_over(sources[point.base], staging, CONFIG_DTYPE[plan.dtype] if plan.dtype else None)
+                    dtype = CONFIG_DTYPE[plan.dtype] if plan.dtype else None
+                    carry_over(sources[point.base], staging, dtype, weights=True)
                     write_index(staging, layout.tensors, list(layout.files))
                     staging.write_text("README.md", cards[point])
                     staging.commit()

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from rvdist.core.config import OutputFormat
-from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint, layer_count
 from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
@@ -146,7 +146,9 @@ def build_plan(
     for directory, point in written.items():
         if point.base not in laid_out:
             laid_out[point.base] = _layout(sources[point.base], form)
-        alike = (point.method.facts.whole_tensors, *laid_out[point.base].files.items())
+        base = sources[point.base]
+        blocks = (base.block, base.power_of_two) if _keeps_scales(base, laid_out[point.base]) else None
+        alike = (point.method.facts.whole_tensors, blocks, *laid_out[point.base].files.items())
         groups.setdefault(alike, {})[directory] = point
     outputs = [Output(tuple(group.values()), tuple(group)) for group in groups.values()]
     layouts = [laid_out[output.points[0].base] for output in outputs]
@@ -161,7 +163,8 @@ def build_plan(
             needs: Counter[tuple[str, str]] = Counter()
             for spec in specs:
                 needs.update(reads[spec.name])
-            units = _units(number, file, specs, unit_bytes(layout), whole)
+            grains = _grains(sources[output.points[0].base], layout)
+            units = _units(number, file, specs, unit_bytes(layout), whole, grains)
             files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
     digests = tuple(
@@ -183,6 +186,8 @@ def _reads(
     layers = layer_count(layout.tensors)
     by_tensor = {}
     for name, written in layout.tensors.items():
+        if name not in sources[points[0].base].tensors:
+            continue  # scales: see below
         elements = {point.base: written.numel for point in points}
         for point in points:
             if sources[point.base].tensors[name].is_floating_point:
@@ -199,6 +204,8 @@ def _reads(
             if isinstance(own := sources[source], Scaled) and (scale := own.scales.get(name)):
                 reads[source, scale.file] += scale.nbytes
         by_tensor[name] = dict(reads)
+    if _keeps_scales(base := sources[points[0].base], layout):  # scales come with what they scale, mostly: see _units
+        by_tensor |= {name: dict.fromkeys(by_tensor[owner], 0) for name, owner in base.owners.items()}
     return by_tensor
 
 
@@ -206,28 +213,24 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
-    blocks = {name: source.block for name in point.sources() if isinstance(source := sources[name], Scaled)}
+    blocks: dict[str, Any] = {n: source.block for n in point.sources() if isinstance(source := sources[n], Scaled)}
+    if _keeps_scales(base := sources[point.base], layout) and base.power_of_two:
+        blocks["scales"] = "powers of two"
     made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout), blocks], sort_keys=True)
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
 def _layout(base: Checkpoint, form: OutputFormat) -> Layout:
-    if isinstance(base, Scaled) and form.dtype is None:
-        raise BadInput(
-            f"{base.path}: is stored in fp8 with a scale for each block, and fp8 is read but not written; "
-            "set dtype=bfloat16 to write a plain checkpoint"
-        )
-
     def stored(spec: TensorSpec) -> str:
         return form.dtype if form.dtype and spec.is_floating_point else spec.dtype
 
+    written = _written(base, form)
     by_file: dict[str, list[TensorSpec]] = {file: [] for file in base.files}
-    for spec in base.tensors.values():
+    for spec in written:
         by_file[spec.file].append(spec)
     by_file = {file: specs for file, specs in by_file.items() if specs}  # one may hold nothing but a tied head
     if form.max_shard_size is not None:
-        specs = list(base.tensors.values())
-        shards = reshard(specs, lambda spec: spec.numel * ITEMSIZE[stored(spec)], form.max_shard_size)
+        shards = reshard(written, lambda spec: spec.numel * ITEMSIZE[stored(spec)], form.max_shard_size)
         by_file = dict(zip(shard_names(len(shards)), shards, strict=True))
     elif not all(file.endswith(".safetensors") for file in by_file):  # as a training leaves it
         by_file = dict(zip(shard_names(len(by_file)), by_file.values(), strict=True))
@@ -242,26 +245,74 @@ def _layout(base: Checkpoint, form: OutputFormat) -> Layout:
     return Layout(files, tensors)
 
 
-def _units(output: int, file: str, specs: Sequence[TensorSpec], limit: int, whole: bool) -> list[Unit]:
+def _written(base: Checkpoint, form: OutputFormat) -> list[TensorSpec]:
+    """The tensors of an output, in order: the base's; scales, too, where it is written as it is stored."""
+    specs = list(base.tensors.values())
+    if not isinstance(base, Scaled) or form.dtype is not None:
+        return specs
+    place = {file: k for k, file in enumerate(base.files)}
+    return sorted([*specs, *base.scales.values()], key=lambda spec: (place[spec.file], spec.offset))
+
+
+@dataclass(frozen=True)
+class _Grain:
+    """How a tensor is cut: between runs of `size` elements. Each element stands for `weight` bytes of work, unless the
+    unit has all of the tensor `owner`, with which it comes."""
+
+    size: int = 1
+    weight: int = 0
+    owner: str = ""
+
+
+def _keeps_scales(base: Checkpoint, layout: Layout) -> TypeGuard[Scaled]:
+    """Whether a layout holds a base's fp8 as it is stored."""
+    return isinstance(base, Scaled) and all(scale.name in layout.tensors for scale in base.scales.values())
+
+
+def _grains(base: Checkpoint, layout: Layout) -> dict[str, _Grain]:
+    """fp8 is computed by rows of blocks; scales are what is found on the way, or else cost as much again."""
+    if not _keeps_scales(base, layout):
+        return {}
+    found = {}
+    rows, columns = base.block
+    for name, scale in base.scales.items():
+        height, width = base.tensors[name].shape[-2:]
+        found[name] = _Grain((rows if len(scale.shape) == 2 or height % rows == 0 else height) * width)
+        found[scale.name] = _Grain(scale.shape[-1], rows * columns, name)
+    return found
+
+
+def _units(
+    output: int, file: str, specs: Sequence[TensorSpec], limit: int, whole: bool, grains: Mapping[str, _Grain]
+) -> list[Unit]:
     """Cuts a file into ranges of at most `limit` bytes, between elements; between tensors where they must stay
     `whole`, so that only a single tensor may be larger."""
     units = []
     segments: list[Segment] = []
-    nbytes = 0
+    nbytes = spent = 0
     for spec in specs:
-        itemsize = ITEMSIZE[spec.dtype]
-        if whole and segments and nbytes + spec.nbytes > limit:
+        itemsize, grain = ITEMSIZE[spec.dtype], grains.get(spec.name, _Grain())
+        cost = max(itemsize, grain.weight)
+        if grain.owner and any(s.tensor == grain.owner and s.start == 0 for s in segments):
+            cost = itemsize
+        if whole and segments and spent + spec.numel * cost > limit:
             units.append(Unit(output, file, tuple(segments), nbytes))
-            segments, nbytes = [], 0
+            segments, nbytes, spent = [], 0, 0
         start = 0
         while start < spec.numel:
-            stop = spec.numel if whole else min(spec.numel, start + (limit - nbytes) // itemsize)
+            count = max(0, limit - spent) // cost // grain.size * grain.size
+            if count == 0 and segments:
+                units.append(Unit(output, file, tuple(segments), nbytes))
+                segments, nbytes, spent = [], 0, 0
+                continue
+            stop = spec.numel if whole else min(spec.numel, start + max(count, grain.size))
             segments.append(Segment(spec.name, start, stop, spec.offset + start * itemsize))
             nbytes += (stop - start) * itemsize
+            spent += (stop - start) * cost
             start = stop
-            if nbytes > limit - 8:
+            if spent > limit - 8:
                 units.append(Unit(output, file, tuple(segments), nbytes))
-                segments, nbytes = [], 0
+                segments, nbytes, spent = [], 0, 0
     if segments:
         units.append(Unit(output, file, tuple(segments), nbytes))
     return units

@@ -23,6 +23,7 @@ from rvdist.weights.checkpoint.staging import DISCARD, Probe, discards
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.lanes import open_lanes
 from rvdist.weights.reader import PointReader, buffers_of
+from rvdist.weights.requantize import reader_of
 
 _WRITES = 2  # under way at a time, besides the computing
 
@@ -46,7 +47,10 @@ class MergeWorker:
         self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None
         lanes = open_lanes(device, max(buffers_of(output.points) for output in outputs))
-        self._readers = [PointReader(output.points, sources, torch_dtype, lanes=lanes) for output in outputs]
+        self._readers = [
+            reader_of(sources[output.points[0].base], torch_dtype)(output.points, sources, torch_dtype, lanes=lanes)
+            for output in outputs
+        ]
         self._direct_io = direct_io
         self._open: dict[Path, File] = {}
         self._handles: dict[Path, Handle] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ class _Computed(Operand):
         out[at - begin] = values
 
 
-class _Dequantized(Operand):
+class Dequantized(Operand):
     """The tensors of a checkpoint some of which are stored in fp8: of one tensor at a time it keeps the scales."""
 
     def __init__(self, checkpoint: Scaled) -> None:
@@ -157,11 +158,32 @@ class _Dequantized(Operand):
         dequantize(codes.numpy(), self._scale[1], self._block, spec.shape, begin, out.numpy())
         return out
 
+    def stored(
+        self, name: str, begin: int, end: int
+    ) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], torch.Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
+        """Whole rows of blocks of a scaled tensor as they are stored: codes and scales, these a row for each row of
+        blocks; and what they mean."""
+        spec, count = self._tensors[name], end - begin
+        codes = np.empty(count, np.uint8)
+        self._files.read(spec, begin, end, torch.from_numpy(codes))
+        values = np.empty(count, np.float32)
+        if self._scale[0] != name:
+            self._scale = name, self._whole(self._scales[name]).numpy()
+        dequantize(codes, self._scale[1], self._block, spec.shape, begin, values)
+        height, width = spec.shape[-2:]
+        scale, bands = self._scales[name], -(-height // self._block[0])
+        matrix, row = divmod(begin // width, height)
+        first = matrix * bands + row // self._block[0]
+        rows = -(-count // (width * self._block[0]))
+        across = scale.shape[-1]
+        room = torch.empty(rows * across * 8, dtype=torch.uint8)
+        return codes, self._files.read(scale, first * across, (first + rows) * across, room).view(rows, across), values
+
 
 def open_operand(checkpoint: Checkpoint) -> Operand:
     """The operand that reads this kind of checkpoint."""
     if isinstance(checkpoint, Scaled):
-        return _Dequantized(checkpoint)
+        return Dequantized(checkpoint)
     return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)
 
 

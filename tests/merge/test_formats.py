@@ -140,12 +140,6 @@ def test_an_fp8_target_in_float32_is_correctly_rounded(mixed_fp8, tmp_path):
         assert torch.equal(tensor, exact(paths, name, torch.float32)), name
 
 
-def test_fp8_is_not_written_back(mixed_fp8, tmp_path):
-    point = shifted(mixed_fp8("target"))
-    with pytest.raises(BadInput, match="target: is stored in fp8 .* not written; set dtype=bfloat16"):
-        build_plan({tmp_path / "out": point}, opened(point))
-
-
 def test_another_block_size_is_another_plan(mixed_fp8, tmp_path):
     point = shifted(mixed_fp8("plus"))
     before = build_plan({tmp_path / "out": point}, opened(point)).digests

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,6 +36,16 @@ class Scaled(Checkpoint):
 
     scales: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
     block: tuple[int, int] = (128, 128)
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """What the scales are called → whose they are."""
+        return {scale.name: name for name, scale in self.scales.items()}
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether its scales are powers of two, as its config says."""
+        return next(_sections(self.config), {}).get("scale_fmt") == "ue8m0"
 
 
 def as_scaled(checkpoint: Checkpoint) -> Checkpoint:

@@ -27,7 +27,7 @@ from pathlib import Path
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.regular import Handle, LeadsOut, open_regular, own_places
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
-from rvdist.weights.checkpoint.fp8 import without_quantization
+from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
 from rvdist.weights.checkpoint.room import Room
@@ -293,16 +293,18 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise BadInput(f"{output}: is not a checkpoint, and overwrite=true only replaces checkpoints")
 
 
-def carry_over(base: Checkpoint, staging: Staging, dtype: str | None) -> None:
+def carry_over(base: Checkpoint, staging: Staging, dtype: str | None, weights: bool = False) -> None:
     """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template, code). The
-    config says what is written: its `dtype`, if that is not the base's, and never that it is quantised. What describes
-    Mistral's own layout of the weights stays with it."""
+    config says what is written: its `dtype`, if that is not the base's, and that it is quantised only where the
+    base's own `weights` are written as they are stored. What describes Mistral's own layout of the weights stays with
+    it."""
     for name, path in companions(base).items():
         if len(name.parts) > 1:
             with _explain_errors(staging.partial / name), suppress(FileExistsError):
                 os.mkdir(name.parts[0], dir_fd=staging.handle.descriptor)
         staging.copy(_open_companion(path, base), str(name))
-    config = without_quantization(base.config)
+    as_stored = weights and dtype is None and isinstance(base, Scaled)
+    config = base.config if as_stored else without_quantization(base.config)
     if dtype is not None and config:
         config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     if config != base.config:

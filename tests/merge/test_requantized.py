@@ -1,0 +1,157 @@
+"""Quantised targets, written back as they are stored: by one worker, without Ray, against whole tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from checkpoints import load_checkpoint, near, tensors, write_checkpoint
+from fp8 import dequantized, quantized, write_fp8, written_back
+from safetensors.torch import load_file, save_file
+
+from rvdist.core.config import OutputFormat
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.merge import plan as planning
+from rvdist.merge.plan import build_plan
+from rvdist.merge.worker import MergeWorker
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.source import open_source
+
+BLOCK = (32, 20)
+
+
+def shifted(paths, alpha=0.7):
+    return WeightPoint(str(paths["target"]), (Term(alpha, Vector(str(paths["plus"]), str(paths["minus"]))),))
+
+
+def write(points, dtype=None):
+    """What a merge does to each directory, in this process."""
+    sources = {name: open_source(name) for point in points.values() for name in point.sources()}
+    for point in points.values():
+        compat.check(point, sources)
+    plan = build_plan(points, sources, OutputFormat(dtype))
+    for output, layout in zip(plan.outputs, plan.layouts, strict=True):
+        for directory in output.directories:
+            directory.mkdir()
+            for file, (header, size) in layout.files.items():
+                (directory / file).write_bytes(header + bytes(size - len(header)))
+    worker = MergeWorker(plan.outputs, sources, plan.dtype, direct_io=False)
+    for unit in plan.units:
+        done = worker.run(unit, (None,) * len(plan.outputs[unit.output].points))
+        assert not any(done.nonfinite)
+    worker.sync()
+    return plan
+
+
+def weights_of(path):
+    found = load_checkpoint(path)
+    return dequantized(found, BLOCK) if (path / "config.json").read_text().count("fp8") else found
+
+
+def digests(path):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("model*")}
+
+
+def write_mixed(place, *in_fp8):
+    """`write_mixed(place, "target")`: that one is in fp8 and in five shards, the others in bf16."""
+    base = tensors(0)
+    family = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
+    return {
+        name: write_fp8(place / name, quantized(weights, BLOCK), BLOCK, shards=5)
+        if name in in_fp8
+        else write_checkpoint(place / name, weights)
+        for name, weights in family.items()
+    }
+
+
+def requantized(paths, name, alpha, power_of_two=False):
+    """Codes and scales of a tensor of the target, whole, and how many blocks stay."""
+    stored = load_checkpoint(paths["target"])
+    target, plus, minus = (weights_of(path)[name].float() for path in paths.values())
+    result = target + alpha * (plus - minus)
+    return written_back(stored[name], stored[f"{name}_scale_inv"], result, target, BLOCK, power_of_two)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("in_fp8", [("target",), ("target", "plus", "minus")])
+def test_fp8_is_written_back_and_blocks_that_stay_are_the_same_bytes(tmp_path, in_fp8, power_of_two):
+    paths = write_mixed(tmp_path, *in_fp8)
+    for role in ("plus", "minus"):  # donors that agree in some blocks
+        if role not in in_fp8:
+            weights = load_checkpoint(paths[role])
+            other = load_checkpoint(paths["minus"])
+            for name, tensor in weights.items():
+                if "proj" in name:
+                    tensor[:32, 20:40] = other[name][:32, 20:40]
+            for file in paths[role].glob("*.safetensors"):
+                mine = {name: weights[name] for name in load_file(file)}
+                save_file(mine, file, {"format": "pt"})
+    if power_of_two:
+        config = json.loads((paths["target"] / "config.json").read_text())
+        config["quantization_config"]["scale_fmt"] = "ue8m0"
+        (paths["target"] / "config.json").write_text(json.dumps(config))
+    write({tmp_path / "out": shifted(paths)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "UNIT_BYTES", 1000)
+        write({tmp_path / "cut": shifted(paths)})
+    assert digests(tmp_path / "cut") == digests(tmp_path / "out")
+    found, stored, kept = load_checkpoint(tmp_path / "out"), load_checkpoint(paths["target"]), 0
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            codes, scales, untouched = requantized(paths, name, 0.7, power_of_two=power_of_two)
+            assert torch.equal(found[name].view(torch.uint8), codes.view(torch.uint8)), name
+            assert torch.equal(found[f"{name}_scale_inv"], scales), name
+            kept += untouched
+    assert (kept > 0) == (len(in_fp8) == 1)
+
+
+def test_an_fp8_target_that_nothing_touches_is_the_same_bytes(tmp_path):
+    paths = write_mixed(tmp_path, "target")
+    write({tmp_path / "out": WeightPoint(str(paths["target"]))})
+    write({tmp_path / "still": shifted(paths | {"plus": paths["minus"]})})
+    for out in ("out", "still"):
+        for name, tensor in load_checkpoint(paths["target"]).items():
+            found = load_checkpoint(tmp_path / out)[name]
+            assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+
+
+def tiny_llama(place, seed, base=None):
+    """A Llama of two layers in bf16, saved by transformers; near `base` if there is one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    model.load_state_dict(near(model.state_dict(), seed))
+    model.save_pretrained(place)
+    return place
+
+
+@pytest.mark.heavy
+def test_transformers_loads_what_is_written_and_sees_the_same_numbers(tmp_path):
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    pytest.importorskip("accelerate", reason="transformers loads fp8 by it")
+    paths = {role: tiny_llama(tmp_path / role, seed) for seed, role in enumerate(("target", "plus", "minus"))}
+    weights = load_checkpoint(paths["target"])
+    config = json.loads((paths["target"] / "config.json").read_text())
+    paths["target"] = write_fp8(tmp_path / "fp8", quantized(weights, (32, 32)), (32, 32))
+    quantization = json.loads((paths["target"] / "config.json").read_text())["quantization_config"]
+    (paths["target"] / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    write({tmp_path / "out": shifted(paths)})
+    (tmp_path / "out/config.json").write_bytes((paths["target"] / "config.json").read_bytes())
+    options = {"quantization_config": FineGrainedFP8Config(dequantize=True), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    loaded, ours = model.state_dict(), dequantized(load_checkpoint(tmp_path / "out"), (32, 32))
+    assert ours.keys() <= loaded.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(loaded[name], tensor.bfloat16()), name
+    before = dequantized(load_checkpoint(paths["target"]), (32, 32))
+    moved = [name for name in ours if "proj" in name and not torch.equal(ours[name], before[name])]
+    assert len(moved) == 14
