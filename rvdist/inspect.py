@@ -82,7 +82,8 @@ def _weights(checkpoint: Checkpoint) -> Facts:
         made_of |= {"trained_on": checkpoint.trained_on} if checkpoint.kind == "adapter" else _donors(checkpoint)
         made_of |= {"stored": _forms(checkpoint.forms.values())}
     elif isinstance(checkpoint, Scaled):
-        made_of |= {"fp8_tensors": len(checkpoint.scales), "block": list(checkpoint.block)}
+        codes = checkpoint.kind.name.replace(" ", "_")
+        made_of |= {f"{codes}_tensors": len(checkpoint.scales), "block": list(checkpoint.block)}
     return {
         "path": str(checkpoint.path),
         "kind": kind,
@@ -101,8 +102,10 @@ def _weights(checkpoint: Checkpoint) -> Facts:
 def _stored_tensors(checkpoint: Checkpoint) -> Iterable[TensorSpec]:
     """The tensors as the files hold them: factors, indices and scales are tensors of their own."""
     if not isinstance(checkpoint, Difference):
-        yield from checkpoint.tensors.values()
-        yield from checkpoint.scales.values() if isinstance(checkpoint, Scaled) else ()
+        own = checkpoint.stored if isinstance(checkpoint, Scaled) else {}
+        yield from (own.get(name, spec) for name, spec in checkpoint.tensors.items())
+        if isinstance(checkpoint, Scaled):
+            yield from [*checkpoint.scales.values(), *checkpoint.companions_of_codes.values()]
         return
     for form in checkpoint.forms.values():
         yield from stored_parts(form)

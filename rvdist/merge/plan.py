@@ -147,7 +147,7 @@ def build_plan(
         if point.base not in laid_out:
             laid_out[point.base] = _layout(sources[point.base], form)
         base = sources[point.base]
-        blocks = (base.block, base.power_of_two) if _keeps_scales(base, laid_out[point.base]) else None
+        blocks = (base.block, base.power_of_two, base.kind.name) if _keeps_scales(base, laid_out[point.base]) else None
         alike = (point.method.facts.whole_tensors, blocks, *laid_out[point.base].files.items())
         groups.setdefault(alike, {})[directory] = point
     outputs = [Output(tuple(group.values()), tuple(group)) for group in groups.values()]
@@ -185,27 +185,32 @@ def _reads(
     """What each tensor of an output reads: (source, source file) → bytes."""
     layers = layer_count(layout.tensors)
     by_tensor = {}
-    for name, written in layout.tensors.items():
-        if name not in sources[points[0].base].tensors:
-            continue  # scales: see below
-        elements = {point.base: written.numel for point in points}
+    base = sources[points[0].base]
+    as_stored = _keeps_scales(base, layout)
+    for name, target in base.tensors.items():
+        elements = {point.base: target.numel for point in points}
         for point in points:
             if sources[point.base].tensors[name].is_floating_point:
                 changing = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
                 for _, vector in changing:
                     shared = min(sources[source].tensors[name].numel for source in vector.sources())
                     for source in vector.sources():
-                        elements[source] = max(elements.get(source, 0), min(shared, written.numel))
+                        elements[source] = max(elements.get(source, 0), min(shared, target.numel))
         reads: Counter[tuple[str, str]] = Counter()
         for source in sorted(elements):
-            spec = sources[source].tensors[name]
+            own, spec = sources[source], sources[source].tensors[name]
+            if isinstance(own, Scaled) and (scale := own.scales.get(name)):
+                reads[source, own.codes(name).file] += elements[source] * own.kind.bits // 8
+                reads[source, scale.file] += scale.nbytes
+                continue
             for file, nbytes in spread_over_files(spec, elements[source] * ITEMSIZE[spec.dtype]).items():
                 reads[source, file] += nbytes
-            if isinstance(own := sources[source], Scaled) and (scale := own.scales.get(name)):
-                reads[source, scale.file] += scale.nbytes
         by_tensor[name] = dict(reads)
-    if _keeps_scales(base := sources[points[0].base], layout):  # scales come with what they scale, mostly: see _units
-        by_tensor |= {name: dict.fromkeys(by_tensor[owner], 0) for name, owner in base.owners.items()}
+    if as_stored and isinstance(base, Scaled):  # scales come with what they scale, mostly: see _units
+        by_tensor |= {codes: by_tensor[owner] for codes, owner in base.coded.items()}
+        by_tensor |= {scale: dict.fromkeys(by_tensor[owner], 0) for scale, owner in base.owners.items()}
+        for spec in base.companions_of_codes.values():
+            by_tensor[spec.name] = {(point.base, spec.file): spec.nbytes for point in points}
     return by_tensor
 
 
@@ -213,7 +218,9 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
-    blocks: dict[str, Any] = {n: source.block for n in point.sources() if isinstance(source := sources[n], Scaled)}
+    scaled = {name: source for name in point.sources() if isinstance(source := sources[name], Scaled)}
+    blocks: dict[str, Any] = {name: source.block for name, source in scaled.items()}
+    blocks |= {f"{name} codes": source.kind.name for name, source in scaled.items() if source.stored}
     if _keeps_scales(base := sources[point.base], layout) and base.power_of_two:
         blocks["scales"] = "powers of two"
     made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout), blocks], sort_keys=True)
@@ -250,8 +257,10 @@ def _written(base: Checkpoint, form: OutputFormat) -> list[TensorSpec]:
     specs = list(base.tensors.values())
     if not isinstance(base, Scaled) or form.dtype is not None:
         return specs
+    specs = [base.codes(spec.name) if spec.name in base.scales else spec for spec in specs]
     place = {file: k for k, file in enumerate(base.files)}
-    return sorted([*specs, *base.scales.values()], key=lambda spec: (place[spec.file], spec.offset))
+    beside = [*base.scales.values(), *base.companions_of_codes.values()]
+    return sorted([*specs, *beside], key=lambda spec: (place[spec.file], spec.offset))
 
 
 @dataclass(frozen=True)
@@ -274,11 +283,12 @@ def _grains(base: Checkpoint, layout: Layout) -> dict[str, _Grain]:
     if not _keeps_scales(base, layout):
         return {}
     found = {}
-    rows, columns = base.block
     for name, scale in base.scales.items():
-        height, width = base.tensors[name].shape[-2:]
-        found[name] = _Grain((rows if len(scale.shape) == 2 or height % rows == 0 else height) * width)
-        found[scale.name] = _Grain(scale.shape[-1], rows * columns, name)
+        (height, width), (rows, columns) = base.tensors[name].shape[-2:], base.block_of(name)
+        codes, matrices = base.codes(name), base.tensors[name].numel // (height * width)
+        size = (rows if matrices == 1 or height % rows == 0 else height) * width // base.kind.codes_in(codes)
+        found[codes.name] = _Grain(max(1, size))
+        found[scale.name] = _Grain(-(-width // columns), rows * columns * base.kind.bits // 8, codes.name)
     return found
 
 

@@ -24,7 +24,7 @@ from rvdist.weights.checkpoint.difference import Difference, is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
-from rvdist.weights.checkpoint.fp8 import Scaled, dequantize
+from rvdist.weights.checkpoint.fp8 import Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.tied import contradiction, is_tied
 from rvdist.weights.configurations import compare_configs
@@ -359,11 +359,14 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     start = (numel - count) // 2
     if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
         return _widen(read_elements(checkpoint, spec, start, count), spec.dtype)
-    scale = checkpoint.scales[spec.name]
+    scale, codes = checkpoint.scales[spec.name], checkpoint.codes(spec.name)
     scales = _widen(read_elements(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32)
+    several = checkpoint.kind.codes_in(codes)
+    first, last = start // several, -(-(start + count) // several)
+    raw = np.frombuffer(read_elements(checkpoint, codes, first, last - first), np.uint8)
     values = np.empty(count, np.float32)
-    codes = np.frombuffer(read_elements(checkpoint, spec, start, count), np.uint8)
-    dequantize(codes, scales.reshape(scale.shape), checkpoint.block, spec.shape, start, values)
+    own = unpack(raw, checkpoint.kind.bits, start - first * several, count)
+    dequantize(own, scales, checkpoint.block_of(spec.name), spec.shape, start, values, checkpoint.kind)
     return values.astype(np.float64)
 
 

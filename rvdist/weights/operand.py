@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import torch
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, LowRank, Packed, Sparse
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.fp8 import Scaled, dequantize
+from rvdist.weights.checkpoint.fp8 import Codes, Floats, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.weights.packed import bits, spread
@@ -140,44 +139,54 @@ class _Computed(Operand):
 
 
 class Dequantized(Operand):
-    """The tensors of a checkpoint some of which are stored in fp8: of one tensor at a time it keeps the scales."""
+    """The tensors of a checkpoint some of which are quantised: of one tensor at a time it keeps the scales."""
 
     def __init__(self, checkpoint: Scaled) -> None:
         super().__init__(checkpoint)
-        self._block, self._scales = checkpoint.block, checkpoint.scales
+        self._scaled = checkpoint
         self._scale = ("", np.empty(0, np.float32))
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-        if name not in self._scales:
+        if name not in self._scaled.scales:
             return super().read(name, begin, end, buffer)
-        if self._scale[0] != name:
-            self._scale = name, self._whole(self._scales[name]).numpy()
-        spec, count = self._tensors[name], end - begin
+        count = end - begin
         out = buffer[: 4 * count].view(torch.float32)
-        codes = self._files.read(spec, begin, end, buffer[4 * count :]).view(torch.uint8)
-        dequantize(codes.numpy(), self._scale[1], self._block, spec.shape, begin, out.numpy())
+        self._dequantize(name, self._codes(name, begin, end, buffer[4 * count :]), begin, out.numpy())
         return out
 
-    def stored(
-        self, name: str, begin: int, end: int
-    ) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], torch.Tensor, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Whole rows of blocks of a scaled tensor as they are stored: codes and scales, these a row for each row of
-        blocks; and what they mean."""
-        spec, count = self._tensors[name], end - begin
-        codes = np.empty(count, np.uint8)
-        self._files.read(spec, begin, end, torch.from_numpy(codes))
+    def stored(self, name: str, begin: int, end: int) -> tuple[Codes, torch.Tensor, Floats]:
+        """Whole rows of blocks of a scaled tensor as they are stored: codes, a byte each, and scales, a row for each
+        row of blocks; and what they mean."""
+        shape, count = self._tensors[name].shape, end - begin
+        codes = self._codes(name, begin, end, torch.empty(count + 16, dtype=torch.uint8))
         values = np.empty(count, np.float32)
-        if self._scale[0] != name:
-            self._scale = name, self._whole(self._scales[name]).numpy()
-        dequantize(codes, self._scale[1], self._block, spec.shape, begin, values)
-        height, width = spec.shape[-2:]
-        scale, bands = self._scales[name], -(-height // self._block[0])
+        self._dequantize(name, codes, begin, values)
+        (height, width), (rows, columns) = shape[-2:], self._scaled.block_of(name)
         matrix, row = divmod(begin // width, height)
-        first = matrix * bands + row // self._block[0]
-        rows = -(-count // (width * self._block[0]))
-        across = scale.shape[-1]
-        room = torch.empty(rows * across * 8, dtype=torch.uint8)
-        return codes, self._files.read(scale, first * across, (first + rows) * across, room).view(rows, across), values
+        first, across = matrix * -(-height // rows) + row // rows, -(-width // columns)
+        bands = -(-count // (width * rows))
+        room = torch.empty(bands * across * 8, dtype=torch.uint8)
+        scales = self._files.read(self._scaled.scales[name], first * across, (first + bands) * across, room)
+        return codes, scales.view(bands, across), values
+
+    def raw(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
+        """Elements of what describes codes, as they are stored."""
+        return self._files.read(spec, begin, end, torch.empty((end - begin) * 8, dtype=torch.uint8))
+
+    def _codes(self, name: str, begin: int, end: int, room: torch.Tensor) -> Codes:
+        spec, bits = self._scaled.codes(name), self._scaled.kind.bits
+        several = self._scaled.kind.codes_in(spec)
+        first, last = begin // several, -(-end // several)
+        if (last - first) * ITEMSIZE[spec.dtype] > room.numel():
+            room = torch.empty((last - first) * ITEMSIZE[spec.dtype], dtype=torch.uint8)
+        raw = self._files.read(spec, first, last, room).view(torch.uint8).numpy()
+        return unpack(raw, bits, begin - first * several, end - begin)
+
+    def _dequantize(self, name: str, codes: Codes, begin: int, out: Floats) -> None:
+        if self._scale[0] != name:
+            self._scale = name, self._whole(self._scaled.scales[name]).numpy()
+        scaled = self._scaled
+        dequantize(codes, self._scale[1], scaled.block_of(name), self._tensors[name].shape, begin, out, scaled.kind)
 
 
 def open_operand(checkpoint: Checkpoint) -> Operand:

@@ -1,9 +1,9 @@
-"""Computes points of a quantised target in the target's own format: fp8 codes, and the scales of their blocks.
+"""Computes points of a quantised target in the target's own format: codes, and the scales of their blocks.
 
 A result is computed in fp32 as it is for every other output. Blocks in which nothing differs from the target keep its
-codes and scale, byte for byte; another gets the scale amax / 448, rounded to the scales' dtype (up to a power of two
-where the target's are such), and codes rounded once, to nearest even. So the bytes depend neither on units nor on
-chunks. Holds some rows of blocks of one tensor, in fp32.
+codes and scale, byte for byte; another gets the scale of its largest element, rounded to the scales' dtype (up to a
+power of two where the target's are such), and codes rounded once, to nearest even. So the bytes depend neither on units
+nor on chunks. Holds some rows of blocks of one tensor, in fp32.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import torch
 
 from rvdist.core.point import Vector
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.fp8 import FP8, INT8, Codes, Floats, Kind, Scaled, pack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.operand import Dequantized
 from rvdist.weights.reader import PointReader
 
 _AT_ONCE = 1 << 21  # elements of one tensor, or one row of blocks where that has more
 _MOST_SCALES = 64 << 20  # bytes of scales that are remembered until they are asked for
-_LARGEST = 448.0  # of E4M3
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Codes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class RequantizingReader(PointReader):
@@ -36,21 +33,26 @@ class RequantizingReader(PointReader):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._surveyed: tuple[str, list[tuple[bool, float]]] = "", []
         self._found: dict[tuple[str, int], list[torch.Tensor]] = {}  # scales of rows of blocks, by their first element
 
     def output_dtype(self, spec: TensorSpec) -> torch.dtype:
         return torch.float32 if spec.name in self._scaled.scales else super().output_dtype(spec)
 
     def chunks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        if name in self._scaled.scales:
-            yield from self._codes(name, start, stop)
-        elif owner := self._scaled.owners.get(name):
+        scaled = self._scaled
+        if owner := scaled.coded.get(name):
+            yield from self._codes(owner, start, stop)
+        elif owner := scaled.owners.get(name):
             yield from self._scales(owner, start, stop)
+        elif spec := scaled.companions_of_codes.get(name):
+            operands = [self._values.operands[point.base] for point in self.points]
+            yield start, [operand.raw(spec, start, stop) for operand in operands if isinstance(operand, Dequantized)]
         else:
             yield from super().chunks(name, start, stop)
 
     def blame(self, name: str) -> str:
-        return super().blame(self._scaled.owners.get(name, name))
+        return super().blame(self._scaled.owners.get(name) or self._scaled.coded.get(name) or name)
 
     @property
     def _scaled(self) -> Scaled:
@@ -58,25 +60,27 @@ class RequantizingReader(PointReader):
         return self.base
 
     def _work(self, name: str, ends: Any, terms: list[tuple[float, Vector]]) -> torch.dtype:
-        """What counts is what is stored, on either end: fp8."""
-        return super()._work(name, ends[:1] if name in self._scaled.scales else ends, terms)
+        """What counts is what is stored, on either end: codes, which have no more than 8 bits."""
+        return super()._work(name, [torch.float8_e4m3fn] if name in self._scaled.scales else ends, terms)
 
     def _codes(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        for begin, end, results in self._bands(name, start, stop):
-            first, last = max(begin, start), min(end, stop)
-            yield first, [torch.from_numpy(codes[first - begin : last - begin]) for codes, _ in results]
+        """Elements of the codes as they are stored, each of which may have several."""
+        several, bits = self._scaled.kind.codes_in(self._scaled.codes(name)), self._scaled.kind.bits
+        for begin, end, results in self._bands(name, start * several, stop * several):
+            first, last = max(begin, start * several), min(end, stop * several)
+            packed = [pack(codes[first - begin : last - begin], bits) for codes, _ in results]
+            yield first // several, [torch.from_numpy(np.ascontiguousarray(codes)) for codes in packed]
 
     def _scales(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Elements of the scales of tensor `name`: what was found with its codes, or is found anew."""
-        spec, (rows, columns) = self._scaled.tensors[name], self._scaled.block
-        height, width = spec.shape[-2:]
+        (height, width), (rows, columns) = self._scaled.tensors[name].shape[-2:], self._scaled.block_of(name)
         across, bands = -(-width // columns), -(-height // rows)
         at = start
         while at < stop:
             matrix, band = divmod(at // across, bands)
             first = (matrix * height + band * rows) * width
             if (name, first) not in self._found:
-                count = min(self._rows_at_once(spec), bands - band, -(-(stop - at) // across))
+                count = min(max(1, _AT_ONCE // (rows * width)), bands - band, -(-(stop - at) // across))
                 for _ in self._bands(name, first, (matrix * height + min(height, (band + count) * rows)) * width):
                     pass
             found = self._found.pop((name, first))
@@ -85,25 +89,23 @@ class RequantizingReader(PointReader):
             yield at, [scale[offset : offset + end - at] for scale in found]
             at = end
 
-    def _rows_at_once(self, spec: TensorSpec) -> int:
-        """Rows of blocks that are computed together."""
-        return max(1, _AT_ONCE // (self._scaled.block[0] * spec.shape[-1]))
-
     def _bands(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, list[tuple[Codes, torch.Tensor]]]]:
         """The rows of blocks in which elements [start, stop) of a tensor are, some at a time: first and last element,
-        and codes and scales at each point."""
-        spec, rows = self._scaled.tensors[name], self._scaled.block[0]
-        height, width = spec.shape[-2:]
-        most = self._rows_at_once(spec) * rows
+        and codes and scales at each point. Of a tensor with one scale, rows."""
+        (height, width), (rows, _) = self._scaled.tensors[name].shape[-2:], self._scaled.block_of(name)
+        surveyed = self._survey(name) if self._scaled.block == (0, 0) else None
+        step = 1 if surveyed else rows
+        most = max(1, _AT_ONCE // (step * width)) * step
         at = start
         while at < stop:
             matrix, row = divmod(at // width, height)
-            row -= row % rows
+            row -= row % step
             until = min(height, row + most, -(-(stop - matrix * height * width) // width))
-            until = min(height, -(-until // rows) * rows)
+            until = min(height, -(-until // step) * step)
             begin, end = (matrix * height + row) * width, (matrix * height + until) * width
-            results = self._band(name, begin, end)
-            self._remember(name, begin, width * rows, [scales for _, scales in results])
+            results = self._band(name, begin, end, surveyed)
+            if row % rows == 0:
+                self._remember(name, begin, width * rows, [scales for _, scales in results])
             yield begin, end, results
             at = end
 
@@ -112,28 +114,53 @@ class RequantizingReader(PointReader):
         for k in range(scales[0].shape[0]):
             self._found[name, begin + k * step] = [scale[k] for scale in scales]
         size = scales[0].shape[1] * scales[0].element_size() * len(scales)
-        while len(self._found) > max(1000, _MOST_SCALES // size):
+        while len(self._found) > max(1000, _MOST_SCALES // (size + 1000)):
             del self._found[next(iter(self._found))]
 
-    def _band(self, name: str, begin: int, end: int) -> list[tuple[Codes, torch.Tensor]]:
+    def _survey(self, name: str) -> list[tuple[bool, float]]:
+        """Of a tensor with one scale, at each point: whether anything differs, and the largest element."""
+        if self._surveyed[0] != name:
+            height, width = self._scaled.tensors[name].shape
+            found = [(False, 0.0)] * len(self.points)
+            step = max(1, _AT_ONCE // width)
+            for row in range(0, height, step):
+                begin, end = row * width, min(height, row + step) * width
+                parts = zip(found, self._computed(name, begin, end), self._stored(name, begin, end), strict=True)
+                found = [
+                    (touched or bool((values != before).any()), max(largest, float(np.abs(values).max())))
+                    for (touched, largest), values, (_, _, before) in parts
+                ]
+            self._surveyed = name, found
+        return self._surveyed[1]
+
+    def _band(
+        self, name: str, begin: int, end: int, surveyed: list[tuple[bool, float]] | None
+    ) -> list[tuple[Codes, torch.Tensor]]:
         """Codes, 1-d, and scales, a row for each row of blocks, of whole rows of blocks at each point."""
         width = self._scaled.tensors[name].shape[-1]
+        form = self._scaled.kind, self._scaled.block_of(name), self._scaled.power_of_two
+        results = []
+        for k, (values, (codes, scales, before)) in enumerate(
+            zip(self._computed(name, begin, end), self._stored(name, begin, end), strict=True)
+        ):
+            matrix = values.reshape(-1, width), before.reshape(-1, width), codes.reshape(-1, width)
+            results.append(requantize(*matrix, scales, *form, surveyed[k] if surveyed else None))
+        return results
+
+    def _computed(self, name: str, begin: int, end: int) -> list[Floats]:
+        """Elements at each point, in fp32."""
         computed = [np.empty(end - begin, np.float32) for _ in self.points]
         for at, tensors in super().chunks(name, begin, end):
             for whole, tensor in zip(computed, tensors, strict=True):
                 whole[at - begin : at - begin + tensor.numel()] = tensor.numpy()
-        results = []
-        for point, values in zip(self.points, computed, strict=True):
+        return computed
+
+    def _stored(self, name: str, begin: int, end: int) -> Iterator[tuple[Codes, torch.Tensor, Floats]]:
+        """The same of each point's base, as it is stored and what that means."""
+        for point in self.points:
             operand = self._values.operands[point.base]
             assert isinstance(operand, Dequantized)
-            codes, scales, before = operand.stored(name, begin, end)
-            results.append(
-                requantize(
-                    values.reshape(-1, width), before.reshape(-1, width), codes.reshape(-1, width), scales,
-                    self._scaled.block, self._scaled.power_of_two,
-                )
-            )  # fmt: skip
-        return results
+            yield operand.stored(name, begin, end)
 
 
 def reader_of(base: Checkpoint, dtype: torch.dtype | None) -> type[PointReader]:
@@ -142,32 +169,59 @@ def reader_of(base: Checkpoint, dtype: torch.dtype | None) -> type[PointReader]:
 
 
 def requantize(
-    values: Floats, before: Floats, codes: Codes, scales: torch.Tensor, block: tuple[int, int], power_of_two: bool
+    values: Floats,
+    before: Floats,
+    codes: Codes,
+    scales: torch.Tensor,
+    kind: Kind,
+    block: tuple[int, int],
+    power_of_two: bool,
+    surveyed: tuple[bool, float] | None = None,
 ) -> tuple[Codes, torch.Tensor]:
-    """Codes, 1-d, and scales of `values`, whole rows of blocks of a matrix. `before` is what `codes` and `scales` of
-    the target mean: blocks in which it is the same keep them."""
+    """Codes, 1-d, and scales of `values`, whole rows of blocks of a matrix, or with `surveyed` (whether anything of it
+    differs, its largest element) some rows of the only block. `before` is what `codes` and `scales` of the target mean:
+    blocks in which it is the same keep them."""
     rows, columns = block
     down, across = range(0, values.shape[0], rows), range(0, values.shape[1], columns)
-    touched = np.logical_or.reduceat(np.logical_or.reduceat(values != before, down, axis=0), across, axis=1)
+    if surveyed:
+        touched, largest = np.array([[surveyed[0]]]), np.array([[surveyed[1]]], np.float32)
+    else:
+        touched = np.logical_or.reduceat(np.logical_or.reduceat(values != before, down, axis=0), across, axis=1)
+        largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), down, axis=0), across, axis=1)
     if not touched.any():
         return codes.reshape(-1), scales
-    largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), down, axis=0), across, axis=1)
-    fresh = scale_of(torch.from_numpy(largest), scales.dtype, power_of_two)
+    fresh = scale_of(torch.from_numpy(largest), kind, scales.dtype, power_of_two)
     kept = torch.from_numpy(touched).logical_not() | (fresh == 0)
     scales = torch.where(kept, scales, fresh)
-    wide = np.repeat(np.repeat(scales.float().numpy(), rows, 0)[: values.shape[0]], columns, 1)[:, : values.shape[1]]
+    wide = _spread(scales.float().numpy(), block, values.shape)
     np.divide(values, np.where(wide == 0, np.float32(np.inf), wide), out=values)
-    np.clip(values, -_LARGEST, _LARGEST, out=values)
-    found = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    new = np.repeat(np.repeat(touched, rows, 0)[: values.shape[0]], columns, 1)[:, : values.shape[1]]
-    return np.where(new, found, codes).reshape(-1), scales
+    return np.where(_spread(touched, block, values.shape), encode(values, kind), codes).reshape(-1), scales
 
 
-def scale_of(largest: torch.Tensor, dtype: torch.dtype, power_of_two: bool) -> torch.Tensor:
-    """The scale of blocks whose largest element, in size, is this: amax / 448, or the next power of two."""
-    scale = largest / _LARGEST
+def scale_of(largest: torch.Tensor, kind: Kind, dtype: torch.dtype, power_of_two: bool = False) -> torch.Tensor:
+    """The scale of blocks whose largest element, in size, is this; or the next power of two."""
+    scale = largest / kind.largest
     if power_of_two:
         fraction, exponent = torch.frexp(scale)
         exponent = torch.where(fraction == 0.5, exponent - 1, exponent)
         scale = torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), scale)
     return scale.to(dtype)
+
+
+def encode(values: Floats, kind: Kind) -> Codes:
+    """The codes of scaled values, which are spent: the nearest, the even one of two."""
+    np.clip(values, np.nanmin(kind.values), np.nanmax(kind.values), out=values)
+    if kind is FP8:
+        return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    whole = np.rint(values, out=values).astype(np.int8)
+    if kind is INT8:
+        return whole.view(np.uint8)
+    return (whole.astype(np.int16) + (1 << kind.bits - 1)).astype(np.uint8)
+
+
+def _spread(of_blocks: np.ndarray[Any, Any], block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """For each element what is its block's."""
+    if of_blocks.size == 1:
+        return np.broadcast_to(of_blocks.reshape(1, 1), shape)
+    tall = of_blocks if block[0] == 1 else np.repeat(of_blocks, block[0], 0)[: shape[0]]
+    return tall if tall.shape[1] == 1 else np.repeat(tall, block[1], 1)[:, : shape[1]]

@@ -7,42 +7,19 @@ import json
 
 import pytest
 import torch
+from alone import write
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8, written_back
 from safetensors.torch import load_file, save_file
 
-from rvdist.core.config import OutputFormat
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import plan as planning
-from rvdist.merge.plan import build_plan
-from rvdist.merge.worker import MergeWorker
-from rvdist.weights import compat
-from rvdist.weights.checkpoint.source import open_source
 
 BLOCK = (32, 20)
 
 
 def shifted(paths, alpha=0.7):
     return WeightPoint(str(paths["target"]), (Term(alpha, Vector(str(paths["plus"]), str(paths["minus"]))),))
-
-
-def write(points, dtype=None):
-    """What a merge does to each directory, in this process."""
-    sources = {name: open_source(name) for point in points.values() for name in point.sources()}
-    for point in points.values():
-        compat.check(point, sources)
-    plan = build_plan(points, sources, OutputFormat(dtype))
-    for output, layout in zip(plan.outputs, plan.layouts, strict=True):
-        for directory in output.directories:
-            directory.mkdir()
-            for file, (header, size) in layout.files.items():
-                (directory / file).write_bytes(header + bytes(size - len(header)))
-    worker = MergeWorker(plan.outputs, sources, plan.dtype, direct_io=False)
-    for unit in plan.units:
-        done = worker.run(unit, (None,) * len(plan.outputs[unit.output].points))
-        assert not any(done.nonfinite)
-    worker.sync()
-    return plan
 
 
 def weights_of(path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
 QUANTIZATION = "quantization_config"
 _SUFFIX = "_scale_inv"
@@ -29,29 +29,88 @@ Codes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What codes are: `bits` each, of these `values`; a block whose largest element is `largest` has the scale 1."""
+
+    name: str
+    bits: int
+    values: Floats
+    largest: float
+
+    def codes_in(self, spec: TensorSpec) -> int:
+        """How many codes an element has as it is stored."""
+        return ITEMSIZE[spec.dtype] * 8 // self.bits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _kind, (self.name,)  # there is one of each in a process
+
+
+def _kind(name: str) -> Kind:
+    return next(kind for kind in (FP8, INT8, PACKED8, PACKED4) if kind.name == name)
+
+
+def _e4m3() -> Floats:
+    """The value of each of the 256 codes: sign, 4 bits of exponent, 3 of fraction; no infinities."""
+    code = np.arange(256)
+    exponent, fraction = code >> 3 & 15, (code & 7) / 8
+    size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 7), fraction * 2.0**-6)
+    size[code & 127 == 127] = np.nan
+    return np.where(code > 127, -size, size).astype(np.float32)
+
+
+FP8 = Kind("fp8", 8, _e4m3(), 448.0)
+INT8 = Kind("int8", 8, np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32), 127.5)
+PACKED8 = Kind("packed int8", 8, np.arange(-128, 128, dtype=np.float32), 127.5)
+PACKED4 = Kind("packed int4", 4, np.arange(-8, 8, dtype=np.float32), 7.5)
+
+
 @dataclass(frozen=True)
 class Scaled(Checkpoint):
-    """`tensors` has no scales: `scales` has those of each fp8 tensor, whose own spec is as it is stored. `block`: how
-    many rows and columns share one."""
+    """`tensors` has no scales: `scales` has those of each quantised tensor. `block`: how many rows and columns share
+    one; 0: all. `kind`: what the codes are; `stored`: where they are, if not under the tensor's own name and dtype;
+    `companions_of_codes`: what else describes them."""
 
     scales: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
     block: tuple[int, int] = (128, 128)
+    kind: Kind = field(default=FP8, kw_only=True)
+    stored: dict[str, TensorSpec] = field(default_factory=dict, repr=False, kw_only=True)
+    companions_of_codes: dict[str, TensorSpec] = field(default_factory=dict, repr=False, kw_only=True)
+
+    def codes(self, name: str) -> TensorSpec:
+        """A quantised tensor as it is stored."""
+        return self.stored.get(name) or self.tensors[name]
+
+    def block_of(self, name: str) -> tuple[int, int]:
+        """How many rows and columns of a tensor share a scale."""
+        height, width = self.tensors[name].shape[-2:]
+        return self.block[0] or height, self.block[1] or width
 
     @cached_property
     def owners(self) -> dict[str, str]:
         """What the scales are called → whose they are."""
         return {scale.name: name for name, scale in self.scales.items()}
 
+    @cached_property
+    def coded(self) -> dict[str, str]:
+        """What codes are called → which tensor's they are."""
+        return {self.codes(name).name: name for name in self.scales}
+
     @property
     def power_of_two(self) -> bool:
         """Whether its scales are powers of two, as its config says."""
-        return next(_sections(self.config), {}).get("scale_fmt") == "ue8m0"
+        return quantization_of(self.config).get("scale_fmt") == "ue8m0"
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization_config, at the top or in the config of a tower; empty where there is none."""
+    return next(_sections(config), {})
 
 
 def as_scaled(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its fp8 tensors and their scales put together; itself where it has none. Raises BadInput for
     fp8 that is scaled otherwise, and for every other quantisation."""
-    quantization = next(_sections(checkpoint.config), {})
+    quantization = quantization_of(checkpoint.config)
     if (method := quantization.get("quant_method", "fp8")) != "fp8":
         _refuse(checkpoint, f"is quantised by {method}")
     block: Any = quantization.get("weight_block_size")
@@ -109,26 +168,35 @@ def _refuse(checkpoint: Checkpoint, what: str) -> NoReturn:
     raise BadInput(f"{checkpoint.path}: {what}, and only fp8 with a scale for each block is known; {_WAY_OUT}")
 
 
-def _e4m3() -> Floats:
-    """The value of each of the 256 codes: sign, 4 bits of exponent, 3 of fraction; no infinities."""
-    code = np.arange(256)
-    exponent, fraction = code >> 3 & 15, (code & 7) / 8
-    size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 7), fraction * 2.0**-6)
-    size[code & 127 == 127] = np.nan
-    return np.where(code > 127, -size, size).astype(np.float32)
+def unpack(raw: Codes, bits: int, skip: int, count: int) -> Codes:
+    """`count` codes, a byte each, out of bytes of which the first `skip` codes are not asked for."""
+    if bits == 8:
+        return raw[skip : skip + count]
+    pairs = np.empty((len(raw), 2), np.uint8)
+    np.bitwise_and(raw, 15, out=pairs[:, 0])
+    np.right_shift(raw, 4, out=pairs[:, 1])
+    return pairs.reshape(-1)[skip : skip + count]
 
 
-_E4M3 = _e4m3()
+def pack(codes: Codes, bits: int) -> Codes:
+    """The bytes that codes are stored as."""
+    return codes if bits == 8 else np.bitwise_or(codes[::2], np.left_shift(codes[1::2], np.uint8(4)))
 
 
 def dequantize(
-    codes: Codes, scale: Floats, block: tuple[int, int], shape: tuple[int, ...], begin: int, out: Floats
+    codes: Codes,
+    scale: Floats,
+    block: tuple[int, int],
+    shape: tuple[int, ...],
+    begin: int,
+    out: Floats,
+    kind: Kind = FP8,
 ) -> None:
     """Fills `out`, 1-d, with the elements of a tensor of this shape from the flat index `begin`: one fp32
     multiplication each, whatever the range. `codes` are theirs, `scale` is all of the tensor's."""
-    np.take(_E4M3, codes, out=out, mode="clip")
+    np.take(kind.values, codes, out=out, mode="clip")
     (height, width), (rows, columns) = shape[-2:], block
-    scale = scale.reshape(-1, scale.shape[-1])
+    scale = scale.reshape(-1, -(-width // columns))
     bands = -(-height // rows)  # of blocks in one matrix
     first, end = begin, begin + len(out)
     while begin < end:

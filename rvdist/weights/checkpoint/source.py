@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rvdist.core.errors import BadInput
 from rvdist.core.text import is_url
-from rvdist.weights.checkpoint import adapter, fp8, stored_vector
+from rvdist.weights.checkpoint import adapter, compressed, fp8, stored_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.tied import without_tied_head
@@ -23,14 +23,14 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[
 def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoint:
     """The checkpoint a user named, by its headers. Of a Hub repository (when there is no such path) only small files
     and headers are fetched, or with HF_HUB_OFFLINE=1 found in the cache. A `Difference` where it is an adapter or a
-    stored vector, `Scaled` where it is stored in fp8. `rename` gives its tensors other names: (regular expression,
+    stored vector, `Scaled` where it is quantised. `rename` gives its tensors other names: (regular expression,
     replacement) pairs, in order. Raises BadInput, Failed."""
     checkpoint = _open(source)
     if checkpoint.files == [adapter.WEIGHTS]:
         checkpoint = adapter.as_adapter(checkpoint)
     else:
         checkpoint = (
-            stored_vector.as_vector(checkpoint) if stored_vector.is_marked(checkpoint) else fp8.as_scaled(checkpoint)
+            stored_vector.as_vector(checkpoint) if stored_vector.is_marked(checkpoint) else _as_numbers(checkpoint)
         )
     checkpoint = without_tied_head(checkpoint)
     return _rename(checkpoint, rename) if rename else checkpoint
@@ -48,9 +48,18 @@ def _rename(checkpoint: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkp
     if isinstance(checkpoint, Difference):
         return replace(checkpoint, tensors=tensors, forms={new: checkpoint.forms[old] for new, old in names.items()})
     if isinstance(checkpoint, fp8.Scaled):
-        scales = {new: checkpoint.scales[old] for new, old in names.items() if old in checkpoint.scales}
-        return replace(checkpoint, tensors=tensors, scales=scales)
+        scales, stored = (
+            {new: of[old] for new, old in names.items() if old in of} for of in (checkpoint.scales, checkpoint.stored)
+        )
+        return replace(checkpoint, tensors=tensors, scales=scales, stored=stored)
     return replace(checkpoint, tensors=tensors)
+
+
+def _as_numbers(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what is quantised as numbers."""
+    if fp8.quantization_of(checkpoint.config).get("quant_method") == compressed.METHOD:
+        return compressed.as_compressed(checkpoint)
+    return fp8.as_scaled(checkpoint)
 
 
 def _open(source: str) -> Checkpoint:

@@ -9,7 +9,8 @@ from fp8 import E4M3, dequantized, quantize, quantized, spread, write_fp8
 
 from rvdist.core.errors import BadInput
 from rvdist.weights import compat
-from rvdist.weights.checkpoint.fp8 import _E4M3, Scaled, without_quantization
+from rvdist.weights.checkpoint.fp8 import FP8 as KIND
+from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
 
@@ -27,7 +28,7 @@ def read(path, name, chunk):
 
 def test_the_value_of_every_code():
     codes = torch.arange(256, dtype=torch.uint8).view(E4M3)
-    ours, theirs = torch.from_numpy(_E4M3), codes.float()
+    ours, theirs = torch.from_numpy(KIND.values), codes.float()
     assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.signbit(), theirs.signbit())
     assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 

@@ -1,0 +1,32 @@
+"""A merge in this process, by one worker and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rvdist.core.config import OutputFormat
+from rvdist.core.point import WeightPoint
+from rvdist.merge.plan import Plan, build_plan
+from rvdist.merge.worker import MergeWorker
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.source import open_source
+
+
+def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
+    """What a merge does to each directory, in this process."""
+    sources = {name: open_source(name) for point in points.values() for name in point.sources()}
+    for point in points.values():
+        compat.check(point, sources)
+    plan = build_plan(points, sources, OutputFormat(dtype))
+    for output, layout in zip(plan.outputs, plan.layouts, strict=True):
+        for directory in output.directories:
+            directory.mkdir()
+            for file, (header, size) in layout.files.items():
+                (directory / file).write_bytes(header + bytes(size - len(header)))
+    worker = MergeWorker(plan.outputs, sources, plan.dtype, direct_io=False)
+    for unit in plan.units:
+        done = worker.run(unit, (None,) * len(plan.outputs[unit.output].points))
+        assert not any(done.nonfinite)
+    worker.sync()
+    return plan
