@@ -14,7 +14,7 @@ from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint, layer_count
 from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
-from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.weights.checkpoint.pieces import spread_over_files
 
@@ -284,6 +284,11 @@ def _grains(base: Checkpoint, layout: Layout) -> dict[str, _Grain]:
         return {}
     found = {}
     for name, scale in base.scales.items():
+        if base.kind is MXFP4:  # by whole experts
+            experts, codes = scale.shape[0], base.codes(name)
+            found[codes.name] = _Grain(codes.numel // experts)
+            found[scale.name] = _Grain(scale.numel // experts, codes.numel // scale.numel, codes.name)
+            continue
         (height, width), (rows, columns) = base.tensors[name].shape[-2:], base.block_of(name)
         codes, matrices = base.codes(name), base.tensors[name].numel // (height * width)
         size = (rows if matrices == 1 or height % rows == 0 else height) * width // base.kind.codes_in(codes)

@@ -20,11 +20,12 @@ import numpy as np
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
+from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.difference import Difference, is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
-from rvdist.weights.checkpoint.fp8 import Scaled, dequantize, unpack
+from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.tied import contradiction, is_tied
 from rvdist.weights.configurations import compare_configs
@@ -359,6 +360,8 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     start = (numel - count) // 2
     if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
         return _widen(read_elements(checkpoint, spec, start, count), spec.dtype)
+    if checkpoint.kind is MXFP4:
+        return mxfp4.sample(checkpoint, spec.name, start, count).astype(np.float64)
     scale, codes = checkpoint.scales[spec.name], checkpoint.codes(spec.name)
     scales = _widen(read_elements(checkpoint, scale, 0, scale.numel), scale.dtype).astype(np.float32)
     several = checkpoint.kind.codes_in(codes)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, LowRank, Packed, Sparse
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.fp8 import Codes, Floats, Scaled, dequantize, unpack
+from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.weights.packed import bits, spread
@@ -145,11 +146,14 @@ class Dequantized(Operand):
         super().__init__(checkpoint)
         self._scaled = checkpoint
         self._scale = ("", np.empty(0, np.float32))
+        self._expert = ("", 0, torch.empty(0, dtype=torch.bfloat16))
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
         if name not in self._scaled.scales:
             return super().read(name, begin, end, buffer)
         count = end - begin
+        if self._scaled.kind is MXFP4:
+            return self._of_experts(name, begin, end, buffer)
         out = buffer[: 4 * count].view(torch.float32)
         self._dequantize(name, self._codes(name, begin, end, buffer[4 * count :]), begin, out.numpy())
         return out
@@ -169,9 +173,38 @@ class Dequantized(Operand):
         scales = self._files.read(self._scaled.scales[name], first * across, (first + bands) * across, room)
         return codes, scales.view(bands, across), values
 
+    def expert(self, name: str, number: int) -> tuple[Codes, Codes]:
+        """An expert's codes, a byte each, and its exponents: matrices [outer, …], transposed."""
+        blocks, scale = self._scaled.codes(name), self._scaled.scales[name]
+        size, count = blocks.numel // blocks.shape[0], scale.numel // scale.shape[0]
+        codes = self.raw(blocks, number * size, (number + 1) * size).numpy()
+        exponents = self.raw(scale, number * count, (number + 1) * count).numpy()
+        outer = self._tensors[name].shape[-1]
+        return unpack(codes, 4, 0, 2 * size).reshape(outer, -1), exponents.reshape(outer, -1)
+
+    def _of_experts(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        """In bf16, which holds the values of E2M1 exactly. Keeps one expert, as its elements are ordered."""
+        inner, outer = self._tensors[name].shape[-2:]
+        out, size = buffer[: 2 * (end - begin)].view(torch.bfloat16), inner * outer
+        at = begin
+        while at < end:
+            number, offset = divmod(at, size)
+            if self._expert[:2] != (name, number):
+                codes, exponents = self.expert(name, number)
+                values = torch.empty(inner, outer, dtype=torch.bfloat16)
+                step = max(1, _CHUNK // inner)
+                for first in range(0, outer, step):
+                    rows = slice(first, first + step)
+                    values[:, rows] = torch.from_numpy(mxfp4.meaning(codes[rows], exponents[rows])).T
+                self._expert = name, number, values.view(-1)
+            count = min(end - at, size - offset)
+            out[at - begin : at - begin + count] = self._expert[2][offset : offset + count]
+            at += count
+        return out
+
     def raw(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
         """Elements of what describes codes, as they are stored."""
-        return self._files.read(spec, begin, end, torch.empty((end - begin) * 8, dtype=torch.uint8))
+        return self._files.read(spec, begin, end, torch.empty((end - begin) * ITEMSIZE[spec.dtype], dtype=torch.uint8))
 
     def _codes(self, name: str, begin: int, end: int, room: torch.Tensor) -> Codes:
         spec, bits = self._scaled.codes(name), self._scaled.kind.bits

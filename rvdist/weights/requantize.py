@@ -16,8 +16,9 @@ import torch
 
 from rvdist.core.point import Vector
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.fp8 import FP8, INT8, Codes, Floats, Kind, Scaled, pack
+from rvdist.weights.checkpoint.fp8 import FP8, INT8, MXFP4, Codes, Floats, Kind, Scaled, pack
 from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.mxfp4 import encode_expert, meaning
 from rvdist.weights.operand import Dequantized
 from rvdist.weights.reader import PointReader
 
@@ -34,6 +35,7 @@ class RequantizingReader(PointReader):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._surveyed: tuple[str, list[tuple[bool, float]]] = "", []
+        self._experts: tuple[str, int, list[tuple[Codes, Codes]]] = "", 0, []
         self._found: dict[tuple[str, int], list[torch.Tensor]] = {}  # scales of rows of blocks, by their first element
 
     def output_dtype(self, spec: TensorSpec) -> torch.dtype:
@@ -41,7 +43,10 @@ class RequantizingReader(PointReader):
 
     def chunks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
         scaled = self._scaled
-        if owner := scaled.coded.get(name):
+        owner = scaled.coded.get(name) or scaled.owners.get(name)
+        if owner and scaled.kind is MXFP4:
+            yield from self._of_experts(owner, name in scaled.owners, start, stop)
+        elif owner := scaled.coded.get(name):
             yield from self._codes(owner, start, stop)
         elif owner := scaled.owners.get(name):
             yield from self._scales(owner, start, stop)
@@ -88,6 +93,46 @@ class RequantizingReader(PointReader):
             end = min(stop, at - offset + across)
             yield at, [scale[offset : offset + end - at] for scale in found]
             at = end
+
+    def _of_experts(
+        self, name: str, exponents: bool, start: int, stop: int
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Elements of codes or of exponents of tensor `name`, an expert at a time."""
+        stored = self._scaled.scales[name] if exponents else self._scaled.codes(name)
+        size, at = stored.numel // stored.shape[0], start
+        while at < stop:
+            number, offset = divmod(at, size)
+            end = min(stop, at - offset + size)
+            if exponents and (found := self._found.get((name, number))):
+                yield at, [scales[offset : offset + end - at] for scales in found]
+                at = end
+                continue
+            if self._experts[:2] != (name, number):
+                self._experts = name, number, self._expert(name, number)
+            yield at, [torch.from_numpy(parts[exponents][offset : offset + end - at]) for parts in self._experts[2]]
+            at = end
+
+    def _expert(self, name: str, number: int) -> list[tuple[Codes, Codes]]:
+        """An expert's codes and exponents at each point, as they are stored. Some rows, of whole blocks, at a time."""
+        inner, outer = self._scaled.tensors[name].shape[-2:]
+        rows = max(1, _AT_ONCE // (32 * outer)) * 32
+        stored = []
+        for point in self.points:
+            operand = self._values.operands[point.base]
+            assert isinstance(operand, Dequantized)
+            stored.append(operand.expert(name, number))
+        for row in range(0, inner, rows):
+            own, blocks = slice(row, min(inner, row + rows)), slice(row // 32, -(-min(inner, row + rows) // 32))
+            begin = (number * inner + row) * outer
+            computed = self._computed(name, begin, begin + (own.stop - own.start) * outer)
+            for values, (codes, scales) in zip(computed, stored, strict=True):
+                matrix = np.ascontiguousarray(values.reshape(-1, outer).T)
+                parts = np.ascontiguousarray(codes[:, own]), np.ascontiguousarray(scales[:, blocks])
+                codes[:, own], scales[:, blocks] = encode_expert(matrix, meaning(*parts), *parts)
+        self._found[name, number] = [torch.from_numpy(scales.reshape(-1)) for _, scales in stored]
+        while len(self._found) > max(1, _MOST_SCALES // (stored[0][1].size * len(stored))):
+            del self._found[next(iter(self._found))]
+        return [(pack(codes.reshape(-1), 4), scales.reshape(-1)) for codes, scales in stored]
 
     def _bands(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, list[tuple[Codes, torch.Tensor]]]]:
         """The rows of blocks in which elements [start, stop) of a tensor are, some at a time: first and last element,

@@ -47,7 +47,7 @@ class Kind:
 
 
 def _kind(name: str) -> Kind:
-    return next(kind for kind in (FP8, INT8, PACKED8, PACKED4) if kind.name == name)
+    return next(kind for kind in (FP8, INT8, PACKED8, PACKED4, MXFP4) if kind.name == name)
 
 
 def _e4m3() -> Floats:
@@ -59,9 +59,11 @@ def _e4m3() -> Floats:
     return np.where(code > 127, -size, size).astype(np.float32)
 
 
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 FP8 = Kind("fp8", 8, _e4m3(), 448.0)
 INT8 = Kind("int8", 8, np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32), 127.5)
 PACKED8 = Kind("packed int8", 8, np.arange(-128, 128, dtype=np.float32), 127.5)
+MXFP4 = Kind("mxfp4", 4, _E2M1, 6.0)
 PACKED4 = Kind("packed int4", 4, np.arange(-8, 8, dtype=np.float32), 7.5)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rvdist.core.errors import BadInput
 from rvdist.core.text import is_url
-from rvdist.weights.checkpoint import adapter, compressed, fp8, stored_vector
+from rvdist.weights.checkpoint import adapter, compressed, fp8, mxfp4, stored_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.tied import without_tied_head
@@ -57,8 +57,11 @@ def _rename(checkpoint: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkp
 
 def _as_numbers(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with what is quantised as numbers."""
-    if fp8.quantization_of(checkpoint.config).get("quant_method") == compressed.METHOD:
+    method = fp8.quantization_of(checkpoint.config).get("quant_method")
+    if method == compressed.METHOD:
         return compressed.as_compressed(checkpoint)
+    if method == mxfp4.METHOD:
+        return mxfp4.as_mxfp4(checkpoint)
     return fp8.as_scaled(checkpoint)
 
 
