@@ -1,22 +1,24 @@
-"""Answers a second through the driver: 64 engines that answer at once, on real Ray, into a real sample cache.
+"""Answers a second through the driver: 64 engines that answer at once, on real Ray, into a real sample cache, scored.
 
     python benchmarks/driver.py [--engines 64] [--answers 262144] [--size 256]
 
-A fake engine returns answers of a typical length without a model. What is left is the driver: the schedule, requests on
-their way out, answers on their way in, the cache. Beside it what lm-eval's scoring takes of the same answers, in the
-driver's process. Into benchmarks/README.md.
+A fake engine returns answers of a typical length without a model. What is left is the driver: the schedule, requests
+on their way out, answers on their way in, the cache, and lm-eval's scoring of every answer, in a thread of the driver's
+and in processes of its own. Into benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import pickle
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tables import write_table
@@ -25,69 +27,129 @@ from rvdist.core import cluster
 from rvdist.core.log import Log
 from rvdist.core.point import Arm, Term, Vector, WeightPoint
 from rvdist.core.timing import Timing
-from rvdist.evaluate.answers import Answering, Asked, answer
+from rvdist.evaluate import scorers
+from rvdist.evaluate.answers import Answering, Answers, Asked, answer, answers_of
 from rvdist.evaluate.asking import Asking
 from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import Slice
-from rvdist.evaluate.request import Answered, Completion, Generate, Loglikelihood, Progress, Request
+from rvdist.evaluate.request import Answered, Completion, Progress, Request
+from rvdist.evaluate.scorers import Scored, Scorers
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 
+TARGET = Path(__file__).resolve().parent.parent / "rvdist" / "pocket" / "target"
 PROMPT, TEXT = "Q: what is the sum? " * 40, "First I add them, then I look again. " * 8  # 800 and 296 characters
 TASKS, POINTS = 8, 16
+TASK = """task: t{number}
+dataset_path: json
+test_split: test
+output_type: generate_until
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{until: ["Q:"], max_gen_toks: 256}}
+filter_list:
+  - name: strict-match
+    filter: [{{function: regex, regex_pattern: "#### (-?[0-9]+)"}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match}}]
+metadata: {{version: 1}}
+"""
+
+
+class Ready:
+    """What a fake says, made into bytes once: an engine on another machine takes no time of this one's for it."""
+
+    def __init__(self, said: object) -> None:
+        self._bytes = pickle.dumps(said)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._bytes,)
 
 
 class Instant:
     """An engine that has every answer at once."""
 
     def __init__(self, base: str, settings: Any) -> None:
-        pass
+        os.nice(19)
+        self._said: dict[int, Ready] = {}
 
     def info(self) -> dict[str, Any]:
         return versions()
 
-    def answer(self, piece: Slice, requests: Sequence[Request]) -> Iterator[Progress | tuple[Answered, float]]:
-        yield Answered(tuple(Completion(TEXT, "stop", 200, 74) for _ in requests), 0, 1e-3), 0.0
+    def answer(self, piece: Slice, requests: Sequence[Request]) -> Iterator[Progress | tuple[Answered, float] | Ready]:
+        count = len(requests)
+        if count not in self._said:
+            answers = tuple(Completion(f"{TEXT}#### {k}", "stop", 200, 74) for k in range(count))
+            self._said[count] = Ready((Answered(answers, 0, 1e-3), 0.0))
+        yield self._said[count]
 
 
-class Scorer:
-    """Scores answers of the pocket family's tasks by lm-eval, again and again, in a thread beside as a command does."""
+def suite_of(folder: Path, each: int) -> Suite:
+    """Tasks of so many problems."""
+    for number in range(TASKS):
+        file = folder / f"{number}.json"
+        file.write_text(
+            json.dumps([{"question": f"{PROMPT}{number} {k}", "answer": f"{k % 256}"} for k in range(each)])
+        )
+        (folder / f"{number}.yaml").write_text(TASK.format(number=number, file=file))
+    return Suite.load([f"t{number}" for number in range(TASKS)], folder, chat=False)
 
-    def __init__(self) -> None:
-        target = Path(__file__).resolve().parent.parent / "rvdist" / "pocket" / "target"
-        self._suite, self._tokenizer = Suite.load(["pocket_sums", "pocket_choice"]), load_tokenizer(target, True)
-        self._requests = self._suite.requests(self._tokenizer)
-        self._answers: dict[str, list[Any]] = {
-            task: [
-                Completion("12 = 46", "stop", 9, 9) if isinstance(one, Generate) else Loglikelihood(-1.0, True, 2)
-                for one in asked
-            ]
-            for task, asked in self._requests.items()
-        }
-        self._arm, self._over, self._rounds = Arm("baseline", WeightPoint(str(target)), alpha=0.0), True, 0
-        self._thread: threading.Thread | None = None
-        self._score()
 
-    def _score(self) -> None:
-        self._suite.score(self._arm, "digest", self._tokenizer, self._requests, self._answers, seed=0)
+def cpu_of(pool: Scorers) -> float:
+    """Seconds of CPU of its processes."""
+    spent = 0
+    for process in pool._processes:
+        fields = Path(f"/proc/{process._process.pid}/stat").read_text().rpartition(")")[2].split()
+        spent += int(fields[11]) + int(fields[12])
+    return spent / os.sysconf("SC_CLK_TCK")
 
-    def _run(self) -> None:
-        while not self._over:
-            self._score()
-            self._rounds += 1
 
-    def begin(self, wanted: bool) -> None:
-        self._over, self._rounds = not wanted, 0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+def through(fleet: Fleet, asking: Asking, size: int, cached: bool, scored: str) -> str:
+    """A row of the table: all answered and, if they are to be, scored "here" or "beside"."""
+    vector = Vector("plus", "minus")
+    arms = {WeightPoint("base", (Term(p / 8, vector),)): Arm(f"alpha={p}", WeightPoint("base")) for p in range(POINTS)}
+    points = {point: Asked(f"digest {arm.name}", arm.name) for point, arm in arms.items()}
+    scorers._WORTH = 0 if scored == "beside" else 10**9
+    with Scorers(1) if scored else nullcontext() as pool, tempfile.TemporaryDirectory() as place:
+        answering = Answering(size, lambda: fleet, Path(place) if cached else None, {"engine": "fake"})
+        futures: list[Future[Scored]] = []
 
-    def end(self, seconds: float) -> float:
-        """How many answers it scored a second."""
-        rounds, self._over = self._rounds, True
-        assert self._thread
-        self._thread.join()
-        return rounds * sum(map(len, self._requests.values())) / seconds
+        def score(arm: Arm, point: WeightPoint, answers: Answers) -> Scored:
+            assert pool
+            by_task, _ = answers_of(point, asking.requests, size, answers)
+            return pool.score(asking, arm, "digest", by_task, 0)
+
+        def complete(point: WeightPoint, answers: Answers) -> None:
+            if pool:
+                futures.append(pool.submit(score, arms[point], point, answers))
+
+        if pool:  # as a command does while engines start
+            pool.expect(asking)
+            blank = {task: [Completion("", "stop", 9, 9)] * len(asked) for task, asked in asking.requests.items()}
+            for _ in range(max(1, len(pool._processes))):
+                pool.score(asking, arms[next(iter(arms))], "digest", blank, 0)
+        before = cpu_of(pool) if pool else 0.0
+        began, used = time.perf_counter(), time.process_time()
+        found = answer(asking, points, answering, Timing(), Log(), complete)
+        answered = time.perf_counter() - began
+        records = sum(len(one.result()[1]) for one in futures)
+        wall, cpu = time.perf_counter() - began, time.process_time() - used
+        beside = cpu_of(pool) - before if pool else 0.0
+        processes = len(pool._processes) if pool else 0
+    count = sum(len(one.answers) for one in found.answers.values())
+    assert count == len(points) * sum(map(len, asking.requests.values())) and records == (count if scored else 0)
+    how = ("kept in the cache" if cached else "not kept") + {
+        "": "",
+        "here": ", scored in a thread of the driver's",
+        "beside": f", scored in {processes} process{'es' if processes > 1 else ''}",
+    }[scored]
+    cells = [
+        how, f"{count:,}", f"{wall:.1f}", f"{count / wall:,.0f}", f"{wall - answered:.1f}", f"{cpu:.1f}",
+        f"{count / cpu:,.0f}", f"{beside:.1f}" if processes else "",
+    ]  # fmt: skip
+    print("|", " | ".join(cells), "|", flush=True)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -96,11 +158,6 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=2**18)
     parser.add_argument("--size", type=int, default=256)
     given = parser.parse_args()
-    each = given.answers // TASKS // POINTS
-    requests = {f"t{t}": [Generate(f"{PROMPT}{t} {k}", 256) for k in range(each)] for t in range(TASKS)}
-    vector = Vector("plus", "minus")
-    points = {WeightPoint("base", (Term(p / 8, vector),)): Asked(f"digest {p}", f"{p}") for p in range(POINTS)}
-    suite: Any = SimpleNamespace(versions=dict.fromkeys(requests, "1"))
     cluster.connect("local")
     began = time.perf_counter()
     fleet = Fleet("base", None, given.engines, cpus=1 / 64, actor=Instant)
@@ -111,29 +168,21 @@ def main() -> None:
         for ready in ray.wait(fleet.seats.pending, timeout=1.0)[0]:
             fleet.seats.hear(ready)
     print(f"{fleet.seats.started} engines up in {time.perf_counter() - began:.0f} s", flush=True)
-    lines = []
-    scorer = Scorer()
-    for cached, scored in ((False, False), (True, False), (True, True)):
-        scorer.begin(scored)
-        with tempfile.TemporaryDirectory() as place:
-            asking = Asking("serving", "tensors", suite, None, requests)
-            answering = Answering(given.size, lambda: fleet, Path(place) if cached else None, {"engine": "fake"})
-            began, used = time.perf_counter(), time.process_time()
-            found = answer(asking, points, answering, Timing(), Log())
-            wall, cpu = time.perf_counter() - began, time.process_time() - used
-        count = sum(len(one.answers) for one in found.answers.values())
-        assert count == TASKS * POINTS * each
-        rate = scorer.end(wall)
-        how = ("kept in the cache" if cached else "not kept") + (f", {rate:,.0f}/s scored beside" if scored else "")
-        lines.append(f"| {how} | {count:,} | {wall:.1f} | {count / wall:,.0f} | {cpu:.1f} | {count / cpu:,.0f} |")
-        print(lines[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        suite, tokenizer = suite_of(Path(folder), given.answers // TASKS // POINTS), load_tokenizer(TARGET, False)
+        asking = Asking("serving", "tensors", suite, tokenizer, suite.requests(tokenizer))
+        lines = [
+            through(fleet, asking, given.size, cached, scored)
+            for cached, scored in ((False, ""), (True, ""), (True, "here"), (True, "beside"))
+        ]
     fleet.stop()
     ray.shutdown()
     text = [
         f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores.",
         "",
-        "| answers | how many | s | answers/s | s of the driver's CPU, scoring's too | answers a second of it |",
-        "|---|---|---|---|---|---|",
+        "| answers | how many | s | answers/s | of it after the last answer, s | s of the driver's CPU | "
+        "answers a second of it | s of CPU of scoring's processes |",
+        "|---|---|---|---|---|---|---|---|",
         *lines,
     ]
     print("\n".join(text))

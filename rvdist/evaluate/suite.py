@@ -23,7 +23,7 @@ from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.scored import LOGARITHM, as_record, in_format
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
-from rvdist.evaluate.tasks.private_lm_eval import templates_compiled_once
+from rvdist.evaluate.tasks.private_lm_eval import built_before, templates_compiled_once
 from rvdist.evaluate.templates import apply_template
 from rvdist.evaluate.transcript import document_hash
 
@@ -55,7 +55,8 @@ class Document:
 class Suite:
     """Loaded tasks and how they are asked. `load` makes one. `loaded` is lm-eval's TaskDict; `limit` and `chat` are as
     `load` takes them; `walls` are the sandbox's, if answers are programs; `lacking` says why names were left out. By
-    task, `chosen` are the documents that `restrict` named, and `primary` is the filter whose score counts."""
+    task, `chosen` are the documents that `restrict` named, and `primary` is the filter whose score counts. `made_of` is
+    what `load` was given; `_built` are lm-eval's requests by task, as they were last built, and for which tokenizer."""
 
     loaded: Mapping[str, Any]
     limit: int | None
@@ -64,6 +65,8 @@ class Suite:
     lacking: Mapping[str, str] = field(default_factory=dict)
     chosen: Mapping[str, list[int]] | None = None
     primary: Mapping[str, str] = field(default_factory=dict)
+    made_of: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    _built: list[tuple[Any, dict[str, list[Any]]]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @classmethod
     def load(
@@ -86,6 +89,7 @@ class Suite:
         what else there is, `catalogue.load` takes. Raises BadInput for an unknown task, data that cannot be had, code
         that may not or cannot be run.
         """
+        made_of = {name: value for name, value in locals().items() if name != "cls"}
         include_paths = [POCKET_TASKS] + ([include_path] if include_path else [])
         loaded, lacking = catalogue.load(names, include_paths, num_fewshot, code, data_dir, leave_out, prompt)
         for name in (*loaded["tasks"], *loaded["groups"]):
@@ -95,7 +99,7 @@ class Suite:
         walls = sandbox.available_mode(code == "degraded") if runs_code else None
         groups = {name: _members(group) for name, group in loaded["groups"].items()}
         chosen = catalogue.primary_filters(loaded["tasks"], groups, primary or {}, lacking)
-        return cls(loaded, limit, chat, walls, lacking, primary=chosen)
+        return cls(loaded, limit, chat, walls, lacking, primary=chosen, made_of=made_of)
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -142,8 +146,9 @@ class Suite:
 
     def _instances(self, tokenizer: Any) -> Iterator[tuple[str, list[Any]]]:
         """Each task with its requests as lm-eval has them."""
+        self._built.clear()
         self._reseed()
-        model = _lm(tokenizer, {})
+        model, built = _lm(tokenizer, {}), dict[str, list[Any]]()
         for name, task in self.tasks.items():
             try:
                 with templates_compiled_once():
@@ -160,7 +165,9 @@ class Suite:
                     f"task {name}: the chat template of {tokenizer.name_or_path} refuses its prompts ({error}); set "
                     "benchmarks.apply_chat_template=false, or take a template that knows such messages"
                 ) from None
-            yield name, task.instances
+            built[name] = task.instances
+            yield name, built[name]
+        self._built.append((tokenizer, built))
 
     def score(
         self,
@@ -178,8 +185,10 @@ class Suite:
         for task, asked in requests.items():
             for request, answer in zip(asked, answers[task], strict=True):
                 given[task, request].append(answer)
-        self._reseed()
-        with verdicts.allow_code(self.walls), templates_compiled_once():
+        if not any(other is tokenizer for other, _ in self._built):
+            self.requests(tokenizer)
+        built = built_before(self.tasks, self._built[0][1])
+        with verdicts.allow_code(self.walls), templates_compiled_once(), built:
             results = evaluate(
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,

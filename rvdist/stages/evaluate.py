@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +25,7 @@ from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer
 from rvdist.evaluate.resolved import name_of as name_of_engines
 from rvdist.evaluate.resolved import recall, remember
+from rvdist.evaluate.scorers import Scorers
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.stages.job import Prepared
@@ -156,14 +156,17 @@ class Evaluator:
                 arms.setdefault(scoring.askings[arm.name], []).append((scoring, arm))
         answered: dict[Asking, Answers] = {}
         known: Known = {}
-        with ThreadPoolExecutor(1) as scorer:  # while engines answer; lm-eval's tasks are for one thread at a time
-            scorer.submit(import_module, "rvdist.report.report")
+        count = sum(len(own) * sum(map(len, asking.requests.values())) for asking, own in arms.items())
+        with Scorers(count) as scorers:  # while engines answer
+            scorers.submit(import_module, "rvdist.report.report")
+            for asking in arms:
+                scorers.expect(asking)
 
             def complete(asking: Asking, point: WeightPoint, answers: Answers) -> None:
                 for scoring, arm in arms[asking]:
                     key = (arm, scoring.digest(arm), asking)
                     if key not in known and scoring.locate(arm) == point:
-                        known[key] = scorer.submit(score_arm, scoring, arm, asking, answers)
+                        known[key] = scorers.submit(score_arm, scoring, arm, asking, answers, scorers)
 
             for asking in sorted(arms, key=lambda asking: (asking.serving, asking.tensors)):  # a fleet after the other
                 answered[asking] = self.answer(asking, arms[asking], partial(complete, asking))

@@ -13,6 +13,7 @@ from rvdist.core.point import Arm, WeightPoint
 from rvdist.core.record import Record, TaskInfo, write_records
 from rvdist.evaluate.answers import Answers, answers_of
 from rvdist.evaluate.asking import Asking
+from rvdist.evaluate.scorers import Scored, Scorers
 from rvdist.evaluate.suite import Suite
 from rvdist.report.summary import GroupInfo, write_summary
 from rvdist.stages.job import Prepared
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from rvdist.report.findings import Findings
     from rvdist.report.pictures.race import Runner
 
-Scored = tuple[dict[str, Any], list[Record]]
 Known = dict[tuple[Arm, str, Asking], Future[Scored]]  # what lm-eval finds, by the point's digest
 
 
@@ -83,11 +83,13 @@ class Scoring:
             raise Failed("; ".join(self.unscored.values()) + others)
 
 
-def score_arm(scoring: Scoring, arm: Arm, asking: Asking, answered: Answers) -> Scored:
+def score_arm(scoring: Scoring, arm: Arm, asking: Asking, answered: Answers, scorers: Scorers | None = None) -> Scored:
     """lm-eval's results of one arm, and its records."""
     seed = scoring.prepared.settings.engine.seed
     answers, _ = answers_of(scoring.locate(arm), asking.requests, scoring.slice_size, answered)
     with scoring.prepared.timing.phase("score"):
+        if scorers:
+            return scorers.score(asking, arm, scoring.digest(arm), answers, seed)
         return asking.suite.score(arm, scoring.digest(arm), asking.tokenizer, asking.requests, answers, seed)
 
 
