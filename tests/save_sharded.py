@@ -1,5 +1,6 @@
 """Saves a checkpoint as a training on several ranks leaves it: `python save_sharded.py RANKS FROM TO …`, with FSDP2
-on gloo. TO gets `dcp` (the model alone), `trained` (with an optimizer and a step) and `verl` (a shard a rank)."""
+on gloo. TO gets `dcp` (the model alone), `trained` (with an optimizer and a step), `verl` (a shard a rank)
+and `hsdp` (the same, of parts that two ranks each have)."""
 
 from __future__ import annotations
 
@@ -44,11 +45,15 @@ def save(weights: dict[str, torch.Tensor], to: Path, rank: int, ranks: int) -> N
     model, state = get_state_dict(module, optimizer)
     dcp.save({"model": model, "optim": state, "step": 7}, checkpoint_id=to / "trained")
     torch.save(module.state_dict(), to / "verl" / f"model_world_size_{ranks}_rank_{rank}.pt")
+    copies = module_of(weights)  # each part twice
+    fully_shard(copies, mesh=init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("ddp", "fsdp")))
+    torch.save(copies.state_dict(), to / "hsdp" / f"model_world_size_{ranks}_rank_{rank}.pt")
     dist.destroy_process_group()
 
 
 def main(source: Path, to: Path, ranks: int) -> None:
-    (to / "verl" / "huggingface").mkdir(parents=True)
+    for place in ("verl/huggingface", "hsdp/huggingface"):
+        (to / place).mkdir(parents=True)
     weights = {
         name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }
@@ -67,7 +72,7 @@ def main(source: Path, to: Path, ranks: int) -> None:
     assert not any(os.waitpid(child, 0)[1] for child in children)
     for file in source.iterdir():
         if file.suffix == ".json" and not file.name.endswith("index.json"):
-            for place in ("dcp", "trained", "export", "verl/huggingface"):
+            for place in ("dcp", "trained", "export", "verl/huggingface", "hsdp/huggingface"):
                 shutil.copy(file, to / place / file.name)
 
 

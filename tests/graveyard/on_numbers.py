@@ -240,9 +240,9 @@ def bitsandbytes(place: Path) -> Asked:
 
 @situation(
     "fp8",
-    "MXFP4: blocks and scales in U8, as gpt-oss is published",
+    "MXFP4 with 16 codes to a scale, where gpt-oss has 32",
     "vllm-project/vllm#51419",
-    refused="names the method",
+    refused="names the method, a tensor and its shape",
 )
 def mxfp4(place: Path) -> Asked:
     weights = siblings(llama())

@@ -1,13 +1,19 @@
 """Donors as a training on four ranks leaves them: the merge has the bytes of that of their export."""
 
+import random
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from alone import write
 from checkpoints import POCKET, launch, load_checkpoint
 
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.weights.checkpoint.pieces import Assembled
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
@@ -37,8 +43,50 @@ def merged(place: Path, saved: Path, plus: str, minus: str) -> bytes:
 
 def test_donors_of_four_ranks_merge_as_their_export_does(saved, tmp_path):
     expected = merged(tmp_path, saved, "export", "export")
-    for plus, minus in (("dcp", "trained"), ("verl", "dcp"), ("trained", "verl")):
+    for plus, minus in (("dcp", "trained"), ("verl", "dcp"), ("trained", "hsdp")):
         assert merged(tmp_path, saved, plus, minus) == expected, (plus, minus)
+
+
+@pytest.mark.parametrize("kind", ["dcp", "trained", "verl", "hsdp", "accelerate"])
+def test_every_tensor_of_four_ranks_is_its_exports(saved, tmp_path, kind):
+    if kind == "accelerate":
+        shutil.copytree(saved / "sft/dcp", tmp_path / "pytorch_model_fsdp_0")
+        (tmp_path / "pytorch_model_fsdp_0/config.json").rename(tmp_path / "config.json")
+    path = tmp_path if kind == "accelerate" else saved / "sft" / kind
+    whole, parts = (open_operand(open_source(str(source))) for source in (saved / "sft/export", path))
+    assert parts.checkpoint.tensors.keys() == whole.checkpoint.tensors.keys()
+    assert parts.checkpoint.config == whole.checkpoint.config
+    for name, spec in whole.checkpoint.tensors.items():
+        found = [
+            operand.read(name, begin, end, torch.empty(spec.numel * 8, dtype=torch.uint8)).view(torch.int16)
+            for operand in (whole, parts)
+            for begin, end in ((0, spec.numel), (spec.numel // 3, spec.numel // 2 + 1))
+        ]
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]), name
+
+
+def test_the_merge_of_one_worker_has_the_bytes_of_the_exports(saved, tmp_path):
+    for plus, minus in (("export", "export"), ("dcp", "verl"), ("hsdp", "trained")):
+        vector = Vector(str(saved / "grpo" / plus), str(saved / "sft" / minus))
+        write({tmp_path / f"{plus}-{minus}": WeightPoint(str(POCKET / "target"), (Term(0.7, vector),))})
+    one, *others = [path.read_bytes() for path in sorted(tmp_path.glob("*/model.safetensors"))]
+    assert len(others) == 2 and all(other == one for other in others)
+
+
+def test_random_damage_to_what_ranks_saved_is_refused_or_changes_numbers_alone(saved, tmp_path):
+    chance = random.Random(0)
+    for kind, file in (("dcp", ".metadata"), ("dcp", "__1_0.distcp"), ("verl", "model_world_size_4_rank_1.pt")):
+        place = tmp_path / kind / file
+        shutil.copytree(saved / "sft" / kind, place)
+        raw = (place / file).read_bytes()
+        where = [k for k in range(len(raw)) if k < 9000 or k > len(raw) - 3000]
+        for _ in range(200):
+            damaged = bytearray(raw)
+            for _ in range(chance.randint(1, 3)):
+                damaged[chance.choice(where)] = chance.randrange(256)
+            (place / file).write_bytes(damaged)
+            with suppress(BadInput):
+                open_source(str(place))
 
 
 def test_columns_of_tensors_in_pieces(saved):
