@@ -15,7 +15,7 @@ from rvdist.weights.checkpoint import adapter, compressed, fp8, mxfp4, stored_ve
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.tied import without_tied_head
-from rvdist.weights.checkpoint.trained import open_trained
+from rvdist.weights.checkpoint.trained import ADAPTER, open_trained
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
@@ -26,7 +26,7 @@ def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoi
     stored vector, `Scaled` where it is quantised. `rename` gives its tensors other names: (regular expression,
     replacement) pairs, in order. Raises BadInput, Failed."""
     checkpoint = _open(source)
-    if checkpoint.files == [adapter.WEIGHTS]:
+    if checkpoint.files in ([adapter.WEIGHTS], [ADAPTER]):
         checkpoint = adapter.as_adapter(checkpoint)
     else:
         checkpoint = (

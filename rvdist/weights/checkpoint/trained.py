@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +30,7 @@ from rvdist.weights.checkpoint.pieces import Piece, assembled
 from rvdist.weights.checkpoint.torch_file import DTYPES, Part, Stored, TorchFile
 
 _WHOLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER = "adapter_model.bin"
 _METADATA, _MOST_METADATA = ".metadata", 64 << 20  # bytes
 _SHARDED_DIRECTORY = "pytorch_model_fsdp_0"  # as accelerate calls it, within a checkpoint
 _RANK = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
@@ -64,8 +65,11 @@ def open_trained(path: Path) -> Checkpoint | None:
     names = {entry.name for entry in path.iterdir()}
     if any(name.endswith(".safetensors") for name in names):
         return None
+    if ADAPTER in names and "adapter_config.json" in names:
+        return _open_bins(path, [ADAPTER])
     if _INDEX in names or _WHOLE in names:
-        return _open_bins(path, names)
+        listed = None if _WHOLE in names else weight_map(path / _INDEX, ".bin")
+        return _open_bins(path, sorted(set(listed.values())) if listed else [_WHOLE], listed)
     if _METADATA in names and any(name.endswith(".distcp") for name in names):
         return _open_distributed(path, "")
     if (path / _SHARDED_DIRECTORY / _METADATA).is_file():
@@ -79,10 +83,8 @@ def open_trained(path: Path) -> Checkpoint | None:
 # --- pytorch_model.bin
 
 
-def _open_bins(path: Path, names: Collection[str]) -> Checkpoint:
-    index = path / _INDEX
-    expected = None if _WHOLE in names else weight_map(index, ".bin")
-    files = sorted(set(expected.values())) if expected else [_WHOLE]
+def _open_bins(path: Path, files: Iterable[str], listed: Mapping[str, str] | None = None) -> Checkpoint:
+    """The tensors of these files; `listed` is what their index says."""
     tensors: dict[str, TensorSpec] = {}
     stamps: dict[str, Stamp | HubStamp] = {}
     for file in files:
@@ -95,8 +97,8 @@ def _open_bins(path: Path, names: Collection[str]) -> Checkpoint:
                 if not isinstance(found, Stored):
                     raise ValueError(f"it holds something else than a whole tensor under the name {name[:80]}")
                 tensors[name] = TensorSpec(name, found.dtype, found.shape, file, found.offset)
-    if expected is not None:
-        require_listed(index, expected, tensors)
+    if listed is not None:
+        require_listed(path / _INDEX, listed, tensors)
     return Checkpoint(path, tensors, {file: {} for file in files}, stamps)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
 from hostile import SECONDS, outcomes
 
@@ -84,6 +85,14 @@ def test_shards_of_pickled_weights_are_read_by_their_index(tmp_path):
     (path / f"{BIN}.index.json").write_text(json.dumps({"weight_map": listed}))
     with pytest.raises(BadInput, match="says tensor ghost"):
         open_source(str(path))
+
+
+def test_a_pickled_adapter_is_the_adapter(tmp_path):
+    weights = factors()
+    one, other = (write_adapter(tmp_path / kind, weights) for kind in ("safetensors", "pickled"))
+    torch.save(weights, other / "adapter_model.bin")
+    (other / "adapter_model.safetensors").unlink()
+    assert_same(read_all(other), read_all(one))
 
 
 @pytest.mark.parametrize(
