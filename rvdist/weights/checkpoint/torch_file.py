@@ -44,7 +44,6 @@ _PLACED = [
     "torch.distributed.device_mesh.DeviceMesh", "torch.distributed._mesh_layout._MeshLayout",
     "torch.distributed._mesh_layout._FlatLayout", "torch.serialization._get_layout", "torch.device",
 ]  # fmt: skip
-_SHARDED = "torch.distributed._shard.sharded_tensor.api.ShardedTensor"
 ALLOWED = frozenset(
     [
         *DTYPES, *(f"torch.{storage}" for storage in _STORAGES), _UNTYPED, *_TENSOR, *_PARAMETER, _WITH_TYPE, _SUBCLASS,

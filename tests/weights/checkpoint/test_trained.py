@@ -317,6 +317,7 @@ def archives(place: Path) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.heavy
 def test_hostile_files_are_refused_in_one_sentence_in_time_and_in_memory(tmp_path):
     sound = archive(tmp_path / "fine", one_tensor())
     others = {name: archive(tmp_path / f"program-{k}", program) for k, (name, program) in enumerate(PROGRAMS.items())}
@@ -333,6 +334,7 @@ def test_hostile_files_are_refused_in_one_sentence_in_time_and_in_memory(tmp_pat
     assert not Path("/tmp/owned").exists()
 
 
+@pytest.mark.heavy
 def test_random_damage_is_refused_or_changes_nothing_but_numbers(tmp_path):
     path = write_bin(tmp_path / "c", tensors(0))
     raw, chance = (path / BIN).read_bytes(), random.Random(0)
