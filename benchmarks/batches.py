@@ -1,10 +1,11 @@
 """How full an engine's batches are: the share of its time in which it answers as many requests as it can at once.
 
-    python benchmarks/batches.py [--rounds 3]
+    python benchmarks/batches.py [--rounds 3] [--model DIR]
 
-Three parts, into benchmarks/README.md: a real engine of the pocket family that takes 32 at once, asked what answers of
-very different lengths; the fleet with a real engine and small slices, with and without the next slice held; and a
-virtual engine with lengths as those of a reasoning model. "Before" is each task in slices of its own.
+Four parts, into benchmarks/README.md: a real engine of the pocket family that takes 32 at once, asked what answers of
+very different lengths; the fleet with a real engine and small slices, with and without the next slice held; a virtual
+engine with lengths as those of a reasoning model; and a sweep of such lengths on up to 64 of them. "Before" is each
+task in slices of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from schedule import simulate
 from tables import write_table
 
 from rvdist.core.point import WeightPoint
@@ -55,8 +57,8 @@ def separate(point: WeightPoint, requests: Requests, slice_size: int) -> list[Sl
     return [piece for task, asked in requests.items() for piece in cut(point, {task: asked}, slice_size)]
 
 
-def on_an_engine(engine: Any, batches: Sequence[Sequence[Generate]]) -> tuple[float, float]:
-    """Seconds of CPU of vLLM's steps, and the share of them in which WIDTH requests were under way."""
+def on_an_engine(engine: Any, batches: Sequence[Sequence[Generate]], width: int = WIDTH) -> tuple[float, float]:
+    """Seconds of CPU of vLLM's steps, and the share of them in which `width` requests were under way."""
     core = engine._llm.llm_engine
     own, spent, full = core.step, 0.0, 0.0
 
@@ -68,7 +70,7 @@ def on_an_engine(engine: Any, batches: Sequence[Sequence[Generate]]) -> tuple[fl
         finally:
             took = time.process_time() - began  # it has one thread, and the machine other work
             spent += took
-            full += took * (busy >= WIDTH)
+            full += took * (busy >= width)
 
     core.step = step
     try:
@@ -79,19 +81,19 @@ def on_an_engine(engine: Any, batches: Sequence[Sequence[Generate]]) -> tuple[fl
     return spent, full / spent
 
 
-def virtually(batches: Sequence[Sequence[Generate]]) -> tuple[float, float]:
+def virtually(batches: Sequence[Sequence[Generate]], width: int = VIRTUAL_WIDTH) -> tuple[float, float]:
     """The same on the virtual engine, which takes the longest prompts first; here they are alike."""
     spent = full = 0.0
     for batch in batches:
         waiting = [request.max_tokens for request in batch][::-1]
         running: list[int] = []
         while waiting or running:
-            while waiting and len(running) < VIRTUAL_WIDTH:
+            while waiting and len(running) < width:
                 running.append(waiting.pop())
             steps = min(running)
             took = steps * (STEP + EACH * len(running))
             spent += took
-            full += took * (len(running) == VIRTUAL_WIDTH)
+            full += took * (len(running) == width)
             running = [left - steps for left in running if left > steps]
     return spent, full / spent
 
@@ -133,6 +135,28 @@ def real(rounds: int) -> list[str]:
     return lines
 
 
+def real_model(target: Path) -> list[str]:
+    """Answers of very different lengths of a real model, by the size of slices: seconds of CPU, and full steps."""
+    from rvdist.evaluate.fleet.engine import Engine
+
+    width, count = 16, 128
+    engine = Engine(str(target), EngineSettings(max_model_len=512, kv_cache_gib=0.5, max_num_seqs=width))
+    drawn = lengths(count, 24, 240, 7)
+    requests = {"t": [Generate(f"Problem {k}: tell a story.\n", length) for k, length in enumerate(drawn)]}
+    lines = [
+        f"{count} requests of at most {max(drawn)} tokens (median {sorted(drawn)[count // 2]}), {width} at once.",
+        "",
+        f"| slices of | batches | s of CPU in vLLM's steps | of them with {width} under way |",
+        "|---|---|---|---|",
+    ]
+    for size in (16, 32, 64, 128):
+        batches = [piece.take(requests) for piece in cut(WeightPoint(TARGET), requests, size)]
+        seconds, full = on_an_engine(engine, batches, width)
+        lines.append(f"| {size} | {len(batches)} | {seconds:.1f} | {full:.0%} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def through_the_fleet(rounds: int) -> list[str]:
     """One engine, slices of 8 short answers: how much of its time it answers."""
     import ray
@@ -171,10 +195,47 @@ def simulated() -> list[str]:
     return lines
 
 
+def by_sweep() -> list[str]:
+    """A sweep on virtual engines by the fleet's own schedule: its makespan beside the time in which they would make as
+    many tokens with batches that are always full."""
+    lines = [
+        "| at once | slices of | slices | 1 engine: × always full | 4 engines | 16 | 64 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for width in (256, 1024):
+        for size in (256, 512, 1024, 2048):
+            seconds, tokens = dict[Slice, float](), 0
+            for p in range(17):
+                requests: dict[str, list[Generate]] = {}
+                for t, count in enumerate((1319, 500, 164)):
+                    drawn = lengths(count, 1500, 8192, 100 * p + t)
+                    requests[f"t{t}"] = [Generate(f"{t} {k}", length) for k, length in enumerate(drawn)]
+                    tokens += sum(drawn)
+                guessed = {name: [replace(one, max_tokens=8192) for one in own] for name, own in requests.items()}
+                for piece in cut(WeightPoint(f"point {p}"), guessed, size):
+                    seconds[piece], _ = virtually([piece.take(requests)], width)
+            ideal = tokens / width * (STEP + EACH * width)
+            cells = [
+                f"{simulate(seconds, [0.0] * engines, 3.0).makespan * engines / ideal:.2f}"
+                for engines in (1, 4, 16, 64)
+            ]
+            lines.append(f"| {width} | {size} | {len(seconds)} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a real model, into a table of its own")
+    given = parser.parse_args()
+    rounds = given.rounds
+    if given.model:
+        lines = real_model(given.model)
+        print("\n".join(lines))
+        write_table("batches.py --model", lines)
+        return
+    write_table("batches.py, a sweep", lines := by_sweep())
+    print("\n".join(lines))
     fleet = through_the_fleet(rounds)
     lines = [
         "| real engine, 32 at once | batches | s of CPU in vLLM's steps | of them with 32 under way |",

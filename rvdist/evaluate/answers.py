@@ -35,12 +35,20 @@ class Asked:
 @dataclass(frozen=True)
 class Answering:
     """How points answer: at most `slice_size` requests together, on the `fleet` (in time), if they have to. `cache` is
-    the directory of the sample cache, None without one; `identity` is what of the engines decides answers."""
+    the directory of the sample cache, None without one; `identity` is what of the engines decides answers and is known
+    before one is up; `resolved` what vLLM chose where such engines answered into the cache, which is `remember`ed where
+    it was not known."""
 
     slice_size: int
     fleet: Callable[[], Fleet]
     cache: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, str] = field(default_factory=dict)
+    remember: Callable[[Mapping[str, str]], None] = lambda chosen: None
+
+    def decides(self, resolved: Mapping[str, str]) -> dict[str, Any]:
+        """What of engines that chose this decides answers."""
+        return {**self.identity, **({"resolved": dict(resolved)} if resolved else {})}
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,10 @@ def answer(
     with closing(SampleCache(answering.cache)) if answering.cache else nullcontext() as cache:
         keys: dict[Slice, str] = {}
         answered: Answers = {}
+        digests = {point: asked.digest for point, asked in points.items()}
         if cache:
-            digests = {point: asked.digest for point, asked in points.items()}
             with timing.phase("cache"):
-                keys, answered = _recall(cache, asking, slices, digests, answering)
+                answered = _recall(cache, asking, slices, digests, answering)
                 if asking.whole:
                     lacking = [piece for piece in slices if piece not in answered]
                     answered |= from_whole(asking.whole, lacking, requests, digests, answering, cache)
@@ -83,7 +91,13 @@ def answer(
         left = Counter(piece.point for piece in todo)
 
         def keep(came: Mapping[Slice, Answered]) -> None:
+            nonlocal keys
             if cache:
+                if not keys.keys() >= came.keys():  # an engine is up by now, and what it chose is known
+                    chosen = answering.resolved or fleet.seats.resolved
+                    if chosen and not answering.resolved:
+                        answering.remember(chosen)
+                    keys = _keys(todo, asking, digests, answering.decides(chosen))
                 cache.write(
                     (keys[piece], points[piece.point].digest, piece.kind, found) for piece, found in came.items()
                 )
@@ -111,17 +125,26 @@ def answer(
             return Collected(answered, fleet, 0.0 if was_up else fleet.seats.first_up or 0.0, cached)
 
 
+def _keys(
+    slices: Sequence[Slice], asking: Asking, digests: Mapping[WeightPoint, str], engine: Mapping[str, Any]
+) -> dict[Slice, str]:
+    return slice_keys(slices, asking.requests, digests, asking.suite.versions, engine)
+
+
 def _recall(
     cache: SampleCache,
     asking: Asking,
     slices: Sequence[Slice],
     digests: Mapping[WeightPoint, str],
     answering: Answering,
-) -> tuple[dict[Slice, str], Answers]:
-    """The key of each slice, and the answers that the cache has to it."""
-    keys = slice_keys(slices, asking.requests, digests, asking.suite.versions, answering.identity)
-    known = cache.read(list(keys.values()), {key: piece.take(asking.requests) for piece, key in keys.items()})
-    return keys, {piece: known[key] for piece, key in keys.items() if key in known}
+) -> Answers:
+    """The answers that the cache has to each slice: under its key, or under that of before it held what vLLM chose."""
+    answers: Answers = {}
+    for resolved in (answering.resolved, {}) if answering.resolved else ({},):
+        keys = _keys([piece for piece in slices if piece not in answers], asking, digests, answering.decides(resolved))
+        known = cache.read(list(keys.values()), {key: piece.take(asking.requests) for piece, key in keys.items()})
+        answers |= {piece: known[key] for piece, key in keys.items() if key in known}
+    return answers
 
 
 def from_whole(
@@ -137,7 +160,7 @@ def from_whole(
     there whole or not at all. `lacking` has one point after the other."""
     sliced: Answers = {}
     for point, pieces in groupby(lacking, key=attrgetter("point")):
-        _, known = _recall(cache, whole, cut(point, whole.requests, answering.slice_size), digests, answering)
+        known = _recall(cache, whole, cut(point, whole.requests, answering.slice_size), digests, answering)
         answers = {
             place: answer
             for piece, found in known.items()

@@ -1,5 +1,5 @@
-"""What vLLM chose by itself where the cached answers of some engines were made: known only once an engine is up, so no
-part of the cache's key, which is asked before one is started."""
+"""What vLLM chose by itself where the cached answers of some engines were made. It is part of the cache's key, which is
+asked before an engine is up: so it is kept beside the cache."""
 
 from __future__ import annotations
 

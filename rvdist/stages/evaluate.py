@@ -212,8 +212,11 @@ class Evaluator:
         served_by = _identity(prepared, device) | {"serving": asking.serving}
         for scoring, _ in arms:
             scoring.engine["device"] = served_by["device"]
-        cache = prepared.cache if prepared.settings.cache.samples else None
-        return Answering(scoring.slice_size, fleet, cache, served_by)
+        if not prepared.settings.cache.samples:
+            return Answering(scoring.slice_size, fleet)
+        cache, engines = prepared.cache, name_of_engines(served_by, asking.tensors)
+        chosen = recall(cache, engines)
+        return Answering(scoring.slice_size, fleet, cache, served_by, chosen, partial(remember, cache, engines))
 
     def _fleet(self, asking: Asking, arms: Arms) -> Fleet:
         """The warm fleet, if its engines serve what these would; weights do not matter, they are swapped. Of a replay,
@@ -281,11 +284,6 @@ class Evaluator:
         scoring, arm = arms[0]
         prepared, fleet = scoring.prepared, collected.fleet
         if fleet is not None and prepared.settings.engine.replay is None:
-            if prepared.settings.cache.samples and (chosen := next(iter(fleet.info()), {}).get("resolved")):
-                asking, served_by = scoring.askings[arm.name], _identity(prepared, self._device(prepared))
-                remember(
-                    prepared.cache, name_of_engines(served_by | {"serving": asking.serving}, asking.tensors), chosen
-                )
             nbytes = prepared.sources[arm.point.base].nbytes
             tokens, seconds = fleet.stats.prompt_tokens + fleet.stats.tokens, fleet.stats.generate
             kind, lengths = scoring.engine["device"], mean_lengths(collected.answers)

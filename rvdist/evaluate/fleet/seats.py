@@ -126,6 +126,11 @@ class Seats:
             self.first_up = self.first_up or seat.up - self._created
         return seat
 
+    @property
+    def resolved(self) -> dict[str, str]:
+        """What vLLM chose by itself in all engines, or must; nothing before one is up."""
+        return dict(self._resolved)
+
     def _require_alike(self, info: Mapping[str, Any]) -> None:
         """Raises Failed for an engine whose answers may be others than those that the cache's key, or another engine,
         stands for."""
