@@ -9,6 +9,7 @@ from typing import Any
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record
+from rvdist.evaluate.request import Completion
 from rvdist.evaluate.transcript import show_answers
 
 LOGARITHM = "log2_"  # before the name of a perplexity in records
@@ -65,10 +66,17 @@ def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[dic
 
 
 def as_record(
-    arm: Arm, digest: str, task: str, together: Mapping[str, Any], entry: Mapping[str, Any], seed: int
+    arm: Arm,
+    digest: str,
+    task: str,
+    together: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    seed: int,
+    written: Sequence[Completion] = (),
+    in_format: bool | None = None,
 ) -> Record:
     """A sample of lm-eval's as the record of an arm, whose point has this digest. `together` says how lm-eval puts the
-    samples of each metric together."""
+    samples of each metric together, `written` are the completions, where it is known why all of them ended."""
     arguments, responses = entry["arguments"], entry["resps"]
     response = "\n".join(map(show_answers, responses, arguments))
     if len(arguments) == 1:
@@ -96,4 +104,7 @@ def as_record(
         target=str(target),
         response=response,
         filtered=filtered,
+        tokens=tuple(one.tokens for one in written),
+        finish=tuple(one.finish for one in written),
+        in_format=in_format,
     )

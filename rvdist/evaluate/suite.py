@@ -214,10 +214,9 @@ class Suite:
             together, found = self.tasks[task].aggregation(), in_format(self.tasks[task], entries)
             written = self._written(task, answers[task])
             for entry in entries:
-                ours = written.get(int(entry["doc_id"]), ())
-                record = as_record(arm, digest, task, together, entry, seed)
-                tokens, finish = tuple(one.tokens for one in ours), tuple(one.finish for one in ours)
-                records.append(replace(record, tokens=tokens, finish=finish, in_format=found.get(record.doc_id)))
+                place = int(entry["doc_id"])
+                own, asked_for = written.get(place, ()), found.get(place)
+                records.append(as_record(arm, digest, task, together, entry, seed, own, asked_for))
         return results, records
 
     def _written(self, task: str, answers: Sequence[Answer]) -> dict[int, list[Completion]]:
