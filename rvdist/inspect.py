@@ -36,6 +36,7 @@ from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import TensorSpec, read_header, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Manifest, Written, read_journal
+from rvdist.weights.checkpoint.pieces import parts_of
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
@@ -93,7 +94,7 @@ def _weights(checkpoint: Checkpoint) -> Facts:
         "elements": sum(spec.numel for spec in checkpoint.tensors.values()),
         "layers": layer_count(checkpoint.tensors),
         "dtypes": _totals(stored, lambda spec: spec.dtype),
-        "files": _totals(stored, lambda spec: spec.file),
+        "files": _totals([part for spec in stored for part in parts_of(spec)], lambda spec: spec.file),
         "names": _names(checkpoint.tensors.values()),
         "made_of": _manifest(checkpoint.path) | made_of,
     }

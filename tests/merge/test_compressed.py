@@ -195,3 +195,17 @@ def test_another_block_is_another_plan(tmp_path):
     sources = {name: open_source(name) for name in shifted(paths).sources()}
     plans = [build_plan({tmp_path / "o": shifted(paths)}, sources, OutputFormat(dtype)) for dtype in (None, "BF16")]
     assert plans[0].digests != plans[1].digests
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_quantised_donor_of_a_plain_target(tmp_path, name):
+    paths = family(tmp_path, SCHEMES[name])
+    paths = {"target": paths["plus"], "plus": paths["target"], "minus": paths["minus"]}
+    write({tmp_path / "out": shifted(paths)})
+    write({tmp_path / "bf16": WeightPoint(str(paths["plus"]))}, dtype="F32")
+    found, donor, target, minus = (
+        load_checkpoint(path) for path in (tmp_path / "out", tmp_path / "bf16", paths["target"], paths["minus"])
+    )
+    for tensor, value in target.items():
+        result = value.float() + ALPHA * (donor[tensor] - minus[tensor].float())
+        assert torch.equal(found[tensor], result.bfloat16()), tensor

@@ -14,6 +14,7 @@ from checkpoints import POCKET, launch, load_checkpoint
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.inspect import inspect
 from rvdist.weights.checkpoint.pieces import Assembled
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
@@ -56,6 +57,8 @@ def test_every_tensor_of_four_ranks_is_its_exports(saved, tmp_path, kind):
     whole, parts = (open_operand(open_source(str(source))) for source in (saved / "sft/export", path))
     assert parts.checkpoint.tensors.keys() == whole.checkpoint.tensors.keys()
     assert parts.checkpoint.config == whole.checkpoint.config
+    files = inspect(str(path))["files"]
+    assert sum(file["bytes"] for file in files.values()) == whole.checkpoint.nbytes and len(files) >= 2
     for name, spec in whole.checkpoint.tensors.items():
         found = [
             operand.read(name, begin, end, torch.empty(spec.numel * 8, dtype=torch.uint8)).view(torch.int16)

@@ -52,7 +52,7 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
         scales[logical] = scale
         if kind is not FP8:
             del tensors[name]
-            tensors[logical] = TensorSpec(logical, scale.dtype, shape, spec.file, spec.offset)
+            tensors[logical] = TensorSpec(logical, "BF16", shape, spec.file, spec.offset)
             stored[logical] = spec
         if (size := tensors.pop(f"{stem}.weight_shape", None)) is not None:
             beside[size.name] = size

@@ -69,6 +69,13 @@ def spread_over_files(spec: TensorSpec, nbytes: int) -> dict[str, int]:
     return found
 
 
+def parts_of(spec: TensorSpec) -> list[TensorSpec]:
+    """A tensor as its files have it: a part for each piece."""
+    if not isinstance(spec, Assembled):
+        return [spec]
+    return [TensorSpec(spec.name, spec.dtype, piece.shape, piece.file, piece.offset) for piece in spec.pieces]
+
+
 def read_pieces(spec: Assembled, begin: int, end: int, out: memoryview, read: ReadBytes) -> None:
     """Fills `out` with the bytes of elements [begin, end) in C order."""
     width = spec.numel // spec.shape[0] if spec.shape else 1
