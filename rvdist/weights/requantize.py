@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from rvdist.core.point import Vector
+from rvdist.weights.arithmetic.method import count_nonfinite
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import FP8, INT8, MXFP4, Codes, Floats, Kind, Scaled, pack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.mxfp4 import encode_expert, meaning
+from rvdist.weights.lanes import CHUNK
 from rvdist.weights.operand import Dequantized
 from rvdist.weights.reader import PointReader
 
@@ -44,7 +46,9 @@ class RequantizingReader(PointReader):
     def chunks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
         scaled = self._scaled
         owner = scaled.coded.get(name) or scaled.owners.get(name)
-        if owner and scaled.kind is MXFP4:
+        if owner and not any(self._recipe(point, owner) for point in self.points):
+            yield from self._copied(name, owner, start, stop)
+        elif owner and scaled.kind is MXFP4:
             yield from self._of_experts(owner, name in scaled.owners, start, stop)
         elif owner := scaled.coded.get(name):
             yield from self._codes(owner, start, stop)
@@ -67,6 +71,20 @@ class RequantizingReader(PointReader):
     def _work(self, name: str, ends: Any, terms: list[tuple[float, Vector]]) -> torch.dtype:
         """What counts is what is stored, on either end: codes, which have no more than 8 bits."""
         return super()._work(name, [torch.float8_e4m3fn] if name in self._scaled.scales else ends, terms)
+
+    def _copied(self, name: str, owner: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Elements of what no vector changes, as they are stored."""
+        for at in range(start, stop, CHUNK):
+            parts = []
+            for k, point in enumerate(self.points):
+                operand, source = self._values.operands[point.base], self._sources[point.base]
+                assert isinstance(operand, Dequantized) and isinstance(source, Scaled)
+                spec = source.scales[owner] if name in self._scaled.owners else source.codes(owner)
+                part = operand.raw(spec, at, min(stop, at + CHUNK))
+                if part.is_floating_point():
+                    self.nonfinite[k] += int(count_nonfinite(part, self._scratch))
+                parts.append(part)
+            yield at, parts
 
     def _codes(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Elements of the codes as they are stored, each of which may have several."""

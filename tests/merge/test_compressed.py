@@ -164,10 +164,14 @@ def test_what_is_written_is_the_whole_tensors_result_in_the_targets_format(tmp_p
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_nothing_touches_is_the_same_bytes(tmp_path, name):
     paths = family(tmp_path, SCHEMES[name])
-    write({tmp_path / "out": shifted(paths | {"plus": paths["minus"]})})
-    stored, found = load_checkpoint(paths["target"]), load_checkpoint(tmp_path / "out")
-    for tensor, value in stored.items():
-        assert torch.equal(found[tensor].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), tensor
+    still = shifted(paths | {"plus": paths["minus"]})
+    write({tmp_path / "still": still})
+    write({tmp_path / "out": WeightPoint(still.base)})
+    for out in ("still", "out"):
+        stored, found = load_checkpoint(paths["target"]), load_checkpoint(tmp_path / out)
+        assert found.keys() == stored.keys()
+        for tensor, value in stored.items():
+            assert torch.equal(found[tensor].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), tensor
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from alone import write
 from checkpoints import load_checkpoint, near, write_checkpoint
+from safetensors.torch import load_file
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -95,6 +96,10 @@ def test_mxfp4_is_read_as_transformers_reads_it_and_written_back(tmp_path, monke
     paths = family(tmp_path)
     write({tmp_path / "out": shifted(paths)})
     write({tmp_path / "bf16": shifted(paths)}, dtype="BF16")
+    write({tmp_path / "same": WeightPoint(str(paths["target"]))})
+    for file in (tmp_path / "same").glob("*.safetensors"):
+        same, own = load_file(file), load_file(paths["target"] / file.name)
+        assert same.keys() == own.keys() and all(torch.equal(same[name], tensor) for name, tensor in own.items())
     monkeypatch.setattr(planning, "UNIT_BYTES", 700)
     monkeypatch.setattr(requantize, "_AT_ONCE", 700)
     write({tmp_path / "cut": shifted(paths)})
