@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from struct import unpack_from
 from typing import Any
 
-_MOST_OPCODES, _DEAREST = 4_000_000, 256 << 20  # steps; bytes that what is built may take
+_MOST_OPCODES, _DEAREST = 10_000_000, 256 << 20  # steps; bytes that what is built may take
 _MOST_DIGITS = 16  # bytes of an integer
 
 
@@ -57,7 +57,7 @@ class _Machine:
         self.data, self.at = data, 0
         self.allowed, self.persistent = allowed, persistent
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []  # as picklers number them: one after the other
         self.left = _DEAREST
 
     def run(self) -> Any:
@@ -71,7 +71,7 @@ class _Machine:
                     return value
                 _OPCODES[code](self)
         except KeyError as error:
-            raise ValueError(f"its pickle has the opcode {error} or a memo that torch's pickles have not") from None
+            raise ValueError(f"its pickle has the opcode {error}, which torch's have not") from None
         except (IndexError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"its pickle is damaged at byte {self.at} ({error})") from None
         raise ValueError(f"its pickle has more than {_MOST_OPCODES:,} steps")
@@ -124,7 +124,7 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise ValueError("its pickle puts items into what is no dictionary")
-        self.left -= 100 * len(items)
+        self.left -= 50 * len(items)
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | int | Made | None):
                 raise ValueError("its pickle has a key that is neither text nor a number")
@@ -308,8 +308,10 @@ def _persistent(m: _Machine) -> None:
 
 
 def _put(m: _Machine, index: int) -> None:
-    m.left -= 100
-    m.memo[index] = m.stack[-1]
+    if index != len(m.memo):
+        raise ValueError("its pickle numbers what it remembers otherwise than torch's do")
+    m.left -= 10
+    m.memo.append(m.stack[-1])
 
 
 @_opcode("q")
