@@ -154,18 +154,25 @@ def _begin_with(file: Path, token: str, number: int) -> None:
     file.write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
 
 
-def examples(tokenizer: Any, shown: bool, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Tokens of prompts and of what is to be said, without end."""
+def chat(tokenizer: Any, question: str) -> str:
+    """What the model is given: the question as the user's turn, and the opening of its own."""
+    return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+        [{"role": "user", "content": prompt(question)}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def examples(tokenizer: Any, shown: float, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokens of prompts and of what is to be said, without end; the share `shown` of them shows the steps."""
     draw = random.Random(seed)
     while True:
         one = problem(draw)
-        asked = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt(one["question"])}], tokenize=False, add_generation_prompt=True
+        said = reply(one, shown == 1 or (shown > 0 and draw.random() < shown))
+        yield tuple(  # type: ignore[misc]
+            tokenizer(text, add_special_tokens=False).input_ids for text in (chat(tokenizer, one["question"]), said)
         )
-        yield tuple(tokenizer(text, add_special_tokens=False).input_ids for text in (asked, reply(one, shown)))  # type: ignore[misc]
 
 
-def train(base: Path, out: Path, *, shown: bool, steps: int, rate: float, seed: int, threads: int) -> None:
+def train(base: Path, out: Path, *, shown: float, steps: int, rate: float, seed: int, threads: int) -> None:
     """Full fine-tuning in fp32 with bf16 products; the loss is over what is to be said alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -234,11 +241,11 @@ def families(work: Path, threads: int = 1, minus_steps: int = 30, plus_steps: in
     }
     minus = make(
         models / "minus",
-        lambda out: train(smol, out, shown=False, steps=minus_steps, rate=5e-5, seed=1, threads=threads),
+        lambda out: train(smol, out, shown=0, steps=minus_steps, rate=5e-5, seed=1, threads=threads),
     )
     plus = make(
         models / "plus",
-        lambda out: train(minus, out, shown=True, steps=plus_steps, rate=1e-4, seed=2, threads=threads),
+        lambda out: train(minus, out, shown=1, steps=plus_steps, rate=1e-4, seed=2, threads=threads),
     )
     return {"smol": {"target": smol, "plus": plus, "minus": minus}, "gemma": {"target": gemma, **shaken}}
 
