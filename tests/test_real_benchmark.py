@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import real
+import real_grpo
 import real_models
 
 from rvdist.core.record import Record
@@ -173,3 +174,37 @@ def test_training_shows_steps_only_where_it_is_to():
     one = {"steps": ["3 + 4 = 7", "7 - 2 = 5"], "answer": "5"}
     assert real_models.reply(one, shown=False) == "#### 5<|im_end|>\n"
     assert real_models.reply(one, shown=True) == "3 + 4 = 7\n7 - 2 = 5\n#### 5<|im_end|>\n"
+
+
+def test_a_prompt_read_once_for_its_group_gives_what_each_sample_alone_would():
+    """Log-probabilities and gradients of GRPO's samples, prompts of two lengths, beside whole sequences one by one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.tokenization_utils_base import BatchEncoding
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=50, num_key_value_heads=2, max_position_embeddings=64, **shape)
+    model = LlamaForCausalLM(config).eval()
+    asked = torch.tensor([[0, 0, 5, 6, 7], [11, 12, 13, 14, 15]])
+    given = BatchEncoding({"input_ids": asked, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])})
+    completions = real_grpo.roll_out(model, given, 3)
+    assert completions.shape[0] == 6
+    weights = torch.randn(completions.shape)
+    found = real_grpo.log_probabilities(model, given, completions, 3)
+    (found * weights).sum().backward()
+    gradients = {name: one.grad.clone() for name, one in model.named_parameters()}
+    model.zero_grad()
+    alone = []
+    for place, said in enumerate(completions):
+        prompt = asked[place // 3][given.attention_mask[place // 3].bool()]
+        logits = model(torch.cat([prompt, said])[None, :-1]).logits[0, len(prompt) - 1 :]
+        alone.append(logits.log_softmax(-1).gather(1, said[:, None])[:, 0])
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
+    (torch.stack(alone) * weights).sum().backward()
+    for name, one in model.named_parameters():
+        torch.testing.assert_close(gradients[name], one.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_grpo_rewards_the_first_marked_number_alone():
+    assert real_grpo.right("12 + 3 = 15\n#### 15", "15") and not real_grpo.right("#### 1\n#### 15", "15")
+    assert not real_grpo.right("15", "15")
