@@ -16,6 +16,7 @@ from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.pieces import spread_over_files
 
 AS_THE_BASE = OutputFormat()
@@ -202,6 +203,10 @@ def _reads(
             if isinstance(own, Scaled) and (scale := own.scales.get(name)):
                 reads[source, own.codes(name).file] += elements[source] * own.kind.bits // 8
                 reads[source, scale.file] += scale.nbytes
+                continue
+            if isinstance(own, Relaid):
+                for stored, nbytes in own.reads(name):
+                    reads[source, stored.file] += nbytes
                 continue
             for file, nbytes in spread_over_files(spec, elements[source] * ITEMSIZE[spec.dtype]).items():
                 reads[source, file] += nbytes

@@ -20,6 +20,7 @@ from rvdist.weights import compat
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
+from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
 
@@ -143,6 +144,7 @@ class _Index:
         self._job, self._settings, self._known = job, settings, known
         self.sources: dict[str, Checkpoint] = {}
         self.notes: dict[WeightPoint, tuple[str, ...]] = {}
+        self._compared: set[tuple[str, str]] = set()  # donors and bases whose layouts of experts were compared
 
     def settle(self, point: WeightPoint) -> WeightPoint:
         """The point as what its sources are decides it."""
@@ -150,7 +152,7 @@ class _Index:
 
     def add(self, points: Sequence[WeightPoint]) -> None:
         """Opens the sources of these points. Raises BadInput for what cannot be opened or must not be computed."""
-        job, renames = self._job, dict[str, Rename]()
+        job, renames, bases = self._job, dict[str, Rename](), {point.base for point in points}
         for point in dict.fromkeys(points):
             for source, rename in point.renames():
                 if renames.setdefault(source, rename) != rename:
@@ -160,12 +162,30 @@ class _Index:
                     )
                 if source not in self.sources:
                     self.sources[source] = self._known.open(source, rename)
+            self._lay_out(point, bases)
             report = self._known.check(self._settings, self.sources, point)
             self.notes[self.settle(point)] = (*report.refusals, *report.exceptions, *self._zeros(point))
         for note in dict.fromkeys(note for notes in self.notes.values() for note in notes):
             if (job.directory, note) not in self._known.told:
                 job.note(note)
                 self._known.told.add((job.directory, note))
+
+    def _lay_out(self, point: WeightPoint, bases: Collection[str]) -> None:
+        """Gives the experts of the point's donors the layout of its base."""
+        base = self.sources[point.base]
+        for source in point.sources():
+            if (source, point.base) in self._compared:
+                continue
+            self._compared.add((source, point.base))
+            laid_out = lay_out(self.sources[source], base)
+            if laid_out is self.sources[source]:
+                continue
+            if source in bases:
+                raise BadInput(
+                    f"{source}: is a target of its own, and a donor for {point.base}, which stores experts in another "
+                    "layout; run one of the two by itself"
+                )
+            self.sources[source] = laid_out
 
     def add_vector(self, saved: config.Saved, outputs: Collection[Path]) -> Vector:
         """The vector to be stored, named by what it is computed from."""

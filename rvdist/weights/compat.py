@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.tied import contradiction, is_tied
 from rvdist.weights.configurations import compare_configs
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
@@ -358,6 +360,15 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     """Values from the middle of the first `numel` elements of a tensor. As many and the same, whatever the dtype."""
     count = min(numel, _SAMPLED_BYTES // 8)
     start = (numel - count) // 2
+    if isinstance(checkpoint, Relaid):
+        import torch
+
+        from rvdist.weights.operand import open_operand
+
+        with closing(open_operand(checkpoint)) as operand:
+            taken = operand.read(spec.name, start, start + count, torch.empty(8 * count, dtype=torch.uint8))
+            values: Floats = taken.double().numpy()
+            return values
     if not isinstance(checkpoint, Scaled) or spec.name not in checkpoint.scales:
         return _widen(read_elements(checkpoint, spec, start, count), spec.dtype)
     if checkpoint.kind is MXFP4:
@@ -367,10 +378,10 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     several = checkpoint.kind.codes_in(codes)
     first, last = start // several, -(-(start + count) // several)
     raw = np.frombuffer(read_elements(checkpoint, codes, first, last - first), np.uint8)
-    values = np.empty(count, np.float32)
+    found = np.empty(count, np.float32)
     own = unpack(raw, checkpoint.kind.bits, start - first * several, count)
-    dequantize(own, scales, checkpoint.block_of(spec.name), spec.shape, start, values, checkpoint.kind)
-    return values.astype(np.float64)
+    dequantize(own, scales, checkpoint.block_of(spec.name), spec.shape, start, found, checkpoint.kind)
+    return found.astype(np.float64)
 
 
 def _widen(raw: bytes, dtype: str) -> Floats:

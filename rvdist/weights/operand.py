@@ -17,8 +17,10 @@ from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, LowRank, Packed, Sparse
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE
 from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.weights.checkpoint.layouts import DOWN, UP, Relaid, View
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.weights.packed import bits, spread
 
@@ -222,8 +224,65 @@ class Dequantized(Operand):
         dequantize(codes, self._scale[1], scaled.block_of(name), self._tensors[name].shape, begin, out, scaled.kind)
 
 
+class _Relaid(Operand):
+    """The tensors of a checkpoint in another layout of experts: it keeps one expert's part of one of them."""
+
+    def __init__(self, checkpoint: Relaid) -> None:
+        assert checkpoint.inner is not None
+        super().__init__(checkpoint)
+        self._relaid, self._stored = checkpoint, checkpoint.inner.tensors
+        self._slab = ("", -1, torch.empty(0))
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        view, spec = self._relaid.views.get(name), self._tensors[name]
+        if view is None:
+            return self._files.read(self._stored[self._relaid.names[name]], begin, end, buffer)
+        dtype, size = TORCH_DTYPE[spec.dtype], spec.numel // view.count
+        out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
+        for k in range(begin // size, -(-end // size)):
+            if self._slab[:2] != (name, k):
+                self._slab = name, k, self._assemble(view, view.first + k)
+            first, last = max(begin, k * size), min(end, (k + 1) * size)
+            out[first - begin : last - begin] = self._slab[2][first - k * size : last - k * size]
+        return out
+
+    def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("whoever wants columns of what is not stored so reads its rows")
+
+    def _assemble(self, view: View, expert: int) -> torch.Tensor:
+        """What an expert has in a tensor of the wanted layout, 1-d."""
+        parts = [self._part_of(view, projection, expert) for projection in view.projections]
+        if view.layout != INTERLEAVED:
+            return torch.cat([part.reshape(-1) for part in parts])
+        parts = [part.T if view.part == "weight" else part for part in parts]
+        return torch.stack(parts, -1).reshape(-1)
+
+    def _part_of(self, view: View, projection: str, expert: int) -> torch.Tensor:
+        """The matrix [out, in] of a projection of an expert, or its bias."""
+        source, down = view.source, projection == DOWN
+        spec = self._stored[source.holder(projection, expert, view.part)]
+        rows, columns = source.shape(projection)
+        shape = (rows, columns) if view.part == "weight" else (rows,)
+        if source.layout == ONE_BY_ONE:
+            return self._range(spec, 0, spec.numel).view(shape)
+        size = spec.numel // source.count
+        if source.layout == FUSED:
+            begin = expert * size + (size // 2 if projection == UP else 0)
+            return self._range(spec, begin, begin + (size if down else size // 2)).view(shape)
+        slab = self._range(spec, expert * size, (expert + 1) * size)
+        if not down:
+            slab = slab.view(-1, 2)[:, 1 if projection == UP else 0]
+        return slab.reshape(columns, rows).T if view.part == "weight" else slab
+
+    def _range(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
+        room = torch.empty((end - begin) * ITEMSIZE[spec.dtype], dtype=torch.uint8)
+        return self._files.read(spec, begin, end, room)
+
+
 def open_operand(checkpoint: Checkpoint) -> Operand:
     """The operand that reads this kind of checkpoint."""
+    if isinstance(checkpoint, Relaid):
+        return _Relaid(checkpoint)
     if isinstance(checkpoint, Scaled):
         return Dequantized(checkpoint)
     return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)

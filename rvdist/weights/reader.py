@@ -27,6 +27,7 @@ from rvdist.weights.arithmetic.registry import build
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.lanes import CHUNK, Lane, open_lanes
@@ -318,4 +319,5 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
 
 def open_point(point: WeightPoint) -> PointReader:
     """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
-    return PointReader([point], {source: open_source(source, rename) for source, rename in point.renames()})
+    sources = {source: open_source(source, rename) for source, rename in point.renames()}
+    return PointReader([point], {name: lay_out(source, sources[point.base]) for name, source in sources.items()})

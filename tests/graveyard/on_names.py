@@ -421,6 +421,35 @@ def experts_interleaved(place: Path) -> Asked:
     return alike(place, "interleaved", made_up=True, model_type="gpt_oss")
 
 
+def relaid(place: Path, target: str, donors: str) -> Asked:
+    """Donors in another layout than the target's: what comes out is what comes out in the target's."""
+    weights, others = siblings(mixture(target)), mixture(donors)
+    for role, own in weights.items():
+        write(place / role, own if role == "target" else in_layout(own, others, donors), config=MOE)
+    return ask(place, Right(merged(weights)))
+
+
+def in_layout(weights: Weights, others: Weights, layout: str) -> Weights:
+    """Tensors of Qwen3-MoE, their experts one by one or fused, in the other of these layouts."""
+    found = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}.mlp.experts"
+        if layout == "fused":
+            gate, up, down = (
+                torch.stack([weights[f"{at}.{k}.{name}_proj.weight"] for k in range(4)])
+                for name in ("gate", "up", "down")
+            )
+            found |= {f"{at}.gate_up_proj": torch.cat([gate, up], 1), f"{at}.down_proj": down}
+            continue
+        for k in range(4):
+            both, down = weights[f"{at}.gate_up_proj"][k], weights[f"{at}.down_proj"][k]
+            found[f"{at}.{k}.gate_proj.weight"] = both[:12].clone()
+            found[f"{at}.{k}.up_proj.weight"] = both[12:].clone()
+            found[f"{at}.{k}.down_proj.weight"] = down.clone()
+    assert found.keys() == others.keys()
+    return found
+
+
 def unlike(place: Path, target: str, donors: str, *words: str) -> Asked:
     weights = siblings(mixture(donors))
     weights["target"] = mixture(target)
@@ -436,20 +465,20 @@ LAYOUTS = "names both layouts"
     "experts",
     "the target's experts are stored one by one, the donors' fused",
     "sgl-project/sglang#29659",
-    refused=LAYOUTS,
+    right="as in the target's layout",
 )
 def fused_vector_for_single_experts(place: Path) -> Asked:
-    return unlike(place, "one by one", "fused", "one by one", "fused")
+    return relaid(place, "one by one", "fused")
 
 
 @situation(
     "experts",
     "the target's experts are fused, the donors' stored one by one",
     "NVIDIA-NeMo/Megatron-Bridge#4706",
-    refused=LAYOUTS,
+    right="as in the target's layout",
 )
 def single_vector_for_fused_experts(place: Path) -> Asked:
-    return unlike(place, "fused", "one by one", "one by one", "fused")
+    return relaid(place, "fused", "one by one")
 
 
 @situation(
@@ -463,10 +492,13 @@ def interleaved_vector_for_fused_experts(place: Path) -> Asked:
 
 
 @situation(
-    "experts", "the two donors keep their experts in different layouts", "arcee-ai/mergekit#692", refused=LAYOUTS
+    "experts",
+    "the two donors keep their experts in different layouts",
+    "arcee-ai/mergekit#692",
+    right="as in the target's layout",
 )
 def donors_of_two_expert_layouts(place: Path) -> Asked:
     weights = siblings(mixture("fused"))
-    weights["minus"] = near(mixture("one by one"), 2)
-    write_all(place, weights, **MOE)
-    return ask(place, Refused(["one by one", "fused", "convert"]))
+    stored = weights | {"minus": in_layout(weights["minus"], mixture("one by one"), "one by one")}
+    write_all(place, stored, **MOE)
+    return ask(place, Right(merged(weights)))

@@ -1,0 +1,223 @@
+"""Experts of a mixture in the layout of another checkpoint: which slices of which stored tensors a tensor of it is.
+
+A layout is a row of facts: where the matrix [out, in] of one projection of one expert lies. Touches no tensor data.
+Source: transformers 5's conversion_mapping.py, modeling_mixtral.py, modeling_qwen3_moe.py and modeling_gpt_oss.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
+
+GATE, UP, DOWN = "gate", "up", "down"
+_PROJ, _W = (
+    {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"},
+    {GATE: "w1", UP: "w3", DOWN: "w2"},
+)
+_SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)")
+_FUSED = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|down_proj)(_bias)?")
+_MIXTRAL = re.compile(r"(^|\.)block_sparse_moe\.")  # as Mixtral is saved; `mlp.` in memory
+
+
+@dataclass(frozen=True)
+class Group:
+    """The experts under one prefix: their layout, what the projections of single experts are called, how many experts
+    there are, and the columns of a `hidden` and of an `intermediate` vector. `biased`: whether they have biases."""
+
+    prefix: str
+    layout: str
+    called: tuple[tuple[str, str], ...]
+    count: int
+    hidden: int
+    intermediate: int
+    biased: bool
+
+    @property
+    def size(self) -> tuple[int, int, int, bool]:
+        """What two groups must share so that one is a permutation of the other."""
+        return self.count, self.hidden, self.intermediate, self.biased
+
+    def holder(self, projection: str, expert: int, part: str) -> str:
+        """The tensor that holds a part, `weight` or `bias`, of a projection of an expert."""
+        if self.layout == ONE_BY_ONE:
+            return f"{self.prefix}.{expert}.{dict(self.called)[projection]}.{part}"
+        name = "down_proj" if projection == DOWN else "gate_up_proj"
+        return f"{self.prefix}.{name}{'_bias' if part == 'bias' else ''}"
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """Rows, which are outputs, and columns of a projection's matrix."""
+        return (self.hidden, self.intermediate) if projection == DOWN else (self.intermediate, self.hidden)
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor in another layout: of each of its experts, from `first` on, these projections' part, put together as in
+    `layout`, out of the tensors of `source`."""
+
+    source: Group
+    layout: str
+    projections: tuple[str, ...]
+    part: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Relaid(Checkpoint):
+    """A checkpoint whose `tensors` have the names and shapes of another layout. `views` has those that are made of
+    `inner`'s; `names` what the others are called there."""
+
+    inner: Checkpoint | None = None
+    views: dict[str, View] = field(default_factory=dict, repr=False)
+    names: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def reads(self, name: str) -> Iterator[tuple[TensorSpec, int]]:
+        """The stored tensors that tensor `name` is made of, and the bytes of each."""
+        assert self.inner is not None
+        if name not in self.views:
+            spec = self.inner.tensors[self.names[name]]
+            yield spec, spec.nbytes
+            return
+        view = self.views[name]
+        holders: dict[str, int] = {}
+        for expert in range(view.first, view.first + view.count):
+            for projection in view.projections:
+                rows, columns = view.source.shape(projection)
+                holder = view.source.holder(projection, expert, view.part)
+                holders[holder] = holders.get(holder, 0) + (rows * columns if view.part == "weight" else rows)
+        for holder, numel in holders.items():
+            spec = self.inner.tensors[holder]
+            yield spec, numel * ITEMSIZE[spec.dtype]
+
+
+def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """`donor` with its experts in the layout of `base`; itself where they are, where `base` has none like them, or
+    where it is no plain checkpoint. Raises BadInput for dtypes that one tensor cannot have."""
+    if type(donor) is not Checkpoint:
+        return donor
+    target, own = groups(base), groups(donor)
+    views: dict[str, View] = {}
+    specs: dict[str, TensorSpec] = {}
+    gone: set[str] = set()
+    for key, source in own.items():
+        wanted = target.get(key)
+        if wanted is None or wanted.size != source.size or _alike(wanted, source):
+            continue
+        for name, view in _views(wanted, source):
+            holders = {source.holder(p, e, view.part) for p in view.projections for e in _experts(view)}
+            held = [donor.tensors[holder] for holder in sorted(holders)]
+            if len({spec.dtype for spec in held}) > 1:
+                raise BadInput(
+                    f"{donor.path}: stores {held[0].name} and others that make {base.path}'s {name} in different "
+                    "dtypes; store them in one"
+                )
+            views[name] = view
+            specs[name] = TensorSpec(name, held[0].dtype, base.tensors[name].shape, held[0].file, held[0].offset)
+            gone |= holders
+    if not views:
+        return donor
+    names = {_name_in(base, name): name for name in donor.tensors if name not in gone}
+    tensors = {new: replace(donor.tensors[old], name=new) for new, old in names.items()} | specs
+    plain = {one.name: getattr(donor, one.name) for one in fields(donor)}
+    return Relaid(**plain | {"tensors": tensors}, inner=donor, views=views, names=names)
+
+
+def groups(checkpoint: Checkpoint) -> dict[str, Group]:
+    """The experts of each layer, by their prefix as Mixtral has it in memory; those alone whose names and shapes say
+    all that there is to know. gate_up_proj [.., 2·I, H] stands beside down_proj [.., H, I], and [.., H, 2·I] beside
+    [.., I, H], so that shapes always tell which is transposed; whether gate and up then alternate, a bias tells, or
+    the config."""
+    singles: dict[str, dict[tuple[int, str, str], TensorSpec]] = {}
+    fused: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in checkpoint.tensors.items():
+        if "experts." not in name:
+            continue
+        if single := _SINGLE.fullmatch(name):
+            singles.setdefault(single[1], {})[int(single[2]), single[3], single[4]] = spec
+        elif whole := _FUSED.fullmatch(name):
+            fused.setdefault(whole[1], {})[whole[2] + (whole[3] or "")] = spec
+    found = [_single(prefix, own) for prefix, own in singles.items() if prefix not in fused]
+    found += [_fused(prefix, own, checkpoint) for prefix, own in fused.items() if prefix not in singles]
+    return {_in_memory(group.prefix): group for group in found if group}
+
+
+def _single(prefix: str, own: dict[tuple[int, str, str], TensorSpec]) -> Group | None:
+    count = 1 + max(expert for expert, _, _ in own)
+    called = next((names for names in (_PROJ, _W) if all(name in names.values() for _, name, _ in own)), None)
+    if called is None or len(own[next(iter(own))].shape) not in (1, 2):
+        return None
+    biased = any(part == "bias" for _, _, part in own)
+    down = own.get((0, called[DOWN], "weight"))
+    if down is None or len(down.shape) != 2:
+        return None
+    group = Group(prefix, ONE_BY_ONE, tuple(called.items()), count, *down.shape, biased)
+    for expert in range(count):
+        for projection in called:
+            rows, columns = group.shape(projection)
+            for part, shape in (("weight", (rows, columns)), ("bias", (rows,)))[: 1 + biased]:
+                spec = own.get((expert, called[projection], part))
+                if spec is None or spec.shape != shape:
+                    return None
+    return group
+
+
+def _fused(prefix: str, own: dict[str, TensorSpec], checkpoint: Checkpoint) -> Group | None:
+    if not {"gate_up_proj", "down_proj"} <= own.keys():
+        return None
+    both, down = own["gate_up_proj"].shape, own["down_proj"].shape
+    if len(both) != 3 or len(down) != 3 or both[0] != down[0]:
+        return None
+    biases = [own.get(name) for name in ("gate_up_proj_bias", "down_proj_bias")]
+    biased = all(biases)
+    if not biased and any(biases):
+        return None
+    if both[1:] == (2 * down[2], down[1]) and not biased:
+        return Group(prefix, FUSED, (), both[0], down[1], down[2], False)
+    alternates = biased or checkpoint.config.get("model_type") == "gpt_oss"
+    if both[1:] == (down[2], 2 * down[1]) and alternates:
+        group = Group(prefix, INTERLEAVED, (), both[0], down[2], down[1], biased)
+        shapes = [(both[0], both[2]), (both[0], down[2])]
+        fits = all(bias.shape == shape for bias, shape in zip(biases, shapes, strict=True) if bias)
+        return group if fits else None
+    return None
+
+
+def _alike(one: Group, other: Group) -> bool:
+    return (one.prefix, one.layout, one.called) == (other.prefix, other.layout, other.called)
+
+
+def _views(wanted: Group, source: Group) -> Iterator[tuple[str, View]]:
+    for part in ("weight", "bias")[: 1 + wanted.biased]:
+        if wanted.layout == ONE_BY_ONE:
+            for expert in range(wanted.count):
+                for projection in (GATE, UP, DOWN):
+                    view = View(source, ONE_BY_ONE, (projection,), part, expert, 1)
+                    yield wanted.holder(projection, expert, part), view
+        else:
+            for projections in ((GATE, UP), (DOWN,)):
+                view = View(source, wanted.layout, projections, part, 0, wanted.count)
+                yield wanted.holder(projections[0], 0, part), view
+
+
+def _experts(view: View) -> range:
+    return range(view.first, view.first + view.count)
+
+
+def _in_memory(name: str) -> str:
+    return _MIXTRAL.sub(r"\1mlp.", name)
+
+
+def _name_in(base: Checkpoint, name: str) -> str:
+    """What a tensor beside the experts, such as Mixtral's router, is called in `base`."""
+    twin = _in_memory(name)
+    if name not in base.tensors:
+        for other in (twin, re.sub(r"(^|\.)mlp\.", r"\1block_sparse_moe.", name)):
+            if other in base.tensors:
+                return other
+    return name

@@ -1,0 +1,94 @@
+"""A vector in any layout of experts applies to a target in any other: the same bytes as in the target's own layout."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import near, write_checkpoint
+
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.layouts import Relaid, lay_out
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.reader import open_point
+
+E, HIDDEN, INNER = 3, 10, 7
+PLAIN = ("gate_proj", "w1", "fused")
+BIASED = ("gate_proj", "interleaved")
+Weights = dict[str, torch.Tensor]
+
+
+def canonical(seed: int, biased: bool) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"gate": (E, INNER, HIDDEN), "up": (E, INNER, HIDDEN), "down": (E, HIDDEN, INNER), "router": (E, HIDDEN)}
+    if biased:
+        shapes |= {"gate.bias": (E, INNER), "up.bias": (E, INNER), "down.bias": (E, HIDDEN)}
+    return {name: (torch.randn(shape, generator=generator) * 0.05).bfloat16() for name, shape in shapes.items()}
+
+
+def stored(weights: Weights, layout: str) -> Weights:
+    block = "block_sparse_moe" if layout == "w1" else "mlp"
+    at = f"model.layers.0.{block}.experts"
+    found = {f"model.layers.0.{block}.gate.weight": weights["router"]}
+    gate, up, down = weights["gate"], weights["up"], weights["down"]
+    if layout == "fused":
+        return found | {f"{at}.gate_up_proj": torch.cat([gate, up], 1), f"{at}.down_proj": down}
+    if layout == "interleaved":
+        pairs = torch.empty(E, HIDDEN, 2 * INNER, dtype=gate.dtype)
+        pairs[..., ::2], pairs[..., 1::2] = gate.transpose(1, 2), up.transpose(1, 2)
+        biases = torch.empty(E, 2 * INNER, dtype=gate.dtype)
+        biases[:, ::2], biases[:, 1::2] = weights["gate.bias"], weights["up.bias"]
+        return found | {
+            f"{at}.gate_up_proj": pairs,
+            f"{at}.gate_up_proj_bias": biases,
+            f"{at}.down_proj": down.transpose(1, 2).contiguous(),
+            f"{at}.down_proj_bias": weights["down.bias"],
+        }
+    called = (
+        {"gate": "w1", "up": "w3", "down": "w2"} if layout == "w1" else {p: f"{p}_proj" for p in ("gate", "up", "down")}
+    )
+    for part, name in called.items():
+        for k in range(E):
+            found[f"{at}.{k}.{name}.weight"] = weights[part][k].clone()
+            if f"{part}.bias" in weights:
+                found[f"{at}.{k}.{name}.bias"] = weights[f"{part}.bias"][k].clone()
+    return found
+
+
+def computed(point: WeightPoint, size: int) -> Weights:
+    reader, out = open_point(point), {}
+    for name, spec in reader.base.tensors.items():
+        out[name] = torch.empty(spec.numel, dtype=torch.bfloat16)
+        for begin in range(0, spec.numel, size):
+            reader.fill(name, begin, out[name][begin : begin + size])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("donors", "target", "biased"),
+    [(*pair, False) for pair in product(PLAIN, repeat=2)] + [(*pair, True) for pair in product(BIASED, repeat=2)],
+)
+def test_all_pairs_are_the_merge_in_one_layout(tmp_path: Path, donors: str, target: str, biased: bool) -> None:
+    base = canonical(0, biased)
+    plus, minus = near(base, 1), near(base, 2)
+    own = write_checkpoint(tmp_path / "target", stored(base, target))
+    points = {}
+    for layout in {donors, target}:
+        paths = [
+            str(write_checkpoint(tmp_path / f"{role}-{layout}", stored(weights, layout), shards=2))
+            for role, weights in (("plus", plus), ("minus", minus))
+        ]
+        points[layout] = WeightPoint(str(own), (Term(0.5, Vector(*paths)),))
+    base_source = open_source(str(own))
+    sources = {source: lay_out(open_source(source), base_source) for source in points[donors].sources()}
+    compat.check(points[donors], sources)
+    assert isinstance(sources[points[donors].terms[0].vector.plus], Relaid) == (donors != target)
+    wanted = computed(points[target], 1 << 20)
+    assert any(not torch.equal(wanted[name], tensor.view(-1)) for name, tensor in stored(base, target).items())
+    for size in (1 << 20, 13):
+        got = computed(points[donors], size)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
