@@ -6,6 +6,7 @@ import atexit
 import os
 import re
 import secrets
+import signal
 import socket
 import stat
 import threading
@@ -138,6 +139,8 @@ def _init(address: str, namespace: str | None) -> None:
     global _leaving, _session, _starting
     private_ray.require()
     private_ray.take_its_words()
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        private_ray.leave_signals()
     more: dict[str, Any] = {}
     for start in range(1, _STARTS + 1):
         _leaving, _starting = False, private_ray.gcs_servers() if address == "local" else None

@@ -1,8 +1,8 @@
 """Ends that are not ours: a signal, or a cluster that is lost, ends the command with our sentence and a status.
 
-Ray's core replaces the handler of SIGTERM, and when the GCS or the raylet dies it ends the process from inside, after
-up to a minute, with its own text. So a thread looks: it tells at once, and where the rest has not come to an end by
-then, ends the process. What processes of ours leave behind when they die is given to us, and ends with us: an engine
+Ray's core would replace the handler of SIGTERM, and when the GCS or the raylet dies it ends the process from inside,
+after up to a minute, with its own text. So a thread looks: it tells at once, and where the rest has not come to an end
+by then, ends the process. What processes of ours leave behind when they die is given to us, and ends with us: an engine
 may be too busy with its start to see that its raylet is gone. Only the command has this; whoever uses rvdist from
 Python keeps their own signals and children.
 """

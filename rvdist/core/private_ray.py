@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
@@ -25,6 +26,8 @@ _SERVICES = ("ray._private.services:resolve_ip_for_localhost", "ray._private.ser
 _NOTED, _CLIENT = "ray._private.utils:read_ray_address", "ray._raylet:GcsClient"
 _PRINT, _LISTEN = "ray._private.worker:print_to_stdstream", "ray._private.worker:listen_error_messages"
 _NODE = "ray._private.services:get_node"
+_TERMINATED = "ray._private.utils:set_sigterm_handler"
+_HANDLES = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"  # of Ray's core: whether it has taken the signals
 _ENABLE = "ray._private.authentication.authentication_token_setup:maybe_enable_token_auth_if_token_available"
 NEEDED = (
     *_SERVICES,
@@ -34,6 +37,7 @@ NEEDED = (
     _PRINT,
     _LISTEN,
     _NODE,
+    _TERMINATED,
     "ray._private.worker:_global_node",
     "ray._private.node:Node.raylet_socket_name",
     "ray._private.node:Node.gcs_address",
@@ -116,6 +120,19 @@ def take_its_words() -> None:
             listen(*given)
 
     worker.print_to_stdstream, worker.listen_error_messages = heard, listen_quietly
+
+
+@cache
+def leave_signals() -> None:
+    """A patch, for good: who handles SIGTERM goes on to. Ray would put a handler of its own in its place, and its core
+    another, which writes a stack trace and ends the process. That one believes here to be in place already; with it go
+    the traces of crashes, of which Python's own remain."""
+    from ray import _raylet
+    from ray._private import utils
+
+    utils.set_sigterm_handler = lambda handler: None
+    with suppress(OSError, ValueError):  # where it has another name, `rvdist.core.ends` takes the signal back
+        ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), _HANDLES).value = True
 
 
 def own_address() -> str:

@@ -149,6 +149,53 @@ def test_a_gcs_that_is_killed_while_ray_starts_ends_the_command(place):
     assert again.returncode == 0, again.stderr
 
 
+def threads(pid):
+    """The names of the threads of a process."""
+    found = set()
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found.add((thread / "comm").read_text().strip())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "status", "sentence"),
+    [(signal.SIGTERM, 143, r"terminated \(SIGTERM\)"), (signal.SIGINT, 130, "interrupted")],
+)
+@pytest.mark.parametrize("thread", ["gcs_client_io_s", "worker.io"])
+def test_a_signal_while_ray_starts_ends_in_our_sentence_alone(place, sent, status, sentence, thread):
+    """Before its processes are there, and as its core begins in ours, which takes the signals then."""
+    arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "output=out"]
+    command = [sys.executable, "-m", "rvdist.launch", *arguments]
+    running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while thread not in threads(running.pid):
+        time.sleep(0.001)
+    running.send_signal(sent)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}; {KEPT}\n", errors), errors
+
+
+HANDLING = """
+import ctypes, signal
+from rvdist.core import cluster
+get = ctypes.pythonapi.PyOS_getsig
+get.restype = ctypes.c_void_p
+signal.signal(signal.SIGTERM, handler := lambda *given: print("ours", flush=True))
+before = get(signal.SIGTERM)
+cluster.connect("local")
+assert signal.getsignal(signal.SIGTERM) is handler and get(signal.SIGTERM) == before
+signal.raise_signal(signal.SIGTERM)
+cluster.disconnect()
+"""
+
+
+@pytest.mark.slow
+def test_who_handles_sigterm_goes_on_to_when_ray_has_started():
+    done = subprocess.run([sys.executable, "-c", HANDLING], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ours\n", "")
+
+
 STARTING = """
 from rvdist.core import cluster
 cluster.connect("local")
