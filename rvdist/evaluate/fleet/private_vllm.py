@@ -51,6 +51,15 @@ def _is_on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def unname_memory() -> None:
+    """Removes the names of the memory that this rank shares with the others on CPUs, once all have it: vLLM removes
+    them when a rank ends by itself, and one that is killed would leave them in /dev/shm."""
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if path.startswith("/dev/shm/") and "-cpushm_" in path:
+            Path(path).unlink(missing_ok=True)
+
+
 @contextmanager
 def meeting_at(file: Path) -> Iterator[None]:
     """A patch while an engine starts: its only rank finds itself by this file, where vLLM would leave one in the

@@ -25,6 +25,7 @@ from rvdist.evaluate.fleet.private_vllm import (
     reload,
     repair_packed_copies,
     require_in_rank,
+    unname_memory,
     watch_logits,
 )
 from rvdist.weights.reader import open_point
@@ -57,6 +58,7 @@ class SwapExtension:
     def rvdist_ready(self, tensors: list[str]) -> None:
         """Call once after start on a checkpoint of these tensors. Raises Failed where vLLM is not as we know it."""
         require_in_rank()
+        unname_memory()
         ask_for_amx()
         self._rvdist_tensors = tensors
         self._rvdist_rows = watch_logits(self.model_runner)

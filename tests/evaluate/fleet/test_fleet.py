@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from checkpoints import POCKET
@@ -45,6 +46,16 @@ def engine_processes():
 
     found = [actor for actor in actors().values() if actor["ActorClassName"] == EngineActor.__name__]
     return [actor["Pid"] for actor in found if actor["State"] == "ALIVE"]
+
+
+def ranks(engine):
+    """The processes below an engine that share memory with others."""
+    below, new = [], [engine]
+    while new:
+        paths = [path for pid in new for path in Path(f"/proc/{pid}/task").glob("*/children")]
+        below += (new := [int(child) for path in paths for child in path.read_text().split()])
+    maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in below}
+    return {pid: text for pid, text in maps.items() if "-cpushm_" in text}
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +218,18 @@ def test_engines_that_cannot_be_had_or_start_are_reported(ray_local):
 
 @pytest.mark.slow
 def test_an_engine_of_two_ranks(ray_local, requests):
-    """On cores of one NUMA node, too, which vLLM by itself does not share out."""
+    """On cores of one NUMA node, too, which vLLM by itself does not share out. The memory that they share has no name
+    any more, which would stay in /dev/shm for ever where they are killed."""
     fleet = Fleet(TARGET.base, dataclasses.replace(SETTINGS, tensor_parallel_size=2), count=1, cpus=1.0)
     answered = fleet.answer([piece for point in POINTS[:2] for piece in cut(point, requests, 40)], requests)
     assert fleet.info()[0]["probe"] == "passed" and fleet.stats.deaths == 0
     assert len(set(texts(answered).values())) == len(answered)
+    (engine,) = engine_processes()
+    sharing = ranks(engine)
+    assert len(sharing) == 2
+    for maps in sharing.values():
+        shared = set(re.findall(r"/dev/shm/\S*-cpushm_.*", maps))
+        assert len(shared) == 2 and all(name.endswith(" (deleted)") for name in shared), shared
     fleet.stop()
 
 
