@@ -41,3 +41,69 @@ def dare(base, terms, density, seed, tensor="w"):
         kept = torch.tensor([draw < density * 2**32 for draw in draws(seed, vector, tensor, base.numel())])
         total = total + torch.where(kept, (alpha / density) * (plus.to(work) - minus.to(work)), 0.0)
     return total.to(base.dtype)
+
+
+def breadcrumbs(base, vectors, weights, density, gamma):
+    """A sort; magnitudes that are equal do not come up."""
+    total = base.clone()
+    for weight, vector in zip(weights, vectors, strict=True):
+        n, order = vector.numel(), vector.abs().argsort(descending=True)
+        kept = int(density * n)
+        begin = min(int(gamma * n), n - kept)
+        stays = torch.zeros(n, dtype=torch.bool)
+        stays[order[begin : begin + kept]] = True
+        total += weight * torch.where(stays | (density >= 1), vector, 0.0)
+    return total
+
+
+def sce(base, vectors, density):
+    """torch's variance, and a sort."""
+    stacked = torch.stack(vectors)
+    if density < 1:
+        variance = stacked.var(0, unbiased=False)
+        selected = variance.argsort(descending=True)[: int(density * variance.count_nonzero())]
+        mask = torch.zeros(len(base), dtype=torch.bool)
+        mask[selected] = True
+        stacked = stacked * mask
+    sizes = stacked.square().mean(1)
+    shares = sizes / sizes.sum() if sizes.sum() >= 1e-6 else torch.full_like(sizes, 1 / len(vectors))
+    agrees = stacked.sign() == torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
+    weights = shares[:, None] * agrees
+    return base + (weights * stacked).sum(0) / weights.sum(0).clamp(min=1e-6)
+
+
+def model_stock(base, vectors):
+    count = len(vectors)
+    cosine = torch.stack([torch.cosine_similarity(vectors[i], vectors[j], 0) for i in range(count) for j in range(i)])
+    ratio = count * cosine.mean() / (1 + (count - 1) * cosine.mean())
+    return ratio * (base + sum(vectors) / count) + (1 - ratio) * base
+
+
+def slerp(one, other, share):
+    angle = torch.acos(torch.cosine_similarity(one, other, 0))
+    return (torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other) / torch.sin(angle)
+
+
+def mean_direction(vectors, weights):
+    norms = [vector.norm() for vector in vectors]
+    mean = sum(w * vector / norm for w, vector, norm in zip(weights, vectors, norms, strict=True))
+    return mean / mean.norm() * sum(w * norm for w, norm in zip(weights, norms, strict=True))
+
+
+def karcher(models):
+    """Many small steps along the gradient: no more than the definition."""
+    units = [model / model.norm() for model in models]
+    mean = sum(units) / sum(units).norm()
+    for _ in range(200):
+        gradient = torch.zeros_like(mean)
+        for unit in units:
+            along = unit - unit.dot(mean) * mean
+            gradient += torch.acos(unit.dot(mean).clamp(-1, 1)) * along / along.norm().clamp(min=1e-30)
+        mean = mean + 0.5 * gradient / len(units)
+        mean = mean / mean.norm()
+    return mean * sum(model.norm() for model in models) / len(models)
+
+
+def nearswap(base, other, t):
+    near = (other - base).abs() <= t
+    return torch.where(near, other, base + t * (other - base).sign())

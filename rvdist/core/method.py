@@ -5,17 +5,21 @@ Knows no arithmetic: a row names the file below `rvdist/weights/arithmetic/` tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+Options = tuple[tuple[str, float], ...]  # a number by name; flags are 0 and 1
 
 
 @dataclass(frozen=True)
 class Facts:
     """What is known of a method.
 
-    `made_by`: FILE.NAME, a class or function below `rvdist/weights/arithmetic/` that takes `parameters` by keyword.
-    `parameters`: which of `density` and `seed` it has a use for. `whole_tensors`: all of a tensor must be seen before
-    any of it can be computed, so that no unit holds a part of one. `one_vector`: it goes from the base to one other
+    `made_by`: FILE.NAME, a class or function below `rvdist/weights/arithmetic/` that takes `parameters` and `options`
+    by keyword. `parameters`: which of `density` and `seed` it has a use for; `options`: its other numbers, and their
+    defaults. `whole_tensors`: all of a tensor must be seen before any of it can be computed, so that no unit holds a
+    part of one. `one_vector`: it goes from the base to one other
     model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the method, else `merge.method` may
     name it. `sentence`: what a card says, with {density} and {seed} filled in; empty where the terms are simply added.
     """
@@ -25,6 +29,7 @@ class Facts:
     formula: str = ""
     sentence: str = ""
     parameters: tuple[str, ...] = ()
+    options: Options = ()
     whole_tensors: bool = False
     one_vector: bool = False
 
@@ -38,6 +43,12 @@ def _mergekit(name: str, drops: str, adds: str) -> str:
 
 _TRIMMED = "in every tensor, each vector keeps that share of its largest elements"
 _DROPPED = "each element of a vector stays with that probability and is divided by it"
+_BREADCRUMBS = (
+    "The terms are combined by Model Breadcrumbs ([arXiv 2312.06795](https://arxiv.org/abs/2312.06795)) with "
+    "{density} and gamma {gamma:g}: in every tensor, each vector leaves out that share of its largest elements, and "
+    "then the smallest"
+)
+_ELECTED = "a sign is elected for each element, and only terms that agree with it are taken"
 
 FACTS = (
     Facts("linear", "linear.Linear", "t + Σ α_k·d_k"),
@@ -91,6 +102,78 @@ FACTS = (
         sentence=_mergekit("dare_ties", _DROPPED, "weighted mean"),
         parameters=("density", "seed"),
     ),
+    Facts(
+        "breadcrumbs",
+        "breadcrumbs.Breadcrumbs",
+        sentence=f"{_BREADCRUMBS}, and the terms are added.",
+        parameters=("density",),
+        options=(("gamma", 0.01),),
+        whole_tensors=True,
+    ),
+    Facts(
+        "breadcrumbs_ties",
+        "breadcrumbs.BreadcrumbsTies",
+        sentence=f"{_BREADCRUMBS}, {_ELECTED}.",
+        parameters=("density",),
+        options=(("gamma", 0.01), ("normalize", 0), ("factor", 1)),
+        whole_tensors=True,
+    ),
+    Facts(
+        "sce",
+        "sce.Sce",
+        sentence="The terms are combined by SCE ([arXiv 2408.07990](https://arxiv.org/abs/2408.07990)) with "
+        "{density}: that share of the elements, those that vary most between the vectors, is merged, each vector "
+        f"weighs as much as its mean square, {_ELECTED}.",
+        parameters=("density",),
+        whole_tensors=True,
+    ),
+    Facts(
+        "model_stock",
+        "model_stock.ModelStock",
+        sentence="The target goes towards the mean of the models as far as the angles between their vectors say, each "
+        "tensor by itself: Model Stock ([arXiv 2403.19522](https://arxiv.org/abs/2403.19522)).",
+        whole_tensors=True,
+    ),
+    Facts(
+        "nuslerp",
+        "nuslerp.Nuslerp",
+        sentence="The two vectors are interpolated on the sphere, each tensor as one vector, and added.",
+        whole_tensors=True,
+    ),
+    Facts(
+        "nuslerp_models",
+        "nuslerp.NuslerpModels",
+        sentence="The target and the other model are interpolated on the sphere, each tensor as one vector.",
+        whole_tensors=True,
+        one_vector=True,
+    ),
+    Facts(
+        "multislerp",
+        "multislerp.Multislerp",
+        sentence="The vectors' mean direction at their mean length is added, each tensor as one vector.",
+        whole_tensors=True,
+    ),
+    Facts(
+        "multislerp_models",
+        "multislerp.MultislerpModels",
+        sentence="The models' mean direction at their mean length is taken, each tensor as one vector.",
+        whole_tensors=True,
+    ),
+    Facts(
+        "karcher",
+        "karcher.Karcher",
+        sentence="The point of the sphere nearest to all models, their Karcher mean, is taken at their mean length, "
+        "each tensor as one vector.",
+        options=(("max_iter", 10), ("tol", 1e-5)),
+        whole_tensors=True,
+    ),
+    Facts(
+        "nearswap",
+        "nearswap.Nearswap",
+        sentence="Elements that are nearer to the target's than the coefficient become the other model's; others go "
+        "that far towards it.",
+        one_vector=True,
+    ),
 )
 METHODS = tuple(row.name for row in FACTS if row.formula)  # those that merge.method may name
 _BY_NAME = {row.name: row for row in FACTS}
@@ -106,11 +189,12 @@ def facts(name: str) -> Facts:
 @dataclass(frozen=True)
 class MethodSpec:
     """How the terms of a weight point are combined: a method by its name, the share `density` of each vector that is
-    kept, and the `seed` that a random choice begins with."""
+    kept, the `seed` that a random choice begins with, and what of the method's `options` is not at its default."""
 
     name: str = "linear"
     density: float = 1.0
     seed: int = 0
+    options: Options = ()
 
     @property
     def facts(self) -> Facts:
@@ -119,15 +203,34 @@ class MethodSpec:
 
     def without_unused(self) -> MethodSpec:
         """What the method has no use for is at its default: points that are computed alike are equal."""
-        return MethodSpec(self.name, **self.parameters)
+        given = dict(self.options)
+        unusual = tuple((key, given[key]) for key, usual in self.facts.options if given.get(key, usual) != usual)
+        return MethodSpec(self.name, **{key: getattr(self, key) for key in self.facts.parameters}, options=unusual)
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What the method has a use for, by name."""
-        return {key: getattr(self, key) for key in self.facts.parameters}
+        return (
+            {key: getattr(self, key) for key in self.facts.parameters} | dict(self.facts.options) | dict(self.options)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; `options` only where there are some."""
+        fields = {"name": self.name, "density": self.density, "seed": self.seed}
+        return fields | ({"options": [list(option) for option in self.options]} if self.options else {})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MethodSpec:
+        """The method of `to_json`. Raises TypeError or ValueError for what is none."""
+        options = tuple((str(key), float(number)) for key, number in data.get("options", ()))
+        return cls(**{**data, "options": options})
 
     def check(self) -> None:
-        """Raises ValueError where there is no such method, or its density is out of range."""
+        """Raises ValueError where there is no such method, it has no such option, or its density is out of range."""
+        known = [key for key, _ in self.facts.options]
+        for key, _ in self.options:
+            if key not in known:
+                raise ValueError(f"{self.name} has no option {key!r}{f', only {known}' if known else ''}")
         if "density" in self.facts.parameters and not 0 < self.density <= 1:
             raise ValueError(f"density {self.density} is not above 0 and at most 1")
 

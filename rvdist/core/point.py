@@ -194,7 +194,7 @@ class WeightPoint:
         for term in fields["terms"]:
             if not term["density"]:
                 del term["density"]
-        return fields
+        return fields | {"method": self.method.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightPoint:
@@ -217,7 +217,7 @@ class WeightPoint:
             )
             for term in data["terms"]
         )
-        return cls(base=data["base"], terms=terms, method=MethodSpec(**data["method"]))
+        return cls(base=data["base"], terms=terms, method=MethodSpec.from_json(data["method"]))
 
     def digest(self, contents: Mapping[str, str]) -> str:
         """A hash of what the point is made of: `contents` maps each source to a digest of its bytes,
@@ -234,7 +234,7 @@ class WeightPoint:
                 | ({"density": term.density} if term.density else {})
                 for term in self.active_terms
             ],
-            "method": asdict(self.method),
+            "method": self.method.to_json(),
         }
         return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -16,17 +16,20 @@ from typing import Any, NoReturn
 from rvdist.core.config.schema import DTYPES
 from rvdist.core.errors import BadInput
 from rvdist.core.foreign import parse_yaml
+from rvdist.core.mergekit import ROWS
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint, layer_count, layer_of
 from rvdist.core.regular import read_regular
 
 _MOST = 1 << 20  # bytes of a file that is read
-METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer",
 }  # fmt: skip
-_PARAMETERS = {"weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t"}
+_PARAMETERS = {  # of any method; some say nothing there, to mergekit too
+    "weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t",
+}  # fmt: skip
+_ALSO = {"multislerp": {"normalize_weights"}, "nuslerp": {"nuslerp_row_wise"}}
 _INSIDE_LAYERS = r"(?:.*\.)?\d+(?:\..*)?"
 
 Numbers = tuple[float, ...]  # one value, or a gradient over the layers
@@ -75,13 +78,13 @@ class _File:
 
     def recipe(self, names: Names, seed: int) -> Recipe:
         method = self._content.get("merge_method")
-        if method not in METHODS:
-            self._refuse("merge_method", f"{method!r} is not one we have; choose one of {', '.join(METHODS)}")
+        if method not in ROWS:
+            self._refuse("merge_method", f"{method!r} is not one we have; choose one of {', '.join(ROWS)}")
         for key in self._content:
             if key not in _KEYS:
                 self._refuse(str(key), "is not supported; leave it out")
         self._check_tokenizer()
-        models = self._models()
+        models = self._models(_PARAMETERS | ROWS[method].parameters() | _ALSO.get(method, set()))
         base = self._base(method, models)
         tensors = names(base)
         self._check_spans(layer_count(tensors))
@@ -100,8 +103,8 @@ class _File:
                 self._refuse(key, f"{self._content[key]!r} is not one of {', '.join(DTYPES)}")
         return self._content.get("out_dtype") or self._content.get("dtype")
 
-    def _models(self) -> list[_Model]:
-        """The inputs, in order; from `models`, or from the sources of the one slice."""
+    def _models(self, known: set[str]) -> list[_Model]:
+        """The inputs, in order; from `models`, or from the sources of the one slice. `known` are their parameters."""
         listed, key = self._content.get("models"), "models"
         if (listed is None) == (self._content.get("slices") is None):
             self._refuse("models", "or slices has to be there, one of them")
@@ -131,19 +134,19 @@ class _File:
         scopes = [(f"{model.key}.parameters", model.parameters) for model in models]
         for where, parameters in scopes + self._scopes:
             for name in parameters:
-                if name not in _PARAMETERS:
-                    self._refuse(f"{where}.{name}", f"is not a parameter we have ({', '.join(sorted(_PARAMETERS))})")
+                if name not in known:
+                    self._refuse(f"{where}.{name}", f"is not a parameter we have ({', '.join(sorted(known))})")
         return models
 
     def _base(self, method: str, models: list[_Model]) -> str:
-        """The model that the others are differences to; of `linear` it is an input like the others."""
-        given = self._content.get("base_model")
+        """The model that the others are differences to; of `linear` and `karcher` it is an input like the others."""
+        given, row = self._content.get("base_model"), ROWS[method]
         if given is None:
-            if method != "linear":
+            if not row.base_is_input and not row.of_models:
                 self._refuse("base_model", f"is not set; {method} needs one")
             return models[0].name
         base = self._source(given, "base_model")
-        if method == "linear" and base not in [model.name for model in models]:
+        if row.base_is_input and base not in [model.name for model in models]:
             models.append(_Model(base, "base_model", {}))
         return base
 
@@ -214,22 +217,40 @@ class _File:
         return default
 
     def _point(self, method: str, base: str, models: list[_Model], tensors: Collection[str], seed: int) -> WeightPoint:
-        normalize = self._flag("normalize", method in ("linear", "ties"))
-        rescale = self._flag("rescale", method.startswith("dare"))
+        row = ROWS[method]
+        of_models = bool(row.of_models) and self._content.get("base_model") is None
+        normalize = self._flag("normalize_weights" if method == "multislerp" else "normalize", row.normalize)
+        rescale = self._flag("rescale", row.rescale)
         self._flag("int8_mask", False)  # saves mergekit memory, no more
+        self._flag("nuslerp_row_wise", False)  # says nothing where the tensor is one vector
+        for name, needed in row.only.items():
+            if self._flag(name, needed) != needed:
+                self._refuse(f"parameters.{name}", f"{str(not needed).lower()} is not supported for {method}")
         if method == "ties" and rescale:
             self._refuse("parameters.rescale", "true is not supported for ties")
-        inputs = [model for model in models if model.name != base or method == "linear"]
-        if method == "slerp" and len(inputs) != 1:
-            self._refuse("models", f"name {len(inputs)} models beside the base; slerp goes from the base to one other")
-        given = "t" if method == "slerp" else "weight"
+        as_inputs = row.base_is_input or of_models
+        inputs = [model for model in models if model.name != base or as_inputs]
+        self._count_inputs(method, len(inputs) - as_inputs, of_models)
+        given = row.weight
         rules = [self._rules(given, None if given == "t" else model, None) for model in inputs]
-        if method in ("ties", "dare_linear", "dare_ties"):
-            rules += [self._rules("density", model, 1.0) for model in inputs]
+        if not given:
+            rules = [[("", (1.0,))] for _ in inputs]
+        if row.density:
+            scope = [None if row.density == "select_topk" else model for model in inputs]
+            rules += [self._rules(row.density, model, 1.0) for model in scope]
         factor = 1.0
         if method not in ("linear", "slerp"):
             factor = self._constant("lambda", [self._rules("lambda", None, 1.0)], tensors)
-        elects = method.endswith("ties")
+        options = {
+            name: self._constant(name, [self._rules(name, model, usual) for model in inputs], tensors)
+            for name, usual in row.options.items()
+        }
+        elects = row.elects
+        if "gamma" in options and not 0 <= options["gamma"] < 1:
+            self._refuse("parameters.gamma", f"{options['gamma']:g} is not at least 0 and below 1")
+        if elects and options:
+            options |= {"normalize": float(normalize), "factor": factor}
+            factor = 1.0
         if elects and factor != 1 and (normalize or factor < 0):
             self._refuse("parameters.lambda", f"{factor:g} is not supported for {method}, only 1; scale the weights")
         terms: list[Term] = []
@@ -241,7 +262,7 @@ class _File:
                     self._refuse(f"{where}parameters.{given}", f"is not set for tensor {example}")
             layers = layer_count(tensors)
             both = _columns([value for value in values if value is not None], 0 if outside else layers)
-            columns = [self._share(method, column[: len(inputs)], normalize, factor) for column in both]
+            columns = [self._share(method, column[: len(inputs)], normalize, factor, of_models) for column in both]
             for number, model in enumerate(inputs):
                 if model.name == base:
                     continue
@@ -249,24 +270,52 @@ class _File:
                 kept = tuple(column[len(inputs) + number] for column in both) if len(rules) > len(inputs) else ()
                 for density in kept:
                     if not 0 < density <= 1:
-                        self._refuse("density", f"{density:g} is not above 0 and at most 1")
+                        self._refuse(row.density, f"{density:g} is not above 0 and at most 1")
                 if method == "dare_ties" and not rescale and normalize and set(kept) != {1.0}:
                     self._refuse("parameters.rescale", "false is not supported for dare_ties with normalize")
                 if method.startswith("dare") and not rescale:  # what the method divides by again
                     alphas = tuple(alpha * density for alpha, density in zip(alphas, kept, strict=True))
                 terms += _term(Vector(model.name, base), alphas, include, outside, layers, kept)
-        name = {"dare_linear": "dare", "slerp": "slerp"}.get(method, "linear")
-        if elects:
+        name = row.of_models if of_models and row.of_models else row.ours
+        if elects and not options:
             name = f"{method}_{'mean' if normalize else 'sum'}"
         densities = {density for term in terms for density in term.density}
         one = densities.pop() if len(densities) == 1 else 1.0
         if not densities:  # the method's own, not the terms'
             terms = [replace(term, density=()) for term in terms]
-        return WeightPoint(base, tuple(terms), MethodSpec(name, one, seed).without_unused())
+        return WeightPoint(base, tuple(terms), MethodSpec(name, one, seed, tuple(options.items())).without_unused())
 
-    def _share(self, method: str, weights: Sequence[float], normalize: bool, factor: float) -> list[float]:
+    def _count_inputs(self, method: str, others: int, of_models: bool) -> None:
+        """Refuses too many models, or too few, beside the base."""
+        least, most = (number - of_models for number in ROWS[method].others)
+        if least <= others <= most:
+            return
+        goes = {
+            "slerp": "slerp goes from the base to one other",
+            "nearswap": "nearswap goes from the base to one other",
+            "arcee_fusion": "arcee_fusion goes from the base to one other",
+            "model_stock": "model_stock needs two or more",
+            "nuslerp": f"nuslerp goes between {'that and one other' if of_models else 'two'}",
+        }
+        self._refuse("models", f"name {others} models beside the base; {goes[method]}")
+
+    def _share(
+        self, method: str, weights: Sequence[float], normalize: bool, factor: float, of_models: bool
+    ) -> list[float]:
         """The coefficients of the inputs' differences, at one layer."""
         total = math.fsum(weights)
+        row = ROWS[method]
+        if method == "nuslerp" and of_models:
+            return [weights[0], 0.5 if abs(total) < 1e-6 else weights[1] / total]
+        if method == "multislerp":
+            if normalize and total == 0:
+                self._refuse("weight", "adds up to 0 somewhere, and normalize_weights divides by that sum")
+            if not normalize and of_models and abs(total - 1) > 1e-6:
+                self._refuse(
+                    "parameters.normalize_weights",
+                    f"is false and the weights add up to {total:g}; without a base_model, make them add up to 1",
+                )
+            return [weight / total if normalize else weight for weight in weights]
         if method == "linear":
             if normalize and total == 0:
                 self._refuse("weight", "adds up to 0 somewhere, and normalize divides by that sum")
@@ -276,9 +325,9 @@ class _File:
                     f"is false and the weights add up to {total:g}: a model scaled as a whole is not a point of ours; "
                     "make them add up to 1, or normalize",
                 )
-        if method == "slerp":
+        if row.weight != "weight" or method == "nuslerp":
             return list(weights)
-        divides = normalize and not method.endswith("ties") and (method == "linear" or abs(total) >= 1e-8)
+        divides = normalize and not row.elects and (method == "linear" or abs(total) >= 1e-8)
         return [weight * factor / total if divides else weight * factor for weight in weights]
 
     def _constant(self, name: str, rules: list[Rules], tensors: Collection[str]) -> float:

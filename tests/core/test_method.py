@@ -40,7 +40,21 @@ def test_names_and_digests_of_points_stay_what_they_are(name):
     point = WeightPoint("t", TERMS, MethodSpec(name, 0.3, 7))
     assert formula(point) == FORMULAS[name]
     assert point.to_json()["method"] == {"name": name, "density": 0.3, "seed": 7}
+    assert WeightPoint.from_json(point.to_json()) == point
     assert point.digest({"t": "1", "p": "2", "m": "3", "q": "4"}) == DIGESTS[name]
+
+
+def test_options_are_part_of_a_point():
+    """Those that are not at their defaults; a method without such an option refuses it."""
+    usual = MethodSpec("breadcrumbs", 0.3, options=(("gamma", 0.01),))
+    other = MethodSpec("breadcrumbs", 0.3, options=(("gamma", 0.2),))
+    assert usual.without_unused() == MethodSpec("breadcrumbs", 0.3) and other.without_unused() == other
+    points = [WeightPoint("t", TERMS, method) for method in (usual.without_unused(), other)]
+    assert len({point.digest({"t": "1", "p": "2", "m": "3", "q": "4"}) for point in points}) == 2
+    assert WeightPoint.from_json(points[1].to_json()) == points[1]
+    assert formula(points[1]) == f"BREADCRUMBS({SUM}; density 0.3, gamma 0.2)"
+    with pytest.raises(ValueError, match="linear has no option 'gamma'"):
+        MethodSpec("linear", options=(("gamma", 0.2),)).check()
 
 
 @pytest.mark.parametrize("row", FACTS, ids=lambda row: row.name)
@@ -50,7 +64,7 @@ def test_what_a_row_says_is_what_its_method_does(row):
     assert MethodSpec(row.name, 0.5, 3).without_unused() == MethodSpec(
         row.name, 0.5 if "density" in row.parameters else 1.0, 3 if "seed" in row.parameters else 0
     )
-    filled = row.sentence.format(density="<density>", seed="<seed>")
+    filled = row.sentence.format(density="<density>", seed="<seed>", **dict(row.options))
     assert {key for key in ("density", "seed") if f"<{key}>" in filled} <= set(row.parameters)
 
 

@@ -45,22 +45,27 @@ class Consensus:
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
     ) -> None:
-        sign = torch.zeros_like(total)
         for vector, (alpha, difference) in enumerate(zip(alphas, differences, strict=True)):
             if self._dare:
                 self._dare.drop(difference, 1.0, vector, place)
             elif self._least:
                 difference.mul_(magnitudes(difference).ge_(self._least[vector]))
-            sign.add_(difference.mul_(alpha))
-        sign.copy_(sign >= 0).mul_(2).sub_(1)
-        change, weight = torch.zeros_like(total), torch.zeros_like(total)
-        for alpha, scaled in zip(alphas, differences, strict=True):
-            agrees = scaled.sign().eq_(sign)
-            change.add_(scaled.mul_(agrees))  # 0 times what is not finite is NaN: a vote cannot hide it
-            weight.add_(agrees.mul_(alpha))
-        if self._normalize:
-            change.div_(weight.masked_fill_(weight == 0, 1))
-        total.add_(change)
+            difference.mul_(alpha)
+        total.add_(elect(alphas, differences, self._normalize))
+
+
+def elect(alphas: Sequence[float], scaled: Sequence[torch.Tensor], normalize: bool) -> torch.Tensor:
+    """The sum, or the mean by weight, of those of the terms that have the elected sign; the terms are overwritten."""
+    sign = torch.zeros_like(scaled[0])
+    for term in scaled:
+        sign.add_(term)
+    sign.copy_(sign >= 0).mul_(2).sub_(1)
+    change, weight = torch.zeros_like(sign), torch.zeros_like(sign)
+    for alpha, term in zip(alphas, scaled, strict=True):
+        agrees = term.sign().eq_(sign)
+        change.add_(term.mul_(agrees))  # 0 times what is not finite is NaN: a vote cannot hide it
+        weight.add_(agrees.mul_(alpha))
+    return change.div_(weight.masked_fill_(weight == 0, 1)) if normalize else change
 
 
 def ties_sum(density: float) -> Consensus:

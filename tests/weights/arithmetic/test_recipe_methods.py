@@ -1,0 +1,97 @@
+"""mergekit's methods by chunks against whole tensors, in fp64."""
+
+import pytest
+import torch
+import whole_tensors as whole
+
+from rvdist.core.method import MethodSpec
+from rvdist.weights.arithmetic.method import Place, combine
+from rvdist.weights.arithmetic.registry import build
+
+
+def by_chunks(spec, base, vectors, alphas, chunk=1000, place=None):
+    method, place = build(spec), place or Place("w", base.numel())
+    cuts = [slice(start, start + chunk) for start in range(0, base.numel(), chunk)]
+    first = [base] * method.surveys_base
+    if spec.facts.whole_tensors:
+        method.survey(place, lambda: ([t[cut].clone() for t in (*first, *vectors)] for cut in cuts))
+    out = torch.empty_like(base)
+    for cut in cuts:
+        terms = [(alpha, vector[cut], None) for alpha, vector in zip(alphas, vectors, strict=True)]
+        at = Place(place.tensor, place.numel, cut.start, place.densities)
+        assert combine(method, base[cut], terms, out[cut], place=at) == 0
+    return out
+
+
+def operands(count, n=6001, seed=0, noise=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(n, generator=generator, dtype=torch.float64)
+    common = torch.randn(n, generator=generator, dtype=torch.float64)
+    return base, [noise * (common + torch.randn(n, generator=generator, dtype=torch.float64)) for _ in range(count)]
+
+
+BASE, VECTORS = operands(3)
+A, B, C = VECTORS
+WEIGHTS = (0.5, 0.3, 0.9)
+CASES = {
+    "breadcrumbs": (
+        MethodSpec("breadcrumbs", 0.4, options=(("gamma", 0.05),)), VECTORS, WEIGHTS,
+        whole.breadcrumbs(BASE, VECTORS, WEIGHTS, 0.4, 0.05),
+    ),
+    "breadcrumbs: fewer outliers than gamma": (
+        MethodSpec("breadcrumbs", 0.97, options=(("gamma", 0.05),)), VECTORS, WEIGHTS,
+        whole.breadcrumbs(BASE, VECTORS, WEIGHTS, 0.97, 0.05),
+    ),
+    "breadcrumbs: all": (MethodSpec("breadcrumbs"), VECTORS, WEIGHTS, BASE + 0.5 * A + 0.3 * B + 0.9 * C),
+    "breadcrumbs: none": (MethodSpec("breadcrumbs", 1e-5), VECTORS, WEIGHTS, BASE),
+    "sce": (MethodSpec("sce", 0.3), VECTORS, (1, 1, 1), whole.sce(BASE, VECTORS, 0.3)),
+    "sce: all": (MethodSpec("sce"), VECTORS, (1, 1, 1), whole.sce(BASE, VECTORS, 1.0)),
+    "sce: tiny vectors weigh alike": (
+        MethodSpec("sce", 0.5), [v * 1e-5 for v in VECTORS], (1, 1, 1),
+        whole.sce(BASE, [v * 1e-5 for v in VECTORS], 0.5),
+    ),
+    "sce: one vector does not vary": (MethodSpec("sce", 0.5), [A], (1,), BASE),
+    "model_stock": (MethodSpec("model_stock"), VECTORS, (1, 1, 1), whole.model_stock(BASE, VECTORS)),
+    "model_stock: one says nothing": (MethodSpec("model_stock"), [A], (1,), BASE),
+    "nuslerp": (MethodSpec("nuslerp"), [A, B], (0.2, 0.6), BASE + whole.slerp(A, B, 0.75)),
+    "nuslerp: no weight": (MethodSpec("nuslerp"), [A, B], (0.5, -0.5), BASE + whole.slerp(A, B, 0.5)),
+    "nuslerp: one line": (MethodSpec("nuslerp"), [A, 3 * A], (0.75, 0.25), BASE + 1.5 * A),
+    "nuslerp: one vector": (MethodSpec("nuslerp"), [A], (0.2,), BASE + A),
+    "nuslerp_models": (MethodSpec("nuslerp_models"), [A], (0.3,), whole.slerp(BASE, BASE + A, 0.3)),
+    "multislerp": (MethodSpec("multislerp"), VECTORS, WEIGHTS, BASE + whole.mean_direction(VECTORS, WEIGHTS)),
+    "multislerp: they cancel out": (MethodSpec("multislerp"), [A, -A], (0.5, 0.5), BASE),
+    "multislerp_models": (
+        MethodSpec("multislerp_models"), [A, B], (0.5, 0.2),
+        whole.mean_direction([BASE, BASE + A, BASE + B], (0.3, 0.5, 0.2)),
+    ),
+    "karcher": (
+        MethodSpec("karcher", options=(("max_iter", 100), ("tol", 1e-12))), VECTORS, (1, 1, 1),
+        whole.karcher([BASE, *(BASE + v for v in VECTORS)]),
+    ),
+    "karcher: no length": (MethodSpec("karcher"), [-BASE], (1,), 0.5 * BASE),
+    "nearswap": (MethodSpec("nearswap"), [A], (0.1,), whole.nearswap(BASE, BASE + A, 0.1)),
+    "nearswap: not below 0": (MethodSpec("nearswap"), [A], (-0.1,), BASE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_whole_tensors(case):
+    spec, vectors, alphas, wanted = CASES[case]
+    found = by_chunks(spec, BASE, vectors, alphas)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)  # numbers from angles are rounded to fp32
+    assert torch.equal(by_chunks(spec, BASE, vectors, alphas, 6001), found), "chunks do not matter"
+
+
+def test_breadcrumbs_elect_as_ties_does():
+    """Without outliers, and all kept, the two are one."""
+    spec = MethodSpec("breadcrumbs_ties", options=(("gamma", 0.0), ("normalize", 1.0)))
+    same = by_chunks(MethodSpec("ties_mean"), BASE, VECTORS, WEIGHTS)
+    assert torch.equal(by_chunks(spec, BASE, VECTORS, WEIGHTS), same)
+    doubled = MethodSpec("breadcrumbs_ties", options=(("normalize", 1.0), ("factor", 2.0)))
+    torch.testing.assert_close(by_chunks(doubled, BASE, VECTORS, WEIGHTS) - BASE, 2 * (same - BASE))
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "nuslerp_models", "nearswap"])
+def test_too_many_vectors_are_refused(name):
+    with pytest.raises(ValueError, match="not|unpack"):
+        by_chunks(MethodSpec(name), BASE, VECTORS, WEIGHTS)
