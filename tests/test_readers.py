@@ -210,6 +210,7 @@ OWN = {
     "core.timing": "/proc", "core.record": "writes", "core.regular": "the one place",
     "evaluate.fleet.actor": "the end of its own log", "evaluate.fleet.device": "/proc",
     "evaluate.fleet.private_vllm": "/proc",
+    "evaluate.scorers": "its own standard output",
     "evaluate.fleet.served": "its own directory", "evaluate.sandbox.box": "a pipe", "evaluate.sandbox.jail": "/proc",
     "evaluate.templates": "a file of transformers", "evaluate.cache": "SQLite, in which every row is checked",
     "report.anatomy": "writes", "report.page.page": "the page's own parts", "report.paper": "writes",
