@@ -38,6 +38,7 @@ from merge import measure, mergekit, spread  # noqa: E402
 from rvdist.core.record import Record, read_records  # noqa: E402
 
 PARTS = ["merge", "sweep", "race", "swap"]
+TASKS = "tasks"  # no part: what the sweep asks, for commands of one's own
 ALPHAS = [0.0, 0.5, 0.75, 1.0]
 HARD = ["boolean_expressions", "navigate", "object_counting"]
 PROBLEMS, CHOICES, GSM8K = "real_problems", "real_choices", "real_gsm8k"
@@ -580,7 +581,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rvdist-benchmark" / "real")
     parser.add_argument("--data", type=Path, help="a directory with GSM8K and BIG-Bench-Hard")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, TASKS], default=PARTS, help=f"{TASKS}: writes them")
     for side in ("target", "plus", "minus"):
         parser.add_argument(f"--{side}", type=Path, help="a checkpoint; all three or none")
     parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS, metavar="α", help="0 must be among them")
@@ -616,14 +617,16 @@ def main() -> None:
     else:
         families = dict(real_models.families(work))
     family = next(iter(families.values()))
-    tasks = write_tasks(work, given.data, given.problems, given.limit) if {"sweep", "race"} & set(given.only) else []
+    tasks = (
+        write_tasks(work, given.data, given.problems, given.limit) if {"sweep", "race", TASKS} & set(given.only) else []
+    )
     takes: dict[str, Callable[[], dict[str, Any]]] = {
         "merge": lambda: measure_merge(family, work, given.rounds),
         "sweep": lambda: measure_sweep(family, work, tasks, given),
         "race": lambda: measure_race(family, work, tasks, given),
         "swap": lambda: measure_swap(families, work, given.rounds),
     }
-    for part in given.only:
+    for part in (part for part in given.only if part != TASKS):
         began = time.perf_counter()
         (kept / f"{part}.json").write_text(json.dumps(takes[part](), indent=1))
         print(f"{part}: {time.perf_counter() - began:.0f} s in all", flush=True)
