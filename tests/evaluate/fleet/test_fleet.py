@@ -228,8 +228,8 @@ def test_an_engine_of_two_ranks(ray_local, requests):
     sharing = ranks(engine)
     assert len(sharing) == 2
     for maps in sharing.values():
-        shared = set(re.findall(r"/dev/shm/\S*-cpushm_.*", maps))
-        assert len(shared) == 2 and all(name.endswith(" (deleted)") for name in shared), shared
+        shared = set(re.findall(r"/dev/shm/.*", maps))
+        assert len(shared) > 2 and all(name.endswith(" (deleted)") for name in shared), shared
     fleet.stop()
 
 
