@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 from collections import defaultdict
 from contextlib import closing
@@ -45,7 +44,7 @@ CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}
 # element. mergekit's arithmetic is the inputs' dtype, and in bf16 the weights and differences are rounded to it too.
 # Angles and lengths of whole tensors it finds in fp32.
 UNITS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 2.0}
-ANGLES = re.compile("slerp|karcher|model_stock")
+ANGLES = {"slerp": 2, "karcher": 2, "nuslerp": 2, "model_stock": 4, "multislerp": 4}  # × these units
 RANDOM = {"dare_linear"}
 EXACT = sorted(path.stem for path in HERE.glob("*.yml") if path.stem not in RANDOM)
 
@@ -128,7 +127,9 @@ def require_equal(recipe, found, expected):
     point = read_recipe(HERE / f"{recipe}.yml", names).point
     inputs = [expected[f"inputs/{source}"] for source in point.sources()]
     dtype = next(iter(wanted.values())).dtype
-    assert units_apart(found, wanted, inputs) <= UNITS[dtype] * (4 if ANGLES.search(recipe) else 1)
+    assert units_apart(found, wanted, inputs) <= UNITS[dtype] * next(
+        (n for name, n in ANGLES.items() if recipe.startswith(name)), 1
+    )
     base = expected[f"inputs/{point.base}"]
     moved = sum(float((wanted[name].double() - base[name].double()).norm()) for name in wanted)
     apart = sum(float((wanted[name].double() - found[name].double()).norm()) for name in wanted)
