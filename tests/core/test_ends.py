@@ -90,8 +90,7 @@ def test_a_sweep_of_which_a_process_stands_still_goes_on(place, victim):
     wait_for(lambda: has_answers(place / "cache/samples.sqlite"))
     stopped = running.pid
     if victim == "engine":
-        raylet = descendants(running.pid)["raylet"]
-        (stopped,) = (pid for pid in children(raylet) if b"EngineActor" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        stopped = engine_below(running.pid)
     os.kill(stopped, signal.SIGSTOP)
     if victim == "driver":
         time.sleep(25)
@@ -100,6 +99,31 @@ def test_a_sweep_of_which_a_process_stands_still_goes_on(place, victim):
     assert running.returncode == 0, errors
     assert (place / "run/summary.json").read_bytes() == (place / "undisturbed/summary.json").read_bytes()
     assert not Path(f"/proc/{stopped}").exists()
+
+
+@pytest.mark.slow
+def test_what_ray_says_of_an_engine_that_died_stands_in_the_log_alone(place):
+    """Standard output is for what the command says."""
+    arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", *SCORING]
+    arguments += ["sweep.alphas=[0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1]", "hydra.run.dir=run"]
+    arguments += ["benchmarks.limit=100", "engine.slice_size=8"]  # so that there is more to come after the first
+    command = [sys.executable, "-m", "rvdist.launch", *arguments]
+    with subprocess.Popen(command, cwd=place, stdout=-1, stderr=-1, text=True) as running:
+        wait_for(lambda: has_answers(place / "cache/samples.sqlite"))
+        os.kill(engine_below(running.pid), signal.SIGKILL)
+        output, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    told = [json.loads(line) for line in (place / "run/log.jsonl").read_text().splitlines()]
+    words = [(line["level"], line["message"]) for line in told if line["event"] == "ray"]
+    assert words and {level for level, _ in words} == {"warning"} and "worker died" in words[0][1], words
+    assert not any(said in output + errors for _, said in words if said.strip())
+
+
+def engine_below(driver):
+    """The only engine of the Ray that it has started."""
+    raylet = descendants(driver)["raylet"]
+    (found,) = (pid for pid in children(raylet) if b"EngineActor" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
 
 
 WATCHED = """
