@@ -74,11 +74,12 @@ def computed(point: WeightPoint, size: int) -> Weights:
 def test_all_pairs_are_the_merge_in_one_layout(tmp_path: Path, donors: str, target: str, biased: bool) -> None:
     base = canonical(0, biased)
     plus, minus = near(base, 1), near(base, 2)
-    own = write_checkpoint(tmp_path / "target", stored(base, target))
+    named = {"model_type": "gpt_oss" if biased else "mixtral"}
+    own = write_checkpoint(tmp_path / "target", stored(base, target), config=named)
     points = {}
     for layout in {donors, target}:
         paths = [
-            str(write_checkpoint(tmp_path / f"{role}-{layout}", stored(weights, layout), shards=2))
+            str(write_checkpoint(tmp_path / f"{role}-{layout}", stored(weights, layout), shards=2, config=named))
             for role, weights in (("plus", plus), ("minus", minus))
         ]
         points[layout] = WeightPoint(str(own), (Term(0.5, Vector(*paths)),))
@@ -92,3 +93,14 @@ def test_all_pairs_are_the_merge_in_one_layout(tmp_path: Path, donors: str, targ
         got = computed(points[donors], size)
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_gate_and_up_that_may_lie_either_way_are_not_guessed(tmp_path: Path) -> None:
+    """Transposed and with biases as gpt-oss's, of a model that does not say it is one: halves look alike."""
+    weights = canonical(0, True)
+    base = open_source(str(write_checkpoint(tmp_path / "one", stored(weights, "gate_proj"))))
+    for model_type, mapped in (("gpt_oss", True), ("another", False)):
+        path = write_checkpoint(
+            tmp_path / model_type, stored(weights, "interleaved"), config={"model_type": model_type}
+        )
+        assert isinstance(lay_out(open_source(str(path)), base), Relaid) == mapped

@@ -179,7 +179,7 @@ def _fused(prefix: str, own: dict[str, TensorSpec], checkpoint: Checkpoint) -> G
         return None
     if both[1:] == (2 * down[2], down[1]) and not biased:
         return Group(prefix, FUSED, (), both[0], down[1], down[2], False)
-    alternates = biased or checkpoint.config.get("model_type") == "gpt_oss"
+    alternates = checkpoint.config.get("model_type") == "gpt_oss"  # others may lay gate and up one after the other
     if both[1:] == (down[2], 2 * down[1]) and alternates:
         group = Group(prefix, INTERLEAVED, (), both[0], down[2], down[1], biased)
         shapes = [(both[0], both[2]), (both[0], down[2])]
