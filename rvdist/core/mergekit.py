@@ -49,12 +49,7 @@ ROWS = {
     ),
     "sce": Row("sce", weight="", density="select_topk"),
     "model_stock": Row("model_stock", weight="", others=(2, 1 << 20), only={"filter_wise": False}),
-    "nuslerp": Row(
-        "nuslerp",
-        of_models="nuslerp_models",
-        others=(2, 2),
-        only={"nuslerp_flatten": True},
-    ),
+    "nuslerp": Row("nuslerp", of_models="nuslerp_models", others=(2, 2), only={"nuslerp_flatten": True}),
     "multislerp": Row("multislerp", of_models="multislerp_models", normalize=True),
     "karcher": Row("karcher", weight="", base_is_input=True, options={"max_iter": 10, "tol": 1e-5}),
     "nearswap": Row("nearswap", weight="t", others=ONE),

@@ -210,9 +210,12 @@ class MethodSpec:
     @property
     def parameters(self) -> dict[str, Any]:
         """What the method has a use for, by name."""
-        return (
-            {key: getattr(self, key) for key in self.facts.parameters} | dict(self.facts.options) | dict(self.options)
-        )
+        return {key: getattr(self, key) for key in self.facts.parameters} | self.all_options
+
+    @property
+    def all_options(self) -> dict[str, float]:
+        """The method's options by name, those at their defaults, too."""
+        return dict(self.facts.options) | dict(self.options)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; `options` only where there are some."""

@@ -276,7 +276,7 @@ class _File:
                 if method.startswith("dare") and not rescale:  # what the method divides by again
                     alphas = tuple(alpha * density for alpha, density in zip(alphas, kept, strict=True))
                 terms += _term(Vector(model.name, base), alphas, include, outside, layers, kept)
-        name = row.of_models if of_models and row.of_models else row.ours
+        name = row.of_models if of_models else row.ours
         if elects and not options:
             name = f"{method}_{'mean' if normalize else 'sum'}"
         densities = {density for term in terms for density in term.density}
@@ -293,7 +293,6 @@ class _File:
         goes = {
             "slerp": "slerp goes from the base to one other",
             "nearswap": "nearswap goes from the base to one other",
-            "arcee_fusion": "arcee_fusion goes from the base to one other",
             "model_stock": "model_stock needs two or more",
             "nuslerp": f"nuslerp goes between {'that and one other' if of_models else 'two'}",
         }

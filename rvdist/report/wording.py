@@ -138,7 +138,6 @@ def formula(point: WeightPoint, names: Mapping[str, str] | None = None) -> str:
     own = list(dict.fromkeys(number for term in point.active_terms for number in term.density))
     density = " … ".join(f"{number:g}" for number in ([min(own), max(own)] if own else [method.density]))
     values = {"density": density, "seed": str(method.seed)}
-    options = dict(method.facts.options) | dict(method.options)
-    shown = [*((key, values[key]) for key in method.facts.parameters), *((k, f"{n:g}") for k, n in options.items())]
-    given = ", ".join(f"{key} {number}" for key, number in shown)
+    values |= {key: f"{number:g}" for key, number in method.all_options.items()}
+    given = ", ".join(f"{key} {values[key]}" for key in method.parameters)
     return f"{method.name.upper().replace('_', '-')}({text}{'; ' if given else ''}{given})"

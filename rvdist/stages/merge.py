@@ -18,6 +18,7 @@ from rvdist.stages.job import Notes, Prepared, versions
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
+from rvdist.weights.checkpoint.layouts import layout_of
 from rvdist.weights.checkpoint.staging import discards
 
 
@@ -29,7 +30,8 @@ def group_alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
         merge = asdict(settings.merge) | dict.fromkeys(("method", "density", "seed"))  # these are the points' own
         stored = (astuple(settings.output_format), settings.overwrite, settings.allow_nonfinite)
         renamed = [pair for point in one.written.values() for pair in point.renames() if pair[1]]
-        groups.setdefault(json.dumps([merge, settings.device, stored, renamed]), []).append(one)
+        laid_out = [(name, layout) for name, source in one.sources.items() if (layout := layout_of(source))]
+        groups.setdefault(json.dumps([merge, settings.device, stored, renamed, laid_out]), []).append(one)
     return list(groups.values())
 
 

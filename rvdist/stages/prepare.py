@@ -20,7 +20,7 @@ from rvdist.weights import compat
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
-from rvdist.weights.checkpoint.layouts import lay_out
+from rvdist.weights.checkpoint.layouts import Relaid, lay_out, layout_of
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
 
@@ -145,6 +145,7 @@ class _Index:
         self.sources: dict[str, Checkpoint] = {}
         self.notes: dict[WeightPoint, tuple[str, ...]] = {}
         self._compared: set[tuple[str, str]] = set()  # donors and bases whose layouts of experts were compared
+        self._laid_out: dict[str, Checkpoint] = {}  # what donors became for their first base
 
     def settle(self, point: WeightPoint) -> WeightPoint:
         """The point as what its sources are decides it."""
@@ -170,28 +171,31 @@ class _Index:
                 job.note(note)
                 self._known.told.add((job.directory, note))
 
-    def _lay_out(self, point: WeightPoint, bases: Collection[str]) -> None:
-        """Gives the experts of the point's donors the layout of its base."""
+    def _lay_out(self, point: WeightPoint, bases: set[str]) -> None:
+        """Gives the experts of the point's donors the layout of its base. Raises BadInput for a donor that another base
+        wants otherwise: it is one source."""
         base = self.sources[point.base]
         for source in point.sources():
             if (source, point.base) in self._compared:
                 continue
             self._compared.add((source, point.base))
-            laid_out = lay_out(self.sources[source], base)
-            if laid_out is self.sources[source]:
-                continue
-            if source in bases:
+            own = self.sources[source]
+            laid_out = lay_out(own.inner if isinstance(own, Relaid) and own.inner else own, base)
+            first = self._laid_out.setdefault(source, laid_out)
+            if layout_of(first) != layout_of(laid_out) or (layout_of(first) and source in bases | {point.base}):
                 raise BadInput(
-                    f"{source}: is a target of its own, and a donor for {point.base}, which stores experts in another "
-                    "layout; run one of the two by itself"
+                    f"{source}: is wanted as it is, and in another layout of experts for {point.base}, or in two; "
+                    "run what wants it so by itself"
                 )
-            self.sources[source] = laid_out
+            self.sources[source] = first
 
     def add_vector(self, saved: config.Saved, outputs: Collection[Path]) -> Vector:
         """The vector to be stored, named by what it is computed from."""
         if saved.directory in outputs:
             raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
-        self.sources |= {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
+        donors = {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
+        self.sources |= donors
+        self._laid_out |= donors  # the vector is stored as they are
         alone = WeightPoint(saved.vector.plus, (Term(1.0, saved.vector),))
         for note in (*compat.check_vector(saved.vector, self.sources), *self._zeros(alone)):
             self._job.note(note)

@@ -17,7 +17,7 @@ from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, LowRank, Packed, Sparse
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE
+from rvdist.weights.checkpoint.experts import INTERLEAVED
 from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.layouts import DOWN, UP, Relaid, View
@@ -51,7 +51,8 @@ class Operand:
         return self._files.read(self._tensors[name], begin, end, buffer)
 
     def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
-        """The same of some columns of some rows."""
+        """The same of some columns of some rows, where tensors lie as they are: any other kind is read by rows."""
+        assert type(self) is Operand
         return self._files.read_columns(self._tensors[name], rows, columns, buffer)
 
     def _whole(self, spec: TensorSpec) -> torch.Tensor:
@@ -246,37 +247,31 @@ class _Relaid(Operand):
             out[first - begin : last - begin] = self._slab[2][first - k * size : last - k * size]
         return out
 
-    def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("whoever wants columns of what is not stored so reads its rows")
-
     def _assemble(self, view: View, expert: int) -> torch.Tensor:
         """What an expert has in a tensor of the wanted layout, 1-d."""
-        parts = [self._part_of(view, projection, expert) for projection in view.projections]
+        held: dict[tuple[str, range], torch.Tensor] = {}  # gate and up may be in the same elements
+        parts = [self._part_of(view, projection, expert, held) for projection in view.projections]
         if view.layout != INTERLEAVED:
             return torch.cat([part.reshape(-1) for part in parts])
         parts = [part.T if view.part == "weight" else part for part in parts]
         return torch.stack(parts, -1).reshape(-1)
 
-    def _part_of(self, view: View, projection: str, expert: int) -> torch.Tensor:
+    def _part_of(
+        self, view: View, projection: str, expert: int, held: dict[tuple[str, range], torch.Tensor]
+    ) -> torch.Tensor:
         """The matrix [out, in] of a projection of an expert, or its bias."""
-        source, down = view.source, projection == DOWN
-        spec = self._stored[source.holder(projection, expert, view.part)]
-        rows, columns = source.shape(projection)
-        shape = (rows, columns) if view.part == "weight" else (rows,)
-        if source.layout == ONE_BY_ONE:
-            return self._range(spec, 0, spec.numel).view(shape)
-        size = spec.numel // source.count
-        if source.layout == FUSED:
-            begin = expert * size + (size // 2 if projection == UP else 0)
-            return self._range(spec, begin, begin + (size if down else size // 2)).view(shape)
-        slab = self._range(spec, expert * size, (expert + 1) * size)
-        if not down:
+        source = view.source
+        holder, elements = source.holder(projection, expert, view.part), source.elements(projection, expert, view.part)
+        if (holder, elements) not in held:
+            spec = self._stored[holder]
+            room = torch.empty(len(elements) * ITEMSIZE[spec.dtype], dtype=torch.uint8)
+            held[holder, elements] = self._files.read(spec, elements.start, elements.stop, room)
+        slab, (rows, columns) = held[holder, elements], source.shape(projection)
+        if source.layout != INTERLEAVED:
+            return slab.view(rows, columns) if view.part == "weight" else slab
+        if projection != DOWN:
             slab = slab.view(-1, 2)[:, 1 if projection == UP else 0]
         return slab.reshape(columns, rows).T if view.part == "weight" else slab
-
-    def _range(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
-        room = torch.empty((end - begin) * ITEMSIZE[spec.dtype], dtype=torch.uint8)
-        return self._files.read(spec, begin, end, room)
 
 
 def open_operand(checkpoint: Checkpoint) -> Operand:

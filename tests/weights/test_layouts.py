@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import near, write_checkpoint
+from checkpoints import launch, load_checkpoint, near, write_checkpoint
 
+from rvdist.core.config import Config, Saved
+from rvdist.core.config.points import Storage
+from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.timing import Timing
+from rvdist.stages.job import Job
+from rvdist.stages.prepare import Known, _Index
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.layouts import Relaid, lay_out
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.operand import open_operand
 from rvdist.weights.reader import open_point
 
 E, HIDDEN, INNER = 3, 10, 7
@@ -87,6 +95,12 @@ def test_all_pairs_are_the_merge_in_one_layout(tmp_path: Path, donors: str, targ
     sources = {source: lay_out(open_source(source), base_source) for source in points[donors].sources()}
     compat.check(points[donors], sources)
     assert isinstance(sources[points[donors].terms[0].vector.plus], Relaid) == (donors != target)
+    with closing(open_operand(plus_source := sources[points[donors].terms[0].vector.plus])) as operand:
+        for name, spec in plus_source.tensors.items():
+            operand.read(name, 0, spec.numel, torch.empty(8 * spec.numel, dtype=torch.uint8))
+    if isinstance(plus_source, Relaid):
+        promised = sum(nbytes for name in plus_source.tensors for _, nbytes in plus_source.reads(name))
+        assert operand.bytes_read == promised
     wanted = computed(points[target], 1 << 20)
     assert any(not torch.equal(wanted[name], tensor.view(-1)) for name, tensor in stored(base, target).items())
     for size in (1 << 20, 13):
@@ -104,3 +118,48 @@ def test_gate_and_up_that_may_lie_either_way_are_not_guessed(tmp_path: Path) -> 
             tmp_path / model_type, stored(weights, "interleaved"), config={"model_type": model_type}
         )
         assert isinstance(lay_out(open_source(str(path)), base), Relaid) == mapped
+
+
+@pytest.mark.heavy
+def test_targets_of_two_layouts_share_donors(tmp_path: Path) -> None:
+    """Two jobs, which are one plan where nothing keeps them apart: each target gets its vector, in its layout."""
+    base = canonical(0, False)
+    plus, minus = near(base, 1), near(base, 2)
+    for name, weights in (("plus", plus), ("minus", minus)):
+        write_checkpoint(tmp_path / name, stored(weights, "gate_proj"))
+    for layout in PLAIN:
+        write_checkpoint(tmp_path / "targets" / layout, stored(base, layout))
+    done = launch(
+        "target=targets/*", "vector.plus=plus", "vector.minus=minus", "alpha=0.5", "output=out/{target}", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    merged = {
+        name: (tensor.float() + 0.5 * (plus[name].float() - minus[name].float())).bfloat16()
+        for name, tensor in base.items()
+    }
+    for layout in PLAIN:
+        found, wanted = load_checkpoint(tmp_path / "out" / layout), stored(merged, layout)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted), layout
+
+
+def test_a_donor_that_two_targets_want_laid_out_otherwise_is_refused(tmp_path: Path) -> None:
+    base = canonical(0, False)
+    paths = {layout: str(write_checkpoint(tmp_path / layout, stored(base, layout))) for layout in PLAIN}
+    donors = [str(write_checkpoint(tmp_path / name, stored(near(base, 1), "gate_proj"))) for name in ("plus", "minus")]
+    points = [WeightPoint(paths[layout], (Term(0.5, Vector(*donors)),)) for layout in PLAIN]
+    own = WeightPoint(paths["fused"], (Term(0.5, Vector(donors[0], paths["gate_proj"])),))
+    for asked in (points, points[::-1], [points[0], own], [own, points[0]]):
+        job = Job(Config(target=asked[0].base, stages=["merge"], output="out"), None, "", Timing())
+        with pytest.raises(BadInput, match="another layout"):
+            _Index(job, job.settings, Known()).add(asked)
+
+
+def test_a_vector_is_not_stored_in_the_layout_of_a_target_beside(tmp_path: Path) -> None:
+    base = canonical(0, False)
+    target = str(write_checkpoint(tmp_path / "target", stored(base, "fused")))
+    donors = [str(write_checkpoint(tmp_path / name, stored(near(base, 1), "gate_proj"))) for name in ("plus", "minus")]
+    job = Job(Config(target=target, stages=["merge"], output="out"), None, "", Timing())
+    index = _Index(job, job.settings, Known())
+    index.add_vector(Saved(Vector(*donors), tmp_path / "v", Storage()), [])
+    with pytest.raises(BadInput, match="another layout"):
+        index.add([WeightPoint(target, (Term(0.5, Vector(*donors)),))])

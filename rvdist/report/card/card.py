@@ -235,8 +235,8 @@ def _part(point: WeightPoint, source: str) -> str:
 def _method(point: WeightPoint) -> str:
     own = any(term.density for term in point.terms)
     density = "a density of each term's own (see the JSON)" if own else f"density {point.method.density:g}"
-    options = dict(point.method.facts.options) | dict(point.method.options)
-    return point.method.facts.sentence.format(density=density, seed=f"seed {point.method.seed}", **options)
+    method = point.method
+    return method.facts.sentence.format(density=density, seed=f"seed {method.seed}", **method.all_options)
 
 
 def _mask(mask: Mask) -> str:

@@ -54,12 +54,17 @@ class Consensus:
         total.add_(elect(alphas, differences, self._normalize))
 
 
+def elect_sign(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """1 where the terms add up to 0 or more, else −1."""
+    sign = torch.zeros_like(terms[0])
+    for term in terms:
+        sign.add_(term)
+    return sign.copy_(sign >= 0).mul_(2).sub_(1)
+
+
 def elect(alphas: Sequence[float], scaled: Sequence[torch.Tensor], normalize: bool) -> torch.Tensor:
     """The sum, or the mean by weight, of those of the terms that have the elected sign; the terms are overwritten."""
-    sign = torch.zeros_like(scaled[0])
-    for term in scaled:
-        sign.add_(term)
-    sign.copy_(sign >= 0).mul_(2).sub_(1)
+    sign = elect_sign(scaled)
     change, weight = torch.zeros_like(sign), torch.zeros_like(sign)
     for alpha, term in zip(alphas, scaled, strict=True):
         agrees = term.sign().eq_(sign)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from rvdist.weights.arithmetic.consensus import elect_sign
 from rvdist.weights.arithmetic.method import Place
 from rvdist.weights.arithmetic.ties import kth_largest, magnitudes
 
@@ -55,10 +56,7 @@ class Sce:
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
     ) -> None:
         self._select(differences)
-        sign = torch.zeros_like(total)
-        for difference in differences:
-            sign.add_(difference)
-        sign.copy_(sign >= 0).mul_(2).sub_(1)
+        sign = elect_sign(differences)
         change, weight = torch.zeros_like(total), torch.zeros_like(total)
         for share, difference in zip(self._weights, differences, strict=True):
             agrees = difference.sign().eq_(sign).mul_(share)

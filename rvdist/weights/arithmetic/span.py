@@ -6,6 +6,7 @@ the c, in fp64 and rounded to fp32, so that they do not hang on the order in whi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from rvdist.weights.arithmetic.method import Place
 Numbers = NDArray[np.float64]
 
 
-class Span:
+class Span(ABC):
     """A method says in `coefficients` what its c are."""
 
     elementwise_sum = False
@@ -42,9 +43,9 @@ class Span:
         for number, difference in zip(others, differences, strict=True):
             total.add_(difference.mul_(number))
 
+    @abstractmethod
     def coefficients(self, products: Numbers, alphas: Numbers) -> Numbers:
         """c_0, c_1, …, from the inner products of t, d_1, …"""
-        raise NotImplementedError
 
 
 def of_models(products: Numbers) -> Numbers:

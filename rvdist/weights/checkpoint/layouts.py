@@ -16,10 +16,8 @@ from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
 GATE, UP, DOWN = "gate", "up", "down"
-_PROJ, _W = (
-    {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"},
-    {GATE: "w1", UP: "w3", DOWN: "w2"},
-)
+_PROJ = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+_W = {GATE: "w1", UP: "w3", DOWN: "w2"}
 _SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)")
 _FUSED = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|down_proj)(_bias)?")
 _MIXTRAL = re.compile(r"(^|\.)block_sparse_moe\.")  # as Mixtral is saved; `mlp.` in memory
@@ -54,6 +52,19 @@ class Group:
         """Rows, which are outputs, and columns of a projection's matrix."""
         return (self.hidden, self.intermediate) if projection == DOWN else (self.intermediate, self.hidden)
 
+    def elements(self, projection: str, expert: int, part: str) -> range:
+        """Those of the tensor that holds a part which have it: of gate and up that alternate, those of both."""
+        rows, columns = self.shape(projection)
+        size = rows * columns if part == "weight" else rows
+        if self.layout == ONE_BY_ONE:
+            return range(size)
+        if projection == DOWN:
+            return range(expert * size, (expert + 1) * size)
+        if self.layout == INTERLEAVED:
+            return range(2 * expert * size, 2 * (expert + 1) * size)
+        first = (2 * expert + (projection == UP)) * size
+        return range(first, first + size)
+
 
 @dataclass(frozen=True)
 class View:
@@ -67,13 +78,23 @@ class View:
     first: int
     count: int
 
+    def ranges(self) -> dict[str, set[range]]:
+        """The elements of the source's tensors that it is made of, by the tensor's name."""
+        found: dict[str, set[range]] = {}
+        for expert in range(self.first, self.first + self.count):
+            for projection in self.projections:
+                holder = self.source.holder(projection, expert, self.part)
+                found.setdefault(holder, set()).add(self.source.elements(projection, expert, self.part))
+        return found
+
 
 @dataclass(frozen=True)
 class Relaid(Checkpoint):
     """A checkpoint whose `tensors` have the names and shapes of another layout. `views` has those that are made of
-    `inner`'s; `names` what the others are called there."""
+    `inner`'s; `names` what the others are called there; `layout` says all that decides which it is."""
 
     inner: Checkpoint | None = None
+    layout: str = ""
     views: dict[str, View] = field(default_factory=dict, repr=False)
     names: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -85,15 +106,9 @@ class Relaid(Checkpoint):
             yield spec, spec.nbytes
             return
         view = self.views[name]
-        holders: dict[str, int] = {}
-        for expert in range(view.first, view.first + view.count):
-            for projection in view.projections:
-                rows, columns = view.source.shape(projection)
-                holder = view.source.holder(projection, expert, view.part)
-                holders[holder] = holders.get(holder, 0) + (rows * columns if view.part == "weight" else rows)
-        for holder, numel in holders.items():
+        for holder, ranges in view.ranges().items():
             spec = self.inner.tensors[holder]
-            yield spec, numel * ITEMSIZE[spec.dtype]
+            yield spec, sum(map(len, ranges)) * ITEMSIZE[spec.dtype]
 
 
 def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
@@ -102,6 +117,7 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     if type(donor) is not Checkpoint:
         return donor
     target, own = groups(base), groups(donor)
+    layout: list[tuple[str, ...]] = []
     views: dict[str, View] = {}
     specs: dict[str, TensorSpec] = {}
     gone: set[str] = set()
@@ -109,8 +125,9 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
         wanted = target.get(key)
         if wanted is None or wanted.size != source.size or _alike(wanted, source):
             continue
+        layout.append((wanted.prefix, wanted.layout, *dict(wanted.called).values()))
         for name, view in _views(wanted, source):
-            holders = {source.holder(p, e, view.part) for p in view.projections for e in _experts(view)}
+            holders = view.ranges().keys()
             held = [donor.tensors[holder] for holder in sorted(holders)]
             if len({spec.dtype for spec in held}) > 1:
                 raise BadInput(
@@ -125,14 +142,19 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     names = {_name_in(base, name): name for name in donor.tensors if name not in gone}
     tensors = {new: replace(donor.tensors[old], name=new) for new, old in names.items()} | specs
     plain = {one.name: getattr(donor, one.name) for one in fields(donor)}
-    return Relaid(**plain | {"tensors": tensors}, inner=donor, views=views, names=names)
+    return Relaid(**plain | {"tensors": tensors}, inner=donor, layout=repr(sorted(layout)), views=views, names=names)
+
+
+def layout_of(checkpoint: Checkpoint) -> str:
+    """In which layout that is not its own a checkpoint is read; empty where it is read as it is."""
+    return checkpoint.layout if isinstance(checkpoint, Relaid) else ""
 
 
 def groups(checkpoint: Checkpoint) -> dict[str, Group]:
     """The experts of each layer, by their prefix as Mixtral has it in memory; those alone whose names and shapes say
     all that there is to know. gate_up_proj [.., 2·I, H] stands beside down_proj [.., H, I], and [.., H, 2·I] beside
-    [.., I, H], so that shapes always tell which is transposed; whether gate and up then alternate, a bias tells, or
-    the config."""
+    [.., I, H], so that shapes always tell which is transposed; that gate and up then alternate, the config alone
+    tells."""
     singles: dict[str, dict[tuple[int, str, str], TensorSpec]] = {}
     fused: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in checkpoint.tensors.items():
@@ -203,10 +225,6 @@ def _views(wanted: Group, source: Group) -> Iterator[tuple[str, View]]:
             for projections in ((GATE, UP), (DOWN,)):
                 view = View(source, wanted.layout, projections, part, 0, wanted.count)
                 yield wanted.holder(projections[0], 0, part), view
-
-
-def _experts(view: View) -> range:
-    return range(view.first, view.first + view.count)
 
 
 def _in_memory(name: str) -> str:

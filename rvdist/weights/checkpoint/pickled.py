@@ -153,19 +153,12 @@ def _mark(m: _Machine) -> None:
     m.push(_MARK)
 
 
-@_opcode("N")
-def _none(m: _Machine) -> None:
-    m.push(None)
+def _constant(value: bool | None) -> _Opcode:
+    return lambda m: m.push(value)
 
 
-@_opcode("\x88")
-def _true(m: _Machine) -> None:
-    m.push(True)
-
-
-@_opcode("\x89")
-def _false(m: _Machine) -> None:
-    m.push(False)
+for _code, _value in (("N", None), ("\x88", True), ("\x89", False)):
+    _opcode(_code)(_constant(_value))
 
 
 @_opcode("K")

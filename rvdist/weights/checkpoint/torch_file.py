@@ -122,13 +122,13 @@ class TorchFile:
             return self._stored(Made(function.name, inner))
         if function.name != _SUBCLASS or not kind.name.endswith(".DTensor"):
             raise ValueError(f"it has a tensor of type {kind.name}, which is not known")
-        of = _attributes(state)
-        spec = _attributes(of.get("_spec"))
-        mesh = self._mesh(_attributes(spec.get("mesh")))
+        of = attributes_of(state)
+        spec = attributes_of(of.get("_spec"))
+        mesh = self._mesh(attributes_of(spec.get("mesh")))
         placements = spec.get("placements")
         if not isinstance(placements, tuple) or len(placements) != len(mesh):
             raise ValueError("it has a distributed tensor whose placement does not fit its mesh")
-        return Part(self.plain(of.get("_local_tensor")), _sizes(inner[2]), mesh, tuple(map(_cut_by, placements)))
+        return Part(self.plain(of.get("_local_tensor")), sizes_of(inner[2]), mesh, tuple(map(_cut_by, placements)))
 
     def _mesh(self, mesh: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape of a device mesh whose ranks are numbered in order."""
@@ -141,10 +141,10 @@ class TorchFile:
             raise ValueError("the ranks of its device mesh are not numbered in order")
         if "mesh" in mesh:
             return ranks.shape
-        layout = _attributes(mesh.get("_layout"))
-        axes = [_attributes(axis) for axis in layout["axes"]] if isinstance(layout.get("axes"), tuple) else [layout]
-        shape = tuple(size for axis in axes for size in _sizes(_tuple(axis.get("shape"))))
-        stride = tuple(step for axis in axes for step in _sizes(_tuple(axis.get("stride"))))
+        layout = attributes_of(mesh.get("_layout"))
+        axes = [attributes_of(axis) for axis in layout["axes"]] if isinstance(layout.get("axes"), tuple) else [layout]
+        shape = tuple(size for axis in axes for size in sizes_of(_tuple(axis.get("shape"))))
+        stride = tuple(step for axis in axes for step in sizes_of(_tuple(axis.get("stride"))))
         if math.prod(shape) != ranks.numel or stride != tuple(math.prod(shape[k + 1 :]) for k in range(len(shape))):
             raise ValueError("it has a device mesh of another layout than rows of ranks")
         return shape
@@ -153,14 +153,14 @@ class TorchFile:
         args = made.args
         if not isinstance(args, tuple) or len(args) < 6:
             raise ValueError("it has a tensor of too few parts")
-        storage, shape, strides = args[0], _sizes(args[2]), _sizes(args[3])
+        storage, shape, strides = args[0], sizes_of(args[2]), sizes_of(args[3])
         kind, key, count = self._storage(storage)
         dtype: str | None = _STORAGES.get(kind.removeprefix("torch."))
         if made.of == _TENSOR[1]:
             dtype = DTYPES.get(args[6].name) if len(args) > 6 and isinstance(args[6], Named) else None
         if dtype is None:
             raise ValueError(f"it has a tensor of a dtype that is not known ({kind})")
-        (begin,) = _sizes((args[1],))
+        (begin,) = sizes_of((args[1],))
         name = f"{self._root}data/{key}"
         if name not in self._archive.members:
             raise ValueError(f"it lacks the storage {key[:80]}")
@@ -199,13 +199,13 @@ def _cut_by(placement: Any) -> int | None:
     kind = placement.of.rpartition(".")[2] if isinstance(placement, Made) else ""
     if kind == "Replicate":
         return None
-    dim = _attributes(placement).get("dim")
+    dim = attributes_of(placement).get("dim")
     if kind != "Shard" or type(dim) is not int or not 0 <= dim < MAX_RANK:
         raise ValueError(f"it has a distributed tensor placed by {kind or 'what is no placement'}")
     return dim
 
 
-def _attributes(made: Any) -> dict[Any, Any]:
+def attributes_of(made: Any) -> dict[Any, Any]:
     """The attributes of an object, from the state that it would be given."""
     state = made.state if isinstance(made, Made) else made
     for part in state if isinstance(state, tuple) else (state,):
@@ -224,7 +224,7 @@ def _several(args: Any, count: int) -> tuple[Any, ...]:
     return args[:count]
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
+def sizes_of(values: Any) -> tuple[int, ...]:
     """Sizes of a tensor. Raises ValueError where they are none."""
     if not isinstance(values, tuple) or len(values) > MAX_RANK:
         raise ValueError("it has a tensor of no shape, or of too many dimensions")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,7 @@ from rvdist.weights.checkpoint.header import (
 )
 from rvdist.weights.checkpoint.pickled import Made, Named, read_pickle
 from rvdist.weights.checkpoint.pieces import Piece, assembled
-from rvdist.weights.checkpoint.torch_file import DTYPES, Part, Stored, TorchFile
+from rvdist.weights.checkpoint.torch_file import DTYPES, Part, Stored, TorchFile, attributes_of, sizes_of
 
 _WHOLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_model.bin"
@@ -130,14 +130,14 @@ def _open_distributed(path: Path, below: str) -> Checkpoint:
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     wanted: dict[str, list[tuple[int, int, str, Piece]]] = {}  # of each file: from, to, the tensor, its piece
     with _explained(where, "distcp"):
-        said = _attributes(read_pickle(raw, _ALLOWED))
+        said = attributes_of(read_pickle(raw, _ALLOWED))
         stored = _places(said.get("storage_data"))
         for saved, name in _names(said).items():
-            about = _attributes(said["state_dict_metadata"][saved])
-            dtype, shape = _dtype(about.get("properties")), _sizes(about.get("size"))
+            about = attributes_of(said["state_dict_metadata"][saved])
+            dtype, shape = _dtype(about.get("properties")), sizes_of(about.get("size"))
             kinds[name], pieces[name] = (dtype, shape), []
-            for chunk in map(_attributes, about.get("chunks") or ()):
-                begin, size = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
+            for chunk in map(attributes_of, about.get("chunks") or ()):
+                begin, size = sizes_of(chunk.get("offsets")), sizes_of(chunk.get("sizes"))
                 if len(begin) != len(shape) or len(size) != len(shape) or (saved, begin) not in stored:
                     raise ValueError(f"it does not say where a piece of tensor {name} is")
                 file, first, last = stored[saved, begin]
@@ -187,7 +187,7 @@ def _places(storage: Any) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, i
     """(what a tensor is saved as, where its piece begins) → file, from, to."""
     places = {}
     for key, value in storage.items() if isinstance(storage, dict) else ():
-        index, info = _attributes(key), _attributes(value)
+        index, info = attributes_of(key), attributes_of(value)
         file, first, size = (info.get(part) for part in ("relative_path", "offset", "length"))
         if not isinstance(index.get("fqn"), str) or index.get("offset") is None:
             continue  # no tensor
@@ -197,13 +197,13 @@ def _places(storage: Any) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, i
             raise ValueError("it has a piece of no place")
         if info.get("transform_descriptors"):
             raise ValueError("its pieces were compressed or encrypted when they were saved")
-        places[index["fqn"], _sizes(index["offset"])] = (file, first, first + size)
+        places[index["fqn"], sizes_of(index["offset"])] = (file, first, first + size)
     return places
 
 
 def _dtype(properties: Any) -> str:
     state = properties.state if isinstance(properties, Made) else None
-    first = state[0] if isinstance(state, tuple) and state else _attributes(properties).get("dtype")
+    first = state[0] if isinstance(state, tuple) and state else attributes_of(properties).get("dtype")
     if not isinstance(first, Named) or first.name not in DTYPES:
         raise ValueError("it has a tensor of a dtype that is not known")
     return DTYPES[first.name]
@@ -328,13 +328,3 @@ def _refuse(path: Path, why: str, kind: str) -> NoReturn:
         f"{path}: cannot be read without running it ({why}); download or copy it again, or convert it where you trust "
         f"it: {convert}"
     )
-
-
-def _attributes(made: Any) -> dict[Any, Any]:
-    return made.state if isinstance(made, Made) and isinstance(made.state, dict) else {}
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or not all(type(size) is int and 0 <= size < 1 << 62 for size in values):
-        raise ValueError("it has a tensor of no shape")
-    return tuple(values)
