@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint
+from rvdist.merge import plan as planning
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.merge.worker import MergeWorker
-from rvdist.weights import compat
+from rvdist.weights import compat, requantize
 from rvdist.weights.checkpoint.source import open_source
 
 
@@ -30,3 +33,15 @@ def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
         assert not any(done.nonfinite)
     worker.sync()
     return plan
+
+
+def write_and_cut(place: Path, point: WeightPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`place`/out, which is what comes out in units and parts of a few rows, too."""
+    write({place / "out": point})
+    monkeypatch.setattr(planning, "UNIT_BYTES", 700)
+    monkeypatch.setattr(requantize, "_AT_ONCE", 700)
+    write({place / "cut": point})
+    files = sorted((place / "out").glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert file.read_bytes() == (place / "cut" / file.name).read_bytes()

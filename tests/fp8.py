@@ -3,14 +3,16 @@ written back a block at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 E4M3 = torch.float8_e4m3fn
+BLOCK = (32, 20)
 
 
 def quantize(matrix: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,3 +84,26 @@ def write_fp8(
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     return path
+
+
+def write_mixed(place: Path, *in_fp8: str) -> dict[str, Path]:
+    """`write_mixed(place, "target")`: that one is in fp8, in blocks of `BLOCK`, and in five shards; others in bf16."""
+    base = tensors(0)
+    family = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
+    return {
+        name: write_fp8(place / name, quantized(weights, BLOCK), BLOCK, shards=5)
+        if name in in_fp8
+        else write_checkpoint(place / name, weights)
+        for name, weights in family.items()
+    }
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one of them, as numbers."""
+    found = load_checkpoint(path)
+    return dequantized(found, BLOCK) if "fp8" in (path / "config.json").read_text() else found
+
+
+def digests(path: Path) -> dict[str, str]:
+    """Of the weight files of a checkpoint."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("model*")}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,3 +232,12 @@ def mutants(document: Any) -> Iterator[Any]:
             if isinstance(inner, dict) and isinstance(value, str):
                 inner[value] = inner.pop(at[-1])
                 yield other
+
+
+def damage(raw: bytes, chance: random.Random, ends: tuple[int, int]) -> bytes:
+    """One to three bytes changed, among as many at the two ends."""
+    damaged = bytearray(raw)
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(min(len(raw), sum(ends)))
+        damaged[at if at < ends[0] else (at - sum(ends)) % len(raw)] = chance.randrange(256)
+    return bytes(damaged)

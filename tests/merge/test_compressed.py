@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from alone import write
+from alone import write, write_and_cut
 from checkpoints import load_checkpoint, near, write_checkpoint
+from points import shifted
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import plan as planning
+from rvdist.core.point import WeightPoint
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.source import open_source
 
@@ -116,23 +116,15 @@ def family(place: Path, scheme: tuple) -> dict[str, Path]:
     }
 
 
-def shifted(paths: dict[str, Path]) -> WeightPoint:
-    return WeightPoint(str(paths["target"]), (Term(ALPHA, Vector(str(paths["plus"]), str(paths["minus"]))),))
-
-
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_written_is_the_whole_tensors_result_in_the_targets_format(tmp_path, monkeypatch, name):
     form, bits, kind, strategy, more = scheme = SCHEMES[name]
     paths = family(tmp_path, scheme)
-    write({tmp_path / "out": shifted(paths)})
     write({tmp_path / "bf16": shifted(paths)}, dtype="BF16")
-    monkeypatch.setattr(planning, "UNIT_BYTES", 700)
-    write({tmp_path / "cut": shifted(paths)})
+    write_and_cut(tmp_path, shifted(paths), monkeypatch)
     stored, found, wide = (load_checkpoint(path) for path in (paths["target"], tmp_path / "out", tmp_path / "bf16"))
     plus, minus = (load_checkpoint(paths[role]) for role in ("plus", "minus"))
     assert found.keys() == stored.keys() and wide.keys() == plus.keys()
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
     kept = 0
     for tensor in [tensor for tensor in plus if "proj" in tensor]:
         stem, block = tensor.removesuffix("weight"), grid(plus[tensor].shape, strategy, more)

@@ -3,7 +3,6 @@
 Each merge against whole tensors computed in fp64 and rounded once, and then against itself cut otherwise.
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from dataclasses import replace
@@ -13,8 +12,8 @@ import pytest
 import torch
 import whole_tensors
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
-from fp8 import dequantized, quantized, write_fp8
-from points import read_point
+from fp8 import BLOCK, digests, quantized, weights_of, write_fp8, write_mixed
+from points import read_point, shifted
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
@@ -29,16 +28,9 @@ from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane
 from rvdist.weights.reader import PointReader
 
-BLOCK = (32, 20)
-
 
 def opened(point):
     return {source: open_source(source, rename) for source, rename in point.renames()}
-
-
-def shifted(paths, *alphas):
-    vector = Vector(str(paths["plus"]), str(paths["minus"]))
-    return WeightPoint(str(paths["target"]), tuple(Term(alpha, vector) for alpha in alphas or [0.7]))
 
 
 def write(points, workers=1, dtype=None, extra_rows=False):
@@ -52,30 +44,9 @@ def write(points, workers=1, dtype=None, extra_rows=False):
     return plan, stats
 
 
-def weights_of(path):
-    found = load_checkpoint(path)
-    return dequantized(found, BLOCK) if (path / "config.json").read_text().count("fp8") else found
-
-
 def exact(paths, name, dtype, alpha=0.7):
     target, plus, minus = (weights_of(paths[k])[name].double() for k in ("target", "plus", "minus"))
     return (target + alpha * (plus - minus)).to(dtype)
-
-
-def digests(path):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("model*")}
-
-
-def write_mixed(place, *in_fp8):
-    """`write_mixed(place, "target")`: that one is in fp8 and in five shards, the others in bf16."""
-    base = tensors(0)
-    family = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
-    return {
-        name: write_fp8(place / name, quantized(weights, BLOCK), BLOCK, shards=5)
-        if name in in_fp8
-        else write_checkpoint(place / name, weights)
-        for name, weights in family.items()
-    }
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from alone import write
+from alone import write, write_and_cut
 from checkpoints import load_checkpoint, near, write_checkpoint
+from points import shifted
 from safetensors.torch import load_file
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import plan as planning
-from rvdist.weights import requantize
+from rvdist.core.point import WeightPoint
 from rvdist.weights.checkpoint.source import open_source
 
 pytestmark = pytest.mark.heavy
@@ -82,10 +81,6 @@ def family(place: Path) -> dict[str, Path]:
     return paths
 
 
-def shifted(paths: dict[str, Path]) -> WeightPoint:
-    return WeightPoint(str(paths["target"]), (Term(0.7, Vector(str(paths["plus"]), str(paths["minus"]))),))
-
-
 def by_transformers(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -94,20 +89,15 @@ def by_transformers(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor
 
 def test_mxfp4_is_read_as_transformers_reads_it_and_written_back(tmp_path, monkeypatch):
     paths = family(tmp_path)
-    write({tmp_path / "out": shifted(paths)})
     write({tmp_path / "bf16": shifted(paths)}, dtype="BF16")
     write({tmp_path / "same": WeightPoint(str(paths["target"]))})
     for file in (tmp_path / "same").glob("*.safetensors"):
         same, own = load_file(file), load_file(paths["target"] / file.name)
         assert same.keys() == own.keys() and all(torch.equal(same[name], tensor) for name, tensor in own.items())
-    monkeypatch.setattr(planning, "UNIT_BYTES", 700)
-    monkeypatch.setattr(requantize, "_AT_ONCE", 700)
-    write({tmp_path / "cut": shifted(paths)})
+    write_and_cut(tmp_path, shifted(paths), monkeypatch)
     stored, found, wide = (load_checkpoint(path) for path in (paths["target"], tmp_path / "out", tmp_path / "bf16"))
     plus, minus = (load_checkpoint(paths[role]) for role in ("plus", "minus"))
     assert found.keys() == stored.keys() and wide.keys() == plus.keys()
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
     for name in (X, Y):
         before = by_transformers(stored, name).float()
         assert before.shape == plus[name].shape

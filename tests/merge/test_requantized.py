@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
 import torch
 from alone import write
-from checkpoints import load_checkpoint, near, tensors, write_checkpoint
-from fp8 import dequantized, quantized, write_fp8, written_back
+from checkpoints import load_checkpoint, near
+from fp8 import BLOCK, dequantized, digests, quantized, weights_of, write_fp8, write_mixed, written_back
+from points import shifted
 from safetensors.torch import load_file, save_file
 
-from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.point import WeightPoint
 from rvdist.merge import plan as planning
-
-BLOCK = (32, 20)
-
-
-def shifted(paths, alpha=0.7):
-    return WeightPoint(str(paths["target"]), (Term(alpha, Vector(str(paths["plus"]), str(paths["minus"]))),))
-
-
-def weights_of(path):
-    found = load_checkpoint(path)
-    return dequantized(found, BLOCK) if (path / "config.json").read_text().count("fp8") else found
-
-
-def digests(path):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("model*")}
-
-
-def write_mixed(place, *in_fp8):
-    """`write_mixed(place, "target")`: that one is in fp8 and in five shards, the others in bf16."""
-    base = tensors(0)
-    family = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
-    return {
-        name: write_fp8(place / name, quantized(weights, BLOCK), BLOCK, shards=5)
-        if name in in_fp8
-        else write_checkpoint(place / name, weights)
-        for name, weights in family.items()
-    }
 
 
 def requantized(paths, name, alpha, power_of_two=False):

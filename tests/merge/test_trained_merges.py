@@ -11,6 +11,7 @@ import pytest
 import torch
 from alone import write
 from checkpoints import POCKET, launch, load_checkpoint
+from hostile import damage
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -82,12 +83,8 @@ def test_random_damage_to_what_ranks_saved_is_refused_or_changes_numbers_alone(s
         place = tmp_path / kind / file
         shutil.copytree(saved / "sft" / kind, place)
         raw = (place / file).read_bytes()
-        where = [k for k in range(len(raw)) if k < 9000 or k > len(raw) - 3000]
         for _ in range(200):
-            damaged = bytearray(raw)
-            for _ in range(chance.randint(1, 3)):
-                damaged[chance.choice(where)] = chance.randrange(256)
-            (place / file).write_bytes(damaged)
+            (place / file).write_bytes(damage(raw, chance, (9000, 3000)))
             with suppress(BadInput):
                 open_source(str(place))
 

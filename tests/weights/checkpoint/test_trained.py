@@ -17,7 +17,7 @@ import pytest
 import torch
 from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
-from hostile import SECONDS, outcomes
+from hostile import SECONDS, damage, outcomes
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.header import TensorSpec
@@ -339,11 +339,7 @@ def test_hostile_files_are_refused_in_one_sentence_in_time_and_in_memory(tmp_pat
 def test_random_damage_is_refused_or_changes_nothing_but_numbers(tmp_path):
     path = write_bin(tmp_path / "c", tensors(0))
     raw, chance = (path / BIN).read_bytes(), random.Random(0)
-    where = [k for k in range(len(raw)) if k < 6000 or k > len(raw) - 3000]
     for _ in range(800):
-        damaged = bytearray(raw)
-        for _ in range(chance.randint(1, 3)):
-            damaged[chance.choice(where)] = chance.randrange(256)
-        (path / BIN).write_bytes(damaged)
+        (path / BIN).write_bytes(damage(raw, chance, (6000, 3000)))
         with suppress(BadInput):
             read_all(path)
