@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 LONGEST = 4000  # characters of what is shown in one line
+_PART = r"\w([\w.-]{0,94}\w)?"
+_REPOSITORY = re.compile(rf"(?![^@]*(--|\.\.|\.git(@|$))){_PART}/{_PART}(@\w[\w.-]*(/\w[\w.-]*)*)?", re.ASCII)
 
 
 def cut(text: str, most: int = LONGEST) -> str:
@@ -25,6 +27,11 @@ def printable(text: str, most: int = LONGEST) -> str:
 def is_url(text: str) -> bool:
     """Whether it is one, such as s3://bucket/name: no path, though Path would make one of it."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def is_repository(text: str) -> bool:
+    """Whether it may be the name of a Hub repository: `org/name`, perhaps with `@revision`, by the Hub's own rules."""
+    return _REPOSITORY.fullmatch(text) is not None
 
 
 def reason(error: object, most: int = 200) -> str:

@@ -6,17 +6,16 @@ Knows rows and points; knows no markup, so whoever shows the words escapes them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 from rvdist.core.point import WeightPoint, name_of
+from rvdist.core.text import is_repository
 from rvdist.core.text import printable as printable
 from rvdist.report.summary import LEVEL, UNITS, Row
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 MARK = "†"
 MARK_NOTE = f"{MARK} significant alone, but does not survive Holm's correction for the number of comparisons."
 
@@ -111,7 +110,7 @@ def verdict_text(tested: Tested) -> str:
 
 def is_hub_id(source: str) -> bool:
     """Whether a source names a Hub repository (`org/name`, perhaps `@revision`) rather than a directory."""
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    return is_repository(source) and not Path(source).exists()
 
 
 def source_name(source: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from checkpoints import tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput, Failed
-from rvdist.core.text import cell, printable, reason
+from rvdist.core.text import cell, is_repository, printable, reason
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07a\nrvdist: all is well\r\u202egnp\u2066\u2028\x9b31m\ud800"
 
@@ -25,6 +25,24 @@ def test_a_sentence_is_one_line_that_does_nothing_and_ends(kind: type[Exception]
     assert said.isprintable() and said.encode() and said.endswith("; download it again")
     said = str(kind(f"file: {'x' * 4_000_000}; download it again"))
     assert len(said) < 4100 and said.startswith("file: x") and said.endswith("; download it again")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["org/name", "_o/_n", "o/n.1", "9o/n", "org/-name", "org/name-", "org/.name", "a--b/c", "a/b..c", "a/b/c", "a b/c",
+     "é/name", "../name", "./name", "org/", f"o/{'n' * 96}", f"o/{'n' * 97}", "org/name.git", "o/٣"],
+)  # fmt: skip
+def test_a_repository_is_what_the_hub_takes_for_one(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        taken = name.isascii() and all(len(part) <= 96 for part in name.split("/"))
+    except HFValidationError:
+        taken = False
+    assert is_repository(name) == taken
+    assert is_repository(f"{name}@refs/pr/1") == taken and not is_repository(f"{name}@../x")
 
 
 @pytest.mark.parametrize(

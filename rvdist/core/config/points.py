@@ -29,13 +29,12 @@ from rvdist.core.config.schema import (
 from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint, name_of
+from rvdist.core.text import is_repository
 
 BASELINE = "baseline"
 RECIPE = "recipe"
 PLACEHOLDERS = "{alpha}, {target}, {vector} or {recipe}"
 MOST_CANDIDATES = 1000
-_NAME = r"\w([\w.-]{0,94}\w)?"
-_REPOSITORY = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}/{_NAME}(@\w[\w.-]*(/\w[\w.-]*)*)?", re.ASCII)
 
 
 def alphas(value: Any, key: str = "alpha") -> list[float]:
@@ -155,7 +154,7 @@ def repositories(config: Config, recipe: WeightPoint | None = None) -> dict[Path
     if not named:
         raise BadInput("publish uploads what was written; set output=DIRECTORY or vector.save=DIRECTORY")
     for repository in named.values():
-        if not _REPOSITORY.fullmatch(repository):
+        if not is_repository(repository):
             raise BadInput(
                 f"publish: {repository!r} is not the name of a repository; write it as ORG/NAME or ORG/NAME@BRANCH, of "
                 "letters, digits, '-', '_' and '.'"

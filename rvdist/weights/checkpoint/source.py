@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rvdist.core.errors import BadInput
-from rvdist.core.text import is_url
+from rvdist.core.text import is_repository, is_url
 from rvdist.weights.checkpoint import adapter, compressed, fp8, mxfp4, stored_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.tied import without_tied_head
 from rvdist.weights.checkpoint.trained import ADAPTER, open_trained
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
 def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoint:
@@ -72,7 +70,7 @@ def _open(source: str) -> Checkpoint:
             "a directory, or mount it"
         )
     path = Path(source).expanduser()
-    if path.exists() or not _REPOSITORY.fullmatch(source):
+    if path.exists() or not is_repository(source):
         return open_trained(path) or open_checkpoint(path)
     from rvdist.weights.checkpoint.hub import open_repository  # the Hub's client takes a while to import
 
