@@ -56,6 +56,41 @@ def breadcrumbs(base, vectors, weights, density, gamma):
     return total
 
 
+def della(base, vectors, weights, density, epsilon, seed, width, tensor="w"):
+    """Row by row, element by element; magnitudes that are equal do not come up."""
+    total = base.clone()
+    for number, (weight, vector) in enumerate(zip(weights, vectors, strict=True)):
+        kept, drawn = torch.zeros_like(vector), draws(seed, number, tensor, vector.numel())
+        for row in range(0, vector.numel(), width):
+            smallest_first = vector[row : row + width].abs().argsort().tolist()
+            for rank, place in enumerate(smallest_first):
+                probability = density - epsilon + 2 * epsilon * rank / (width - 1)
+                kept[row + place] = drawn[row + place] < probability * 2**32
+        total += weight * vector.abs().sum() / (kept * vector).abs().sum() * kept * vector
+    return total
+
+
+def arcee_fusion(base, vector, width):
+    """A sort for the quartiles."""
+    p, q = ((t.view(-1, width).softmax(1) + 1e-8) for t in (base + vector, base))
+    importance = (vector.view(-1, width).abs() * (p * (p / q).log()).sum(1, keepdim=True)).flatten()
+    ordered, n = importance.sort().values, vector.numel()
+    first, median, third = (ordered[int(share * (n - 1))] for share in (0.25, 0.5, 0.75))
+    return base + torch.where(importance >= median + 1.5 * (third - first), vector, 0.0)
+
+
+def ram(base, vectors, epsilon, r=0.0, alpha=0.0):
+    """Loops over vectors; with `r` and `alpha` it is RAM+."""
+    changed = torch.stack([vector.abs() > epsilon for vector in vectors])
+    count, total = changed.sum(0), base.clone()
+    for vector, own in zip(vectors, changed, strict=True):
+        shared, alone = int((own & (count > 1)).sum()), int((own & (count == 1)).sum())
+        factor = 1 + r * min(shared / max(alone, epsilon), alpha)
+        total += torch.where(own & (count == 1), factor * vector, 0.0)
+        total += torch.where(own & (count > 1), vector / count.clamp(min=1), 0.0)
+    return total
+
+
 def sce(base, vectors, density):
     """torch's variance, and a sort."""
     stacked = torch.stack(vectors)

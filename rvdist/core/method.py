@@ -19,9 +19,10 @@ class Facts:
     `made_by`: FILE.NAME, a class or function below `rvdist/weights/arithmetic/` that takes `parameters` and `options`
     by keyword. `parameters`: which of `density` and `seed` it has a use for; `options`: its other numbers, and their
     defaults. `whole_tensors`: all of a tensor must be seen before any of it can be computed, so that no unit holds a
-    part of one. `one_vector`: it goes from the base to one other
-    model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the method, else `merge.method` may
-    name it. `sentence`: what a card says, with {density} and {seed} filled in; empty where the terms are simply added.
+    part of one. `whole_rows`: its chunks are whole rows of the last dimension. `one_vector`: it goes from the base to
+    one other model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the method, else
+    `merge.method` may name it. `sentence`: what a card says, with {density} and {seed} filled in; empty where the
+    terms are simply added.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Facts:
     parameters: tuple[str, ...] = ()
     options: Options = ()
     whole_tensors: bool = False
+    whole_rows: bool = False
     one_vector: bool = False
 
 
@@ -48,6 +50,16 @@ _BREADCRUMBS = (
     "{density} and gamma {gamma:g}: in every tensor, each vector leaves out that share of its largest elements, and "
     "then the smallest"
 )
+_DELLA = (
+    "The terms are combined by DELLA ([arXiv 2406.11617](https://arxiv.org/abs/2406.11617)) with {density}, epsilon "
+    "{epsilon:g} and {seed}: each element of a vector stays with a probability between the density less epsilon and "
+    "the density plus epsilon, by its rank among the magnitudes of its row"
+)
+_RAM = (
+    "The terms are combined by Reinforced Agent Merging ([arXiv 2601.13572](https://arxiv.org/abs/2601.13572)) with "
+    "epsilon {epsilon:g}: elements that one vector alone changes are taken whole"
+)
+_AVERAGED = "and those that several change are averaged over these"
 _ELECTED = "a sign is elected for each element, and only terms that agree with it are taken"
 
 FACTS = (
@@ -173,6 +185,41 @@ FACTS = (
         sentence="Elements that are nearer to the target's than the coefficient become the other model's; others go "
         "that far towards it.",
         one_vector=True,
+    ),
+    Facts(
+        "della_linear",
+        "della.Della",
+        sentence=f"{_DELLA}, and the terms are added.",
+        parameters=("density", "seed"),
+        options=(("epsilon", 0.15), ("rescale", 1)),
+        whole_tensors=True,
+        whole_rows=True,
+    ),
+    Facts(
+        "della",
+        "della.DellaTies",
+        sentence=f"{_DELLA}, {_ELECTED}.",
+        parameters=("density", "seed"),
+        options=(("epsilon", 0.15), ("rescale", 1), ("normalize", 1), ("factor", 1)),
+        whole_tensors=True,
+        whole_rows=True,
+    ),
+    Facts(
+        "arcee_fusion",
+        "arcee_fusion.ArceeFusion",
+        sentence="The other model's elements are taken where their change matters most: where its size times the "
+        "divergence of the row's softmax is an outlier of the tensor (Arcee Fusion).",
+        whole_tensors=True,
+        whole_rows=True,
+        one_vector=True,
+    ),
+    Facts("ram", "ram.Ram", sentence=f"{_RAM}, {_AVERAGED}.", options=(("epsilon", 1e-5),)),
+    Facts(
+        "ramplus_tl",
+        "ram.RamPlus",
+        sentence=f"{_RAM} and strengthened (r {{r:g}}, alpha {{alpha:g}}), {_AVERAGED}.",
+        options=(("r", 0.1), ("alpha", 0.2), ("epsilon", 1e-5)),
+        whole_tensors=True,
     ),
 )
 METHODS = tuple(row.name for row in FACTS if row.formula)  # those that merge.method may name

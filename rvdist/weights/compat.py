@@ -32,6 +32,7 @@ from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.tied import contradiction, is_tied
 from rvdist.weights.configurations import compare_configs
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
+from rvdist.weights.rows import require_rows
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Coefficient = Callable[[str], float]  # m of a tensor
@@ -107,6 +108,7 @@ def check(
                     f"{minus.path} is not from the same pre-training as {base.path}: their sampled relative distance "
                     f"is {distance:.2f} (siblings are well below {REFUSED_DISTANCE}, unrelated models near 1.41)"
                 )
+    require_rows(point, sources)
     report = Compatibility(tuple(dict.fromkeys(exceptions)), tuple(dict.fromkeys(refusals)), distances)
     if report.refusals and not force:
         raise BadInput(f"{report.refusals[0]}; compat.force=true applies the vector all the same")

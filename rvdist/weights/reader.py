@@ -93,7 +93,7 @@ class PointReader:
         try:
             for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
                 operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
-                compute = partial(self._combine, Place(name, spec.numel, begin), recipes, works, present)
+                compute = partial(self._combine, self._place(name, begin), recipes, works, present)
                 lane.launch(operand, len(self.points), end - begin, dtype, compute)
                 ahead.append((begin, lane))
                 if len(ahead) == len(self._lanes):
@@ -114,11 +114,17 @@ class PointReader:
             for begin in range(0, out.numel(), CHUNK):
                 self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
             return
-        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        lane, row = self._lanes[0], self._row(name)
+        first, last = start // row * row, -(-stop // row) * row
+        if (first, last) != (start, stop):  # a part of a row is computed with the others of it
+            whole = torch.empty(last - first, dtype=out.dtype)
+            self.fill(name, first, whole)
+            out.copy_(whole[start - first : stop - first])
+            return
         cuts = self._cuts(name, start, stop, [vector for _, vector in recipes[0]], min(CHUNK, lane.chunk))
         for begin, end, present in cuts:
             operand = self._read([point.base, *_donors(present)], name, begin, end, lane)
-            self._fill(Place(name, numel, begin), recipes, works, present, operand, out[begin - start : end - start])
+            self._fill(self._place(name, begin), recipes, works, present, operand, out[begin - start : end - start])
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
         """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in
@@ -133,7 +139,7 @@ class PointReader:
             self.fill(name, rows.start * width, whole)
             out.view(len(rows), len(columns)).copy_(whole.view(len(rows), width)[:, columns.start : columns.stop])
             return
-        numel, lane = self.base.tensors[name].numel, self._lanes[0]
+        lane = self._lanes[0]
         at_once = max(1, min(CHUNK, lane.chunk) // len(columns)) * width
         for begin, end, present in self._cuts(name, rows.start * width, rows.stop * width, vectors, at_once):
             own = range(begin // width, end // width)
@@ -146,7 +152,7 @@ class PointReader:
                 source: operands[source].read_columns(name, own, columns, lane.buffer(f"in {k}"))
                 for k, source in enumerate(dict.fromkeys([point.base, *_donors(present)]))
             }
-            self._fill(Place(name, numel, begin), recipes, works, present, operand, result)
+            self._fill(self._place(name, begin), recipes, works, present, operand, result)
 
     def _fill(
         self,
@@ -171,7 +177,7 @@ class PointReader:
     def _prepare(self, name: str) -> tuple[list[Recipe], list[torch.dtype], list[bool]]:
         """For each point the terms that change a tensor, the working precision, and whether its bytes are the base's.
         Methods that must see the whole tensor first have then seen it."""
-        dtype, numel = self.output_dtype(self.base.tensors[name]), self.base.tensors[name].numel
+        dtype = self.output_dtype(self.base.tensors[name])
         recipes = [self._recipe(point, name) for point in self.points]
         stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
         works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
@@ -179,9 +185,8 @@ class PointReader:
             for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
                 if point.method.facts.whole_tensors and terms:
                     base = [point.base] * method.surveys_base
-                    method.survey(
-                        self._at(Place(name, numel), point), partial(self._differences, name, base, terms, work)
-                    )
+                    place = self._at(self._place(name), point)
+                    method.survey(place, partial(self._differences, name, base, terms, work))
             self._prepared = name
         return recipes, works, [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
 
@@ -209,6 +214,15 @@ class PointReader:
             own = self._at(place, point)
             counts.append(combine(method, operand[point.base], differences, out, scratch, own, work))
         return counts
+
+    def _place(self, name: str, begin: int = 0) -> Place:
+        spec = self.base.tensors[name]
+        return Place(name, spec.numel, begin, row=spec.shape[-1] if len(spec.shape) > 1 else 0)
+
+    def _row(self, name: str) -> int:
+        """How many elements chunks must not part; 1 where they may part any."""
+        whole = any(point.method.facts.whole_rows for point in self.points)
+        return max(1, self._place(name).width) if whole and self.base.tensors[name].is_floating_point else 1
 
     def _at(self, place: Place, point: WeightPoint) -> Place:
         """The place, with the densities of the terms that change its tensor."""
@@ -242,7 +256,10 @@ class PointReader:
     ) -> Iterator[tuple[int, int, tuple[Vector, ...]]]:
         """(begin, end, the vectors that have these elements): chunks of [start, stop) of at most `size` elements, none
         of them across the end of a vector with fewer rows than the base. A vector has the rows that both donors have.
+        Where a method wants whole rows, `start` begins one.
         """
+        row = self._row(name)
+        size = max(row, size // row * row)
         ends = {
             vector: min(self._sources[source].tensors[name].numel for source in vector.sources()) for vector in vectors
         }

@@ -42,10 +42,10 @@ HERE = Path(__file__).parent / "mergekit"
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}
 # How far apart two roundings of the same formula may be, in units in the last place of the largest number at an
 # element. mergekit's arithmetic is the inputs' dtype, and in bf16 the weights and differences are rounded to it too.
-# Angles and lengths of whole tensors it finds in fp32.
+# Angles and lengths of whole tensors it finds in fp32. Of della_whole, what is divided by weights is multiplied again.
 UNITS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 2.0}
-ANGLES = {"slerp": 2, "karcher": 2, "nuslerp": 2, "model_stock": 4, "multislerp": 4}  # × these units
-RANDOM = {"dare_linear"}
+ANGLES = {"slerp": 2, "karcher": 2, "nuslerp": 2, "model_stock": 4, "multislerp": 4, "della_whole": 2}  # × these units
+RANDOM = {"dare_linear", "della", "della_linear"}
 EXACT = sorted(path.stem for path in HERE.glob("*.yml") if path.stem not in RANDOM)
 
 
@@ -172,6 +172,26 @@ def test_random_dropping_differs_only_in_the_scale(expected, here):
         assert kept / total == pytest.approx(0.6, abs=4 * (0.6 * 0.4 / total) ** 0.5)
 
 
+@pytest.mark.parametrize("recipe", ["della_linear", "della"])
+def test_small_magnitudes_of_a_row_are_dropped_more_often(recipe, expected, here):
+    """What stays is random, by the same probabilities as mergekit's, and scaled as mergekit scales it."""
+    base, donor = expected["inputs/base"], expected["inputs/a"]
+    for found in (expected[recipe], merged(HERE / f"{recipe}.yml", 3)):
+        ends = {0: [], 1: []}
+        for name, tensor in found.items():
+            difference = donor[name].double() - base[name].double()
+            change = tensor.double() - base[name].double()
+            stays = change.abs() > 1e-7
+            scale = difference.abs().sum() / difference[stays].abs().sum()
+            torch.testing.assert_close(change[stays], 0.5 * scale * difference[stays], rtol=1e-4, atol=1e-7)
+            rows, kept = (t.view(-1, t.shape[-1]) for t in (difference.abs(), stays))
+            for end, places in enumerate((rows.argmin(1), rows.argmax(1))):
+                ends[end] += kept.gather(1, places[:, None]).flatten().tolist()
+        for end, probability in ((0, 0.15), (1, 0.85)):
+            share, spread = sum(ends[end]) / len(ends[end]), (0.15 * 0.85 / len(ends[end])) ** 0.5
+            assert share == pytest.approx(probability, abs=4 * spread)
+
+
 def test_dropped_by_density_without_rescale(here, tmp_path):
     recipe = read_recipe(written(tmp_path, "dare_linear.yml", "density: 0.6", "density: 0.5, rescale: false"), names, 7)
     assert recipe.point.method == MethodSpec("dare", 0.5, 7)
@@ -188,7 +208,7 @@ def written(where, recipe, old="", new=""):
 
 
 REFUSED = [
-    ("linear.yml", "merge_method: linear", "merge_method: ram", "merge_method 'ram'"),
+    ("linear.yml", "merge_method: linear", "merge_method: none", "merge_method 'none'"),
     ("linear.yml", "dtype: float32", "dtype: float64", "dtype 'float64'"),
     ("linear.yml", "dtype: float32", "chat_template: auto", "chat_template is not supported"),
     ("linear.yml", "dtype: float32", "tokenizer_source: union", "tokenizer_source 'union'"),
@@ -241,6 +261,9 @@ REFUSED = [
         "parameters.normalize_weights",
     ),
     ("slerp_bf16.yml", "t: 0.3", "weight: 0.3", "parameters.t is not set for tensor"),
+    ("della.yml", "epsilon: 0.35", "epsilon: 0.5", "epsilon 0.5 and density 0.5 "),
+    ("arcee_fusion.yml", "model: base}", "model: a}", "models name 2 models beside the base; arcee_fusion goes"),
+    ("ram.yml", "epsilon: 0.012", "r: 0.1", "parameters.r is not a parameter we have"),
 ]
 
 
@@ -260,7 +283,21 @@ def test_refuses_what_is_no_recipe(text, tmp_path):
         read_recipe(tmp_path / "nothing.yml", names)
 
 
-@pytest.mark.parametrize("recipe", ["ties_sum", "dare_ties_whole", "slerp", "breadcrumbs", "sce", "karcher"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "ties_sum",
+        "dare_ties_whole",
+        "slerp",
+        "breadcrumbs",
+        "sce",
+        "karcher",
+        *sorted(RANDOM),
+        "arcee_fusion",
+        "ram",
+        "ramplus_tl",
+    ],
+)
 def test_bytes_do_not_depend_on_chunks(recipe, here):
     asked = read_recipe(HERE / f"{recipe}.yml", names, 5).point
     if recipe.startswith("dare"):

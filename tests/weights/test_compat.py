@@ -5,8 +5,9 @@ import torch
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput
+from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
-from rvdist.weights import compat
+from rvdist.weights import compat, rows
 from rvdist.weights.checkpoint.directory import open_checkpoint
 
 
@@ -49,6 +50,21 @@ def test_another_shape_in_the_target(family):
     rewrite(paths["target"], lambda w: w.update({"model.norm.weight": torch.zeros(49).bfloat16()}))
     with pytest.raises(BadInput, match=r"target: tensor model.norm.weight has shape \[49\]"):
         check(paths)
+
+
+def test_rows_that_a_method_cannot_see_whole(family, monkeypatch):
+    paths = family()
+    sources = {name: open_checkpoint(path) for name, path in paths.items()}
+    fused = WeightPoint("target", (Term(1.0, Vector("plus", "target")),), MethodSpec("arcee_fusion"))
+    assert compat.check(fused, sources).level == "identical"
+    monkeypatch.setattr(rows, "LONGEST", 47)
+    with pytest.raises(BadInput, match=r"target: tensor .* has rows of 48 elements, and arcee_fusion needs whole"):
+        compat.check(fused, sources)
+    rewrite(paths["plus"], lambda w: w.update({"model.norm.weight": torch.zeros(40).bfloat16()}))
+    shorter = sources | {"plus": open_checkpoint(paths["plus"])}
+    monkeypatch.setattr(rows, "LONGEST", 48)
+    with pytest.raises(BadInput, match=r"tensor model.norm.weight has 40 elements where .* has 48, and arcee_fusion"):
+        compat.check(fused, shorter, extra_rows=True)
 
 
 def test_a_tensor_missing_from_one_donor(family):

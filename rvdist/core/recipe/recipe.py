@@ -73,6 +73,8 @@ def _point(file: File, method: str, base: str, models: list[Model], tensors: Col
     elects = row.elects
     if "gamma" in options and not 0 <= options["gamma"] < 1:
         file.refuse("parameters.gamma", f"{options['gamma']:g} is not at least 0 and below 1")
+    if method.startswith("della"):
+        options["rescale"] = float(rescale)
     if elects and options:
         options |= {"normalize": float(normalize), "factor": factor}
         factor = 1.0
@@ -96,6 +98,15 @@ def _point(file: File, method: str, base: str, models: list[Model], tensors: Col
             for density in kept:
                 if not 0 < density <= 1:
                     file.refuse(row.density, f"{density:g} is not above 0 and at most 1")
+                if (
+                    method.startswith("della")
+                    and density < 1
+                    and not 0 < density - options["epsilon"] <= density + options["epsilon"] < 1
+                ):
+                    file.refuse(
+                        "epsilon",
+                        f"{options['epsilon']:g} and density {density:g} do not keep what is dropped between 0 and 1",
+                    )
             if method == "dare_ties" and not rescale and normalize and set(kept) != {1.0}:
                 file.refuse("parameters.rescale", "false is not supported for dare_ties with normalize")
             if method.startswith("dare") and not rescale:  # what the method divides by again
@@ -119,6 +130,7 @@ def _count_inputs(file: File, method: str, others: int, of_models: bool) -> None
     goes = {
         "slerp": "slerp goes from the base to one other",
         "nearswap": "nearswap goes from the base to one other",
+        "arcee_fusion": "arcee_fusion goes from the base to one other",
         "model_stock": "model_stock needs two or more",
         "nuslerp": f"nuslerp goes between {'that and one other' if of_models else 'two'}",
     }

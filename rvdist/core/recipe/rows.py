@@ -53,4 +53,9 @@ ROWS = {
     "multislerp": Row("multislerp", of_models="multislerp_models", normalize=True),
     "karcher": Row("karcher", weight="", base_is_input=True, options={"max_iter": 10, "tol": 1e-5}),
     "nearswap": Row("nearswap", weight="t", others=ONE),
+    "della_linear": Row("della_linear", density="density", rescale=True, options={"epsilon": 0.15}),
+    "della": Row("della", density="density", normalize=True, rescale=True, elects=True, options={"epsilon": 0.15}),
+    "arcee_fusion": Row("arcee_fusion", weight="", others=ONE),
+    "ram": Row("ram", weight="", options={"epsilon": 1e-5}),
+    "ramplus_tl": Row("ramplus_tl", weight="", options={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
 }

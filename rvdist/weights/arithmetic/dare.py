@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rvdist.weights.arithmetic.method import Place
 
@@ -46,14 +47,15 @@ class Dare:
         density = place.densities[vector] if place.densities else self._density
         difference.mul_(alpha / density)
         if density < 1:
-            kept = self._draw(density, place.tensor, vector, place.start, difference.numel())
+            drawn = draws(self._seed, place.tensor, vector, place.start, difference.numel())
+            kept = torch.from_numpy((drawn < round(density * 2**32)).astype(np.float32))
             difference.mul_(kept.to(difference.device))
 
-    def _draw(self, density: float, tensor: str, vector: int, start: int, n: int) -> torch.Tensor:
-        """1 for those of the elements [start, start + n) of the vector's tensor that stay, else 0."""
-        name = hashlib.blake2b(f"{self._seed} {vector} {tensor}".encode(), digest_size=16).digest()
-        stream = np.random.Philox(key=int.from_bytes(name, "little"))
-        steps, skip = divmod(start, _DRAWS)
-        stream.advance(steps)
-        draws = stream.random_raw((skip + n + 1) // 2).astype("<u8", copy=False).view("<u4")[skip : skip + n]
-        return torch.from_numpy((draws < round(density * 2**32)).astype(np.float32))
+
+def draws(seed: int, tensor: str, vector: int, start: int, n: int) -> NDArray[np.uint32]:
+    """Those of the elements [start, start + n) of the vector's tensor: evenly from 0 to 2³² − 1."""
+    name = hashlib.blake2b(f"{seed} {vector} {tensor}".encode(), digest_size=16).digest()
+    stream = np.random.Philox(key=int.from_bytes(name, "little"))
+    steps, skip = divmod(start, _DRAWS)
+    stream.advance(steps)
+    return stream.random_raw((skip + n + 1) // 2).astype("<u8", copy=False).view("<u4")[skip : skip + n]

@@ -65,6 +65,11 @@ def magnitudes(difference: torch.Tensor) -> torch.Tensor:
     return difference.view(integer) & mask
 
 
+def of_bits(bits: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The magnitudes that these integers are."""
+    return torch.tensor(bits, dtype=_BITS[dtype][0]).view(dtype)
+
+
 def kth_largest(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int | Sequence[int]) -> list[int]:
     """The `kth` largest magnitude of each vector, or of each its own, exactly, in the memory of one histogram a vector:
     each pass over the differences counts the next bits of those that share the bits known so far."""

@@ -1,5 +1,7 @@
 """mergekit's methods by chunks against whole tensors, in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import whole_tensors as whole
@@ -18,7 +20,7 @@ def by_chunks(spec, base, vectors, alphas, chunk=1000, place=None):
     out = torch.empty_like(base)
     for cut in cuts:
         terms = [(alpha, vector[cut], None) for alpha, vector in zip(alphas, vectors, strict=True)]
-        at = Place(place.tensor, place.numel, cut.start, place.densities)
+        at = replace(place, start=cut.start)
         assert combine(method, base[cut], terms, out[cut], place=at) == 0
     return out
 
@@ -70,6 +72,15 @@ CASES = {
     ),
     "karcher: no length": (MethodSpec("karcher"), [-BASE], (1,), 0.5 * BASE),
     "nearswap": (MethodSpec("nearswap"), [A], (0.1,), whole.nearswap(BASE, BASE + A, 0.1)),
+    "ram": (MethodSpec("ram", options=(("epsilon", 0.2),)), VECTORS, (1, 1, 1), whole.ram(BASE, VECTORS, 0.2)),
+    "ram: one alone": (MethodSpec("ram"), [A], (1,), BASE + A),
+    "ramplus_tl": (
+        MethodSpec("ramplus_tl", options=(("epsilon", 0.2), ("r", 0.5), ("alpha", 3.0))), VECTORS, (1, 1, 1),
+        whole.ram(BASE, VECTORS, 0.2, 0.5, 3.0),
+    ),
+    "ramplus_tl: nothing alone": (
+        MethodSpec("ramplus_tl", options=(("epsilon", 0.0),)), [A, B], (1, 1), BASE + (A + B) / 2
+    ),
     "nearswap: not below 0": (MethodSpec("nearswap"), [A], (-0.1,), BASE),
 }  # fmt: skip
 
@@ -91,7 +102,51 @@ def test_breadcrumbs_elect_as_ties_does():
     torch.testing.assert_close(by_chunks(doubled, BASE, VECTORS, WEIGHTS) - BASE, 2 * (same - BASE))
 
 
-@pytest.mark.parametrize("name", ["nuslerp", "nuslerp_models", "nearswap"])
+ROWS, WIDTH = 40, 150  # of the same 6,000 elements
+BY_ROWS = {
+    "arcee_fusion": (MethodSpec("arcee_fusion"), 1, (1,), lambda b, v: whole.arcee_fusion(b, v[0], WIDTH)),
+    "arcee_fusion: one row": (MethodSpec("arcee_fusion"), 1, (1,), lambda b, v: whole.arcee_fusion(b, v[0], 6000)),
+    "della_linear": (
+        MethodSpec("della_linear", 0.4, 5, (("epsilon", 0.3),)), 3, WEIGHTS,
+        lambda b, v: whole.della(b, v, WEIGHTS, 0.4, 0.3, 5, WIDTH),
+    ),
+    "della_linear: all": (
+        MethodSpec("della_linear"), 2, (0.5, 0.3), lambda b, v: b + 0.5 * v[0] + 0.3 * v[1]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BY_ROWS)
+def test_equals_whole_tensors_by_rows(case):
+    spec, count, alphas, wanted = BY_ROWS[case]
+    base, vectors = BASE[: ROWS * WIDTH], [vector[: ROWS * WIDTH] for vector in VECTORS[:count]]
+    place = Place("w", base.numel(), row=0 if "one row" in case else WIDTH)
+    found = by_chunks(spec, base, vectors, alphas, 6000, place)
+    torch.testing.assert_close(found, wanted(base, vectors), rtol=0, atol=2e-6)
+    if place.row:
+        assert torch.equal(by_chunks(spec, base, vectors, alphas, 7 * WIDTH, place), found), "chunks do not matter"
+
+
+def test_della_elects_as_ties_does():
+    """All kept, the two are one; without `rescale` what stays is as it was."""
+    same = by_chunks(MethodSpec("ties_mean"), BASE, VECTORS, WEIGHTS)
+    assert torch.equal(by_chunks(MethodSpec("della"), BASE, VECTORS, WEIGHTS), same)
+    plain = MethodSpec("della_linear", 0.5, 1, (("epsilon", 0.2), ("rescale", 0.0)))
+    change = by_chunks(plain, torch.zeros_like(A), [A], (1,), 6001)
+    assert set(change.div(A).unique().tolist()) == {0.0, 1.0}
+    with pytest.raises(ValueError, match="make no probabilities"):
+        by_chunks(MethodSpec("della", 0.9), BASE, VECTORS, WEIGHTS)
+
+
+def test_each_vector_of_della_has_its_own_density():
+    place = Place("w", 6000, densities=(0.3, 1.0), row=WIDTH)
+    base, vectors = torch.zeros(6000, dtype=torch.float64), [A[:6000], B[:6000]]
+    spec = MethodSpec("della_linear", 0.5, 5, (("epsilon", 0.1), ("rescale", 0.0)))
+    only = by_chunks(spec, base, vectors, (1, 1), 6000, place) - vectors[1]
+    assert (only.abs() > 1e-9).double().mean() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "nuslerp_models", "nearswap", "arcee_fusion"])
 def test_too_many_vectors_are_refused(name):
     with pytest.raises(ValueError, match="not|unpack"):
         by_chunks(MethodSpec(name), BASE, VECTORS, WEIGHTS)
