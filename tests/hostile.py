@@ -139,9 +139,9 @@ def tokens(path: Path) -> object:
 
 
 def vocabularies(path: Path) -> object:
-    from rvdist.weights.compat import _compare_tokenizers
+    from rvdist.weights.architecture import compare_tokenizers
 
-    return _compare_tokenizers(path, path)
+    return compare_tokenizers(path, path)
 
 
 def text(path: Path) -> object:

@@ -31,6 +31,12 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def with_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    match = _LAYER.search(name)
+    return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}" if match else name
+
+
 def name_of(source: str) -> str:
     """What a source is called: the last component of its path, whatever that is written as (`.`, `a/b/`, `a/..`)."""
     return os.path.basename(os.path.abspath(os.path.expanduser(source)))

@@ -18,6 +18,7 @@ from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.pieces import spread_over_files
+from rvdist.weights.checkpoint.stacked import Stacked
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
@@ -226,6 +227,7 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     scaled = {name: source for name in point.sources() if isinstance(source := sources[name], Scaled)}
     blocks: dict[str, Any] = {name: source.block for name, source in scaled.items()}
     blocks |= {f"{name} codes": source.kind.name for name, source in scaled.items() if source.stored}
+    blocks |= {f"{n} stacks": s.mapping for n in point.sources() if isinstance(s := sources[n], Stacked)}
     if _keeps_scales(base := sources[point.base], layout) and base.power_of_two:
         blocks["scales"] = "powers of two"
     made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout), blocks], sort_keys=True)
@@ -244,7 +246,9 @@ def _layout(base: Checkpoint, form: OutputFormat) -> Layout:
     if form.max_shard_size is not None:
         shards = reshard(written, lambda spec: spec.numel * ITEMSIZE[stored(spec)], form.max_shard_size)
         by_file = dict(zip(shard_names(len(shards)), shards, strict=True))
-    elif not all(file.endswith(".safetensors") for file in by_file):  # as a training leaves it
+    elif isinstance(base, Stacked) or not all(
+        file.endswith(".safetensors") for file in by_file
+    ):  # as trainings leave it
         by_file = dict(zip(shard_names(len(by_file)), by_file.values(), strict=True))
     files = {}
     tensors: dict[str, TensorSpec] = {}

@@ -269,8 +269,8 @@ def _require_kept(job: Job, outputs: Collection[Path], saved: config.Saved | Non
 def require_no_source(settings: Config, outputs: Collection[Path], sources: Mapping[str, Checkpoint]) -> None:
     """Overwriting must never replace what is being read, be it by another job."""
     for (name, source), output in product(sources.items(), outputs if settings.overwrite else ()):
-        path = source.path.resolve()
-        if output.resolve() in (path, *path.parents):
+        places = {source.path.resolve(), *((source.path / file).parent.resolve() for file in source.files)}
+        if any(output.resolve() in (path, *path.parents) for path in places):
             raise BadInput(
                 f"output: {output} is or holds the source {name}, which would be lost; choose another output"
             )

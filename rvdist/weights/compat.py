@@ -14,38 +14,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
+from rvdist.weights.architecture import Finding, compare_configs, compare_tokenizers, judge_parts
 from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.difference import Difference, is_adapter
-from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.layouts import Relaid
+from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tied import contradiction, is_tied
-from rvdist.weights.configurations import compare_configs
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
 from rvdist.weights.rows import require_rows
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Coefficient = Callable[[str], float]  # m of a tensor
-_Finding = tuple[list[str], list[str]]  # exceptions, refusals
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
-_LONGEST_VALUE = 200  # characters of a configuration's value in a sentence
 _KIND = {"adapter": "an adapter", "vector": "a stored vector"}
-
-_STRUCTURE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "hidden_act", "num_experts", "num_experts_per_tok", "num_local_experts",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,6 +73,10 @@ def check(
             exceptions.append(
                 f"{checkpoint.path.name}: {contradiction(checkpoint.config)}; no head is stored beside it"
             )
+    if isinstance(base, Stacked):
+        said, refused = judge_parts(base)
+        exceptions += said
+        refusals += refused
     for term in point.terms:
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
         _require_one_expert_layout((base, plus, minus), term.mask)
@@ -95,7 +92,7 @@ def check(
         findings = [_judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)]
         for donor in (plus, minus):
             if not is_adapter(donor):
-                findings += [_compare_configs(base, donor), _compare_tokenizers(base.beside, donor.beside)]
+                findings += [compare_configs(base, donor), compare_tokenizers(base.beside, donor.beside)]
         for said, refused in findings:
             exceptions += said
             refusals += refused
@@ -257,7 +254,7 @@ def _compare_tensors(
     yield from _list_names("{} of the vector's tensors are not in the target and were skipped", plus, base)
 
 
-def _judge_coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient) -> _Finding:
+def _judge_coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient) -> Finding:
     """What to say of a vector that is applied in part, and why one of which little is applied is refused."""
     coverage = measure_coverage(base, plus, None if is_adapter(plus) else minus, coefficient)
     if coverage is None:
@@ -281,59 +278,6 @@ def _list_names(sentence: str, have: Checkpoint, lack: Checkpoint) -> Iterator[s
     if names:
         shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         yield f"{sentence.format(len(names))}: {shown}"
-
-
-def _compare_configs(base: Checkpoint, donor: Checkpoint) -> _Finding:
-    if not base.config or not donor.config:
-        lacking = donor if base.config else base
-        return [f"{lacking.path.name} has no config.json: its architecture was not compared"], []
-    differing = compare_configs(base.config, donor.config)
-    kinds = [differs for differs in differing if differs[0] == "model_type"]
-    exceptions, refusals = [], []
-    for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
-        if key.rpartition(".")[2] in _STRUCTURE:
-            refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
-        else:
-            exceptions.append(f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}")
-    return exceptions, refusals
-
-
-def _shorten(value: Any) -> str:
-    text = "not set" if value is None else str(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
-
-
-def _compare_tokenizers(base: Path, donor: Path) -> _Finding:
-    ours, theirs = token_ids(base), token_ids(donor)
-    if ours is None or theirs is None:
-        lacking = base if ours is None else donor
-        return [f"{lacking.name} has no tokenizer.json or vocab.json: token ids were not compared"], []
-    theirs_by_id = {number: token for token, number in theirs.items()}
-    for token, number in ours.items():
-        if theirs.get(token, number) != number:
-            reason = f"token {token!r} has id {theirs[token]} where the target has {number}"
-        elif theirs_by_id.get(number, token) != token:
-            reason = f"id {number} is token {theirs_by_id[number]!r} where the target has {token!r}"
-        else:
-            continue
-        return [], [f"{donor}: its tokenizer differs from the target's ({reason})"]
-    if ours != theirs:
-        return [f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], []
-    return [], []
-
-
-def token_ids(path: Path) -> dict[str, int] | None:
-    """token → id from tokenizer.json, or vocab.json, with added tokens; None where there is neither."""
-    if (path / "tokenizer.json").exists():
-        tokenizer = read_json(path / "tokenizer.json")
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        return dict(vocabulary) | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
-    if (path / "vocab.json").exists():
-        added = read_json(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
-        return read_json(path / "vocab.json") | added
-    return None
 
 
 def sampled_distance(base: Checkpoint, other: Checkpoint) -> float:

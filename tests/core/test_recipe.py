@@ -46,7 +46,8 @@ CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}
 UNITS = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 2.0}
 ANGLES = {"slerp": 2, "karcher": 2, "nuslerp": 2, "model_stock": 4, "multislerp": 4, "della_whole": 2}  # × these units
 RANDOM = {"dare_linear", "della", "della_linear"}
-EXACT = sorted(path.stem for path in HERE.glob("*.yml") if path.stem not in RANDOM)
+STACKED = "passthrough"
+EXACT = sorted(path.stem for path in HERE.glob("*.yml") if path.stem not in RANDOM | {STACKED})
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,15 @@ def require_equal(recipe, found, expected):
     moved = sum(float((wanted[name].double() - base[name].double()).norm()) for name in wanted)
     apart = sum(float((wanted[name].double() - found[name].double()).norm()) for name in wanted)
     assert apart < 0.05 * moved, "agrees with mergekit no better than the base does"
+
+
+def test_layers_are_stacked_as_mergekit_does(expected, here):
+    require_stacked(merged(HERE / f"{STACKED}.yml"), expected)
+
+
+def require_stacked(found, expected):
+    assert found.keys() == expected[STACKED].keys() and "model.layers.3.mlp.up_proj.weight" in found
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected[STACKED].items())
 
 
 def test_each_model_is_dropped_from_by_its_own_density(here, tmp_path):
@@ -263,6 +273,11 @@ REFUSED = [
     ("slerp_bf16.yml", "t: 0.3", "weight: 0.3", "parameters.t is not set for tensor"),
     ("della.yml", "epsilon: 0.35", "epsilon: 0.5", "epsilon 0.5 and density 0.5 "),
     ("arcee_fusion.yml", "model: base}", "model: a}", "models name 2 models beside the base; arcee_fusion goes"),
+    ("passthrough.yml", "[1, 3]", "[3, 3]", r"slices\[1\].sources\[0\].layer_range \[3, 3\] is not a range"),
+    ("passthrough.yml", "[1, 3]", "[1, true]", r"slices\[1\].sources\[0\].layer_range \[1, True\] is not a range"),
+    ("passthrough.yml", "[1, 3]}", "[1, 3]}, {model: c}", r"slices\[1\].sources has to be a list of one model"),
+    ("passthrough.yml", "[1, 3]", "[1, 3], parameters: {scale: 2}", r"slices\[1\].sources\[0\].parameters is not"),
+    ("passthrough.yml", "slices:", "slices: 1\nmodels:", "slices has to be a list of slices"),
     ("ram.yml", "epsilon: 0.012", "r: 0.1", "parameters.r is not a parameter we have"),
 ]
 
@@ -336,13 +351,15 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
 @pytest.mark.heavy
 def test_the_command_writes_what_mergekit_does(here, expected, tmp_path):
     """All recorded recipes as one plan; dtype and base are the recipe's."""
-    files = ",".join(f"'{HERE / name}.yml'" for name in EXACT)
+    files = ",".join(f"'{HERE / name}.yml'" for name in [*EXACT, STACKED])
     places = (f"output={tmp_path}/{{recipe}}", f"hydra.sweep.dir={tmp_path}/run", "merge.workers=1")
     done = launch("-m", f"recipe={files}", *places, cwd=here)
     assert done.returncode == 0, done.stderr
     assert len(EXACT) >= 8
     for recipe in EXACT:
         require_equal(recipe, load_checkpoint(tmp_path / recipe), expected)
+    require_stacked(load_checkpoint(tmp_path / STACKED), expected)
+    assert json.loads((tmp_path / STACKED / "config.json").read_text())["num_hidden_layers"] == 4
     assert "recipe: " in (tmp_path / "run/0/config.yaml").read_text()
 
     planned = launch(f"recipe={HERE}/ties.yml", "output=o/{target}-{recipe}", "stages=[plan]", cwd=here)

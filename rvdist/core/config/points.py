@@ -120,7 +120,7 @@ def outputs(config: Config, recipe: WeightPoint | None = None) -> dict[Path, Wei
     vector or a placeholder lacks or two points would share a directory."""
     written: dict[Path, WeightPoint] = {}
     for directory, _, merged in _merges(config, recipe):
-        if not merged.terms:
+        if not merged.terms and recipe is None:
             raise BadInput("vector.plus and vector.minus (or vector.path) are not set; a merge needs a vector")
         if directory in written:
             raise BadInput(f"output: several points would be written to {directory}; put {PLACEHOLDERS} into it")

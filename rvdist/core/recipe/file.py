@@ -87,7 +87,7 @@ class File:
             if not isinstance(slices, list) or len(slices) != 1:
                 self.refuse("slices", "has to be a list of one slice of all layers; layers are not moved or left out")
             (only,) = slices
-            self._only(only, "slices[0]", {"sources", "parameters"})
+            self.only(only, "slices[0]", {"sources", "parameters"})
             listed, key = only.get("sources"), "slices[0].sources"
             parameters = self._mapping(only.get("parameters"), "slices[0].parameters")
             self._scopes.insert(0, ("slices[0].parameters", parameters))
@@ -97,11 +97,11 @@ class File:
         for number, entry in enumerate(listed):
             own = f"{key}[{number}]"
             sliced = key != "models"
-            self._only(entry, own, {"model", "parameters"} | ({"layer_range"} if sliced else set()))
+            self.only(entry, own, {"model", "parameters"} | ({"layer_range"} if sliced else set()))
             if sliced:
                 self._spans.append((f"{own}.layer_range", entry.get("layer_range")))
             parameters = self._mapping(entry.get("parameters"), f"{own}.parameters")
-            models.append(Model(self._source(entry.get("model"), f"{own}.model"), own, parameters))
+            models.append(Model(self.source(entry.get("model"), f"{own}.model"), own, parameters))
             if [model.name for model in models].count(models[-1].name) > 1:
                 self.refuse(f"{own}.model", f"{models[-1].name} is listed before; give each model once")
         scopes = [(f"{model.key}.parameters", model.parameters) for model in models]
@@ -118,12 +118,13 @@ class File:
             if not row.base_is_input and not row.of_models:
                 self.refuse("base_model", f"is not set; {method} needs one")
             return models[0].name
-        base = self._source(given, "base_model")
+        base = self.source(given, "base_model")
         if row.base_is_input and base not in [model.name for model in models]:
             models.append(Model(base, "base_model", {}))
         return base
 
-    def _source(self, given: Any, key: str) -> str:
+    def source(self, given: Any, key: str) -> str:
+        """The name of a model."""
         if not isinstance(given, str) or not given:
             self.refuse(key, f"{given!r} is not the name of a model")
         if "+" in given:
@@ -143,7 +144,8 @@ class File:
             self.refuse(key, f"{given!r} is not a mapping")
         return given
 
-    def _only(self, given: Any, key: str, known: set[str]) -> None:
+    def only(self, given: Any, key: str, known: set[str]) -> None:
+        """Refuses what is no mapping, or one with other keys."""
         for name in self._mapping(given, key) if given is not None else self.refuse(key, "is empty"):
             if name not in known:
                 self.refuse(f"{key}.{name}", f"is not supported here, only {', '.join(sorted(known))}")
@@ -162,7 +164,7 @@ class File:
         conditions = given if listed else [given] if isinstance(given, Mapping) else [{"value": given}]
         rules = []
         for entry in conditions:
-            self._only(entry, key, {"filter", "value"})
+            self.only(entry, key, {"filter", "value"})
             wanted = entry.get("filter")
             if wanted is not None and not isinstance(wanted, str):
                 self.refuse(f"{key}.filter", f"{wanted!r} is not a part of a tensor's name")

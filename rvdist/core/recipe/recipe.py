@@ -17,6 +17,7 @@ from rvdist.core.point import Term, Vector, WeightPoint, layer_count
 from rvdist.core.recipe.cells import cells, columns, to_terms
 from rvdist.core.recipe.file import File, Model, open_recipe
 from rvdist.core.recipe.rows import ROWS
+from rvdist.core.recipe.stack import stack_of
 
 Names = Callable[[str], Collection[str]]
 
@@ -31,9 +32,13 @@ class Recipe:
 
 def read_recipe(path: Path, names: Names, seed: int = 0) -> Recipe:
     """What the recipe at `path` asks for. `names` gives the tensor names of a source; it is asked for the base's only.
-    `seed` begins DARE's draws. Raises BadInput, naming the file and the key."""
+    Layers that are stacked are a point without terms, whose base is the recipe. `seed` begins DARE's draws. Raises
+    BadInput, naming the file and the key."""
     file = open_recipe(path)
     method = file.method()
+    if method == "passthrough" and file.content.get("slices") is not None:
+        stack_of(file)
+        return Recipe(WeightPoint(str(path)), file.dtype())
     models = file.models(method)
     base = file.base(method, models)
     tensors = names(base)
@@ -130,6 +135,7 @@ def _count_inputs(file: File, method: str, others: int, of_models: bool) -> None
     goes = {
         "slerp": "slerp goes from the base to one other",
         "nearswap": "nearswap goes from the base to one other",
+        "passthrough": "passthrough passes one on",
         "arcee_fusion": "arcee_fusion goes from the base to one other",
         "model_stock": "model_stock needs two or more",
         "nuslerp": f"nuslerp goes between {'that and one other' if of_models else 'two'}",

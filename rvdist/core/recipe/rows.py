@@ -56,6 +56,7 @@ ROWS = {
     "della_linear": Row("della_linear", density="density", rescale=True, options={"epsilon": 0.15}),
     "della": Row("della", density="density", normalize=True, rescale=True, elects=True, options={"epsilon": 0.15}),
     "arcee_fusion": Row("arcee_fusion", weight="", others=ONE),
+    "passthrough": Row("linear", weight="", others=(0, 0), base_is_input=True),
     "ram": Row("ram", weight="", options={"epsilon": 1e-5}),
     "ramplus_tl": Row("ramplus_tl", weight="", options={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
 }

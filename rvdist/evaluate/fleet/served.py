@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import INDEX, Checkpoint
+from rvdist.weights.checkpoint.stacked import Stacked
 
 _COMPANIONS = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _OTHERS = {"params.json"}  # the configuration in Mistral's layout: of which weights, nobody knows
@@ -51,6 +52,8 @@ def link_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The directory, for as long as an engine starts: then vLLM has read it, and what else lies beside it. The same
     checkpoint has the same name each time, since a name is part of what vLLM's compiled graphs are kept under;
     processes share it."""
+    if isinstance(checkpoint, Stacked):
+        raise BadInput(f"{checkpoint.path}: engines start on checkpoints; write its layers as one by a merge first")
     if other := next((name for name in checkpoint.files if not name.endswith(".safetensors")), None):
         raise BadInput(
             f"{checkpoint.path / other}: engines start on safetensors; write it as such by a merge with alpha=0"

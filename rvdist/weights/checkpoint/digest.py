@@ -18,6 +18,7 @@ from rvdist.core.errors import Failed
 from rvdist.core.regular import read_regular, write_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
+from rvdist.weights.checkpoint.stacked import Stacked
 
 _DIGEST = re.compile("[0-9a-f]{32}")
 
@@ -52,6 +53,9 @@ def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
     if checkpoint.hub:
         files = sorted(stamp.etag for stamp in checkpoint.stamps.values() if isinstance(stamp, HubStamp))
     else:
-        files = sorted(file_digest(checkpoint.path / name, cache) for name in checkpoint.files)
+        of = {name: file_digest(checkpoint.path / name, cache) for name in checkpoint.files}
+        files = sorted(of.values())
+        if isinstance(checkpoint, Stacked):  # which layers of these files, and where
+            files += [json.dumps([name, of[file], at]) for name, (file, at) in sorted(checkpoint.mapping.items())]
     made_of = json.dumps([files, checkpoint.config], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(made_of.encode())

@@ -14,6 +14,7 @@ from rvdist.core.text import is_repository, is_url
 from rvdist.weights.checkpoint import adapter, compressed, fp8, mxfp4, stored_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
+from rvdist.weights.checkpoint.stacked import is_stack, open_stack
 from rvdist.weights.checkpoint.tied import without_tied_head
 from rvdist.weights.checkpoint.trained import ADAPTER, open_trained
 
@@ -21,10 +22,12 @@ from rvdist.weights.checkpoint.trained import ADAPTER, open_trained
 def open_source(source: str, rename: Sequence[tuple[str, str]] = ()) -> Checkpoint:
     """The checkpoint a user named, by its headers. Of a Hub repository (when there is no such path) only small files
     and headers are fetched, or with HF_HUB_OFFLINE=1 found in the cache. A `Difference` where it is an adapter or a
-    stored vector, `Scaled` where it is quantised. `rename` gives its tensors other names: (regular expression,
-    replacement) pairs, in order. Raises BadInput, Failed."""
-    checkpoint = _open(source)
-    if checkpoint.files in ([adapter.WEIGHTS], [ADAPTER]):
+    stored vector, `Scaled` where it is quantised, `Stacked` where it is a mergekit recipe of passthrough. `rename`
+    gives its tensors other names: (regular expression, replacement) pairs, in order. Raises BadInput, Failed."""
+    path = Path(source).expanduser()
+    if is_stack(path):
+        checkpoint: Checkpoint = open_stack(path, open_source)
+    elif (checkpoint := _open(source)).files in ([adapter.WEIGHTS], [ADAPTER]):
         checkpoint = adapter.as_adapter(checkpoint)
     else:
         checkpoint = (

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.regular import Handle, LeadsOut, open_regular, own_places
-from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint
+from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
@@ -307,7 +307,7 @@ def carry_over(base: Checkpoint, staging: Staging, dtype: str | None, weights: b
     config = base.config if as_stored else without_quantization(base.config)
     if dtype is not None and config:
         config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
-    if config != base.config:
+    if config != (read_json(path) if (path := base.beside / "config.json").exists() else {}):
         staging.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 

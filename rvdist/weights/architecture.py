@@ -1,0 +1,99 @@
+"""Whether two checkpoints have one architecture and one vocabulary: their configurations and tokenizers, compared.
+
+Reads what stands beside weights, and no tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.stacked import Stacked
+from rvdist.weights.checkpoint.tied import is_tied
+from rvdist.weights.configurations import compare_configs as differences
+
+Finding = tuple[list[str], list[str]]  # exceptions, refusals
+_LONGEST_VALUE = 200  # characters of a configuration's value in a sentence
+_OF_LAYERS = re.compile(
+    r"(?:.*\.)?(?:num_hidden_layers|n_layers?|num_layers|layers_block_type|max_window_layers|.*layer_types)"
+)
+_STRUCTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "num_experts", "num_experts_per_tok", "num_local_experts",
+)  # fmt: skip
+
+
+def compare_configs(base: Checkpoint, donor: Checkpoint, but: re.Pattern[str] | None = None) -> Finding:
+    """What of their configurations that changes the forward pass differs, `but` for keys like these."""
+    if not base.config or not donor.config:
+        lacking = donor if base.config else base
+        return [f"{lacking.path.name} has no config.json: its architecture was not compared"], []
+    differing = [found for found in differences(base.config, donor.config) if not (but and but.fullmatch(found[0]))]
+    kinds = [differs for differs in differing if differs[0] == "model_type"]
+    exceptions, refusals = [], []
+    for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
+        if key.rpartition(".")[2] in _STRUCTURE:
+            refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
+        else:
+            exceptions.append(f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}")
+    return exceptions, refusals
+
+
+def _shorten(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def compare_tokenizers(base: Path, donor: Path) -> Finding:
+    """Whether tokens have the same ids in the tokenizers of two directories."""
+    ours, theirs = token_ids(base), token_ids(donor)
+    if ours is None or theirs is None:
+        lacking = base if ours is None else donor
+        return [f"{lacking.name} has no tokenizer.json or vocab.json: token ids were not compared"], []
+    theirs_by_id = {number: token for token, number in theirs.items()}
+    for token, number in ours.items():
+        if theirs.get(token, number) != number:
+            reason = f"token {token!r} has id {theirs[token]} where the target has {number}"
+        elif theirs_by_id.get(number, token) != token:
+            reason = f"id {number} is token {theirs_by_id[number]!r} where the target has {token!r}"
+        else:
+            continue
+        return [], [f"{donor}: its tokenizer differs from the target's ({reason})"]
+    if ours != theirs:
+        return [f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], []
+    return [], []
+
+
+def token_ids(path: Path) -> dict[str, int] | None:
+    """token → id from tokenizer.json, or vocab.json, with added tokens; None where there is neither."""
+    if (path / "tokenizer.json").exists():
+        tokenizer = read_json(path / "tokenizer.json")
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        return dict(vocabulary) | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    if (path / "vocab.json").exists():
+        added = read_json(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
+        return read_json(path / "vocab.json") | added
+    return None
+
+
+def judge_parts(stack: Stacked) -> Finding:
+    """Whether layers of these checkpoints can be one model: what of them differs beside the number of layers. The first
+    exception says what is stacked."""
+    exceptions, refusals, described = [str(stack)], list[str](), stack.described
+    assert described is not None
+    for part in {part.checkpoint.path: part.checkpoint for part in stack.parts}.values():
+        if part.path == described.path:
+            continue
+        if is_tied(part.config) != is_tied(described.config):
+            refusals.append(
+                f"{part.path}: its head is its embedding where that of {described.path} is not, or the other way round"
+            )
+        configs = compare_configs(described, part, _OF_LAYERS)
+        for said, refused in (configs, compare_tokenizers(described.beside, part.beside)):
+            exceptions += said
+            refusals += refused
+    return exceptions, refusals
