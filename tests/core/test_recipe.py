@@ -146,6 +146,24 @@ def require_stacked(found, expected):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected[STACKED].items())
 
 
+EXAMPLES = {  # mergekit's own, and what of the same shape is recorded here
+    "arcee_fusion.yml": "arcee_fusion", "bio-merge.yml": "ties_bio", "gradient-slerp.yml": "slerp",
+    "linear.yml": "linear", "orcamini-platy-44layer.yml": STACKED, "ties.yml": "ties_densities",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_recipes_of_the_shape_of_mergekits_examples_run(example, expected, here, tmp_path):
+    """All but one of them in fp16; the docs have a row for each."""
+    recipe = EXAMPLES[example]
+    found = merged(written(tmp_path, f"{recipe}.yml", "float32", "float16"))
+    assert found.keys() == expected[recipe].keys()
+    assert all(tensor.dtype == torch.float16 for tensor in found.values())
+    said = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    row = next(line for line in said.splitlines() if line.startswith(f"| `{example}` | runs"))
+    assert row.endswith(f"| `{recipe}.yml` |")
+
+
 def test_each_model_is_dropped_from_by_its_own_density(here, tmp_path):
     """DARE's choice is random: each vector keeps its share, and what stays is divided by that share."""
     text = "{merge_method: dare_linear, base_model: base, parameters: {normalize: false}, dtype: float32, models: ["
