@@ -140,8 +140,8 @@ _COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from rvdist.launch import main
-from rvdist.merge import crew, plan
-plan.UNIT_BYTES, crew._SYNC_BYTES = 16 << 10, 64 << 10
+from rvdist.merge import accounts, plan
+plan.UNIT_BYTES, accounts.SYNC_BYTES = 16 << 10, 64 << 10
 main()
 """
 

@@ -85,7 +85,8 @@ MEANINGS: dict[type, dict[str, str]] = {
     config.WeightedVectorConfig: {"alpha": "of this vector, times `alpha`"},
     config.MergeConfig: {
         "workers": "in all, evenly on the nodes; null: one for each core or share of a GPU, at most 16 a node, and "
-        "one a GiB written",
+        "one a GiB written; where 16 GiB at most are read and written on this machine's cores, they are threads of the "
+        "command's own process, and no Ray is started",
         "threads": "cores of each worker",
         "gpus_per_worker": "the share of a GPU that each worker takes (device=cuda)",
         "timeout": "seconds without an answer after which a worker is ended and another does its work",

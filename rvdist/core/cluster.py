@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -253,6 +254,11 @@ def answers(address: str) -> bool:
         return False
 
 
+def own_cores() -> Resources:
+    """What this process may use of this machine without Ray: no GPUs."""
+    return Resources((Node("this machine", len(os.sched_getaffinity(0)), 0),))
+
+
 def own_gpus() -> int:
     """How many GPUs a Ray that is started on this machine would find, without starting one."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -322,9 +328,13 @@ def _require_listener(address: str, named: str) -> None:
 
 def is_connected() -> bool:
     """Whether this process is connected to a cluster."""
-    import ray
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
-    return bool(ray.is_initialized())
+
+def is_given() -> bool:
+    """Whether there is a cluster that this process is part of, whatever it asks for: it is connected to one, or a job
+    that was submitted to one."""
+    return _IN_A_JOB in os.environ or is_connected()
 
 
 def disconnect() -> None:

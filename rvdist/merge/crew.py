@@ -12,30 +12,16 @@ from typing import Any
 from rvdist.core.cluster import live_nodes
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.text import reason
+from rvdist.merge import accounts
+from rvdist.merge.accounts import Accounts, MergeStats, Wrote, place_of, unsynced_bytes
 from rvdist.merge.actor import Hello, WorkerActor, WorkerSettings
-from rvdist.merge.plan import Output, Plan, Unit, UnitDone
+from rvdist.merge.plan import Plan, Unit, UnitDone
 from rvdist.merge.roster import ATTEMPTS, Need, Roster
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.journal import Written
-from rvdist.weights.checkpoint.staging import DISCARD, Staging
+from rvdist.weights.checkpoint.staging import Staging
 
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
 _PATIENCE = 1.0  # seconds without an answer, after which it is seen again which nodes are alive
-_SYNC_BYTES = 1 << 30  # written by a worker before it is asked to make them durable and they are journalled
-
-
-@dataclass
-class MergeStats:
-    """What a merge cost; bytes and CPU seconds over all workers, peak memory of the largest worker, when the first
-    unit began (seconds since the epoch) and wall seconds by phase. `nodes`: bytes read and written by each node."""
-
-    bytes_read: int = 0
-    bytes_written: int = 0
-    peak_anonymous_bytes: int = 0
-    cpu_seconds: float = 0.0
-    began: float = math.inf
-    phases: dict[str, float] = field(default_factory=dict)
-    nodes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -53,7 +39,7 @@ class _Worker:
     running: int = 0
     heard: float = math.inf  # when it last answered, or was given work while it had none
     finished: int = 0
-    unsynced: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
+    unsynced: list[Wrote] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
 
@@ -63,7 +49,7 @@ class _Task:
 
     worker: _Worker
     unit: Unit | None = None
-    wrote: list[tuple[Unit, tuple[str, ...]]] = field(default_factory=list)
+    wrote: list[Wrote] = field(default_factory=list)
 
     @property
     def is_hello(self) -> bool:
@@ -84,13 +70,9 @@ class Crew:
         progress: Callable[[int], None],
         say: Callable[[str], None],
     ) -> None:
-        self._stagings, self._allow_nonfinite = stagings, allow_nonfinite
+        self._accounts = Accounts(plan, stagings, allow_nonfinite, stats, progress)
         self._stats, self._progress, self._say = stats, progress, say
         self._settings, self._count = settings, max(1, min(settings.workers, len(plan.units)))
-        self._partial = [
-            Output(output.points, tuple(s.partial.absolute() if s else DISCARD for s in staged))
-            for output, staged in zip(plan.outputs, stagings, strict=True)
-        ]
         self._sources, self._dtype = dict(sources), plan.dtype
         self._roster = Roster(plan)
         self._workers: list[_Worker] = []
@@ -112,7 +94,7 @@ class Crew:
                 raise BadInput(self._no_room(bundle))
             # Workers of a cluster that is there already stand in other directories than this process
             sources = {name: replace(one, path=one.path.absolute()) for name, one in self._sources.items()}
-            self._arguments = (ray.put(self._partial), ray.put(sources), self._dtype, self._settings)
+            self._arguments = (ray.put(self._accounts.partial), ray.put(sources), self._dtype, self._settings)
             for number in range(self._count):
                 self._start(number)
             self._heard = time.monotonic()
@@ -153,13 +135,7 @@ class Crew:
         )
         worker = _Worker(actor_class.remote(*self._arguments), bundle, home, in_vain)
         self._workers.append(worker)
-        probes = [
-            replace(staging.probe, path=staging.probe.path.absolute())
-            for staged in self._stagings
-            for staging in staged
-            if staging
-        ]
-        self._running[worker.actor.hello.remote(self._roster.needs, probes)] = _Task(worker)
+        self._running[worker.actor.hello.remote(self._roster.needs, self._accounts.probes)] = _Task(worker)
 
     def _step(self) -> None:
         """Waits for the next answer and acts on it."""
@@ -190,7 +166,7 @@ class Crew:
             elif task.unit is not None:
                 self._account(task.worker, task.unit, answer)
             else:
-                self._journal(task.wrote)
+                self._accounts.journal(task.wrote)
             self._feed(task.worker)
         if self._roster.is_left and not self._running:
             self._rescue()
@@ -219,8 +195,7 @@ class Crew:
 
     def _path(self, need: Need) -> str:
         source, name = need
-        checkpoint = self._sources[source]
-        return f"{checkpoint.hub}: {name}" if checkpoint.hub else str(checkpoint.path / name)
+        return place_of(self._sources[source], name)
 
     def _feed(self, worker: _Worker) -> None:
         """Keeps a worker busy; when there is nothing left for it, what it wrote is made durable."""
@@ -233,42 +208,21 @@ class Crew:
             if not self._is_given:
                 self._is_given = True
                 self._progress(0)
-            key = (unit.file, unit.start, unit.nbytes)
-            claims = tuple(staging.claims.get(key) if staging else None for staging in self._stagings[unit.output])
-            self._running[worker.actor.run.remote(unit, claims)] = _Task(worker, unit)
+            self._running[worker.actor.run.remote(unit, self._accounts.claims(unit))] = _Task(worker, unit)
             worker.running += 1
-        pending = sum(unit.nbytes * len(digests) for unit, digests in worker.unsynced)
-        if pending > _SYNC_BYTES or (pending and not worker.running):
+        pending = unsynced_bytes(worker.unsynced)
+        if pending > accounts.SYNC_BYTES or (pending and not worker.running):
             wrote, worker.unsynced = worker.unsynced, []
             self._running[worker.actor.sync.remote()] = _Task(worker, wrote=wrote)
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:
-        if any(done.nonfinite) and not self._allow_nonfinite:
-            raise BadInput(done.blame)
-        stats = self._stats
-        stats.bytes_read += done.bytes_read
-        stats.bytes_written += done.bytes_written
-        stats.peak_anonymous_bytes = max(stats.peak_anonymous_bytes, done.peak_anonymous_bytes)
-        stats.began = min(stats.began, done.began)
-        stats.cpu_seconds += done.cpu_seconds - worker.cpu_seconds
+        self._accounts.count(unit, done, str(worker.node))
+        self._stats.cpu_seconds += done.cpu_seconds - worker.cpu_seconds
         worker.cpu_seconds = done.cpu_seconds
         worker.running -= 1
         worker.finished += 1
-        node = str(worker.node)
-        stats.nodes[node] = stats.nodes.get(node, 0) + done.bytes_read + done.bytes_written
-        self._progress(unit.nbytes * len(done.digests))
         if done.bytes_written:
             worker.unsynced.append((unit, done.digests))
-
-    def _journal(self, wrote: Sequence[tuple[Unit, tuple[str, ...]]]) -> None:
-        """Each output's journal learns what is durable in it now."""
-        durable: dict[Staging, list[Written]] = {}
-        for unit, digests in wrote:
-            for staging, digest in zip(self._stagings[unit.output], digests, strict=True):
-                if staging is not None:
-                    durable.setdefault(staging, []).append(Written(unit.file, unit.start, unit.nbytes, digest))
-        for staging, written in durable.items():
-            staging.journal(written)
 
     def _replace_silent(self) -> None:
         """Ends the workers that have not answered for too long."""

@@ -9,8 +9,9 @@ from rvdist.core.config import DTYPES
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
 from rvdist.core.regular import allow_many_files
+from rvdist.merge.accounts import MergeStats
 from rvdist.merge.actor import WorkerSettings
-from rvdist.merge.crew import Crew, MergeStats
+from rvdist.merge.crew import Crew
 from rvdist.merge.plan import Plan
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.staging import Staging, carry_over, discards, write_index
@@ -30,8 +31,8 @@ def merge(
     progress: Callable[[int], None] = lambda nbytes: None,
     say: Callable[[str], None] = print,
 ) -> MergeStats:
-    """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected. Outputs under
-    /dev/null are computed and digested, and not kept.
+    """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected, or in this process
+    where `settings` say so. Outputs under /dev/null are computed and digested, and not kept.
 
     `cards` are the READMEs of the points; `key` seals the journals, and only what it has sealed is gone on from;
     `progress` is told the bytes written since it was last told, and 0 when the first worker begins, `say` what a user
@@ -45,7 +46,12 @@ def merge(
     allow_many_files()
     stagings = _stage(plan, overwrite, key, say)
     try:
-        Crew(plan, stagings, sources, settings, allow_nonfinite, stats, progress, say).run()
+        if settings.alone:
+            from rvdist.merge.alone import Alone  # which imports torch
+
+            Alone(plan, stagings, sources, settings, allow_nonfinite, stats, progress).run()
+        else:
+            Crew(plan, stagings, sources, settings, allow_nonfinite, stats, progress, say).run()
         for source in sources.values():
             source.require_unchanged()
         for output, layout, staged in zip(plan.outputs, plan.layouts, stagings, strict=True):

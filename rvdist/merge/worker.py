@@ -54,7 +54,7 @@ class MergeWorker:
         self._direct_io = direct_io
         self._open: dict[Path, File] = {}
         self._handles: dict[Path, Handle] = {}
-        pool = ThreadPoolExecutor(_WRITES)
+        self._pool = pool = ThreadPoolExecutor(_WRITES)
         most = max(len(output.points) for output in outputs)
         self._writers = [RangeWriter(pool, most) for _ in range(most)]
         self._peak = 0
@@ -141,6 +141,13 @@ class MergeWorker:
                 f"{error.filename}: what was written cannot be made durable ({error.strerror}); what was before is "
                 "kept, and the same command goes on from there"
             ) from None
+
+    def close(self) -> None:
+        """Ends what writes in the background, and closes all files."""
+        self._pool.shutdown()
+        closing: list[PointReader | File | Handle] = [*self._readers, *self._open.values(), *self._handles.values()]
+        for one in closing:
+            one.close()
 
     def _file(self, path: Path) -> File:
         path = DISCARD if discards(path) else path

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,15 @@ from rvdist.core.timing import anonymous_bytes, seconds_since_process_start
 from rvdist.report.card.metadata import licence_of
 from rvdist.stages.batch import Batch, is_batch
 from rvdist.stages.job import Ended, Job, Notes, Prepared, versions
-from rvdist.stages.merge import card, common_plan, group_alike, merge_together, save_vector, sources_of
+from rvdist.stages.merge import (
+    are_merged_alone,
+    card,
+    common_plan,
+    group_alike,
+    merge_together,
+    save_vector,
+    sources_of,
+)
 from rvdist.stages.plan import print_evaluation, print_plan
 from rvdist.stages.prepare import Known, prepare, require_no_source
 from rvdist.stages.warm import Warm
@@ -125,12 +134,12 @@ class _Command:
             _each(lambda one: one.foreseen, print_evaluation),
             _each(lambda one: not _in("merge", one), self._write_nothing),
             # Ray starts beside what is made ready to be asked; what can be refused is refused before anything begins.
-            _each(_needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
+            _each(self._needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
             _each(lambda one: one.arms, self._join),
             _each(lambda one: one.lines, self._join_reader),
             Step(lambda jobs: [jobs], self._refuse_batches),
             _each(_has_work, self._begin),
-            Step(lambda jobs: [[one for one in jobs if _needs_ray(one)]], self._tell_who_is_blind),
+            Step(lambda jobs: [[one for one in jobs if self._needs_ray(one)]], self._tell_who_is_blind),
             _each(lambda one: one.examined, self._analyze),
             _each(lambda one: one.saved, self._save_vector),
             Step(lambda jobs: group_alike([one for one in jobs if one.written]), self._merge),
@@ -160,6 +169,14 @@ class _Command:
 
     def _unfailed(self) -> Group:
         return [one for job, one in self._prepared.items() if job not in self._failed]
+
+    @cached_property
+    def _merged_alone(self) -> bool:
+        """Asked for when it is known what is written."""
+        return are_merged_alone(self._unfailed())
+
+    def _needs_ray(self, prepared: Prepared) -> bool:
+        return bool(prepared.arms or prepared.lines or (prepared.written and not self._merged_alone))
 
     def _try(self, job: Job, take: Callable[[Job], object]) -> None:
         try:
@@ -234,9 +251,9 @@ class _Command:
 
     def _begin(self, prepared: Prepared) -> None:
         """Nothing is refused any more once Ray is there, with the devices that are asked for."""
-        if _needs_ray(prepared):
+        if self._needs_ray(prepared):
             resources = self._warm.resources()
-            if prepared.written:
+            if prepared.written and not self._merged_alone:
                 config.device(prepared.settings, resources.gpus)
         if prepared.directory not in self._known.begun:
             prepared.job.begin()
@@ -263,7 +280,7 @@ class _Command:
 
     def _merge(self, group: Group) -> None:
         cards = {point: card(one, point, self._notes(one)) for one in group for point in one.written.values()}
-        merge_together(group, cards, self._warm)
+        merge_together(group, cards, self._warm, self._merged_alone)
         for one in group:
             if kept := [directory for directory in one.written if not discards(directory)]:
                 self._kept.setdefault(one.job, []).extend(kept)
@@ -334,10 +351,6 @@ class _Command:
 
 def _in(stage: str, prepared: Prepared) -> bool:
     return stage in config.stages(prepared.settings)
-
-
-def _needs_ray(prepared: Prepared) -> bool:
-    return bool(prepared.written or prepared.arms or prepared.lines)
 
 
 def _has_work(prepared: Prepared) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from rvdist.core import config
+from rvdist.core import cluster, config
 from rvdist.core.point import WeightPoint
 from rvdist.core.progress import Bar
 from rvdist.merge.placement import rates, remember_rate
@@ -48,13 +48,24 @@ def sources_of(jobs: Sequence[Prepared]) -> dict[str, Checkpoint]:
     return {name: source for one in jobs for name, source in one.sources.items()}
 
 
-def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], warm: Warm) -> None:
-    """Writes what these jobs have promised in one pass over their sources, with the `cards` of the points."""
+def are_merged_alone(jobs: Sequence[Prepared]) -> bool:
+    """Whether all that these jobs write is written by this process itself, without Ray. Of a source all bytes count."""
+    writing = [one for one in jobs if one.written]
+    read = sum(source.nbytes for source in sources_of(writing).values())
+    written = sum(one.sources[point.base].nbytes for one in writing for point in one.written.values())
+    small = all(config.merges_alone(one.settings, read + written) for one in writing)
+    return small and not cluster.is_given()
+
+
+def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], warm: Warm, alone: bool = False) -> None:
+    """Writes what these jobs have promised in one pass over their sources, with the `cards` of the points; `alone`,
+    this process does it itself, on this machine's cores."""
     from rvdist.merge.actor import WorkerSettings
     from rvdist.merge.driver import merge
 
     warm.cool()  # the workers need what engines of an earlier job hold
-    first, settings, resources = jobs[0], jobs[0].settings, warm.resources()
+    first, settings = jobs[0], jobs[0].settings
+    resources = cluster.own_cores() if alone else warm.resources()
     plan = common_plan(jobs)
     sources = sources_of(jobs) if any(one.arms for one in jobs) else _by_ranges(sources_of(jobs), plan)
     device = config.device(settings, resources.gpus)
@@ -72,6 +83,7 @@ def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], w
                 direct_io=settings.merge.direct_io,
                 timeout=settings.cluster.timeout,
                 silence=settings.merge.timeout,
+                alone=alone,
             ),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,

@@ -22,7 +22,7 @@ import ray.util.scheduling_strategies
 from rvdist.core import cluster
 from rvdist.evaluate.fleet.arguments import versions
 from rvdist.evaluate.request import Answered, Completion, Generate, Loglikelihood
-from rvdist.merge import crew, plan
+from rvdist.merge import accounts, plan
 
 _NODE = "inline" * 5
 _CORES = 2
@@ -117,4 +117,4 @@ cluster.connect = lambda *given, **named: cluster.Resources((cluster.Node(_NODE,
 cluster.disconnect = lambda: None
 cluster.blind_nodes = lambda file: []
 plan.UNIT_BYTES = int(os.environ.get("UNIT_BYTES", 64 << 10))
-crew._SYNC_BYTES = 2 * plan.UNIT_BYTES
+accounts.SYNC_BYTES = 2 * plan.UNIT_BYTES

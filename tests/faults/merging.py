@@ -15,7 +15,7 @@ from rvdist.core import cluster, private_ray
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import Failed
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import crew, plan
+from rvdist.merge import accounts, plan
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.weights.checkpoint.source import open_source
@@ -30,7 +30,7 @@ def left() -> list[str]:
 
 
 def main() -> None:
-    plan.UNIT_BYTES, crew._SYNC_BYTES = 128 << 10, 256 << 10
+    plan.UNIT_BYTES, accounts.SYNC_BYTES = 128 << 10, 256 << 10
     heard: list[str] = []
     private_ray.hear = heard.append
     cluster.connect("local", namespace="merging")

@@ -24,6 +24,7 @@ BOTH = ["cache.dir=cache", "hydra.run.dir=run"]
 SCORED = ["benchmarks=pocket", "benchmarks.tasks=[pocket_sums]", "benchmarks.limit=8", "engine.count=1"]
 COMMANDS = {
     "merge": [*FAMILY, *BOTH, "output=out-{alpha}", "alpha=[0.5,1]", "max_shard_size=400KB", "merge.workers=2"],
+    "alone": [*FAMILY, *BOTH, "output=out-{alpha}", "alpha=[0.5,1]", "max_shard_size=400KB"],
     "sweep": [*FAMILY, *BOTH, *SCORED, "sweep.alphas=[0.5,1]", "stages=[evaluate]"],
     "vector": [*FAMILY[1:], *BOTH, "vector.save=v"],
 }
@@ -152,6 +153,7 @@ def test_a_kill_at_every_boundary(small, base, tmp_path, what, before, action, u
 
 MIDDLES = {
     "merge": ("write {}/out-1.partial/journal.jsonl", "sync {}/out-0.5.partial/model", "rename {}/out-1"),
+    "alone": ("write {}/out-1.partial/journal.jsonl", "sync {}/out-0.5.partial/model", "rename {}/out-1"),
     "sweep": ("write {}/cache/samples.sqlite",),
 }
 

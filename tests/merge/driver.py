@@ -17,7 +17,7 @@ from typing import Any
 from rvdist.core import cluster
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import crew, driver
+from rvdist.merge import accounts, crew, driver
 from rvdist.merge import plan as planning
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import Staging
@@ -76,7 +76,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     planning.UNIT_BYTES = OPTIONS["unit_bytes"]
-    crew._SYNC_BYTES = OPTIONS["sync_bytes"]
+    accounts.SYNC_BYTES = OPTIONS["sync_bytes"]
     crew.WorkerActor = Recording  # type: ignore[misc]
     Staging.journal = journal  # type: ignore[method-assign]
     cluster.connect(OPTIONS["address"])

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from rvdist.core.ends import KEPT
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import crew
+from rvdist.merge import accounts, crew
 from rvdist.merge import plan as planning
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
@@ -59,7 +59,7 @@ def run(family, ray_local, monkeypatch):
     """`run(out, plus=…, then=…)` merges with one worker in units of 256 KiB and calls `then` once the first of them
     are journalled, when the others are not begun."""
     monkeypatch.setattr(planning, "UNIT_BYTES", 256 << 10)
-    monkeypatch.setattr(crew, "_SYNC_BYTES", 512 << 10)
+    monkeypatch.setattr(accounts, "SYNC_BYTES", 512 << 10)
     journal = Staging.journal
 
     def merge_it(out, then=lambda: None, workers=1, silence=900.0, say=print, **paths):
@@ -144,10 +144,10 @@ COMMAND = """
 import os, signal, time
 from rvdist.weights.checkpoint.staging import Staging
 from rvdist.launch import main
-from rvdist.merge import crew, plan
+from rvdist.merge import accounts, plan
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs tests in the background has it ignored
-plan.UNIT_BYTES, crew._SYNC_BYTES = 64 << 10, 128 << 10
+plan.UNIT_BYTES, accounts.SYNC_BYTES = 64 << 10, 128 << 10
 journal = Staging.journal
 def telling(self, written):
     journal(self, written)

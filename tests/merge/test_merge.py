@@ -267,12 +267,12 @@ from pathlib import Path
 from rvdist.core import cluster
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import Staging
-from rvdist.merge import crew, plan as planning
+from rvdist.merge import accounts, crew, plan as planning
 from rvdist.merge import driver
 from rvdist.core.point import Term, Vector, WeightPoint
 
 planning.UNIT_BYTES = 4 << 20
-crew._SYNC_BYTES = 8 << 20
+accounts.SYNC_BYTES = 8 << 20
 journal = Staging.journal
 def telling(self, written):
     journal(self, written)

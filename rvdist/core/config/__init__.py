@@ -31,6 +31,7 @@ from rvdist.core.config.resources import (
     engine_device,
     engine_timeouts,
     engines,
+    merges_alone,
     over_nodes,
     ranks,
     require_resources,
@@ -71,7 +72,7 @@ __all__ = [
     "Config", "DonorsConfig", "EachConfig", "EngineConfig", "HubConfig", "MaskConfig", "MergeConfig",
     "OutputFormat", "Saved", "SearchConfig", "Storage", "SweepConfig", "VectorConfig", "WeightedVectorConfig",
     "alpha_text",    "alphas", "arms", "cache_directory", "candidates", "device", "engine_device", "engine_timeouts",
-    "engines", "lines", "method", "outputs", "over_nodes", "point", "ranks", "repositories", "require_name",
-    "require_recipe_alone", "require_resources", "size", "slice_size", "stages", "vector_name", "vector_points",
-    "vector_to_save", "workers",
+    "engines", "lines", "merges_alone", "method", "outputs", "over_nodes", "point", "ranks", "repositories",
+    "require_name", "require_recipe_alone", "require_resources", "size", "slice_size", "stages", "vector_name",
+    "vector_points", "vector_to_save", "workers",
 ]  # fmt: skip

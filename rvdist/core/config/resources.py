@@ -10,6 +10,7 @@ from rvdist.core.config.schema import Config
 from rvdist.core.errors import BadInput
 
 _MOST_WORKERS, _BYTES_EACH = 16, 1 << 30  # of a node, and that a worker writes at least
+_ALONE = 16 << 30  # bytes moved on one machine, for which Ray takes longer to start than its workers save
 _SLICES = {"cpu": 256, "cuda": 1024}  # a card answers many more at once than a few cores
 _START, _SLOWEST = 1800.0, 1e8  # seconds for a start, and bytes a second of weights at least
 
@@ -72,6 +73,13 @@ def workers(config: Config, nodes: Sequence[tuple[int, int]], nbytes: int) -> li
     while sum(given) < most and (free := [k for k, has in enumerate(room) if given[k] < min(has, _MOST_WORKERS)]):
         given[min(free, key=lambda k: given[k])] += 1
     return given if any(given) else [1, *given[1:]]
+
+
+def merges_alone(config: Config, nbytes: int) -> bool:
+    """Whether a merge that reads and writes so many bytes is done by the command's own process: on this machine's
+    cores, where nobody asks for workers or nodes, if Ray would take longer to start than its workers save."""
+    asked = config.merge.workers or (config.cluster.nodes or 1) > 1
+    return not asked and config.cluster.address == "local" and config.device == "cpu" and nbytes <= _ALONE
 
 
 def ranks(config: Config) -> int:

@@ -1,0 +1,102 @@
+"""The workers of one merge as threads of this process, where Ray would take longer to start than they save.
+
+Worker, plan, bytes and journal are those of a crew; nobody takes the place of a worker that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+
+from rvdist.core.errors import BadInput
+from rvdist.merge import accounts
+from rvdist.merge.accounts import Accounts, MergeStats, Wrote, place_of, unsynced_bytes
+from rvdist.merge.actor import WorkerSettings
+from rvdist.merge.plan import Plan
+from rvdist.merge.roster import Roster
+from rvdist.merge.worker import MergeWorker
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.staging import Staging
+
+_HERE = "this process"
+
+
+class Alone:
+    """Runs a plan's units; the outputs' journals learn what is durable."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stagings: Sequence[Sequence[Staging | None]],
+        sources: Mapping[str, Checkpoint],
+        settings: WorkerSettings,
+        allow_nonfinite: bool,
+        stats: MergeStats,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._accounts = Accounts(plan, stagings, allow_nonfinite, stats, progress)
+        self._stats, self._progress = stats, progress
+        self._sources, self._dtype, self._settings = sources, plan.dtype, settings
+        self._count = max(1, min(settings.workers, len(plan.units)))
+        self._roster = Roster(plan)
+        self._lock = threading.Lock()  # of the roster and the accounts
+        self._over = False  # whether one has failed, or the command is to end
+
+    def run(self) -> None:
+        """Returns when everything is durable and journalled. Raises BadInput and Failed."""
+        before = sum(os.times()[:2])
+        with ExitStack() as stack:
+            workers = [stack.enter_context(closing(self._worker())) for _ in range(self._count)]
+            self._roster.meet(_HERE, frozenset())
+            self._progress(0)
+            pool = stack.enter_context(ThreadPoolExecutor(self._count))
+            try:
+                working = [pool.submit(self._work, worker) for worker in workers]
+                done, _ = wait(working, return_when=FIRST_EXCEPTION)
+            finally:
+                self._over = True  # the others end after the unit that they are at
+            for one in done:
+                one.result()
+        self._stats.cpu_seconds += sum(os.times()[:2]) - before
+
+    def _worker(self) -> MergeWorker:
+        settings = self._settings
+        worker = MergeWorker(
+            self._accounts.partial, self._sources, self._dtype, settings.threads, settings.device, settings.direct_io
+        )
+        for probe in self._accounts.probes:
+            if not worker.sees(probe):
+                raise BadInput(f"{probe.path.parent}: was taken away while it was written; run again")
+        for source, file in self._roster.needs:
+            if not worker.can_read(source, file):
+                path = place_of(self._sources[source], file)
+                raise BadInput(f"{path}: it changed or was truncated, or cannot be seen; run again when it is whole")
+        return worker
+
+    def _work(self, worker: MergeWorker) -> None:
+        """One thread's share: unit after unit, until none is left."""
+        wrote: list[Wrote] = []
+        while not self._over:
+            with self._lock:
+                unit = self._roster.take(_HERE, frozenset(), {})
+            if unit is None:
+                break
+            done = worker.run(unit, self._accounts.claims(unit))
+            with self._lock:
+                self._accounts.count(unit, done, _HERE)
+            if done.bytes_written:
+                wrote.append((unit, done.digests))
+            if unsynced_bytes(wrote) > accounts.SYNC_BYTES:
+                self._keep(worker, wrote)
+        if not self._over:
+            self._keep(worker, wrote)
+
+    def _keep(self, worker: MergeWorker, wrote: list[Wrote]) -> None:
+        """Makes durable what was written, and journals it."""
+        worker.sync()
+        with self._lock:
+            self._accounts.journal(wrote)
+        wrote.clear()

@@ -1,0 +1,154 @@
+"""Merges by threads of this process: no Ray, and the same bytes, journal and refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
+
+from rvdist.core.config import ClusterConfig, Config, MergeConfig, merges_alone
+from rvdist.core.errors import BadInput, Failed
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.merge import accounts
+from rvdist.merge import plan as planning
+from rvdist.merge.actor import WorkerSettings
+from rvdist.merge.driver import merge
+from rvdist.merge.plan import Plan, build_plan
+from rvdist.merge.worker import MergeWorker
+from rvdist.weights.checkpoint.source import open_source
+
+FAMILY = ("target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft")
+
+
+def run(paths: dict[str, Path], outputs: dict[float, Path], workers: int = 1, **options: object) -> Plan:
+    vector = Vector(str(paths["plus"]), str(paths["minus"]))
+    points = {output: WeightPoint(str(paths["target"]), (Term(alpha, vector),)) for alpha, output in outputs.items()}
+    sources = {name: open_source(name) for point in points.values() for name in point.sources()}
+    plan = build_plan(points, sources)
+    merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers, alone=True), **options)
+    return plan
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
+
+
+def test_threads_write_what_one_does_which_is_the_arithmetic(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(accounts, "SYNC_BYTES", 5000)
+    paths = family(shards=3)
+    threads, held = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    run(paths, {0.5: tmp_path / "a", -1.0: tmp_path / "b"})
+    assert len(run(paths, {0.5: tmp_path / "c", -1.0: tmp_path / "d"}, workers=4).units) > 40
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, held)
+    assert digests(tmp_path / "a") == digests(tmp_path / "c") and digests(tmp_path / "b") == digests(tmp_path / "d")
+    target, plus, minus = (load_checkpoint(paths[name]) for name in ("target", "plus", "minus"))
+    for name, tensor in load_checkpoint(tmp_path / "c").items():
+        exact = target[name].double() + 0.5 * (plus[name].double() - minus[name].double())
+        assert torch.equal(tensor, exact.bfloat16()), name
+
+
+def test_a_thread_that_fails_ends_all_and_what_is_journalled_is_gone_on_from(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(accounts, "SYNC_BYTES", 1)  # every unit
+    paths, done, key = family(), [], b"key"
+    run(paths, {0.5: tmp_path / "right"})
+    real = MergeWorker.run
+
+    def until_full(self, unit, claims):
+        if len(done) == 20:
+            raise Failed(f"{unit.file}: cannot be written (No space left on device)")
+        done.append(unit)
+        return real(self, unit, claims)
+
+    monkeypatch.setattr(MergeWorker, "run", until_full)
+    with pytest.raises(Failed, match="No space left"):
+        run(paths, {0.5: tmp_path / "out"}, workers=3, key=key)
+    assert not (tmp_path / "out").exists() and threading.active_count() == 1
+    journalled = len((tmp_path / "out.partial/journal.jsonl").read_text().splitlines())
+    assert 10 < journalled <= 21
+
+    again = []
+    monkeypatch.setattr(MergeWorker, "run", lambda *given: again.append(real(*given)) or again[-1])
+    run(paths, {0.5: tmp_path / "out"}, workers=3, key=key)
+    assert sum(not one.bytes_written for one in again) == journalled - 1
+    weights = [name for name in digests(tmp_path / "out") if name != "rvdist.json"]
+    assert all(digests(tmp_path / "out")[name] == digests(tmp_path / "right")[name] for name in weights)
+
+
+def test_what_is_not_finite_is_refused_and_nothing_is_left(family, tmp_path):
+    paths = family(torch.float16)
+    huge = {name: tensor * 60_000 for name, tensor in tensors(3, torch.float16, 1.0).items()}
+    paths["plus"] = write_checkpoint(tmp_path / "huge", near(huge, 1))
+    with pytest.raises(BadInput, match="infinite"):
+        run(paths, {3.0: tmp_path / "out"}, workers=2)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_when_a_merge_is_done_without_ray():
+    alone, small, large = Config(), 16 << 30, (16 << 30) + 1
+    assert merges_alone(alone, small) and not merges_alone(alone, large)
+    for asked in (
+        Config(merge=MergeConfig(workers=1)),
+        Config(device="cuda"),
+        Config(cluster=ClusterConfig("auto")),
+        Config(cluster=ClusterConfig("127.0.0.1:6379")),
+        Config(cluster=ClusterConfig(nodes=2)),
+    ):
+        assert not merges_alone(asked, small)
+
+
+def test_the_command_needs_no_ray_for_little(place):
+    """In this part of the tests there is none to import."""
+    done = launch(*FAMILY, "alpha=[0.5,1]", "output=out-{alpha}", "hydra.run.dir=run", "cache.dir=cache", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and f"wrote {place}/out-1" in done.stdout
+    again = launch(*FAMILY, "alpha=1", "output=out-1", "hydra.run.dir=run", "cache.dir=cache", cwd=place)
+    assert again.returncode == 0 and "out-1: already complete" in again.stdout
+    target, plus, minus = (load_checkpoint(place / "family" / name) for name in ("target", "grpo", "sft"))
+    for name, tensor in load_checkpoint(place / "out-0.5").items():
+        exact = target[name].double() + 0.5 * (plus[name].double() - minus[name].double())
+        assert torch.equal(tensor, exact.bfloat16()), name
+
+
+SLOWED = """
+import sys, time
+from rvdist.merge.worker import MergeWorker
+real = MergeWorker.run
+def run(self, *given):
+    print("begun", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    return real(self, *given)
+MergeWorker.run = run
+from rvdist.merge import accounts, plan
+plan.UNIT_BYTES, accounts.SYNC_BYTES = 64 << 10, 1
+from rvdist.launch import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_ends_it_with_our_sentence_and_the_same_command_goes_on(place, number, status, said):
+    arguments = [*FAMILY, "output=out", "hydra.run.dir=run", "cache.dir=cache"]
+    command = [sys.executable, "-c", SLOWED, *arguments]
+    with subprocess.Popen(command, cwd=place, stdout=-1, stderr=-1, text=True) as running:
+        assert [running.stderr.readline() for _ in range(3)] == ["begun\n"] * 3
+        running.send_signal(number)
+        began = time.monotonic()
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == status and time.monotonic() - began < 5
+    assert errors.replace("begun\n", "").startswith(f"rvdist: {said}") and "Traceback" not in errors
+    kept = (place / "out.partial/journal.jsonl").read_text().count("model")
+    assert kept >= 2 and not (place / "out").exists()
+    again = launch(*arguments, cwd=place)
+    assert again.returncode == 0 and (place / "out/model.safetensors").exists(), again.stderr
