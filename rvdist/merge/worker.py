@@ -42,6 +42,7 @@ class MergeWorker:
         direct_io: bool = True,
     ) -> None:
         allow_many_files()
+        self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         warm_up()
         self._outputs, self._sources = outputs, sources
@@ -143,11 +144,12 @@ class MergeWorker:
             ) from None
 
     def close(self) -> None:
-        """Ends what writes in the background, and closes all files."""
+        """Ends what writes in the background, closes all files, and leaves torch as it was."""
         self._pool.shutdown()
         closing: list[PointReader | File | Handle] = [*self._readers, *self._open.values(), *self._handles.values()]
         for one in closing:
             one.close()
+        torch.set_num_threads(self._threads_before)
 
     def _file(self, path: Path) -> File:
         path = DISCARD if discards(path) else path

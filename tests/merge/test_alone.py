@@ -47,10 +47,12 @@ def test_threads_write_what_one_does_which_is_the_arithmetic(family, tmp_path, m
     monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
     monkeypatch.setattr(accounts, "SYNC_BYTES", 5000)
     paths = family(shards=3)
+    torch.set_num_threads(2)
     threads, held = threading.active_count(), len(os.listdir("/proc/self/fd"))
     run(paths, {0.5: tmp_path / "a", -1.0: tmp_path / "b"})
     assert len(run(paths, {0.5: tmp_path / "c", -1.0: tmp_path / "d"}, workers=4).units) > 40
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, held)
+    assert torch.get_num_threads() == 2
     assert digests(tmp_path / "a") == digests(tmp_path / "c") and digests(tmp_path / "b") == digests(tmp_path / "d")
     target, plus, minus = (load_checkpoint(paths[name]) for name in ("target", "plus", "minus"))
     for name, tensor in load_checkpoint(tmp_path / "c").items():

@@ -28,10 +28,10 @@ from rvdist.weights.checkpoint.source import open_source
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-def run(points, outputs, workers=1, dtype=None, max_shard_size=None, **options):
+def run(points, outputs, workers=1, dtype=None, max_shard_size=None, alone=False, **options):
     sources = {s: open_source(s) for point in points for s in point.sources()}
     plan = build_plan(dict(zip(outputs, points, strict=True)), sources, OutputFormat(dtype, max_shard_size))
-    return merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers), **options)
+    return merge(plan, sources, defaultdict(lambda: "card\n"), WorkerSettings(workers, alone=alone), **options)
 
 
 def shifted(paths, alpha=1.0, mask=None):
@@ -80,7 +80,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(family, tmp_path, monk
     point = shifted(family(shards=3), 0.5)
     run([point], [tmp_path / "one"], workers=1)
     run([point], [tmp_path / "three"], workers=3)
-    assert digests(tmp_path / "one") == digests(tmp_path / "three")
+    run([point], [tmp_path / "alone"], workers=2, alone=True)
+    assert digests(tmp_path / "one") == digests(tmp_path / "three") == digests(tmp_path / "alone")
     assert "model.safetensors.index.json" in digests(tmp_path / "one")
 
 
