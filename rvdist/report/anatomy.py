@@ -96,6 +96,10 @@ def anatomy_sentences(anatomy: Anatomy) -> list[str]:
         if cosine is not None:
             pair = f"“{anatomy.vectors[i]}” and “{anatomy.vectors[j]}”"
             sentences.append(f"The cosine between {pair} is {cosine:.3f}.".replace("-", "−"))
+            overlap, agreement = anatomy.whole.overlaps[i][j], anatomy.whole.agreements[i][j]
+            if agreement is not None:
+                both = f"Of what either of them changes, both change {_share(overlap)}"
+                sentences.append(f"{both}; of this, {_share(agreement)} in the same direction.")
     return [printable(sentence) for sentence in sentences]
 
 
@@ -127,7 +131,7 @@ def anatomy_csv(anatomy: Anatomy) -> str:
             *("level", "name", "layer", "kind", "elements", "theta_norm", "vector", "covered", "norm", "relative"),
             *("largest", "zeros", *(f"below_{limit:g}" for limit in anatomy.thresholds), "distance", "toward", "reach"),
             *("singular_values", "stable_rank", "effective_rank_low", "effective_rank_high", "captured", "error"),
-            *(csv_cell(f"cosine_{vector}") for vector in anatomy.vectors),
+            *(csv_cell(f"{of}_{vector}") for of in ("cosine", "overlap", "agreement") for vector in anatomy.vectors),
         ]
     )
     levels = {"all": (anatomy.whole,), "layer": anatomy.layers, "kind": anatomy.kinds, "cell": anatomy.cells}
@@ -136,8 +140,13 @@ def anatomy_csv(anatomy: Anatomy) -> str:
             for k, vector in enumerate(anatomy.vectors):
                 if vector in part.vectors:
                     own = [level, part.name, part.layer, part.kind, part.elements, part.norm, vector]
-                    writer.writerow([*map(csv_cell, own), *_numbers_of(part.vectors[vector]), *part.cosines[k]])
+                    writer.writerow([*map(csv_cell, own), *_numbers_of(part.vectors[vector]), *_beside(part, k)])
     return out.getvalue()
+
+
+def _beside(part: Part, k: int) -> list[float | None]:
+    """What there is of a vector and each of the others."""
+    return [number for row in (part.cosines[k], part.overlaps[k], part.agreements[k]) for number in row]
 
 
 def _numbers_of(m: Measures) -> list[float | None]:

@@ -45,7 +45,8 @@ class Line:
 
     def sentence(self) -> str:
         """The same in words."""
-        where = "between the donors" if self.name == "donors" else "from the target along the vector"
+        places = {"donors": "between the donors", "vectors": "from the target along the vectors together"}
+        where = places.get(self.name, "from the target along the vector")
         return (
             f"Along the line {where} the text costs {self.bits[0]:.4f} to {self.bits[-1]:.4f} bits a byte; the barrier "
             f"is {self.barrier:.4f}, and it rises {self.rise:.4f} above the worse end."

@@ -30,6 +30,11 @@ def print_plan(prepared: Prepared, plan: Plan) -> None:
                 f"{t.alpha:+g}·({' − '.join(name_of(source) for source in t.vector.sources())})" for t in point.terms
             )
             prepared.say(f"{directory}: {name_of(point.base)} {terms}")
+            if len({term.vector for term in point.active_terms}) > 1 and not prepared.settings.recipe:
+                from rvdist.weights.interference import measure_interference
+
+                for pair in measure_interference(point, prepared.sources).pairs:
+                    prepared.say(f"  {pair}")
         prepared.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
     prepared.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
     if plan.outputs:

@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rvdist.core import cluster, config
 from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
+from rvdist.core.method import LINEAR
 from rvdist.core.point import Rename, Term, Vector, WeightPoint
 from rvdist.core.recipe import read_recipe
 from rvdist.merge.plan import Plan, build_plan
@@ -23,6 +25,9 @@ from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.layouts import Relaid, lay_out, layout_of
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
+
+if TYPE_CHECKING:
+    from rvdist.weights.interference import Interference
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Known:
     told: set[tuple[Path, str]] = field(default_factory=set)
     _opened: dict[tuple[str, Rename], Checkpoint] = field(default_factory=dict)
     _reports: dict[tuple[WeightPoint, bool, bool], compat.Compatibility] = field(default_factory=dict)
+    _interferences: dict[WeightPoint, Interference] = field(default_factory=dict)
 
     def open(self, source: str, rename: Rename = ()) -> Checkpoint:
         """The source, opened once for all jobs. Raises BadInput."""
@@ -50,6 +56,15 @@ class Known:
         if key not in self._reports:
             self._reports[key] = compat.check(line, sources, *key[1:])
         return self._reports[key]
+
+    def interference(self, point: WeightPoint, sources: Mapping[str, Checkpoint]) -> Interference:
+        """How the vectors of a settled point get into each other's way; what several points have alike is read once."""
+        from rvdist.weights.interference import measure_interference  # torch takes a while to import
+
+        key = replace(point, method=LINEAR)
+        if key not in self._interferences:
+            self._interferences[key] = measure_interference(point, sources)
+        return self._interferences[key]
 
 
 def prepare(job: Job, known: Known) -> Prepared:
@@ -165,7 +180,8 @@ class _Index:
                     self.sources[source] = self._known.open(source, rename)
             self._lay_out(point, bases)
             report = self._known.check(self._settings, self.sources, point)
-            self.notes[self.settle(point)] = (*report.refusals, *report.exceptions, *self._zeros(point))
+            notes = (*report.refusals, *report.exceptions, *self._zeros(point), *self._interference(point))
+            self.notes[self.settle(point)] = notes
         for note in dict.fromkeys(note for notes in self.notes.values() for note in notes):
             if (job.directory, note) not in self._known.told:
                 job.note(note)
@@ -200,6 +216,13 @@ class _Index:
         for note in (*compat.check_vector(saved.vector, self.sources), *self._zeros(alone)):
             self._job.note(note)
         return compat.settle_vector(saved.vector, self.sources)
+
+    def _interference(self, point: WeightPoint) -> list[str]:
+        """What to say of vectors that are simply added and get into each other's way."""
+        several = len({term.vector for term in point.active_terms}) > 1
+        if self._settings.recipe or not several or point.method.name not in ("linear", "dare"):
+            return []
+        return self._known.interference(self.settle(point), self.sources).warnings()
 
     def _zeros(self, point: WeightPoint) -> list[str]:
         """A sentence for each vector whose donors are the same to the byte."""

@@ -146,6 +146,19 @@ def test_vectors_are_weighted_and_scaled():
         config.point(settings(vector=VectorConfig(), vectors=[WeightedVectorConfig("p")]), 1.0)
 
 
+def test_a_text_is_read_along_several_vectors_together():
+    both = settings(
+        vector=VectorConfig(), vectors=[WeightedVectorConfig("p", "m"), WeightedVectorConfig("q", "m", alpha=-1)]
+    )
+    both.analyze.points = 3
+    (line,) = config.lines(both).values()
+    assert [[term.alpha for term in arm.point.terms] for arm in line] == [[], [0.5, -0.5], [1, -1]]
+    assert [arm.name for arm in line] == ["vectors 0.000", "vectors 0.500", "vectors 1.000"]
+    assert set(config.lines(settings())) == {"donors", "target"}
+    with pytest.raises(BadInput, match="analyze.text needs a vector"):
+        config.lines(settings(vector=VectorConfig()))
+
+
 def test_masks_are_checked():
     masked = settings(vector=VectorConfig("p", "m", None, MaskConfig([".*"], [], [[0, 1], [3, 3]])))
     assert config.point(masked, 1.0).terms[0].mask.layers == ((0, 1), (3, 3))

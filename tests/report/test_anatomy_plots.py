@@ -154,4 +154,7 @@ def test_tables_and_sentences_of_the_pocket_family(pocket):
         sentences[0] == "“v” has 1.71 % of the norm of target; 13.1 % of its elements are 0, as where donors are equal."
     )
     assert sentences[1] == "Beside θ it is largest in up_proj (2.67 %) and smallest in norm (0.263 %)."
-    assert sentences[-1] == "The cosine between “v” and “chat” is −0.006."
+    assert sentences[-2:] == [
+        "The cosine between “v” and “chat” is −0.006.",
+        "Of what either of them changes, both change 84.5 %; of this, 50 % in the same direction.",
+    ]

@@ -1,6 +1,7 @@
 """Vectors and adapters from the configuration on: what is refused, what is noted, what is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
     sizes = sum(Path(path).stat().st_size for name in paths for path in Path(paths[name]).glob("*.safetensors"))
     assert timing["cpu_seconds"] > 0 and 0.5 * sizes < timing["bytes_read"] <= 2 * sizes
     said = capsys.readouterr().out
+    assert "of this, 0 % in the same direction" in " ".join(said.split())
     assert "The cosine between" in said and "“vectors[0]” may not help: " in " ".join(said.split())
     reasons = found["transfer"]["vectors[0]"]["reasons"]
     assert {reason["name"] for reason in reasons} == {
@@ -68,6 +70,14 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
         "noise",
         "embeddings",
     }  # it was drawn, and is a fifth of θ
+
+    planned = replace(settings, stages=["plan"], output=str(tmp_path / "out"))
+    assert run_stages(planned, tmp_path / "run", []) is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: vectors[0]: along it the sum goes 0.00 of its way (a sample), since others go against it" in said
+    assert (
+        "vectors[0] and vectors[1]: norms " in said and "cosine −1.000; of what either changes both change 100%" in said
+    )
 
 
 @pytest.mark.parametrize(

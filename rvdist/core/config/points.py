@@ -202,33 +202,31 @@ def vector_points(config: Config) -> dict[str, WeightPoint]:
 
 def lines(config: Config) -> dict[str, list[Arm]]:
     """The points along which `analyze.text` is read, evenly from 0 to 1: from minus to plus, and from the target along
-    the vector. Raises BadInput."""
+    the vector; along several together from the target. Raises BadInput."""
     count = config.analyze.points
     if count < 3:
         raise BadInput(f"analyze.points: {count} points show no barrier; give at least 3")
     whole = point(config, 1.0)
-    if len(whole.terms) != 1:
-        raise BadInput(
-            "analyze.text needs one vector; give vector.plus and vector.minus, or vector.path, and no vectors"
-        )
-    (term,) = whole.terms
-    starts = {"target": (config.target, term)}
-    if term.vector.minus is not None:
-        starts = {"donors": (term.vector.minus, Term(1.0, term.vector))} | starts
+    if not whole.terms:
+        raise BadInput("analyze.text needs a vector; give vector.plus and vector.minus, or vector.path, or vectors")
+    starts = {"target" if len(whole.terms) == 1 else "vectors": (config.target, whole.terms)}
+    if len(whole.terms) == 1 and (vector := whole.terms[0].vector).minus is not None:
+        starts = {"donors": (vector.minus, (Term(1.0, vector),))} | starts
     digits = max(3, len(str(count - 2)))  # each arm has another name
     return {
         name: [
             Arm(
-                f"{name} {step / (count - 1):.{digits}f}", replace(whole, base=base, terms=_at(one, step / (count - 1)))
+                f"{name} {step / (count - 1):.{digits}f}",
+                replace(whole, base=base, terms=_at(terms, step / (count - 1))),
             )
             for step in range(count)
         ]
-        for name, (base, one) in starts.items()
+        for name, (base, terms) in starts.items()
     }
 
 
-def _at(term: Term, share: float) -> tuple[Term, ...]:
-    return (replace(term, alpha=share * term.alpha),) if share else ()
+def _at(terms: tuple[Term, ...], share: float) -> tuple[Term, ...]:
+    return tuple(replace(term, alpha=share * term.alpha) for term in terms) if share else ()
 
 
 def arms(config: Config, recipe: WeightPoint | None = None) -> list[Arm]:

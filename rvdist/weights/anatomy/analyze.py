@@ -102,13 +102,15 @@ class _Sums:
 
 @dataclass
 class _Tensor:
-    """Of one tensor: `square` is ‖θ‖², `dots` the inner products of the vectors i < j."""
+    """Of one tensor: `square` is ‖θ‖², `dots` the inner products of the vectors i < j, `signs` how many elements both
+    change, and how many of these in the same direction."""
 
     name: str
     elements: int
     square: float
     vectors: list[_Sums]
     dots: dict[tuple[int, int], float] = field(default_factory=dict)
+    signs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
 
 def _survey(
@@ -122,6 +124,7 @@ def _survey(
     square = Dot()
     own, common, distance, toward = ([Dot() for _ in displacements] for _ in range(4))
     dots = {(i, j): Dot() for i in range(count) for j in range(i + 1, count)}
+    signs = dict.fromkeys(dots, (0, 0))
     room = np.empty((count + 4, AT_ONCE))
 
     def fill(vector: Vector, out: Floats) -> Floats:
@@ -151,11 +154,15 @@ def _survey(
             for j in range(k + 1, count):
                 both = min(len(v), len(taken[j]))
                 dots[k, j].add(v[:both], taken[j][:both], scratch)
+                np.multiply(np.sign(v[:both]), np.sign(taken[j][:both]), out=scratch[:both])
+                shared_by, same = signs[k, j]
+                shared_by += int(np.count_nonzero(scratch[:both]))
+                signs[k, j] = shared_by, same + int(np.count_nonzero(scratch[:both] > 0))
             _count(sums[k], np.abs(v, out=size[: len(v)]), theta[: len(v)], thresholds, scratch[: len(v)])
     for k, one_sums in enumerate(sums):
         one_sums.square, one_sums.shared = own[k].value, common[k].value
         one_sums.distance, one_sums.toward = distance[k].value, toward[k].value
-    return _Tensor(name, numel, square.value, sums, {pair: dot.value for pair, dot in dots.items()})
+    return _Tensor(name, numel, square.value, sums, {pair: dot.value for pair, dot in dots.items()}, signs)
 
 
 def _count(sums: _Sums, size: Floats, theta: Floats, thresholds: Sequence[float], scratch: Floats) -> None:
@@ -248,6 +255,18 @@ def _part(name: str, layer: int | None, kind: str | None, names: Sequence[str], 
         pair = (min(i, j), max(i, j))
         return _cosine(math.fsum(tensor.dots[pair] for tensor in members), norms[i], norms[j])
 
+    changed = [sum(one.elements - one.zeros for one in own) for own in sums.values()]
+
+    def shares(i: int, j: int) -> tuple[float | None, float | None]:
+        """Of what either changes what both do, and of that what in the same direction."""
+        if i == j:
+            return (1.0, 1.0) if changed[i] else (None, None)
+        pair = (min(i, j), max(i, j))
+        both, same = (sum(tensor.signs[pair][k] for tensor in members) for k in (0, 1))
+        either = changed[i] + changed[j] - both
+        return both / either if either else None, same / both if both else None
+
+    pairs = [[shares(i, j) for j in range(len(names))] for i in range(len(names))]
     return Part(
         name=name,
         layer=layer,
@@ -256,6 +275,8 @@ def _part(name: str, layer: int | None, kind: str | None, names: Sequence[str], 
         norm=norm,
         vectors=measured,
         cosines=tuple(tuple(cosine(i, j) for j in range(len(names))) for i in range(len(names))),
+        overlaps=tuple(tuple(overlap for overlap, _ in row) for row in pairs),
+        agreements=tuple(tuple(agreement for _, agreement in row) for row in pairs),
     )
 
 

@@ -57,7 +57,9 @@ class Part:
     """The floating-point tensors of the target that share a layer, a kind of module, both, or a name.
 
     `norm`: ‖θ‖. `vectors`: by the name of each vector that has any of these elements. `cosines`: between vectors, in
-    the order of `Anatomy.vectors`; None beside one that is 0 here. What a vector lacks counts as 0.
+    the order of `Anatomy.vectors`; None beside one that is 0 here. What a vector lacks counts as 0. `overlaps`: of the
+    elements that either of two vectors changes, the share that both do; `agreements`: of these, the share that they
+    change in the same direction.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Part:
     norm: float
     vectors: dict[str, Measures]
     cosines: tuple[tuple[float | None, ...], ...]
+    overlaps: tuple[tuple[float | None, ...], ...] = ()
+    agreements: tuple[tuple[float | None, ...], ...] = ()
 
     def percent(self, vector: str) -> float | None:
         """‖v‖ of ‖θ‖, in percent."""

@@ -67,6 +67,16 @@ def cosine(a, b):
     return math.fsum((a * b).tolist()) / norm(a) / norm(b) if a.any() and b.any() else None
 
 
+def overlap(a, b):
+    either = ((a != 0) | (b != 0)).sum()
+    return ((a != 0) & (b != 0)).sum() / either if either else None
+
+
+def agreement(a, b):
+    both = (a != 0) & (b != 0)
+    return ((a > 0) == (b > 0))[both].mean() if both.any() else None
+
+
 def exactly(number):
     return None if number is None else pytest.approx(number, rel=1e-12, abs=1e-15)
 
@@ -95,6 +105,8 @@ def check_part(part, members, theta, vectors, origins):
             assert found.distance == exactly(norm(flat(apart, members)) / norm(at))
             assert found.toward == exactly(cosine(flat(apart, members), spread[name]))
     assert part.cosines == tuple(tuple(exactly(cosine(a, b)) for b in spread.values()) for a in spread.values())
+    assert part.overlaps == tuple(tuple(overlap(a, b) for b in spread.values()) for a in spread.values())
+    assert part.agreements == tuple(tuple(agreement(a, b) for b in spread.values()) for a in spread.values())
 
 
 def check(anatomy, theta, vectors, origins):
