@@ -1,5 +1,7 @@
 """python -m rvdist.launch: configuration → run directory → stages. No logic of its own.
 
+`up` and `down` alone begin and end a Ray that stays between commands.
+
 Exit status: 0 everything asked for was done; 1 failed or partly done; 2 bad input (one sentence on
 standard error, nothing written); 130 interrupted, 143 terminated.
 """
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -41,6 +43,8 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 def main() -> None:
     """The command. Ends the process with the exit status above."""
+    if sys.argv[1:] in (["up"], ["down"]):
+        _up_or_down(sys.argv[1])
     gc.set_threshold(100_000)  # modules and records are many, cycles are few: a fifth of the imports
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them and exiting with 1
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
@@ -99,6 +103,20 @@ def main() -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(0)  # the interpreter would take a second and a half to take apart what it holds
+
+
+def _up_or_down(what: str) -> NoReturn:
+    """A Ray that stays up between commands, or its end."""
+    from rvdist.core import upkeep
+
+    try:
+        print(upkeep.up() if what == "up" else upkeep.down())
+    except (BadInput, Failed) as error:
+        print(f"rvdist: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
 
 
 def run(composed: DictConfig, log: Log) -> float | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["RVDIST_UP"] = f"/tmp/rvdist-tests-{os.getpid()}"  # nobody's: commands join no Ray that a developer has up
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to other processes
 
 import forked

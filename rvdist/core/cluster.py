@@ -12,13 +12,13 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rvdist.core import private_ray
+from rvdist.core import private_ray, standing
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.private_ray import Vital
 from rvdist.core.session import SessionDirectory
@@ -77,9 +77,12 @@ def connect(
     timeout: float = 0.0,
     namespace: str | None = None,
     over: threading.Event | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+    fresh: bool = False,
 ) -> Resources:
-    """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" starts
-    one that ends with this process and listens on loopback alone; a job that was submitted to a cluster joins that one.
+    """Joins the cluster at `address` ("auto" for the one this machine belongs to), or with "local" the one that
+    `rvdist up` began, unless it is to be `fresh`, or else starts one that ends with this process and listens on
+    loopback alone; a job that was submitted to a cluster joins that one. `say` is told why what is up is not joined.
     Ray keeps what we start there in `namespace`. Raises BadInput where it cannot be reached, where others can read its
     token, or where it has fewer than `nodes` nodes after `timeout` seconds; waits for them no longer when it is
     `over`."""
@@ -90,6 +93,8 @@ def connect(
     if not ray.is_initialized():
         _guard_token(address)
         named = "cluster.address"
+        if address == "local" and not fresh:
+            address = _find_standing(say)
         if address == "auto" and (given := os.environ.get("RAY_ADDRESS")):
             address, named = given, "RAY_ADDRESS"
         elif address == "auto" and _IN_A_JOB not in os.environ:
@@ -172,6 +177,23 @@ def _is_on_loopback_alone(address: str) -> bool:
     """Whether what answers at a loopback address does not at this machine's own, which Ray would ask instead."""
     host, _, port = address.rpartition(":")
     return host in (_LOOPBACK, "localhost") and not answers(f"{private_ray.own_address()}:{port}")
+
+
+def _find_standing(say: Callable[[str], None]) -> str:
+    """The address of the Ray that `rvdist up` began, or "local"."""
+    global _settled
+    found, why = standing.find()
+    if found is None or not answers(found.address):
+        if why or found:
+            say(
+                why
+                or f"the Ray that `rvdist up` began does not answer at {found.address if found else ''}; one is started"
+            )
+        return "local"
+    if _MODE not in os.environ:
+        _settled = True
+        private_ray.send_token()
+    return found.address
 
 
 def _find_cluster() -> str:

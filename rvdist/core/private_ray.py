@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import socket
@@ -184,7 +185,8 @@ def _unheard() -> Iterator[None]:
 
 
 def send_token() -> None:
-    """Ray sends the user's token from here on, where there is one."""
+    """Ray sends the user's token from here on, where there is one, and does not warn that it does."""
+    logging.getLogger(_ENABLE.partition(":")[0]).setLevel(logging.ERROR)
     RAY.get(_ENABLE)(warn_if_disabled=False)
 
 

@@ -134,7 +134,7 @@ class _Command:
             _each(lambda one: one.foreseen, print_evaluation),
             _each(lambda one: not _in("merge", one), self._write_nothing),
             # Ray starts beside what is made ready to be asked; what can be refused is refused before anything begins.
-            _each(self._needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing)),
+            _each(self._needs_ray, lambda one: self._warm.begin(one.settings.cluster, one.timing, one.note)),
             _each(lambda one: one.arms, self._join),
             _each(lambda one: one.lines, self._join_reader),
             Step(lambda jobs: [jobs], self._refuse_batches),

@@ -33,11 +33,14 @@ class Warm:
         self._fleet: Fleet | None = None
         self._lock = threading.RLock()  # of these two
 
-    def begin(self, settings: ClusterConfig, timing: Timing) -> None:
-        """Starts to connect. Raises BadInput for another cluster than that of an earlier call."""
+    def begin(
+        self, settings: ClusterConfig, timing: Timing, say: Callable[[str], None] = lambda sentence: None
+    ) -> None:
+        """Starts to connect; `say` is told what is to be known of it. Raises BadInput for another cluster than that of
+        an earlier call."""
         if self._thread is None:
             self._settings = settings
-            self._thread = threading.Thread(target=self._connect, args=(settings, timing), daemon=True)
+            self._thread = threading.Thread(target=self._connect, args=(settings, timing, say), daemon=True)
             self._thread.start()
         elif settings != self._settings:
             raise BadInput("cluster.*: the jobs of one command share one cluster; set it alike for all of them")
@@ -82,13 +85,13 @@ class Warm:
         if self._thread is not None:
             self._thread.join()
 
-    def _connect(self, settings: ClusterConfig, timing: Timing) -> None:
+    def _connect(self, settings: ClusterConfig, timing: Timing, say: Callable[[str], None]) -> None:
         ours = False
         try:
             with timing.phase("ray_init"):
                 ours = not cluster.is_connected()  # else by somebody who is to disconnect it
                 resources = cluster.connect(
-                    settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}", over=self._over
+                    settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}", self._over, say
                 )
         except Exception as error:
             self._resources.set_exception(error)
