@@ -121,7 +121,9 @@ def launches(block: Block) -> Iterator[list[str]]:
     """The arguments of each rvdist.launch in a block, without what stands for the reader's own."""
     for words in commands(block.text):
         begin = next((k for k, word in enumerate(words) if word in COMMANDS), None)
-        if begin is not None and words[:2] != ["docker", "build"] and "-sc" not in words:
+        if begin is None or words[begin + 1 :] in (["up"], ["down"]):
+            continue
+        if words[:2] != ["docker", "build"] and "-sc" not in words:
             yield [word for word in words[begin + 1 :] if word != "…"]
 
 
