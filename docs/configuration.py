@@ -81,6 +81,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "dtype": "of the stored vector; null: exact",
         "rank": "store each matrix as two factors of this rank",
         "density": "store this share of each tensor, the largest elements",
+        "format": "store a LoRA adapter that peft and vLLM load, by `rank` or `error` (docs/vectors.md)",
+        "error": "store each matrix as two factors of the least rank whose relative error is at most this",
     },
     config.WeightedVectorConfig: {"alpha": "of this vector, times `alpha`"},
     config.MergeConfig: {

@@ -20,6 +20,7 @@ from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify
+from rvdist.weights import reduce
 from rvdist.weights import store as storing
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
@@ -158,11 +159,11 @@ def test_full_rank_is_the_vector_but_for_rounding(family, tmp_path):
 
 
 def test_large_matrices_have_only_their_largest_singular_values_computed(monkeypatch):
-    monkeypatch.setattr(storing, "_SMALL_SVD", 16)
+    monkeypatch.setattr(reduce, "_SMALL_SVD", 16)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(200, 6, generator=generator) @ torch.randn(6, 150, generator=generator)
     matrix += 0.01 * torch.randn(200, 150, generator=generator)
-    one, other = storing.factors(matrix, 6), storing.factors(matrix, 6)
+    one, other = reduce.factors(matrix, 6), reduce.factors(matrix, 6)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     best = torch.linalg.svdvals(matrix)[6:].norm()
     assert (matrix - one[0] @ one[1]).norm() == pytest.approx(float(best), rel=1e-3)

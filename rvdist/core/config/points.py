@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -343,12 +343,20 @@ def _require_search(search: SearchConfig) -> None:
 class Storage:
     """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
     `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest.
-    `max_shard_size`: of a file, in bytes; None keeps the donors' own files."""
+    `max_shard_size`: of a file, in bytes; None keeps the donors' own files. `format`: "peft", or None for ours.
+    `error`: matrices as factors of the least rank with that relative error."""
 
     dtype: str | None = None
     rank: int | None = None
     density: float | None = None
     max_shard_size: int | None = None
+    format: str | None = None
+    error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold: of what later versions know only what is set."""
+        fields = asdict(self)
+        return {key: value for key, value in fields.items() if value is not None or key not in ("format", "error")}
 
 
 @dataclass(frozen=True)
@@ -364,7 +372,7 @@ def vector_to_save(config: Config) -> Saved | None:
     """What `vector.save` asks for. Raises BadInput."""
     own = config.vector
     if own.save is None:
-        for key in ("dtype", "rank", "density"):
+        for key in ("dtype", "rank", "density", "format", "error"):
             if getattr(own, key) is not None:
                 raise BadInput(f"vector.{key} says how to store a vector, and vector.save is not set; set it to a path")
         return None
@@ -376,8 +384,13 @@ def vector_to_save(config: Config) -> Saved | None:
         raise BadInput(f"vector.rank: {own.rank} is not a rank; give a number of at least 1")
     if own.density is not None and not 0 < own.density <= 1:
         raise BadInput(f"vector.density: {own.density} is not a share; give a number above 0, at most 1")
-    if own.rank is not None and own.density is not None:
-        raise BadInput("vector.rank and vector.density are two ways to store a vector; set one of them")
+    if own.error is not None and not 0 < own.error < 1:
+        raise BadInput(f"vector.error: {own.error} is not a relative error; give a number above 0 and below 1")
+    ways = [key for key in ("rank", "error", "density") if getattr(own, key) is not None]
+    if len(ways) > 1:
+        raise BadInput(f"vector.{ways[0]} and vector.{ways[1]} are two ways to store a vector; set one of them")
+    if own.format and ways not in (["rank"], ["error"]):
+        raise BadInput("vector.format=peft writes factors; set vector.rank, or vector.error for ranks by that bound")
     dtype = DTYPES[own.dtype] if own.dtype else None
-    storage = Storage(dtype, own.rank, own.density, config.output_format.max_shard_size)
+    storage = Storage(dtype, own.rank, own.density, config.output_format.max_shard_size, own.format, own.error)
     return Saved(_vector(own, "vector"), Path(own.save).expanduser().absolute(), storage)

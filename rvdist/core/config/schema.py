@@ -21,6 +21,7 @@ CHOICES: dict[str, Collection[str]] = {
     "stages": STAGES,
     "dtype": DTYPES,
     "vector.dtype": DTYPES,
+    "vector.format": ("peft",),
     "device": ("cpu", "cuda"),
     "engine.device": ("auto", "cpu", "cuda"),
     "log": ("text", "json"),
@@ -65,6 +66,8 @@ class VectorConfig(DonorsConfig):
     dtype: str | None = None
     rank: int | None = None
     density: float | None = None
+    format: str | None = None
+    error: float | None = None
 
 
 @dataclass

@@ -18,8 +18,8 @@ from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.patterns import first_matches
 
 WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(?:\.weight)?")
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
@@ -33,22 +33,22 @@ _WAY_OUT = "merge it into its base with peft's merge_and_unload and use the resu
 
 def as_adapter(checkpoint: Checkpoint) -> Difference:
     """The adapter whose weight file is open as `checkpoint`. Raises BadInput."""
-    if not (checkpoint.path / _CONFIG).exists():
-        raise BadInput(f"{checkpoint.path}: has {WEIGHTS} but no {_CONFIG}, which has its scale; copy it there")
-    config = read_json(checkpoint.path / _CONFIG)
+    if not (checkpoint.path / CONFIG).exists():
+        raise BadInput(f"{checkpoint.path}: has {WEIGHTS} but no {CONFIG}, which has its scale; copy it there")
+    config = read_json(checkpoint.path / CONFIG)
     _require_plain(checkpoint, config)
     factors: dict[str, dict[str, TensorSpec]] = {}
     others = []
     for name, spec in checkpoint.tensors.items():
-        if not name.startswith(_PREFIX):
-            _refuse(checkpoint, f"tensor {name} does not begin with {_PREFIX} as peft's do", "save it with peft")
-        factor = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
+        if not name.startswith(PREFIX):
+            _refuse(checkpoint, f"tensor {name} does not begin with {PREFIX} as peft's do", "save it with peft")
+        factor = _FACTOR.fullmatch(name.removeprefix(PREFIX))
         if factor:
             factors.setdefault(factor[1], {})[factor[2]] = spec
         else:
             others.append(name)
     for name in others:  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
-        if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") not in factors:
+        if name.removeprefix(PREFIX).removesuffix(".base_layer.weight") not in factors:
             _refuse(checkpoint, f"tensor {name} is not a factor of a product (a weight of its own, or a bias)")
     tensors: dict[str, TensorSpec] = {}
     forms: dict[str, Form] = {}
@@ -62,7 +62,7 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
         tensors[name] = TensorSpec(name, "F32", shape, form.left.file, form.left.offset)
         forms[name] = form
     base = config.get("base_model_name_or_path")
-    stamps = checkpoint.stamps | {_CONFIG: stamp_beside(checkpoint, _CONFIG)}
+    stamps = checkpoint.stamps | {CONFIG: stamp_beside(checkpoint, CONFIG)}
     trained_on = base if isinstance(base, str) else None
     return Difference(
         checkpoint.path, tensors, checkpoint.metadata, stamps, checkpoint.hub, "adapter", forms, trained_on
@@ -71,16 +71,16 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
 
 def _require_plain(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
-        _refuse(checkpoint, f"{_CONFIG} has peft_type={kind!r}, and only LORA is known")
+        _refuse(checkpoint, f"{CONFIG} has peft_type={kind!r}, and only LORA is known")
     for key in _MORE_THAN_PRODUCTS:
         if config.get(key):
-            _refuse(checkpoint, f"{_CONFIG} has {key}={config[key]!r}, which is more than the product of two factors")
+            _refuse(checkpoint, f"{CONFIG} has {key}={config[key]!r}, which is more than the product of two factors")
     if config.get("bias", "none") != "none":
-        _refuse(checkpoint, f"{_CONFIG} has bias={config['bias']!r}: it holds whole biases, which are no difference")
+        _refuse(checkpoint, f"{CONFIG} has bias={config['bias']!r}: it holds whole biases, which are no difference")
     if (initial := config.get("init_lora_weights")) not in _INITIAL:
         _refuse(
             checkpoint,
-            f"{_CONFIG} has init_lora_weights={initial!r}: training began by changing the base's own weights",
+            f"{CONFIG} has init_lora_weights={initial!r}: training began by changing the base's own weights",
             "save it with peft's path_initial_model_for_weight_conversion",
         )
 
@@ -108,7 +108,7 @@ def _product(
     if not left.shape[1] == right.shape[0] == rank or rank < 1:
         _refuse(
             checkpoint,
-            f"the factors of {module} have shapes {list(left.shape)} and {list(right.shape)}, and {_CONFIG} has "
+            f"the factors of {module} have shapes {list(left.shape)} and {list(right.shape)}, and {CONFIG} has "
             f"rank {rank:g}",
             "download or copy it again",
         )
@@ -122,17 +122,17 @@ def _numbers(
     """The config's `key` for each module: that of the first pattern that matches the end of its name, if any does."""
     own = config.get(patterns) or {}
     if not isinstance(own, Mapping):
-        _refuse(checkpoint, f"{_CONFIG} has a damaged {patterns} (it is no map)", "download or copy it again")
+        _refuse(checkpoint, f"{CONFIG} has a damaged {patterns} (it is no map)", "download or copy it again")
     try:
         first = first_matches(list(own), modules)
     except ValueError as error:
-        _refuse(checkpoint, f"{_CONFIG} has a damaged {patterns} ({error})", "download or copy it again")
+        _refuse(checkpoint, f"{CONFIG} has a damaged {patterns} ({error})", "download or copy it again")
     values = list(own.values())
     numbers = {}
     for module, k in zip(modules, first, strict=True):
         value = own.get(module, config.get(key)) if k is None else values[k]
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-            reason = f"{_CONFIG} has {key}={value!r} for {module}, which is no number"
+            reason = f"{CONFIG} has {key}={value!r} for {module}, which is no number"
             _refuse(checkpoint, reason, "download or copy it again")
         numbers[module] = value
     return numbers
