@@ -43,11 +43,8 @@ def require_linear(donor: Checkpoint) -> None:
 
 
 def config_of(ranks: Mapping[str, int], trained_on: str | None, causal: bool) -> dict[str, Any]:
-    """adapter_config.json of an adapter with factors of these `ranks`, by the name of the tensor. Raises BadInput
-    where there is none."""
+    """adapter_config.json of an adapter with factors of these `ranks`, by the name of the tensor."""
     modules = {name.removesuffix(".weight"): rank for name, rank in ranks.items()}
-    if not modules:
-        raise BadInput("vector.format=peft: the vector is 0 in every matrix that LoRA holds; store it without it")
     rank = max(modules.values())
     others = {module: own for module, own in sorted(modules.items(), key=lambda one: -len(one[0])) if own != rank}
     return {

@@ -249,6 +249,8 @@ def _layout(
         return sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in wanted[spec.name][1])
 
     if storage.format:
+        if not any(parts for _, parts in wanted.values()):
+            raise BadInput("vector.format=peft: the vector is 0 in every matrix that LoRA holds; store it without that")
         shards, names = [list(specs)], [WEIGHTS]
     elif storage.max_shard_size is None:
         shards = [list(own) for _, own in groupby(specs, lambda spec: spec.file)]
