@@ -13,12 +13,17 @@ from rvdist.merge import plan as planning
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.merge.worker import MergeWorker
 from rvdist.weights import compat, requantize
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 
 
 def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
     """What a merge does to each directory, in this process."""
-    sources = {name: open_source(name) for point in points.values() for name in point.sources()}
+    sources: dict[str, Checkpoint] = {}
+    for point in points.values():
+        base = sources.setdefault(point.base, open_source(point.base))
+        sources |= {name: lay_out(open_source(name), base) for name in point.sources() if name not in sources}
     for point in points.values():
         compat.check(point, sources)
     plan = build_plan(points, sources, OutputFormat(dtype))

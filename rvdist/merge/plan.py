@@ -207,7 +207,8 @@ def _reads(
                 continue
             if isinstance(own, Relaid):
                 for stored, nbytes in own.reads(name):
-                    reads[source, stored.file] += nbytes
+                    for file, part in spread_over_files(stored, nbytes).items():
+                        reads[source, file] += part
                 continue
             for file, nbytes in spread_over_files(spec, elements[source] * ITEMSIZE[spec.dtype]).items():
                 reads[source, file] += nbytes
@@ -224,7 +225,8 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
-    scaled = {name: source for name in point.sources() if isinstance(source := sources[name], Scaled)}
+    own = {name: source.inner if isinstance(source := sources[name], Relaid) else source for name in point.sources()}
+    scaled = {name: source for name, source in own.items() if isinstance(source, Scaled)}
     blocks: dict[str, Any] = {name: source.block for name, source in scaled.items()}
     blocks |= {f"{name} codes": source.kind.name for name, source in scaled.items() if source.stored}
     blocks |= {f"{n} stacks": s.mapping for n in point.sources() if isinstance(s := sources[n], Stacked)}

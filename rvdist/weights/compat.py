@@ -39,6 +39,11 @@ Coefficient = Callable[[str], float]  # m of a tensor
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
 _KIND = {"adapter": "an adapter", "vector": "a stored vector"}
+_TO_ONE_LAYOUT = {
+    "checkpoint": "convert one of them with transformers' save_pretrained",
+    "adapter": "merge it into its base with peft's merge_and_unload and use the result as vector.plus",
+    "vector": "save it again from donors that are in the target's layout",
+}
 
 
 @dataclass(frozen=True)
@@ -171,11 +176,13 @@ def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) ->
         ours, theirs = (layouts(n for n in c.tensors if mask.coefficient(n, count)) for c in (one, other))
         for group in sorted(ours.keys() & theirs.keys()):
             (layout, name), (another, its_name) = ours[group], theirs[group]
-            if layout != another:
+            if any(isinstance(c, Relaid) and shown in c.views for c, shown in ((one, name), (other, its_name))):
+                continue  # as the base; an adapter has no biases to show it
+            if layout != another or name.partition("experts.")[0] != its_name.partition("experts.")[0]:
+                way_out = _TO_ONE_LAYOUT[other.kind if isinstance(other, Difference) else "checkpoint"]
                 raise BadInput(
                     f"{other.path}: stores its experts {another} ({its_name}) where {one.path} stores them {layout} "
-                    f"({name}); convert one of them with transformers' save_pretrained, or leave the experts out by "
-                    "vector.mask.exclude"
+                    f"({name}); {way_out}, or leave the experts out by vector.mask.exclude"
                 )
 
 

@@ -50,6 +50,10 @@ class Operand:
         BadInput where a file cannot be used, Failed where the Hub does not answer."""
         return self._files.read(self._tensors[name], begin, end, buffer)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that elements of a tensor are read in."""
+        return TORCH_DTYPE[self._tensors[name].dtype]
+
     def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
         """The same of some columns of some rows, where tensors lie as they are: any other kind is read by rows."""
         assert type(self) is Operand
@@ -161,6 +165,10 @@ class Dequantized(Operand):
         self._dequantize(name, self._codes(name, begin, end, buffer[4 * count :]), begin, out.numpy())
         return out
 
+    def dtype(self, name: str) -> torch.dtype:
+        in_fp32 = name in self._scaled.scales and self._scaled.kind is not MXFP4
+        return torch.float32 if in_fp32 else super().dtype(name)
+
     def stored(self, name: str, begin: int, end: int) -> tuple[Codes, torch.Tensor, Floats]:
         """Whole rows of blocks of a scaled tensor as they are stored: codes, a byte each, and scales, a row for each
         row of blocks; and what they mean."""
@@ -226,25 +234,62 @@ class Dequantized(Operand):
 
 
 class _Relaid(Operand):
-    """The tensors of a checkpoint in another layout of experts: it keeps one expert's part of one of them."""
+    """The tensors of a checkpoint in another layout of experts, out of what reads them in its own. Where that is more
+    than to put matrices one after the other it keeps one expert's part of one tensor."""
 
     def __init__(self, checkpoint: Relaid) -> None:
         assert checkpoint.inner is not None
         super().__init__(checkpoint)
-        self._relaid, self._stored = checkpoint, checkpoint.inner.tensors
+        self._relaid, self._inner = checkpoint, open_operand(checkpoint.inner)
         self._slab = ("", -1, torch.empty(0))
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._inner.bytes_read
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what is quantised in part the dtype of what is."""
+        if name not in self._dtypes:
+            view = self._relaid.views.get(name)
+            holders = view.ranges() if view else [self._relaid.names[name]]
+            self._dtypes[name] = max((self._inner.dtype(holder) for holder in holders), key=lambda own: own.itemsize)
+        return self._dtypes[name]
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-        view, spec = self._relaid.views.get(name), self._tensors[name]
+        view = self._relaid.views.get(name)
         if view is None:
-            return self._files.read(self._stored[self._relaid.names[name]], begin, end, buffer)
-        dtype, size = TORCH_DTYPE[spec.dtype], spec.numel // view.count
+            return self._inner.read(self._relaid.names[name], begin, end, buffer)
+        if view.joined:
+            return self._join(name, view, begin, end, buffer)
+        dtype, size = self.dtype(name), self._tensors[name].numel // view.count
         out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
         for k in range(begin // size, -(-end // size)):
             if self._slab[:2] != (name, k):
                 self._slab = name, k, self._assemble(view, view.first + k)
             first, last = max(begin, k * size), min(end, (k + 1) * size)
             out[first - begin : last - begin] = self._slab[2][first - k * size : last - k * size]
+        return out
+
+    def _join(self, name: str, view: View, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements of matrices that lie one after the other, each read where it is."""
+        dtype, several = self.dtype(name), len(view.projections)
+        out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
+        size, at = self._tensors[name].numel // view.count // several, begin
+        while at < end:
+            number, offset = divmod(at, size)
+            expert, projection = view.first + number // several, view.projections[number % several]
+            count = min(end - at, size - offset)
+            holder = view.source.holder(projection, expert, view.part)
+            first = view.source.elements(projection, expert, view.part).start + offset
+            if count == end - begin and self._inner.dtype(holder) == dtype:
+                return self._inner.read(holder, first, first + count, buffer)
+            room = torch.empty(8 * count, dtype=torch.uint8)
+            out[at - begin : at - begin + count] = self._inner.read(holder, first, first + count, room)
+            at += count
         return out
 
     def _assemble(self, view: View, expert: int) -> torch.Tensor:
@@ -263,9 +308,8 @@ class _Relaid(Operand):
         source = view.source
         holder, elements = source.holder(projection, expert, view.part), source.elements(projection, expert, view.part)
         if (holder, elements) not in held:
-            spec = self._stored[holder]
-            room = torch.empty(len(elements) * ITEMSIZE[spec.dtype], dtype=torch.uint8)
-            held[holder, elements] = self._files.read(spec, elements.start, elements.stop, room)
+            room = torch.empty(len(elements) * self._inner.dtype(holder).itemsize, dtype=torch.uint8)
+            held[holder, elements] = self._inner.read(holder, elements.start, elements.stop, room)
         slab, (rows, columns) = held[holder, elements], source.shape(projection)
         if source.layout != INTERLEAVED:
             return slab.view(rows, columns) if view.part == "weight" else slab

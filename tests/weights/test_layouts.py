@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import launch, load_checkpoint, near, write_checkpoint
+from mixtures import BIASED, PLAIN, Weights, canonical, stored
 
 from rvdist.core.config import Config, Saved
 from rvdist.core.config.points import Storage
@@ -22,48 +23,6 @@ from rvdist.weights.checkpoint.layouts import Relaid, lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
 from rvdist.weights.reader import open_point
-
-E, HIDDEN, INNER = 3, 10, 7
-PLAIN = ("gate_proj", "w1", "fused")
-BIASED = ("gate_proj", "interleaved")
-Weights = dict[str, torch.Tensor]
-
-
-def canonical(seed: int, biased: bool) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"gate": (E, INNER, HIDDEN), "up": (E, INNER, HIDDEN), "down": (E, HIDDEN, INNER), "router": (E, HIDDEN)}
-    if biased:
-        shapes |= {"gate.bias": (E, INNER), "up.bias": (E, INNER), "down.bias": (E, HIDDEN)}
-    return {name: (torch.randn(shape, generator=generator) * 0.05).bfloat16() for name, shape in shapes.items()}
-
-
-def stored(weights: Weights, layout: str) -> Weights:
-    block = "block_sparse_moe" if layout == "w1" else "mlp"
-    at = f"model.layers.0.{block}.experts"
-    found = {f"model.layers.0.{block}.gate.weight": weights["router"]}
-    gate, up, down = weights["gate"], weights["up"], weights["down"]
-    if layout == "fused":
-        return found | {f"{at}.gate_up_proj": torch.cat([gate, up], 1), f"{at}.down_proj": down}
-    if layout == "interleaved":
-        pairs = torch.empty(E, HIDDEN, 2 * INNER, dtype=gate.dtype)
-        pairs[..., ::2], pairs[..., 1::2] = gate.transpose(1, 2), up.transpose(1, 2)
-        biases = torch.empty(E, 2 * INNER, dtype=gate.dtype)
-        biases[:, ::2], biases[:, 1::2] = weights["gate.bias"], weights["up.bias"]
-        return found | {
-            f"{at}.gate_up_proj": pairs,
-            f"{at}.gate_up_proj_bias": biases,
-            f"{at}.down_proj": down.transpose(1, 2).contiguous(),
-            f"{at}.down_proj_bias": weights["down.bias"],
-        }
-    called = (
-        {"gate": "w1", "up": "w3", "down": "w2"} if layout == "w1" else {p: f"{p}_proj" for p in ("gate", "up", "down")}
-    )
-    for part, name in called.items():
-        for k in range(E):
-            found[f"{at}.{k}.{name}.weight"] = weights[part][k].clone()
-            if f"{part}.bias" in weights:
-                found[f"{at}.{k}.{name}.bias"] = weights[f"{part}.bias"][k].clone()
-    return found
 
 
 def computed(point: WeightPoint, size: int) -> Weights:

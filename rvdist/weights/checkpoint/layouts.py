@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from rvdist.core.errors import BadInput
+from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE
+from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE, in_memory
+from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
 GATE, UP, DOWN = "gate", "up", "down"
@@ -20,7 +22,6 @@ _PROJ = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
 _W = {GATE: "w1", UP: "w3", DOWN: "w2"}
 _SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)")
 _FUSED = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|down_proj)(_bias)?")
-_MIXTRAL = re.compile(r"(^|\.)block_sparse_moe\.")  # as Mixtral is saved; `mlp.` in memory
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Group:
     biased: bool
 
     @property
-    def size(self) -> tuple[int, int, int, bool]:
-        """What two groups must share so that one is a permutation of the other."""
-        return self.count, self.hidden, self.intermediate, self.biased
+    def size(self) -> tuple[int, int, int]:
+        """What two groups must share so that one is a permutation of the other, but for biases."""
+        return self.count, self.hidden, self.intermediate
 
     def holder(self, projection: str, expert: int, part: str) -> str:
         """The tensor that holds a part, `weight` or `bias`, of a projection of an expert."""
@@ -78,6 +79,12 @@ class View:
     first: int
     count: int
 
+    @property
+    def joined(self) -> bool:
+        """Whether it is made of whole matrices and vectors, one after the other; else they lie transposed or in turn
+        in one of the two layouts."""
+        return INTERLEAVED not in (self.layout, self.source.layout)
+
     def ranges(self) -> dict[str, set[range]]:
         """The elements of the source's tensors that it is made of, by the tensor's name."""
         found: dict[str, set[range]] = {}
@@ -99,23 +106,34 @@ class Relaid(Checkpoint):
     names: dict[str, str] = field(default_factory=dict, repr=False)
 
     def reads(self, name: str) -> Iterator[tuple[TensorSpec, int]]:
-        """The stored tensors that tensor `name` is made of, and the bytes of each."""
-        assert self.inner is not None
+        """What stands in files of tensor `name`, and the bytes of each that are read."""
         if name not in self.views:
-            spec = self.inner.tensors[self.names[name]]
-            yield spec, spec.nbytes
+            yield from self._stored(self.names[name])
             return
-        view = self.views[name]
-        for holder, ranges in view.ranges().items():
-            spec = self.inner.tensors[holder]
-            yield spec, sum(map(len, ranges)) * ITEMSIZE[spec.dtype]
+        for holder, ranges in self.views[name].ranges().items():
+            yield from self._stored(holder, sum(map(len, ranges)))
+
+    def _stored(self, name: str, count: int | None = None) -> Iterator[tuple[TensorSpec, int]]:
+        """The same of so many elements of one of `inner`'s tensors, or of all."""
+        assert self.inner is not None
+        spec = self.inner.tensors[name]
+        count = spec.numel if count is None else count
+        if not isinstance(self.inner, Scaled) or name not in self.inner.scales:
+            yield spec, count * ITEMSIZE[spec.dtype]
+            return
+        kind, scale = self.inner.kind, self.inner.scales[name]
+        yield self.inner.codes(name), count * kind.bits // 8
+        yield scale, scale.nbytes * count // spec.numel if kind is MXFP4 else scale.nbytes
+
+
+@dataclass(frozen=True)
+class RelaidDifference(Relaid, Difference):
+    """A stored vector or an adapter of which so much is true; its `forms` are by the names that it stores."""
 
 
 def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """`donor` with its experts in the layout of `base`; itself where they are, where `base` has none like them, or
-    where it is no plain checkpoint. Raises BadInput for dtypes that one tensor cannot have."""
-    if type(donor) is not Checkpoint:
-        return donor
+    """`donor` with its experts in the layout of `base`; itself where they are, or where `base` has none like them. A
+    difference needs none of the biases that `base` has. Raises BadInput for dtypes that one tensor cannot have."""
     target, own = groups(base), groups(donor)
     layout: list[tuple[str, ...]] = []
     views: dict[str, View] = {}
@@ -124,6 +142,8 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     for key, source in own.items():
         wanted = target.get(key)
         if wanted is None or wanted.size != source.size or _alike(wanted, source):
+            continue
+        if wanted.biased != source.biased and (source.biased or not isinstance(donor, Difference)):
             continue
         layout.append((wanted.prefix, wanted.layout, *dict(wanted.called).values()))
         for name, view in _views(wanted, source):
@@ -141,8 +161,9 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
         return donor
     names = {_name_in(base, name): name for name in donor.tensors if name not in gone}
     tensors = {new: replace(donor.tensors[old], name=new) for new, old in names.items()} | specs
-    plain = {one.name: getattr(donor, one.name) for one in fields(donor)}
-    return Relaid(**plain | {"tensors": tensors}, inner=donor, layout=repr(sorted(layout)), views=views, names=names)
+    form = RelaidDifference if isinstance(donor, Difference) else Relaid
+    kept = {one.name: getattr(donor, one.name) for one in fields(form) if hasattr(donor, one.name)}
+    return form(**kept | {"tensors": tensors}, inner=donor, layout=repr(sorted(layout)), views=views, names=names)
 
 
 def layout_of(checkpoint: Checkpoint) -> str:
@@ -166,7 +187,7 @@ def groups(checkpoint: Checkpoint) -> dict[str, Group]:
             fused.setdefault(whole[1], {})[whole[2] + (whole[3] or "")] = spec
     found = [_single(prefix, own) for prefix, own in singles.items() if prefix not in fused]
     found += [_fused(prefix, own, checkpoint) for prefix, own in fused.items() if prefix not in singles]
-    return {_in_memory(group.prefix): group for group in found if group}
+    return {in_memory(group.prefix): group for group in found if group}
 
 
 def _single(prefix: str, own: dict[tuple[int, str, str], TensorSpec]) -> Group | None:
@@ -215,7 +236,7 @@ def _alike(one: Group, other: Group) -> bool:
 
 
 def _views(wanted: Group, source: Group) -> Iterator[tuple[str, View]]:
-    for part in ("weight", "bias")[: 1 + wanted.biased]:
+    for part in ("weight", "bias")[: 1 + source.biased]:
         if wanted.layout == ONE_BY_ONE:
             for expert in range(wanted.count):
                 for projection in (GATE, UP, DOWN):
@@ -227,13 +248,9 @@ def _views(wanted: Group, source: Group) -> Iterator[tuple[str, View]]:
                 yield wanted.holder(projections[0], 0, part), view
 
 
-def _in_memory(name: str) -> str:
-    return _MIXTRAL.sub(r"\1mlp.", name)
-
-
 def _name_in(base: Checkpoint, name: str) -> str:
     """What a tensor beside the experts, such as Mixtral's router, is called in `base`."""
-    twin = _in_memory(name)
+    twin = in_memory(name)
     if name not in base.tensors:
         for other in (twin, re.sub(r"(^|\.)mlp\.", r"\1block_sparse_moe.", name)):
             if other in base.tensors:

@@ -1,0 +1,224 @@
+"""Stored vectors, adapters and quantised donors whose experts lie in another layout than the target's: the same merge
+in the donors' own layout, permuted."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import ALPHA, RANK, write_adapter
+from alone import write
+from checkpoints import load_checkpoint, near, write_checkpoint
+from fp8 import quantize
+from mixtures import PLAIN, E, Weights, canonical, stored, unstored
+from points import read_point
+
+from rvdist.core.config.points import Storage
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.layouts import Relaid, lay_out
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.store import save
+
+AT = "model.layers.0"
+STORED = {"exact": Storage(), "rounded": Storage(dtype="F16"), "factors": Storage(rank=3), "few": Storage(density=0.2)}
+
+
+def named(layout: str, **more: object) -> dict[str, object]:
+    return {"model_type": "gpt_oss" if layout == "interleaved" else "mixtral", **more}
+
+
+def put(place: Path, name: str, weights: Weights, layout: str, of: str = "") -> Path:
+    return write_checkpoint(place / name, stored(weights, layout), config=named(of or layout))
+
+
+def require_permuted(place: Path, base: Weights, donors: str, target: str, vector: Vector) -> None:
+    """The merge of a target in one layout is the permuted merge of it in the donors'."""
+    merged = {}
+    for layout in {donors, target}:
+        own = put(place, f"target-{layout}", base, layout)
+        merged[layout] = dict(read_point(WeightPoint(str(own), (Term(0.5, vector),))))
+    expected = stored(unstored(merged[donors], donors), target)
+    assert expected.keys() == merged[target].keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in merged[target].items())
+    moved = [name for name, tensor in stored(base, target).items() if not torch.equal(merged[target][name], tensor)]
+    assert any("experts" in name for name in moved)
+    sources = {name: open_source(name) for name in (str(place / f"target-{target}"), *vector.sources())}
+    sources = {name: lay_out(source, sources[str(place / f"target-{target}")]) for name, source in sources.items()}
+    assert isinstance(sources[vector.plus], Relaid) == (donors != target)
+    point = WeightPoint(str(place / f"target-{target}"), (Term(0.5, vector),))
+    said = compat.check(compat.settle(point, sources), sources, force=True).exceptions
+    assert not any("skipped" in note for note in said)
+
+
+PAIRS = [(*pair, False) for pair in product(PLAIN, repeat=2) if pair[0] != pair[1]]
+PAIRS += [("gate_proj", "interleaved", True), ("interleaved", "gate_proj", True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "donors", "target", "biased"),
+    [("exact", *pair) for pair in PAIRS]
+    + [(kind, *pair) for kind in ("rounded", "factors", "few") for pair in (PAIRS[1], PAIRS[-2])],
+)
+def test_a_stored_vector_applies_in_any_layout(
+    tmp_path: Path, kind: str, donors: str, target: str, biased: bool
+) -> None:
+    base = canonical(0, biased, 70, 130)  # several blocks of a packed tensor
+    plus, minus = near(base, 1), near(base, 2)
+    for name in plus:
+        plus[name][..., ::2] = minus[name][..., ::2]  # so that the exact one is packed
+    paths = {name: put(tmp_path, name, weights, donors) for name, weights in (("plus", plus), ("minus", minus))}
+    sources = {str(path): open_source(str(path)) for path in paths.values()}
+    save(Vector(*sources), sources, tmp_path / "v", STORED[kind], say=lambda text: None)
+    vector = Vector(str(tmp_path / "v"))
+    if kind == "exact":
+        description = json.loads((tmp_path / "v" / "vector.json").read_text())
+        assert "packed" in {entry["form"] for entry in description["tensors"].values()}
+        own = str(put(tmp_path, "own", base, target))
+        by_donors, by_itself = (
+            dict(read_point(WeightPoint(own, (Term(0.5, term),)))) for term in (Vector(*sources), vector)
+        )
+        assert all(torch.equal(by_donors[name], tensor) for name, tensor in by_itself.items())
+    require_permuted(tmp_path, base, donors, target, vector)
+
+
+def adapter(place: Path, layout: str, weights: Weights, left_out: str = "nothing") -> Path:
+    """One of all experts' projections and of the router, but for what has `left_out` in its name."""
+    generator = torch.Generator().manual_seed(5)
+    found = {}
+    for name, tensor in stored(weights, layout).items():
+        if name.endswith(".bias") or left_out in name:
+            continue
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        rows, columns = tensor.shape
+        found[f"{module}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) * 0.05
+        found[f"{module}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.05
+    return write_adapter(place, found, r=RANK, lora_alpha=ALPHA)
+
+
+@pytest.mark.parametrize(
+    ("donors", "target", "biased"),
+    [
+        ("gate_proj", "fused", False),
+        ("w1", "fused", False),
+        ("gate_proj", "w1", False),
+        ("w1", "gate_proj", False),
+        ("gate_proj", "interleaved", True),
+    ],
+)
+def test_an_adapter_of_single_experts_applies_in_any_layout(
+    tmp_path: Path, donors: str, target: str, biased: bool
+) -> None:
+    """Without biases, which adapters have none of: the target's stay."""
+    base = canonical(0, biased)
+    vector = Vector(str(adapter(tmp_path / "adapter", donors, base)))
+    require_permuted(tmp_path, base, donors, target, vector)
+    trained_on = str(put(tmp_path, "trained-on", base, donors))
+    sources = {name: open_source(name) for name in (vector.plus, trained_on, str(tmp_path / f"target-{target}"))}
+    laid_out = {name: lay_out(source, sources[str(tmp_path / f"target-{target}")]) for name, source in sources.items()}
+    assert compat.settle_vector(Vector(vector.plus, trained_on), laid_out) == vector
+
+
+@pytest.mark.parametrize("left_out", [".down_proj", ".2."])
+def test_a_difference_of_some_experts_is_refused_in_another_layout(tmp_path: Path, left_out: str) -> None:
+    base = canonical(0, False)
+    own = str(put(tmp_path, "target", base, "fused"))
+    donor = str(adapter(tmp_path / "adapter", "gate_proj", base, left_out))
+    sources = {name: open_source(name) for name in (own, donor)}
+    sources[donor] = lay_out(sources[donor], sources[own])
+    with pytest.raises(BadInput, match=r"adapter: stores its experts one by one \(.*experts.*merge_and_unload"):
+        compat.check(WeightPoint(own, (Term(1.0, Vector(donor)),)), sources)
+
+
+def in_fp8(path: Path, weights: Weights, layout: str) -> Path:
+    found = {}
+    for name, tensor in stored(weights, layout).items():
+        found[name] = tensor
+        if tensor.dim() > 1 and "experts" in name:
+            found[name], found[f"{name}_scale_inv"] = quantize(tensor, (4, 3))
+    said = {"quant_method": "fp8", "weight_block_size": [4, 3]}
+    return write_checkpoint(path, found, shards=2, config=named(layout, quantization_config=said))
+
+
+def in_int4(path: Path, weights: Weights, layout: str) -> Path:
+    """Packed, a scale for eight columns, as compressed-tensors has it."""
+    found = {}
+    for name, tensor in stored(weights, layout).items():
+        if ".experts." not in name or tensor.dim() < 2:
+            found[name] = tensor
+            continue
+        groups = tensor.float().view(*tensor.shape[:-1], -1, 8)
+        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        codes = (groups / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int64) + 8
+        stem = name.removesuffix("weight")
+        packed = (codes << torch.arange(0, 32, 4)).sum(-1)
+        found[f"{stem}weight_packed"] = (packed - (packed >> 31 << 32)).to(torch.int32)
+        found[f"{stem}weight_scale"] = scale
+        found[f"{stem}weight_shape"] = torch.tensor(tensor.shape)
+    weights_said = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True}
+    said = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights_said}},
+    }  # fmt: skip
+    return write_checkpoint(path, found, config=named(layout, quantization_config=said))
+
+
+def in_mxfp4(path: Path, weights: Weights, layout: str = "interleaved") -> Path:
+    found: Weights = {}
+    for name, tensor in stored(weights, layout).items():
+        if not name.endswith("_proj"):
+            found[name] = tensor
+            continue
+        rows = tensor.transpose(1, 2).float().reshape(E, tensor.shape[2], -1, 32)
+        power = torch.ceil(torch.log2(rows.abs().amax(-1) / 6))
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        codes = (rows.abs()[..., None] / 2 ** power[..., None, None] - values).abs().argmin(-1) + 8 * (rows < 0)
+        found[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        found[f"{name}_scales"] = (power + 127).to(torch.uint8)
+    return write_checkpoint(path, found, config=named(layout, quantization_config={"quant_method": "mxfp4"}))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "donors", "target", "biased"),
+    [
+        (in_fp8, "gate_proj", "fused", False),
+        (in_fp8, "fused", "w1", False),
+        (in_fp8, "gate_proj", "interleaved", True),
+        (in_int4, "gate_proj", "fused", False),
+        (in_int4, "w1", "gate_proj", False),
+        (in_int4, "gate_proj", "interleaved", True),
+        (in_mxfp4, "interleaved", "gate_proj", True),
+    ],
+)
+def test_quantised_donors_apply_in_any_layout(tmp_path, quantizer, donors, target, biased) -> None:  # type: ignore[no-untyped-def]
+    base = canonical(0, biased, 64, 32)
+    names = {"plus": near(base, 1), "minus": near(base, 2)}
+    vector = Vector(*(str(quantizer(tmp_path / name, weights, donors)) for name, weights in names.items()))
+    require_permuted(tmp_path, base, donors, target, vector)
+
+
+@pytest.mark.parametrize("quantizer", [in_fp8, in_int4, in_mxfp4])
+def test_a_quantised_target_takes_donors_in_any_layout(tmp_path, quantizer) -> None:  # type: ignore[no-untyped-def]
+    """Its blocks and scales are those of the merge in its own layout, to the byte."""
+    layout, other = ("interleaved", "gate_proj") if quantizer is in_mxfp4 else ("gate_proj", "fused")
+    base = canonical(0, layout == "interleaved", 64, 32)
+    target = quantizer(tmp_path / "target", base, layout)
+    for own in (layout, other):
+        donors = [str(put(tmp_path, f"{own}-{seed}", near(base, seed), own, layout)) for seed in (1, 2)]
+        write({tmp_path / f"out-{own}": WeightPoint(str(target), (Term(0.5, Vector(*donors)),))})
+    for file in (tmp_path / f"out-{layout}").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / f"out-{other}" / file.name).read_bytes()
+        assert file.read_bytes() != (target / file.name).read_bytes()
+    assert load_checkpoint(tmp_path / f"out-{other}").keys() == load_checkpoint(target).keys()
+
+
+def test_a_difference_stays_one(tmp_path: Path) -> None:
+    base = canonical(0, False)
+    donor = open_source(str(adapter(tmp_path / "adapter", "gate_proj", base)))
+    laid_out = lay_out(donor, open_source(str(put(tmp_path, "target", base, "fused"))))
+    assert isinstance(laid_out, Difference) and laid_out.kind == "adapter" and isinstance(laid_out, Relaid)
