@@ -1,5 +1,5 @@
 """Many of everything: seconds and memory for each item, of n of them and of a quarter. Flat where nothing grows faster
-than what there is. `python benchmarks/load.py` writes the table of benchmarks/README.md; `--only NAME` takes one line,
+than what there is; the wall is others' too, processor time is not. `python benchmarks/load.py` writes the table of benchmarks/README.md; `--only NAME` takes one line,
 `--one NAME N` measures in this process and prints JSON.
 """
 
@@ -31,18 +31,24 @@ ENGINES, RUNS = 8, 10
 
 
 class Watch:
-    """Wall seconds of what is measured, and the anonymous memory that this process had more in it than before."""
+    """Wall seconds of what is measured, those of processors that this process and those it waited for took, and the
+    anonymous memory that this process had more in it than before."""
 
     seconds = 0.0
+    cpu_seconds = 0.0
     nbytes = 0
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-        before, began = _status("VmRSS"), time.perf_counter()
+        before, began, used = _status("VmRSS"), time.perf_counter(), _cpu_seconds()
         yield
-        self.seconds = time.perf_counter() - began
+        self.seconds, self.cpu_seconds = time.perf_counter() - began, _cpu_seconds() - used
         self.nbytes = max(0, _status("VmHWM") - before)
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def _status(field: str) -> int:
@@ -294,27 +300,28 @@ def one(name: str, n: int) -> None:
     watch = Watch()
     with tempfile.TemporaryDirectory() as place:
         LOADS[name][1](n, Path(place), watch)
-    print(json.dumps([watch.seconds, watch.nbytes]))
+    print(json.dumps([watch.seconds, watch.cpu_seconds, watch.nbytes]))
 
 
-def measure(name: str, n: int) -> tuple[float, int]:
+def measure(name: str, n: int) -> tuple[float, float, int]:
     line = [sys.executable, __file__, "--one", name, str(n)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    seconds, nbytes = json.loads(done.stdout.splitlines()[-1])
-    return seconds, nbytes
+    seconds, cpu_seconds, nbytes = json.loads(done.stdout.splitlines()[-1])
+    return seconds, cpu_seconds, nbytes
 
 
 def row(name: str, n: int) -> str:
     of, cells = LOADS[name][1].__doc__ or "", []
     taken = [measure(name, count) for count in (n // 4, n)]
-    for count, (seconds, nbytes) in zip((n // 4, n), taken, strict=True):
+    for count, (seconds, cpu_seconds, nbytes) in zip((n // 4, n), taken, strict=True):
         memory = "" if name in ("runs", "together") else f", {nbytes / count / 1024:.1f} KiB"
-        cells.append(f"{seconds:.1f} s: {1000 * seconds / count:.2f} ms{memory}")
-    grows = taken[1][0] / taken[0][0] / 4
-    return f"| {n:,} | {of.partition(': ')[0].rstrip('.')} | {cells[0]} | {cells[1]} | {grows:.2f} |"
+        each = f"{1000 * seconds / count:.2f} ms, {1000 * cpu_seconds / count:.2f} of processors"
+        cells.append(f"{seconds:.1f} s: {each}{memory}")
+    grows = (f"{many / few / 4:.2f}" for few, many in zip(taken[0][:2], taken[1][:2], strict=True))
+    return f"| {n:,} | {of.partition(': ')[0].rstrip('.')} | {' | '.join([*cells, *grows])} |"
 
 
 def main() -> None:
@@ -329,7 +336,7 @@ def main() -> None:
     for name in [arguments.only] if arguments.only else LOADS:
         lines.append(row(name, LOADS[name][0]))
         print(lines[-1], flush=True)
-    head = ["| n | of | n / 4 of them, and one | n, and one | × a quarter's |", "|---|---|---|---|---|"]
+    head = ["| n | of | n / 4 of them, and one | n, and one | × a quarter's | of processors |", "|---|---|---|---|---|---|"]
     if not arguments.only:
         write_table("load.py", [*head, *lines])
 

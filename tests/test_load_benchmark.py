@@ -26,5 +26,5 @@ def test_many_of_everything(name: str, n: int) -> None:
     start = [sys.executable, "-c", f"{limit}; os.execv(sys.executable, sys.argv[1:])", *line]
     done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    seconds, nbytes = json.loads(done.stdout.splitlines()[-1])
-    assert seconds > 0 and nbytes >= 0
+    seconds, cpu_seconds, nbytes = json.loads(done.stdout.splitlines()[-1])
+    assert seconds > 0 and cpu_seconds > 0 and nbytes >= 0

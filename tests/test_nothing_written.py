@@ -16,6 +16,7 @@ from rvdist.core.config import (
     VectorConfig,
 )
 from rvdist.core.errors import BadInput, Failed
+from rvdist.stages.job import remove_empty
 from rvdist.stages.jobs import run_stages
 
 CODE = BenchmarksConfig(["humaneval"])
@@ -129,3 +130,14 @@ def test_donors_that_are_the_same_are_said(place, capsys):
         settings = replace(asked(place, None), vector=VectorConfig(plus, sft), stages=["plan"])
         run_stages(settings, place / "run", [])
         assert ("hold the same weights: their vector is zero" in " ".join(capsys.readouterr().out.split())) == said
+
+
+def test_a_run_directory_that_another_command_removes_first(tmp_path, monkeypatch):
+    """As commands of one second do, whose directories Hydra names alike."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "day" / "other").mkdir(parents=True)
+    remove_empty(tmp_path / "outputs" / "day" / "own")
+    assert (tmp_path / "outputs" / "day" / "other").exists()
+    (tmp_path / "outputs" / "day" / "other").rmdir()
+    remove_empty(tmp_path / "outputs" / "day" / "own")
+    assert not (tmp_path / "outputs").exists()

@@ -138,8 +138,14 @@ def versions() -> dict[str, str]:
 
 
 def remove_empty(directory: Path) -> None:
-    """Hydra makes the run directory before anything is checked: bad input and plans leave nothing behind."""
+    """Hydra makes the run directory before anything is checked: bad input and plans leave nothing behind. Other
+    commands may write there, and remove what is above at the same moment."""
     for path in (directory, *directory.parents):
-        if path == Path.cwd() or any(path.iterdir()):
+        if path == Path.cwd():
             return
-        path.rmdir()
+        try:
+            path.rmdir()  # to look first would take, of ten thousand jobs, ten thousand lists as long
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
