@@ -1,6 +1,6 @@
 """Many of everything: seconds and memory for each item, of n of them and of a quarter. Flat where nothing grows faster
-than what there is; the wall is others' too, processor time is not. `python benchmarks/load.py` writes the table of benchmarks/README.md; `--only NAME` takes one line,
-`--one NAME N` measures in this process and prints JSON.
+than what there is; the wall is others' too, processor time is not. `python benchmarks/load.py` writes the table of
+benchmarks/README.md; `--only NAME` takes one line, `--one NAME N` measures in this process and prints JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ POCKET = ROOT / "rvdist" / "pocket"
 FAMILY = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
 WIDTH = 64  # elements of a made-up tensor
 ENGINES, RUNS = 8, 10
+PATIENCE = 120.0  # seconds in which a cluster that starts does nothing at all
 
 
 class Watch:
@@ -238,9 +239,11 @@ def together(n: int, place: Path, watch: Watch) -> None:
             )
             for k in range(n)
         ]
-        for process in running:
-            if said := process.communicate()[1]:
-                sys.exit(said.decode()[-2000:])
+        failed = [
+            said.decode()[-2000:] for process in running if (said := process.communicate()[1]) or process.returncode
+        ]
+        if failed:
+            sys.exit(f"{len(failed)} of {n} runs failed: " + "\n".join(failed))
     for k in range(n):
         assert (place / f"run-{k}" / "summary.json").read_bytes() == right
         assert not (place / f"out-{k}.partial").exists()
@@ -260,18 +263,37 @@ def _cluster(cores: int) -> Iterator[tuple[str, dict[str, str]]]:
             line, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            noted, deadline = Path(short, "ray/ray_current_cluster"), time.monotonic() + 180
+            noted, seen, quiet = Path(short, "ray/ray_current_cluster"), 0.0, time.monotonic()
             while not (noted.exists() and noted.read_text()):
-                if ray.poll() is not None or time.monotonic() > deadline:
+                if (now := _spent_in(short)) > seen:
+                    seen, quiet = now, time.monotonic()
+                if ray.poll() is not None or time.monotonic() - quiet > PATIENCE:
                     sys.exit("no cluster")
-                time.sleep(0.1)
+                time.sleep(1)
             yield noted.read_text(), environment
         finally:
-            for process in filter(str.isdigit, os.listdir("/proc")):
+            for process in _processes_of(short):
                 with suppress(OSError):
-                    if f"RAY_TMPDIR={short}\0".encode() in Path(f"/proc/{process}/environ").read_bytes():
-                        os.kill(int(process), signal.SIGKILL)
+                    os.kill(process, signal.SIGKILL)
             ray.wait(60)
+
+
+def _processes_of(short: str) -> Iterator[int]:
+    """Those of a Ray that has its files there."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if f"RAY_TMPDIR={short}\0".encode() in Path(f"/proc/{process}/environ").read_bytes():
+                yield int(process)
+
+
+def _spent_in(short: str) -> float:
+    """Ticks of processors that they have had: what grows as long as a start goes on, however slowly."""
+    spent = 0.0
+    for process in _processes_of(short):
+        with suppress(OSError):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            spent += int(fields[11]) + int(fields[12])
+    return spent
 
 
 def _write(place: Path, run: int, count: int) -> None:
@@ -292,7 +314,7 @@ LOADS: dict[str, tuple[int, Callable[[int, Path, Watch], None]]] = {
     "tensors": (50_000, tensors),
     "records": (100_000, records),
     "runs": (800, runs),
-    "together": (12, together),
+    "together": (10, together),
 }
 
 
@@ -336,7 +358,10 @@ def main() -> None:
     for name in [arguments.only] if arguments.only else LOADS:
         lines.append(row(name, LOADS[name][0]))
         print(lines[-1], flush=True)
-    head = ["| n | of | n / 4 of them, and one | n, and one | × a quarter's | of processors |", "|---|---|---|---|---|---|"]
+    head = [
+        "| n | of | n / 4 of them, and one | n, and one | × a quarter's | of processors |",
+        "|---|---|---|---|---|---|",
+    ]
     if not arguments.only:
         write_table("load.py", [*head, *lines])
 

@@ -3,6 +3,7 @@ are promised."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -241,3 +242,20 @@ def damage(raw: bytes, chance: random.Random, ends: tuple[int, int]) -> bytes:
         at = chance.randrange(min(len(raw), sum(ends)))
         damaged[at if at < ends[0] else (at - sum(ends)) % len(raw)] = chance.randrange(256)
     return bytes(damaged)
+
+
+def numbers(path: Path) -> object:
+    """All of a checkpoint, or of a stored vector that is added to nothing, as numbers."""
+    import torch
+
+    from rvdist.core.point import WeightPoint
+    from rvdist.weights.checkpoint.difference import Difference
+    from rvdist.weights.checkpoint.source import open_source
+    from rvdist.weights.operand import open_operand
+    from rvdist.weights.reader import PointReader
+
+    opened = open_source(str(path))
+    if isinstance(opened, Difference):
+        return open_operand(opened)
+    with contextlib.closing(PointReader([WeightPoint("a")], {"a": opened}, torch.bfloat16)) as reader:
+        return [list(reader.chunks(name, 0, spec.numel)) for name, spec in opened.tensors.items()]

@@ -6,10 +6,13 @@ nor vLLM is imported before a function needs it: both read the environment then.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +58,35 @@ def _is_on_cpu() -> bool:
 
 def unname_memory() -> None:
     """Removes the names of the memory that this rank shares with the others and with the engine, once all have it: they
-    would stay in /dev/shm when a rank is killed, with what watches over it."""
+    would stay in /dev/shm when a rank is killed, with what watches over it. That is told of it: it else warns, in the
+    engine's log, of names that are gone."""
+    from multiprocessing import parent_process, resource_tracker
+
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         if _SHARED.fullmatch(path := line.split(maxsplit=5)[-1]):
-            Path(path).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another rank was first
+                os.unlink(path)
+                if parent_process() and Path(path).name.startswith("psm_"):  # whose tracker this process shares
+                    resource_tracker.unregister(f"/{Path(path).name}", "shared_memory")
+
+
+@cache
+def end_without_names() -> None:
+    """A patch in the engine and in every rank, before vLLM starts. What shares memory ends it by a name, which may be
+    gone already; and bars are locked among threads alone, where tqdm in a rank makes a semaphore with a name in
+    /dev/shm that stays when the rank is killed."""
+    from multiprocessing.shared_memory import SharedMemory
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+    unlink = SharedMemory.unlink
+
+    def unlink_named(self: SharedMemory) -> None:
+        with suppress(FileNotFoundError):
+            unlink(self)
+
+    SharedMemory.unlink = unlink_named  # type: ignore[method-assign]
 
 
 @contextmanager

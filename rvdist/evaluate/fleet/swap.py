@@ -20,6 +20,7 @@ from rvdist.evaluate.fleet.mirror import Tensors, mirror
 from rvdist.evaluate.fleet.private_vllm import (
     ask_for_amx,
     clear_caches,
+    end_without_names,
     hide_llvmlite,
     own_choices,
     reload,
@@ -34,6 +35,7 @@ LACKS = "the weight point lacks tensors that the engine needs"
 LEFT = "vLLM did not load these parameters of the weight point"
 
 hide_llvmlite()  # in the ranks, which import nothing else of ours before they start
+end_without_names()
 
 
 class SwapExtension:

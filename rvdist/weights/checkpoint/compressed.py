@@ -41,6 +41,8 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
             if f"{stem}.{other}" in checkpoint.tensors:
                 _refuse(checkpoint, f"has {stem}.{other}: an asymmetric or reordered scheme")
         logical = f"{stem}.weight"
+        if name != logical and logical in checkpoint.tensors:
+            _refuse(checkpoint, f"has {logical} beside {name}, which stands for it")
         shape = _shape(checkpoint, spec, kind)
         if scale.dtype not in _SCALES or not _fits(shape, scale.shape, block):
             _refuse(
@@ -70,13 +72,17 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
 def _scheme(checkpoint: Checkpoint, said: Mapping[str, Any]) -> tuple[Kind, tuple[int, int]]:
     """What its codes are, and how many rows and columns share a scale; 0: all."""
     groups = said.get("config_groups")
-    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-    if not schemes or not all(isinstance(scheme, dict) for scheme in schemes):
+    listed = list(groups.values()) if isinstance(groups, dict) else []
+    schemes = [
+        group["weights"] for group in listed if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+    ]
+    if not schemes or len(schemes) < len(listed):
         _refuse(checkpoint, "is quantised by compressed-tensors without config_groups that say how")
     keys = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric", "actorder")
     distinct = {str([scheme.get(key) for key in keys]) for scheme in schemes}
     scheme, form = schemes[0], said.get("format")
-    kind = _KINDS.get((str(form), str(scheme.get("type")), scheme.get("num_bits")))
+    bits = scheme.get("num_bits")
+    kind = _KINDS.get((str(form), str(scheme.get("type")), bits if type(bits) is int else 0))
     strategy, size = scheme.get("strategy"), scheme.get("group_size")
     structure = scheme.get("block_structure")
     block: tuple[int, int] | None = {"tensor": (0, 0), "channel": (1, 0)}.get(str(strategy))
@@ -101,15 +107,16 @@ def _shape(checkpoint: Checkpoint, spec: TensorSpec, kind: Kind) -> tuple[int, .
         _refuse(checkpoint, f"has {spec.name} of dtype {spec.dtype} where its scheme has {expected}")
     shape = (*spec.shape[:-1], spec.shape[-1] * kind.codes_in(spec))
     size = checkpoint.tensors.get(f"{spec.name.removesuffix('_packed')}_shape")
-    if expected == "I32" and (size is None or size.dtype not in ("I64", "I32") or size.numel != len(shape)):
+    said = size is not None and size.dtype in ("I64", "I32") and size.numel == len(shape)
+    if not said and (size is not None or expected == "I32"):
         _refuse(checkpoint, f"has {spec.name} without its weight_shape")
     if size is not None:
         from rvdist.weights.checkpoint.elements import read_elements
 
         raw, width = read_elements(checkpoint, size, 0, size.numel), 8 if size.dtype == "I64" else 4
-        said = tuple(int.from_bytes(raw[k : k + width], "little", signed=True) for k in range(0, len(raw), width))
-        if said != shape:
-            _refuse(checkpoint, f"has {spec.name} for a shape {list(said)}, whose rows are no whole packed elements")
+        own = tuple(int.from_bytes(raw[k : k + width], "little", signed=True) for k in range(0, len(raw), width))
+        if own != shape:
+            _refuse(checkpoint, f"has {spec.name} for a shape {list(own)}, whose rows are no whole packed elements")
     return shape
 
 

@@ -86,7 +86,7 @@ class Scaled(Checkpoint):
     def block_of(self, name: str) -> tuple[int, int]:
         """How many rows and columns of a tensor share a scale."""
         height, width = self.tensors[name].shape[-2:]
-        return self.block[0] or height, self.block[1] or width
+        return min(self.block[0], height) or height, min(self.block[1], width) or width
 
     @cached_property
     def owners(self) -> dict[str, str]:

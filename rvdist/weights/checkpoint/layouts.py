@@ -22,6 +22,7 @@ _PROJ = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
 _W = {GATE: "w1", UP: "w3", DOWN: "w2"}
 _SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)")
 _FUSED = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|down_proj)(_bias)?")
+_MOST_EXPERTS = 1 << 16  # of a layer
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ def _single(prefix: str, own: dict[tuple[int, str, str], TensorSpec]) -> Group |
     if down is None or len(down.shape) != 2:
         return None
     group = Group(prefix, ONE_BY_ONE, tuple(called.items()), count, *down.shape, biased)
+    if not _is_plausible(group):
+        return None
     for expert in range(count):
         for projection in called:
             rows, columns = group.shape(projection)
@@ -221,14 +224,20 @@ def _fused(prefix: str, own: dict[str, TensorSpec], checkpoint: Checkpoint) -> G
     if not biased and any(biases):
         return None
     if both[1:] == (2 * down[2], down[1]) and not biased:
-        return Group(prefix, FUSED, (), both[0], down[1], down[2], False)
+        group = Group(prefix, FUSED, (), both[0], down[1], down[2], False)
+        return group if _is_plausible(group) else None
     alternates = checkpoint.config.get("model_type") == "gpt_oss"  # others may lay gate and up one after the other
     if both[1:] == (down[2], 2 * down[1]) and alternates:
         group = Group(prefix, INTERLEAVED, (), both[0], down[2], down[1], biased)
         shapes = [(both[0], both[2]), (both[0], down[2])]
         fits = all(bias.shape == shape for bias, shape in zip(biases, shapes, strict=True) if bias)
-        return group if fits else None
+        return group if fits and _is_plausible(group) else None
     return None
+
+
+def _is_plausible(group: Group) -> bool:
+    """Empty tensors cost nothing to store, and could claim any number of experts."""
+    return 0 < group.count <= _MOST_EXPERTS and group.hidden > 0 and group.intermediate > 0
 
 
 def _alike(one: Group, other: Group) -> bool:

@@ -36,6 +36,8 @@ def as_mxfp4(checkpoint: Checkpoint) -> Checkpoint:
         if stem == name:
             tensors[name] = spec
             continue
+        if stem in checkpoint.tensors:
+            _refuse(checkpoint, f"has {stem} beside {name}, which stands for it")
         scale = checkpoint.tensors.get(stem + _SCALES)
         if scale is None or spec.dtype != "U8" or scale.dtype != "U8":
             _refuse(checkpoint, f"has {name} ({spec.dtype}) without exponents in U8, {stem}{_SCALES}")

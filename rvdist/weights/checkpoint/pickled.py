@@ -126,8 +126,8 @@ class _Machine:
             raise ValueError("its pickle puts items into what is no dictionary")
         self.left -= 50 * len(items)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | Made | None):
-                raise ValueError("its pickle has a key that is neither text nor a number")
+            if not isinstance(key, str | int | Made | None) or (type(key) is int and key.bit_length() > 64):
+                raise ValueError("its pickle has a key that is neither text nor a number of 64 bits")
             target[key] = value
 
     def append(self, items: list[Any]) -> None:

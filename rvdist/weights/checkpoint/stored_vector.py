@@ -9,7 +9,7 @@ from typing import Any
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.difference import BLOCK, FORMS, Dense, Difference, Form, LowRank, Packed, stamp_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
-from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.header import MAX_RANK, TensorSpec
 
 DESCRIPTION = "vector.json"
 MARK = {"rvdist": "vector"}  # in the metadata of every weight file
@@ -63,7 +63,8 @@ def _form(name: str, entry: Mapping[str, Any], parts: dict[str, TensorSpec]) -> 
 
 def _spec(name: str, entry: Mapping[str, Any], form: Form) -> TensorSpec:
     shape = tuple(entry["shape"])
-    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > _MOST_ELEMENTS:
+    sound = len(shape) <= MAX_RANK and all(type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in shape)
+    if not sound or math.prod(shape) > _MOST_ELEMENTS:
         raise ValueError(f"tensor {name} has a negative, fractional or impossible shape")
     first, dtype = (form.left, "F32") if isinstance(form, LowRank) else (form.values, form.values.dtype)
     if not _fits(form, shape, math.prod(shape)):

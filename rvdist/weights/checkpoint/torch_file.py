@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from rvdist.weights.checkpoint.archive import Archive
-from rvdist.weights.checkpoint.header import ITEMSIZE, MAX_RANK
+from rvdist.weights.checkpoint.header import ITEMSIZE, MAX_NAME, MAX_RANK
 from rvdist.weights.checkpoint.pickled import Made, Named, read_pickle
 
 _MOST_PICKLE = 64 << 20  # bytes
@@ -128,7 +128,8 @@ class TorchFile:
         placements = spec.get("placements")
         if not isinstance(placements, tuple) or len(placements) != len(mesh):
             raise ValueError("it has a distributed tensor whose placement does not fit its mesh")
-        return Part(self.plain(of.get("_local_tensor")), sizes_of(inner[2]), mesh, tuple(map(_cut_by, placements)))
+        shape = sizes_of(_several(inner, 3)[2])
+        return Part(self.plain(of.get("_local_tensor")), shape, mesh, tuple(map(_cut_by, placements)))
 
     def _mesh(self, mesh: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape of a device mesh whose ranks are numbered in order."""
@@ -143,6 +144,8 @@ class TorchFile:
             return ranks.shape
         layout = attributes_of(mesh.get("_layout"))
         axes = [attributes_of(axis) for axis in layout["axes"]] if isinstance(layout.get("axes"), tuple) else [layout]
+        if len(axes) > MAX_RANK:
+            raise ValueError("its device mesh has too many dimensions")
         shape = tuple(size for axis in axes for size in sizes_of(_tuple(axis.get("shape"))))
         stride = tuple(step for axis in axes for step in sizes_of(_tuple(axis.get("stride"))))
         if math.prod(shape) != ranks.numel or stride != tuple(math.prod(shape[k + 1 :]) for k in range(len(shape))):
@@ -182,7 +185,8 @@ class TorchFile:
         """Its class, its key and how many elements it has."""
         if isinstance(storage, Made) and storage.of == "storage":
             tag, kind, key, _, count = _several(storage.args, 5)
-            if tag == "storage" and isinstance(kind, Named) and isinstance(key, str) and type(count) is int:
+            named = isinstance(kind, Named) and isinstance(key, str) and len(key) <= MAX_NAME
+            if tag == "storage" and named and type(count) is int:
                 return kind.name, key, count
         raise ValueError("it has a tensor without a storage")
 

@@ -145,9 +145,13 @@ def _open_distributed(path: Path, below: str) -> Checkpoint:
     stamps: dict[str, Stamp | HubStamp] = {}
     for file in sorted(wanted):
         with _opened(path / file, "distcp") as (descriptor, stamps[file]):
-            for first, last, name, piece in wanted[file]:
+            after = 0
+            for first, last, name, piece in sorted(wanted[file], key=lambda one: one[:2]):
                 if last > stamps[file].size:
                     raise ValueError(f"it ends inside tensor {name}; copy it again")
+                if first < after:  # each is read by itself: many of the same bytes would take for ever
+                    raise ValueError(f"its pieces overlap at tensor {name}")
+                after = last
                 opened = TorchFile(descriptor, first, last)
                 found = opened.plain(opened.value)
                 if (found.dtype, found.shape) != (kinds[name][0], piece.shape):
@@ -193,6 +197,7 @@ def _places(storage: Any) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, i
             continue  # no tensor
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".distcp") or "\0" in file:
             raise ValueError(f"it says that tensors are in {file!r}, which is no .distcp file of its directory")
+        file.encode()  # half a surrogate raises
         if type(first) is not int or type(size) is not int or first < 0 or size < 0:
             raise ValueError("it has a piece of no place")
         if info.get("transform_descriptors"):
@@ -320,6 +325,13 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         _refuse(path, str(error), kind)
+    except (
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # of what is not what it stands for
+        _refuse(path, f"it is damaged: {error}", kind)
 
 
 def _refuse(path: Path, why: str, kind: str) -> NoReturn:

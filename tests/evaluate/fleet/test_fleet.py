@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from itertools import pairwise
@@ -230,7 +232,29 @@ def test_an_engine_of_two_ranks(ray_local, requests):
     for maps in sharing.values():
         shared = set(re.findall(r"/dev/shm/.*", maps))
         assert len(shared) > 2 and all(name.endswith(" (deleted)") for name in shared), shared
+    own = re.compile(rf"sem\.\w+-({'|'.join(map(str, sharing))})-\w+")  # as Python calls those of a process
+    assert not [name for name in os.listdir("/dev/shm") if own.fullmatch(name)]
     fleet.stop()
+
+
+RANKS = f"""
+if __name__ == "__main__":
+    from rvdist.evaluate.fleet.arguments import EngineSettings
+    from rvdist.evaluate.fleet.engine import Engine
+
+    how = dict(enforce_eager=True, max_model_len=128, kv_cache_gib=0.25, cpu_threads=1, tensor_parallel_size=2)
+    Engine({TARGET.base!r}, EngineSettings(**how))._llm.llm_engine.model_executor.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_end_by_themselves_complain_of_no_name(tmp_path):
+    """Neither they nor what watches over their memory: it would stand at the end of an engine's log, which is shown."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert not re.findall(r".*(?:leaked|No such file|Exception ignored).*", ended.stderr), ended.stderr
 
 
 @pytest.mark.slow
