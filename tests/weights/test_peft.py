@@ -118,8 +118,8 @@ def test_what_cannot_be_an_adapter(family, tmp_path):
 
 
 LAYERS = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": False,
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_peft_loads_it(tmp_path):
     from transformers import AutoModelForCausalLM
 
     paths = donors(tmp_path)
-    store(paths, tmp_path / "a", Storage(rank=40, format="peft"))
+    store(paths, tmp_path / "a", Storage(rank=64, format="peft"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "minus")
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()
     plus = AutoModelForCausalLM.from_pretrained(tmp_path / "plus").state_dict()
@@ -155,7 +155,7 @@ def test_peft_loads_it(tmp_path):
 def test_vllm_loads_it(tmp_path):
     """With full ranks vLLM's log-probabilities of minus with the adapter are those of plus."""
     paths = donors(tmp_path)
-    store(paths, tmp_path / "a", Storage(rank=40, format="peft"))
+    store(paths, tmp_path / "a", Storage(rank=64, format="peft"))
     found = {}
     for name, adapter in (("plus", None), ("minus", None), ("minus", tmp_path / "a")):
         asked = [sys.executable, "-c", ASK, str(paths[name]), str(adapter or "")]
