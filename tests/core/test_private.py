@@ -71,6 +71,6 @@ def test_vllm_was_seen_on_what_is_installed():
 def test_nothing_for_cpus_alone_is_imported_elsewhere(monkeypatch):
     for place in private_vllm.ON_CPU:
         monkeypatch.setitem(sys.modules, place.partition(":")[0], None)
-    monkeypatch.setattr(private_vllm, "_is_on_cpu", lambda: False)
+    monkeypatch.setattr(private_vllm, "is_on_cpu", lambda: False)
     private_vllm.repair_packed_copies(None)
     private_vllm.ask_for_amx()

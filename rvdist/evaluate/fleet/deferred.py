@@ -19,12 +19,15 @@ from torch.utils._pytree import tree_map_only
 from rvdist.weights.reader import PointReader
 
 _aten = torch.ops.aten
+Steps = tuple[tuple[Any, tuple[Any, ...]], ...]  # each an operator, and what it is given but for the tensor
 
 
 class Deferred(torch.Tensor):
     """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor; of whole
-    rows, `columns` writes some columns."""
+    rows, `columns` writes some columns. `taken` are the steps by which it was taken of the tensor `origin`."""
 
+    origin: str
+    taken: Steps
     _start: int
     _fill: Callable[[int, torch.Tensor], None]
     _columns: Callable[[range, range, torch.Tensor], None] | None
@@ -40,9 +43,11 @@ class Deferred(torch.Tensor):
         fill: Callable[[int, torch.Tensor], None],
         start: int = 0,
         columns: Callable[[range, range, torch.Tensor], None] | None = None,
+        origin: str = "",
     ) -> Deferred:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made._start, made._fill, made._columns, made._whole = start, fill, columns, None
+        made.origin, made.taken = origin, ()
         return made
 
     @classmethod
@@ -52,6 +57,10 @@ class Deferred(torch.Tensor):
         if func is _aten.copy_.default and isinstance(args[1], Deferred) and args[1]._copy_to(args[0]):
             return args[0]
         if func in _VIEWS and args[0]._whole is None and (parts := _VIEWS[func](*args)) is not None:
+            several = isinstance(parts, list)
+            for k, part in enumerate(parts if several else [parts]):
+                step = (_aten.select.int, (0, k)) if several else (func, args[1:])
+                part.origin, part.taken = args[0].origin, (*args[0].taken, step)
             return parts
         args, kwargs = tree_map_only(Deferred, Deferred.read, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -96,6 +105,9 @@ class Deferred(torch.Tensor):
     def _unbind(self, dim: int = 0) -> list[Deferred] | None:
         return None if dim % self.dim() else [self._part(self.shape[1:], row) for row in range(self.shape[0])]
 
+    def _select(self, dim: int, index: int) -> Deferred | None:
+        return None if dim % self.dim() else self._part(self.shape[1:], range(self.shape[0])[index])
+
     def _unsqueeze(self, dim: int) -> Deferred:
         shape = list(self.shape)
         shape.insert(dim % (self.dim() + 1), 1)
@@ -111,6 +123,7 @@ class Deferred(torch.Tensor):
 _VIEWS: dict[Any, Callable[..., Deferred | list[Deferred] | None]] = {
     _aten.slice.Tensor: Deferred._slice,
     _aten.unbind.int: Deferred._unbind,
+    _aten.select.int: Deferred._select,
     _aten.unsqueeze.default: Deferred._unsqueeze,
 }
 
@@ -121,5 +134,12 @@ def defer_tensors(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
         columns = partial(reader.fill_columns, name) if len(spec.shape) > 1 else None
         yield (
             name,
-            Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name), 0, columns),
+            Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name), 0, columns, name),
         )
+
+
+def take(tensor: torch.Tensor, steps: Steps) -> torch.Tensor:
+    """What the steps take of a tensor, deferred or not."""
+    for operator, given in steps:
+        tensor = operator(tensor, *given)
+    return tensor

