@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+_ADDING = threading.Lock()  # threads that score share one Timing
 
 
 @dataclass
@@ -45,11 +48,13 @@ class Timing:
 
     def add(self, name: str, seconds: float) -> None:
         """Adds wall seconds to the phase `name`."""
-        self.phases[name] = self.phases.get(name, 0.0) + seconds
+        with _ADDING:
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
 
     def count(self, name: str, amount: float) -> None:
         """Adds to what the fleet did."""
-        self.fleet[name] = self.fleet.get(name, 0) + amount
+        with _ADDING:
+            self.fleet[name] = self.fleet.get(name, 0) + amount
 
     def write(self, path: Path) -> None:
         """Writes timing.json."""
