@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.scored import LOGARITHM, as_record, in_format
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
-from rvdist.evaluate.tasks.private_lm_eval import built_before, templates_compiled_once
+from rvdist.evaluate.tasks.private_lm_eval import Built, build, built_before, templates_compiled_once
 from rvdist.evaluate.templates import apply_template
 from rvdist.evaluate.transcript import document_hash
 
@@ -66,7 +66,7 @@ class Suite:
     chosen: Mapping[str, list[int]] | None = None
     primary: Mapping[str, str] = field(default_factory=dict)
     made_of: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
-    _built: list[tuple[Any, dict[str, list[Any]]]] = field(default_factory=list, init=False, compare=False, repr=False)
+    _built: list[tuple[Any, dict[str, Built]]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @classmethod
     def load(
@@ -148,11 +148,12 @@ class Suite:
         """Each task with its requests as lm-eval has them."""
         self._built.clear()
         self._reseed()
-        model, built = _lm(tokenizer, {}), dict[str, list[Any]]()
+        model, built = _lm(tokenizer, {}), dict[str, Built]()
         for name, task in self.tasks.items():
             try:
                 with templates_compiled_once():
-                    task.build_all_requests(
+                    built[name] = build(
+                        task,
                         limit=self.limit,
                         samples=self.chosen and self.chosen[name],
                         apply_chat_template=self.chat,
@@ -165,8 +166,7 @@ class Suite:
                     f"task {name}: the chat template of {tokenizer.name_or_path} refuses its prompts ({error}); set "
                     "benchmarks.apply_chat_template=false, or take a template that knows such messages"
                 ) from None
-            built[name] = task.instances
-            yield name, built[name]
+            yield name, list(built[name].instances)
         self._built.append((tokenizer, built))
 
     def score(
@@ -181,14 +181,14 @@ class Suite:
         """lm-eval's results (in the layout of its results files) and the records of one arm."""
         from lm_eval.evaluator import evaluate
 
-        given: dict[Hashable, deque[Answer]] = defaultdict(deque)
-        for task, asked in requests.items():
-            for request, answer in zip(asked, answers[task], strict=True):
-                given[task, request].append(answer)
         if not any(other is tokenizer for other, _ in self._built):
             self.requests(tokenizer)
-        built = built_before(self.tasks, self._built[0][1])
-        with verdicts.allow_code(self.walls), templates_compiled_once(), built:
+        built, given = self._built[0][1], dict[int, deque[Answer]]()
+        for task, came in answers.items():
+            assert len(came) == len(requests[task]) == sum(one.repeats for one in built[task].instances)
+            left = iter(came)
+            given |= {id(one): deque(islice(left, one.repeats)) for one in built[task].instances}
+        with verdicts.allow_code(self.walls), templates_compiled_once(), built_before(self.tasks, built):
             results = evaluate(
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,
@@ -292,13 +292,14 @@ def _request(instance: Any) -> Request:
     raise BadInput(f"task {instance.task_name}: {instance.request_type} requests are not supported yet")
 
 
-def _lm(tokenizer: Any, given: Mapping[Hashable, deque[Answer]]) -> Any:
-    """An lm-eval model that has `given` answers and nothing else. lm-eval is imported only when it is used."""
+def _lm(tokenizer: Any, given: Mapping[int, deque[Answer]]) -> Any:
+    """An lm-eval model that has `given` answers to instances, by their ids, and nothing else. lm-eval is imported only
+    when it is used."""
     from lm_eval.api.model import LM
 
     class Given(LM):  # type: ignore[misc]
         def _take(self, instances: Sequence[Any]) -> Iterator[Answer]:
-            return (given[instance.task_name, _request(instance)].popleft() for instance in instances)
+            return (given[id(instance)].popleft() for instance in instances)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             return [answer.text for answer in self._take(requests) if isinstance(answer, Completion)]

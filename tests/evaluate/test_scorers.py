@@ -98,6 +98,31 @@ def test_prompts_are_built_once_for_all_arms(tmp_path):
     assert built() == 4
 
 
+SPOILING = """
+def results(doc, answers):
+    right = float(answers[0].endswith(doc["answer"]))
+    doc["answer"] = "spoiled"
+    return {"acc": right}
+"""
+
+
+def test_documents_are_read_once_for_all_arms(tmp_path, monkeypatch):
+    """And a metric that writes into its own changes no other arm's."""
+    from datasets import Dataset
+
+    counting_task(tmp_path)
+    (tmp_path / "spoiling.py").write_text(SPOILING)
+    with open(tmp_path / "counted.yaml", "a") as file:
+        file.write("process_results: !function spoiling.results\n")
+    suite = Suite.load(["counted"], tmp_path, chat=False)
+    asking = asking_of(suite)
+    monkeypatch.setattr(Dataset, "__iter__", None)
+    monkeypatch.setattr(Dataset, "__getitem__", None)
+    _, first = asking.suite.score(ARMS[0], "d", asking.tokenizer, asking.requests, answers_of(asking, ARMS[0]), 0)
+    _, second = asking.suite.score(ARMS[0], "d", asking.tokenizer, asking.requests, answers_of(asking, ARMS[0]), 0)
+    assert first == second and [record.metrics["acc"] for record in first] == [1.0] * 4
+
+
 @pytest.fixture
 def in_a_process(monkeypatch):
     monkeypatch.setattr(module, "_WORTH", 0)

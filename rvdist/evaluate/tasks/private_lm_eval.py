@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from rvdist.core.private import Library
@@ -19,6 +20,7 @@ NEEDED = (
     "lm_eval.tasks._index:Entry(tags)",
     "lm_eval.tasks:TaskManager.task_index",
     "lm_eval.api.task:Task.build_all_requests",
+    "lm_eval.api.task:Task.doc_iterator",
     "lm_eval.api.instance:Instance(filtered_resps)",
 )
 
@@ -47,20 +49,52 @@ def _keeping(compile_template: Callable[[str], Any]) -> Callable[[str], Any]:
     return lru_cache(compile_template)
 
 
+@dataclass(frozen=True)
+class Built:
+    """What a task asks: lm-eval's requests, and the documents that it went through for them, with its numbers."""
+
+    instances: Sequence[Any]
+    documents: Sequence[tuple[int, Any]]
+
+
+def build(task: Any, **how: Any) -> Built:
+    """Has a task build its requests; `how` is what lm-eval's function takes."""
+    documents, go_through = list[tuple[int, Any]](), task.doc_iterator
+
+    def keeping(**which: Any) -> Iterator[tuple[int, Any]]:
+        for pair in go_through(**which):
+            documents.append(pair)
+            yield pair
+
+    task.doc_iterator = keeping
+    try:
+        task.build_all_requests(**how)
+    finally:
+        del task.doc_iterator
+    return Built(task.instances, documents)
+
+
 @contextmanager
-def built_before(tasks: Mapping[str, Any], instances: Mapping[str, Sequence[Any]]) -> Iterator[None]:
-    """A patch while tasks score: lm-eval builds all requests anew for every arm, which takes half of that time. They
-    have those that they built before, without answers."""
+def built_before(tasks: Mapping[str, Any], built: Mapping[str, Built]) -> Iterator[None]:
+    """A patch while tasks score: lm-eval builds all requests anew for every arm, which takes half of that time, and
+    reads all documents anew. They have those of before, requests without answers; documents are copied, since a metric
+    may write into its own."""
     for name, task in tasks.items():
-        for instance in instances[name]:
+        for instance in built[name].instances:
             instance.resps, instance.filtered_resps = [], {}
-        task._instances = instances[name]
+        task._instances = built[name].instances
         task.build_all_requests = _build_nothing
+        task.doc_iterator = partial(_go_through, built[name].documents)
     try:
         yield
     finally:
         for task in tasks.values():
-            del task.build_all_requests
+            del task.build_all_requests, task.doc_iterator
+
+
+def _go_through(documents: Sequence[tuple[int, Any]], **_: Any) -> Iterator[tuple[int, Any]]:
+    for number, document in documents:
+        yield number, document.copy() if type(document) is dict else document
 
 
 def _build_nothing(**_: Any) -> None:
