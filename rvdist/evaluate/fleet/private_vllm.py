@@ -61,6 +61,7 @@ def require_in_rank() -> None:
 
 
 def is_on_cpu() -> bool:
+    """Whether vLLM runs on the CPU here."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
