@@ -69,6 +69,30 @@ def shard(family: Family, out: Path, shards: int = 3) -> Family:
     return Family(*parts)
 
 
+def fused(path: Path, out: Path) -> Path:
+    """A checkpoint whose experts are one by one, with each layer's fused, as transformers has them in memory."""
+    found, together = {}, {}
+    for name, tensor in _tensors(path).items():
+        prefix, _, rest = name.partition(".experts.")
+        if not rest:
+            found[name] = tensor
+            continue
+        number, projection, _ = rest.split(".")
+        together.setdefault(f"{prefix}.experts", {})[projection, int(number)] = tensor
+    for prefix, own in together.items():
+        gate, up, down = (
+            torch.stack([own[f"{part}_proj", k] for k in range(len(own) // 3)]) for part in ("gate", "up", "down")
+        )
+        found |= {f"{prefix}.gate_up_proj": torch.cat([gate, up], 1), f"{prefix}.down_proj": down}
+    assert together
+    out.mkdir()
+    for file in path.iterdir():
+        if ".safetensors" not in file.name:
+            (out / file.name).write_bytes(file.read_bytes())
+    save_file(found, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def make_family(kind: str, out: Path) -> Family:
     """`kind`: "tied" or "untied" (Qwen2), "llama", "moe" (Qwen3-MoE), "mla" (DeepSeek-V2)."""
     from transformers import DeepseekV2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig

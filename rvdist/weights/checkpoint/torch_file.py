@@ -203,6 +203,8 @@ def _cut_by(placement: Any) -> int | None:
     kind = placement.of.rpartition(".")[2] if isinstance(placement, Made) else ""
     if kind == "Replicate":
         return None
+    if kind == "_StridedShard":
+        raise ValueError("it has strided shards, as FSDP with tensor parallelism leaves them")
     dim = attributes_of(placement).get("dim")
     if kind != "Shard" or type(dim) is not int or not 0 <= dim < MAX_RANK:
         raise ValueError(f"it has a distributed tensor placed by {kind or 'what is no placement'}")

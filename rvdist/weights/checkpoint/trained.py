@@ -35,6 +35,7 @@ _METADATA, _MOST_METADATA = ".metadata", 64 << 20  # bytes
 _SHARDED_DIRECTORY = "pytorch_model_fsdp_0"  # as accelerate calls it, within a checkpoint
 _RANK = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 _STEP = re.compile(r"(?:checkpoint-|global_step_?|step-)(\d+)")
+_MEGATRON = re.compile(r"mp_rank_\d\d(_\d{3})*|iter_\d{7}|model_optim_rng\.pt")
 _MODEL = ("model", "state_dict", "module", "app")  # what the part of a saved state is called that is the model's
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = frozenset(
@@ -65,6 +66,7 @@ def open_trained(path: Path) -> Checkpoint | None:
     names = {entry.name for entry in path.iterdir()}
     if any(name.endswith(".safetensors") for name in names):
         return None
+    _refuse_megatron(path, names)
     if ADAPTER in names and "adapter_config.json" in names:
         return _open_bins(path, [ADAPTER])
     if _INDEX in names or _WHOLE in names:
@@ -300,6 +302,17 @@ def _refuse_many(path: Path, names: Collection[str]) -> None:
         f"{path}: is a training's directory of {len(steps)} checkpoints ({shown}) and has no weights of its own; "
         f"{last} is its last{best}; name one of them, as {path / last}{inner}"
     )
+
+
+def _refuse_megatron(path: Path, names: Collection[str]) -> None:
+    """Raises BadInput for what Megatron saved, by rank or as its own kind of distributed checkpoint."""
+    distributed = {"common.pt", "metadata.json"} <= {*names} and (_METADATA in names or ".zmetadata" in names)
+    if distributed or any(map(_MEGATRON.fullmatch, names)):
+        raise BadInput(
+            f"{path}: is a checkpoint of Megatron, whose tensors have other names and hold other parts together than a "
+            "target's; export it first, by Megatron-Bridge's AutoBridge (export_ckpt) or "
+            f"python -m verl.model_merger merge --backend megatron --local_dir '{path}' --target_dir OUT"
+        )
 
 
 # --- what all share

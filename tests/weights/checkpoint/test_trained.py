@@ -178,6 +178,49 @@ def test_pieces_that_do_not_make_the_tensor_are_refused():
 # --- a training's directory
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["latest_checkpointed_iteration.txt", "iter_0000100/mp_rank_00/model_optim_rng.pt"],
+        ["mp_rank_00/model_optim_rng.pt", "mp_rank_01_003/model_optim_rng.pt"],
+        ["model_optim_rng.pt"],
+        ["common.pt", "metadata.json", ".metadata", "__0_0.distcp"],
+    ],
+)
+def test_what_megatron_saved_is_refused_with_what_exports_it(tmp_path, files):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"\x80\x02}.")
+    with pytest.raises(BadInput, match=r"is a checkpoint of Megatron.*AutoBridge.*--backend megatron"):
+        open_source(str(tmp_path))
+
+
+def test_strided_shards_are_refused_with_what_converts_them(tmp_path):
+    """As FSDP2 cuts what tensor parallelism has cut along the same dimension."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        saved = {}
+        for name, first in (("strided", _StridedShard(0, split_factor=2)), ("plain", Shard(0))):
+            saved[name] = tmp_path / name
+            saved[name].mkdir()
+            cut = [first, Shard(0)]
+            tensor = DTensor.from_local(torch.ones(1, 3), mesh, cut, run_check=False, shape=(4, 3), stride=(3, 1))
+            for rank in range(4):
+                torch.save({"x.weight": tensor}, saved[name] / f"model_world_size_4_rank_{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(read_all(saved["plain"])["x.weight"], torch.ones(4, 3))
+    with pytest.raises(BadInput, match=r"rank_0\.pt: cannot be read.*strided shards.*verl\.model_merger"):
+        open_source(str(saved["strided"]))
+
+
 def test_a_directory_of_checkpoints_wants_one_of_them_named(tmp_path):
     for step in (50, 100, 1000):
         write_checkpoint(tmp_path / f"checkpoint-{step}", near(tensors(0), step))
