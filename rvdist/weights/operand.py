@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -240,7 +241,8 @@ class _Relaid(Operand):
     def __init__(self, checkpoint: Relaid) -> None:
         assert checkpoint.inner is not None
         super().__init__(checkpoint)
-        self._relaid, self._inner = checkpoint, open_operand(checkpoint.inner)
+        inner = replace(checkpoint.inner, path=checkpoint.path, hub=checkpoint.hub)  # as workers are told them
+        self._relaid, self._inner = checkpoint, open_operand(inner)
         self._slab = ("", -1, torch.empty(0))
         self._dtypes: dict[str, torch.dtype] = {}
 

@@ -4,6 +4,8 @@ in the donors' own layout, permuted."""
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from rvdist.weights import compat
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.layouts import Relaid, lay_out
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.operand import open_operand
 from rvdist.weights.store import save
 
 AT = "model.layers.0"
@@ -222,3 +225,21 @@ def test_a_difference_stays_one(tmp_path: Path) -> None:
     donor = open_source(str(adapter(tmp_path / "adapter", "gate_proj", base)))
     laid_out = lay_out(donor, open_source(str(put(tmp_path, "target", base, "fused"))))
     assert isinstance(laid_out, Difference) and laid_out.kind == "adapter" and isinstance(laid_out, Relaid)
+
+
+@pytest.mark.parametrize("quantizer", [in_fp8, put])
+def test_a_laid_out_donor_is_read_where_a_worker_is_told_that_it_is(tmp_path, monkeypatch, quantizer) -> None:  # type: ignore[no-untyped-def]
+    """Commands name relative paths, and workers have another working directory."""
+    base = canonical(0, False, 64, 32)
+    if quantizer is put:
+        put(tmp_path, "donor", base, "gate_proj")
+    else:
+        quantizer(tmp_path / "donor", base, "gate_proj")
+    own = put(tmp_path, "target", base, "fused")
+    monkeypatch.chdir(tmp_path)
+    laid_out = lay_out(open_source("donor"), open_source(str(own)))
+    told = replace(laid_out, path=laid_out.path.absolute())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with closing(open_operand(told)) as operand:
+        operand.read(f"{AT}.mlp.experts.down_proj", 0, 10, torch.empty(80, dtype=torch.uint8))
