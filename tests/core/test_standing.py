@@ -132,6 +132,16 @@ def rvdist(*arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def begin() -> str:
+    """What `up` says when it is up: on a busy machine it may take what its sentence asks for."""
+    for _ in range(3):
+        status, said, errors = rvdist("up")
+        if status == 0 or "run the same command again when less else runs here" not in errors:
+            break
+    assert status == 0, errors
+    return said
+
+
 def processes(place: Path) -> dict[int, str]:
     """Of all whose environment names the directory, their commands."""
     found = {}
@@ -158,8 +168,8 @@ def test_a_ray_stays_up_between_commands_and_leaves_nothing(places, place):
     from test_listening import listening
 
     shared = set(os.listdir("/dev/shm"))
-    status, said, errors = rvdist("up")
-    assert status == 0 and said.startswith("Ray is up, on "), errors
+    said = begin()
+    assert said.startswith("Ray is up, on ")
     (pid,) = (pid for pid, command in processes(places).items() if "rvdist.core.upkeep" in command)
     addresses = {address for address, _ in listening(pid)}
     assert addresses and addresses <= {"127.0.0.1", "::1"}
@@ -186,7 +196,7 @@ def test_a_ray_stays_up_between_commands_and_leaves_nothing(places, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rvdist.core.upkeep", "gcs_server", "raylet/raylet"])
 def test_a_ray_of_which_a_part_is_killed_is_gone(places, victim):
-    assert rvdist("up")[0] == 0
+    begin()
     (pid,) = (pid for pid, command in processes(places).items() if victim in command.split(" --")[0])
     os.kill(pid, signal.SIGKILL)
     wait_until_all_is_gone(places)

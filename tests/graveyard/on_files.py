@@ -631,5 +631,5 @@ def long_temporary_directory(place: Path) -> Asked:
     plain(place)
     long = place / ("a_very_long_scratch_directory_of_a_cluster/" * 3)
     long.mkdir(parents=True)
-    typed = ["target=target", "vector.plus=plus", "vector.minus=minus", "output=out"]
+    typed = ["target=target", "vector.plus=plus", "vector.minus=minus", "output=out", "merge.workers=1"]  # on Ray
     return Asked(Config(), Refused(["RAY_TMPDIR"]), typed=typed, environment={"RAY_TMPDIR": str(long)})
