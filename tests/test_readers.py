@@ -206,7 +206,9 @@ def test_whatever_stands_in_place_of_a_file_ends_in_one_sentence(
 # What opens files in another way than core.regular, and why it may.
 OWN = {
     "core.cluster": "what the command has just written", "core.log": "appends", "core.session": "its own lock",
-    "core.ends": "/proc", "core.private_ray": "/proc", "evaluate.fleet.start": "its own lock",
+    "core.ends": "/proc", "core.private_ray": "/proc", "core.upkeep": "/dev/null",
+    "core.standing": "follows no link, and looks at kind, owner and mode of what it opened",
+    "evaluate.fleet.start": "its own lock",
     "core.timing": "/proc", "core.record": "writes", "core.regular": "the one place",
     "evaluate.fleet.actor": "the end of its own log", "evaluate.fleet.device": "/proc",
     "evaluate.fleet.private_vllm": "/proc",
