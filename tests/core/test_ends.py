@@ -99,14 +99,8 @@ def test_a_sweep_of_which_a_process_stands_still_goes_on(place, victim):
     assert running.returncode == 0, errors
     assert (place / "run/summary.json").read_bytes() == (place / "undisturbed/summary.json").read_bytes()
     assert not Path(f"/proc/{stopped}").exists()
-    told = [json.loads(line) for line in (place / "run/log.jsonl").read_text().splitlines()]
-    replaced = [
-        line["message"]
-        for line in told
-        if re.match("evaluate: engine 0 failed at .* raise engine.timeout", line["message"])
-    ]
     deaths = json.loads((place / "run/timing.json").read_text())["fleet"]["deaths"]
-    assert (len(replaced), deaths) == ((1, 1) if victim == "engine" else (0, 0)), told
+    assert deaths == (1 if victim == "engine" else 0)
 
 
 @pytest.mark.slow
