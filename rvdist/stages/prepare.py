@@ -19,6 +19,7 @@ from rvdist.core.recipe import read_recipe
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.stages.job import Job, Prepared
 from rvdist.weights import compat
+from rvdist.weights.checkpoint.bound import settle, settle_vector
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
@@ -164,7 +165,7 @@ class _Index:
 
     def settle(self, point: WeightPoint) -> WeightPoint:
         """The point as what its sources are decides it."""
-        return compat.settle(point, self.sources)
+        return settle(point, self.sources)
 
     def add(self, points: Sequence[WeightPoint]) -> None:
         """Opens the sources of these points. Raises BadInput for what cannot be opened or must not be computed."""
@@ -215,7 +216,7 @@ class _Index:
         alone = WeightPoint(saved.vector.plus, (Term(1.0, saved.vector),))
         for note in (*compat.check_vector(saved.vector, self.sources), *self._zeros(alone)):
             self._job.note(note)
-        return compat.settle_vector(saved.vector, self.sources)
+        return settle_vector(saved.vector, self.sources)
 
     def _interference(self, point: WeightPoint) -> list[str]:
         """What to say of vectors that are simply added and get into each other's way."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,8 @@ from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
 from rvdist.weights.architecture import Finding, compare_configs, compare_tokenizers, judge_parts
 from rvdist.weights.checkpoint import mxfp4
-from rvdist.weights.checkpoint.difference import Difference, is_adapter
+from rvdist.weights.checkpoint.bound import bind
+from rvdist.weights.checkpoint.difference import Difference, Whole, is_adapter, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
@@ -30,7 +31,7 @@ from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.stacked import Stacked
-from rvdist.weights.checkpoint.tied import contradiction, is_tied
+from rvdist.weights.checkpoint.tied import contradiction, is_embedding, is_tied
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
 from rvdist.weights.rows import require_rows
 
@@ -143,29 +144,27 @@ def check_vector(
             f"{minus.path}: is an adapter, and vector.plus is a whole checkpoint; merge the adapter into its base "
             "with peft's merge_and_unload and name the result as vector.minus"
         )
+    for adapter in filter(needs_base, (plus, minus) if isinstance(minus, Difference) else ()):
+        raise BadInput(
+            f"{adapter.path}: is an adapter that needs what it was trained on, and another adapter is none; merge both "
+            "into their bases with peft's merge_and_unload, and name the results"
+        )
     if isinstance(minus, Difference) or not isinstance(plus, Difference):
         _require_same_tensors(plus, minus, extra_rows, coefficient)
         return []
     for name in filter(coefficient, plus.tensors.keys() & minus.tensors.keys()):
         _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
+    if needs_base(plus) and (missing := sorted(filter(coefficient, plus.tensors.keys() - minus.tensors.keys()))):
+        raise BadInput(
+            f"{minus.path}: lacks tensor {missing[0]} of the adapter {plus.path}, which needs what it was trained on; "
+            "name that as vector.minus, or leave the tensor out by vector.mask.exclude"
+        )
     trained_on = f" (its config names {plus.trained_on})" if plus.trained_on else ""
     return [
         f"{plus.path.name} is an adapter: {minus.path.name} is taken to be what it was trained on{trained_on}, so that "
         "the vector is the adapter's own difference",
         *_list_names("{} of the adapter's tensors are not in what it was trained on", plus, minus),
     ]
-
-
-def settle_vector(vector: Vector, sources: Mapping[str, Checkpoint]) -> Vector:
-    """`vector`; an adapter alone where it stands beside the checkpoint it was trained on: (minus + Δ) − minus is Δ."""
-    kinds = [isinstance(sources[source], Difference) for source in vector.sources()]
-    return replace(vector, minus=None) if kinds == [True, False] else vector
-
-
-def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint:
-    """`point` with each of its vectors settled."""
-    terms = tuple(replace(term, vector=settle_vector(term.vector, sources)) for term in point.terms)
-    return replace(point, terms=terms)
 
 
 def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
@@ -187,13 +186,18 @@ def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) ->
 
 
 def _require_no_tied_head(base: Checkpoint, donors: Sequence[Checkpoint], coefficient: Coefficient) -> None:
-    """What an adapter adds to a head alone cannot be written where the head is the embedding."""
-    for donor in filter(is_adapter, donors):
-        for name in donor.tensors:
-            if name.endswith("lm_head.weight") and is_tied(base.config) and coefficient(name):
+    """What an adapter adds to a head alone cannot be written where the head is the embedding, nor can an embedding that
+    was trained as a copy beside a head that stayed."""
+    for donor in donors:
+        if not isinstance(donor, Difference) or not is_adapter(donor) or not is_tied(base.config):
+            continue
+        for name, form in donor.forms.items():
+            of_embedding = isinstance(form, Whole) and is_embedding(name)
+            if coefficient(name) and (name.endswith("lm_head.weight") or of_embedding):
+                other = "head" if of_embedding else "embedding"
                 raise BadInput(
-                    f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its embedding "
-                    "(tie_word_embeddings), so that the embedding would move too; untie the target, or leave it out "
+                    f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its {other} "
+                    f"(tie_word_embeddings), so that the {other} would move too; untie the target, or leave it out "
                     f"by vector.mask.exclude=['{re.escape(name)}']"
                 )
 
@@ -263,6 +267,8 @@ def _compare_tensors(
 
 def _judge_coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None, coefficient: Coefficient) -> Finding:
     """What to say of a vector that is applied in part, and why one of which little is applied is refused."""
+    if needs_base(plus):
+        plus = bind(plus, minus or base)
     coverage = measure_coverage(base, plus, None if is_adapter(plus) else minus, coefficient)
     if coverage is None:
         return [], []

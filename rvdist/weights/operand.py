@@ -8,15 +8,15 @@ tensor, and nothing else of a model.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint import mxfp4
-from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, LowRank, Packed, Sparse
+from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, Dora, LowRank, Packed, Sparse, Whole
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import INTERLEAVED
 from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
@@ -24,6 +24,7 @@ from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.layouts import DOWN, UP, Relaid, View
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
 from rvdist.weights.packed import bits, spread
+from rvdist.weights.products import Rescaled, multiply
 
 _CHUNK = 256 * 1024  # elements
 
@@ -77,14 +78,31 @@ class _Computed(Operand):
         self._difference = difference
         self._factors: tuple[str, torch.Tensor, torch.Tensor] = ("", torch.empty(0), torch.empty(0))
         self._parts: dict[str, torch.Tensor] = {}
+        self._base = open_operand(difference.base) if difference.base else None
+        self._rescaled: tuple[str, Rescaled | None] = "", None
+
+    @property
+    def bytes_read(self) -> int:
+        return super().bytes_read + (self._base.bytes_read if self._base else 0)
+
+    def close(self) -> None:
+        super().close()
+        if self._base:
+            self._base.close()
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
         form = self._difference.forms[name]
-        if isinstance(form, Dense):
+        if isinstance(form, Dense) and form.scale == 1:
             return self._files.read(form.values, begin, end, buffer)
         dtype = TORCH_DTYPE[self._tensors[name].dtype]
         out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
-        if isinstance(form, LowRank):
+        if isinstance(form, Dense):
+            out.copy_(self._part(form.values, begin, end).double().mul_(form.scale))
+        elif isinstance(form, Whole):
+            out.copy_(self._part(form.values, begin, end)).sub_(self._of_base(name, begin, end).to(dtype))
+        elif isinstance(form, Dora):
+            self._load_rescaled(name, form).fill(begin, out)
+        elif isinstance(form, LowRank):
             left, right = self._load_factors(name, form)
             multiply(left, right, form.scale, begin, out)
         elif isinstance(form, Packed):
@@ -101,6 +119,14 @@ class _Computed(Operand):
                 left, right = right.T.contiguous(), left.T.contiguous()
             self._factors = (name, left, right)
         return self._factors[1:]
+
+    def _load_rescaled(self, name: str, form: Dora) -> Rescaled:
+        held = self._rescaled[1]
+        if held is None or self._rescaled[0] != name:
+            factors, magnitude = self._load_factors(name, form), self._whole(form.magnitude)
+            held = Rescaled(*factors, form.scale, magnitude, form.transposed, partial(self._of_base, name))
+            self._rescaled = name, held
+        return held
 
     def _unpack(self, name: str, form: Packed, begin: int, out: torch.Tensor) -> None:
         first, last = begin // BLOCK, -(-(begin + out.numel()) // BLOCK)
@@ -119,6 +145,12 @@ class _Computed(Operand):
             raise BadInput(
                 f"{self._difference.path}: tensor {name} does not say where its values are; save the vector again"
             )
+
+    def _of_base(self, name: str, begin: int, end: int) -> torch.Tensor:
+        assert self._base, "an adapter that needs its base was not bound to one"
+        if self._parts.setdefault("base", torch.empty(0, dtype=torch.uint8)).numel() < 8 * (end - begin):
+            self._parts["base"] = torch.empty(8 * (end - begin), dtype=torch.uint8)
+        return self._base.read(name, begin, end, self._parts["base"])
 
     def _part(self, spec: TensorSpec, begin: int, end: int) -> torch.Tensor:
         """Elements of a part, in memory that the next of this kind has: fresh memory costs a page fault for 4 KiB."""
@@ -347,32 +379,3 @@ def tell_nonfinite(operand: Operand, name: str, part: str, stop: int) -> str:
     where = f"{checkpoint.hub}/{spec.file}" if checkpoint.hub else checkpoint.path / spec.file
     values = "1 value that is" if count == 1 else f"{count:,} values that are"
     return f"{where} ({part}) has {values} not finite there{f', the first at {place}' if place else ''}"
-
-
-def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, out: torch.Tensor) -> None:
-    """Fills `out`, 1-d, with the elements of scale · left · right from the flat index `begin`.
-
-    The factors have at most 24 significant bits, so that fp64 holds their products: whether a multiplication and an
-    addition are fused changes nothing."""
-    columns = right.shape[1]
-    for first, last, start, stop in _rectangles(begin, begin + out.numel(), columns):
-        total = torch.zeros(last - first, stop - start, dtype=torch.float64)
-        for k in range(right.shape[0]):
-            total.addcmul_(left[first:last, k, None].double(), right[k, None, start:stop].double())
-        offset = first * columns + start - begin
-        out[offset : offset + total.numel()] = total.mul_(scale).view(-1)
-
-
-def _rectangles(begin: int, end: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Flat elements [begin, end) of a matrix as (first row, last row, first column, last column), ends exclusive: a
-    part of a row, whole rows, a part of a row."""
-    while begin < end:
-        row, column = divmod(begin, columns)
-        if column or end - begin < columns:
-            stop = min(columns, column + end - begin)
-            yield row, row + 1, column, stop
-            begin += stop - column
-        else:
-            last = end // columns
-            yield row, last, 0, columns
-            begin = last * columns

@@ -24,6 +24,7 @@ from rvdist.weights.arithmetic.method import (
     working_dtype,
 )
 from rvdist.weights.arithmetic.registry import build
+from rvdist.weights.checkpoint.bound import bound, settle
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import TensorSpec
@@ -56,7 +57,8 @@ class PointReader:
         device: str = "cpu",
         lanes: Sequence[Lane] | None = None,
     ) -> None:
-        self.points = points
+        sources = dict(sources)
+        self.points = points = [_bound(point, sources) for point in points]
         self.base = sources[points[0].base]
         assert dtype is not None or self.quantizes or not isinstance(self.base, Scaled), "fp8 is not written here"
         self.nonfinite = [0] * len(points)
@@ -324,6 +326,11 @@ class PointReader:
         self._values.close()
 
 
+def _bound(point: WeightPoint, sources: dict[str, Checkpoint]) -> WeightPoint:
+    """The point, each adapter of which is a difference by itself: `sources` gets those that are not."""
+    return replace(point, terms=tuple(replace(term, vector=bound(term.vector, sources)) for term in point.terms))
+
+
 def _donors(vectors: Iterable[Vector]) -> dict[str, None]:
     """What these vectors are made of, each once."""
     return dict.fromkeys(source for vector in vectors for source in vector.sources())
@@ -337,4 +344,5 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
 def open_point(point: WeightPoint) -> PointReader:
     """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
     sources = {source: open_source(source, rename) for source, rename in point.renames()}
-    return PointReader([point], {name: lay_out(source, sources[point.base]) for name, source in sources.items()})
+    sources = {name: lay_out(source, sources[point.base]) for name, source in sources.items()}
+    return PointReader([settle(point, sources)], sources)

@@ -26,7 +26,8 @@ from rvdist.core.point import Vector
 from rvdist.weights import peft
 from rvdist.weights.arithmetic.method import torch_threads
 from rvdist.weights.checkpoint.adapter import CONFIG, WEIGHTS, as_adapter
-from rvdist.weights.checkpoint.difference import BLOCK, is_adapter
+from rvdist.weights.checkpoint.bound import bind
+from rvdist.weights.checkpoint.difference import BLOCK, is_adapter, needs_base
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
@@ -172,6 +173,9 @@ class _Asked:
 
 
 def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _Asked:
+    named = donors
+    if needs_base(donors[0]):
+        donors = [bind(*donors)]
     own = donors[0].tensors
     skipped = {
         name: f"is of dtype {spec.dtype}"
@@ -185,9 +189,9 @@ def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -
         peft.require_linear(donors[0])
     elif not is_adapter(donors[0]):
         companions(donors[0])
-    asked = _Asked(donors, specs, skipped, _provenance(donors, digests), "", "")
+    asked = _Asked(donors, specs, skipped, _provenance(named, digests), "", "")
     files, _ = _layout(asked, storage, {})
-    return replace(asked, plan=_digest(donors, storage, files, _LAYOUT), earlier=_digest(donors, storage, files))
+    return replace(asked, plan=_digest(named, storage, files, _LAYOUT), earlier=_digest(named, storage, files))
 
 
 def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str, Any]:

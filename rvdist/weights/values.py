@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.method import Scratch, subtract
+from rvdist.weights.checkpoint.bound import bound
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.operand import Operand, open_operand
 
@@ -21,6 +23,7 @@ class Values:
 
     def __init__(self, sources: Mapping[str, Checkpoint]) -> None:
         self.operands: Mapping[str, Operand] = {name: open_operand(source) for name, source in sources.items()}
+        self._sources, self._bound = dict(sources), dict[str, Operand]()
         self._buffers: dict[str, torch.Tensor] = {}
         self._held: dict[str, tuple[tuple[str, int, int], torch.Tensor]] = {}  # what each buffer holds
         self._scratch = Scratch(AT_ONCE)
@@ -33,6 +36,8 @@ class Values:
     def difference(self, name: str, begin: int, plus: str, minus: str | None, out: torch.Tensor) -> torch.Tensor:
         """Fills `out`, 1-d, fp32 or fp64, with elements from `begin` on of plus − minus, or of plus, rounded to its
         dtype. Raises BadInput where a file cannot be used, Failed where the Hub does not answer."""
+        vector = bound(Vector(plus, minus), self._sources)
+        plus, minus = vector.plus, vector.minus
         for start in range(0, out.numel(), AT_ONCE):
             part = out[start : start + AT_ONCE]
             first, last = begin + start, begin + start + part.numel()
@@ -47,15 +52,22 @@ class Values:
         if source not in self._held or self._held[source][0] != wanted:
             if source not in self._buffers:
                 self._buffers[source] = torch.empty(AT_ONCE * 8, dtype=torch.uint8)
-            self._held[source] = wanted, self.operands[source].read(*wanted, self._buffers[source])
+            self._held[source] = wanted, self._operand(source).read(*wanted, self._buffers[source])
         return self._held[source][1]
+
+    def _operand(self, source: str) -> Operand:
+        if source in self.operands:
+            return self.operands[source]
+        if source not in self._bound:
+            self._bound[source] = open_operand(self._sources[source])
+        return self._bound[source]
 
     @property
     def bytes_read(self) -> int:
         """Of all sources so far."""
-        return sum(operand.bytes_read for operand in self.operands.values())
+        return sum(operand.bytes_read for operand in (*self.operands.values(), *self._bound.values()))
 
     def close(self) -> None:
         """Closes the files."""
-        for operand in self.operands.values():
+        for operand in (*self.operands.values(), *self._bound.values()):
             operand.close()

@@ -213,28 +213,52 @@ def adapter_of_an_untied_head(place: Path) -> Asked:
 BY_NAME = "named, with the way out (merge_and_unload)"
 
 
-@situation("adapters", "DoRA", "unslothai/unsloth-zoo#828", refused=BY_NAME)
+@situation("adapters", "DoRA", "unslothai/unsloth-zoo#828", right="the rows of base + Δ, as long as trained")
 def dora(place: Path) -> Asked:
-    magnitudes = {f"{PREFIX}{module}.lora_magnitude_vector": torch.ones(shape_of(module)[0]) for module in ADAPTED}
-    return refused(place, factors() | magnitudes, "use_dora", "merge_and_unload", use_dora=True)
+    target, tensors = llama(), factors()
+    write(place / "target", target)
+    lengths = {module: torch.linspace(0.5, 1.5, shape_of(module)[0]) for module in ADAPTED}
+    change = {}
+    for name, delta in deltas(tensors).items():
+        moved = target[name].double() + delta
+        length = lengths[name.removesuffix(".weight")].double() / moved.norm(dim=1)
+        change[name] = length[:, None] * moved - target[name].double()
+    magnitudes = {f"{PREFIX}{module}.lora_magnitude_vector": length for module, length in lengths.items()}
+    asked = adapter(place, tensors | magnitudes, use_dora=True)
+    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS]), vector=asked)
 
 
-@situation("adapters", "modules_to_save: whole copies of the head", "ymcui/Chinese-LLaMA-Alpaca#454", refused=BY_NAME)
+WHOLE = "base + (value − base): the trained value, of α = 1"
+
+
+@situation("adapters", "modules_to_save: a whole copy of the head", "ymcui/Chinese-LLaMA-Alpaca#454", right=WHOLE)
 def modules_to_save(place: Path) -> Asked:
-    head = {f"{PREFIX}lm_head.weight": torch.zeros(ROWS, HIDDEN)}
-    return refused(place, factors() | head, "modules_to_save", "merge_and_unload", modules_to_save=["lm_head"])
+    target = llama(tied=False)
+    write(place / "target", target)
+    head = siblings(target)["plus"]["lm_head.weight"]
+    change = deltas(factors()) | {"lm_head.weight": head.double() - target["lm_head.weight"].double()}
+    asked = adapter(place, factors() | {f"{PREFIX}lm_head.weight": head}, modules_to_save=["lm_head"])
+    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS]), vector=asked)
 
 
-@situation("adapters", "bias: lora_only", "huggingface/peft#3306", refused=BY_NAME)
+@situation("adapters", "bias: lora_only", "huggingface/peft#3306", right=WHOLE)
 def trained_biases(place: Path) -> Asked:
-    biases = {f"{PREFIX}{ADAPTED[0]}.base_layer.bias": torch.zeros(HIDDEN)}
-    return refused(place, factors() | biases, "bias", "merge_and_unload", bias="lora_only")
+    target = llama() | {f"{ADAPTED[0]}.bias": torch.full((HIDDEN,), 0.25).bfloat16()}
+    write(place / "target", target)
+    change = deltas(factors()) | {f"{ADAPTED[0]}.bias": torch.full((HIDDEN,), 0.5).double()}
+    biases = {f"{PREFIX}{ADAPTED[0]}.base_layer.bias": torch.full((HIDDEN,), 0.75)}
+    asked = adapter(place, factors() | biases, bias="lora_only")
+    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS]), vector=asked)
 
 
-@situation("adapters", "lora_bias: a bias beside lora_B", "huggingface/peft#2486", refused=BY_NAME)
+@situation("adapters", "lora_bias: a bias beside lora_B", "huggingface/peft#2486", right=FORMULA)
 def lora_bias(place: Path) -> Asked:
-    biases = {f"{PREFIX}{module}.lora_B.bias": torch.zeros(shape_of(module)[0]) for module in ADAPTED}
-    return refused(place, factors() | biases, "lora_bias", "merge_and_unload", lora_bias=True)
+    target = llama() | {f"{module}.bias": torch.full((shape_of(module)[0],), 0.25).bfloat16() for module in ADAPTED}
+    write(place / "target", target)
+    biases = {f"{PREFIX}{module}.lora_B.bias": torch.full((shape_of(module)[0],), 0.3) for module in ADAPTED}
+    change = {name.removeprefix(PREFIX).replace("lora_B.", ""): LORA_ALPHA / RANK * t for name, t in biases.items()}
+    asked = adapter(place, factors() | biases, lora_bias=True)
+    return ask(place, Right(added(target, deltas(factors()) | change), notes=[SKIPS, LACKS]), vector=asked)
 
 
 @situation(

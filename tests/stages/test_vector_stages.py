@@ -16,6 +16,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.stages.jobs import run_stages
 from rvdist.weights import compat
+from rvdist.weights.checkpoint.bound import settle
 from rvdist.weights.checkpoint.source import open_source
 
 
@@ -32,7 +33,7 @@ def saved(tmp_path, **changes):
 def check(base, vector):
     point = WeightPoint(str(base), (Term(1.0, vector),))
     sources = {source: open_source(source) for source in point.sources()}
-    return compat.check(point, sources), compat.settle(point, sources)
+    return compat.check(point, sources), settle(point, sources)
 
 
 def test_a_vector_alone_needs_no_target_and_no_cluster(family, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.operand import multiply, open_operand
+from rvdist.weights.operand import open_operand
+from rvdist.weights.products import multiply
 
 
 def read(path, name, step=None):

@@ -22,6 +22,7 @@ from rvdist.core.config.points import Storage
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.weights import compat
+from rvdist.weights.checkpoint.bound import settle, settle_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.layouts import Relaid, lay_out
 from rvdist.weights.checkpoint.source import open_source
@@ -55,7 +56,7 @@ def require_permuted(place: Path, base: Weights, donors: str, target: str, vecto
     sources = {name: lay_out(source, sources[str(place / f"target-{target}")]) for name, source in sources.items()}
     assert isinstance(sources[vector.plus], Relaid) == (donors != target)
     point = WeightPoint(str(place / f"target-{target}"), (Term(0.5, vector),))
-    said = compat.check(compat.settle(point, sources), sources, force=True).exceptions
+    said = compat.check(settle(point, sources), sources, force=True).exceptions
     assert not any("skipped" in note for note in said)
 
 
@@ -124,7 +125,7 @@ def test_an_adapter_of_single_experts_applies_in_any_layout(
     trained_on = str(put(tmp_path, "trained-on", base, donors))
     sources = {name: open_source(name) for name in (vector.plus, trained_on, str(tmp_path / f"target-{target}"))}
     laid_out = {name: lay_out(source, sources[str(tmp_path / f"target-{target}")]) for name, source in sources.items()}
-    assert compat.settle_vector(Vector(vector.plus, trained_on), laid_out) == vector
+    assert settle_vector(Vector(vector.plus, trained_on), laid_out) == vector
 
 
 @pytest.mark.parametrize("left_out", [".down_proj", ".2."])

@@ -21,9 +21,9 @@ from rvdist.weights.anatomy.kind import in_order, kind_of
 from rvdist.weights.anatomy.spectrum import spectrum
 from rvdist.weights.anatomy.sums import BLOCK, Dot, Floats
 from rvdist.weights.arithmetic.method import torch_threads
+from rvdist.weights.checkpoint.bound import settle_vector
 from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.compat import settle_vector
 from rvdist.weights.values import AT_ONCE, Values
 
 THRESHOLDS = (1e-3, 1e-2, 1e-1)
@@ -51,7 +51,7 @@ def analyze(
     """
     base = sources[target]
     names = list(vectors)
-    displacements = [_displacement(vector, sources) for vector in vectors.values()]
+    displacements = [_displacement(vector, sources, target) for vector in vectors.values()]
     used = {target, *(source for vector in vectors.values() for source in vector.sources())}
     tensors: list[_Tensor] = []
     opened = closing(Values({source: sources[source] for source in used}))
@@ -80,9 +80,9 @@ class _Displacement:
     origin: str | None
 
 
-def _displacement(vector: Vector, sources: Mapping[str, Checkpoint]) -> _Displacement:
+def _displacement(vector: Vector, sources: Mapping[str, Checkpoint], target: str) -> _Displacement:
     begins = vector.minus is not None and not isinstance(sources[vector.minus], Difference)
-    return _Displacement(settle_vector(vector, sources), vector.minus if begins else None)
+    return _Displacement(settle_vector(vector, sources, target), vector.minus if begins else None)
 
 
 @dataclass

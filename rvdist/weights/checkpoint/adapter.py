@@ -1,7 +1,10 @@
-"""A LoRA adapter as peft writes it, opened as the difference it makes: Δ = scale · B · A for each module it adapts.
+"""A LoRA adapter as peft writes it, opened as the difference it makes: Δ = scale · B · A for each module it adapts, and
+for its bias where B has one; with DoRA's magnitudes; and weights that were trained themselves: biases and
+`modules_to_save`.
 
-Source: peft's tuners/lora/layer.py (`get_delta_weight`), tuners/lora/model.py (`_create_and_replace`: scale) and
-utils/save_and_load.py (names). Whatever makes an adapter more than these products is refused.
+Source: peft's tuners/lora/layer.py (`get_delta_weight`), tuners/lora/model.py (`_create_and_replace`: scale),
+tuners/tuners_utils.py (`_get_learnable_bias_state_dict`) and utils/save_and_load.py (names). Whatever makes an adapter
+more than these is refused.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Difference, Form, LowRank, stamp_beside
+from rvdist.weights.checkpoint.difference import Dense, Difference, Dora, Form, LowRank, Whole, stamp_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.patterns import first_matches
@@ -21,13 +25,16 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
+_BIAS = re.compile(r"(.+)\.lora_B\.bias")
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
-    "use_dora", "use_qalora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters",
+    "use_qalora", "layer_replication", "target_parameters",
     "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
     "monteclora_config", "megatron_config",
 )  # fmt: skip
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # every other way changes the base's own weights
+_BIASES = ("none", "all", "lora_only")
 _WAY_OUT = "merge it into its base with peft's merge_and_unload and use the result as vector.plus"
 
 
@@ -38,18 +45,21 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
     config = read_json(checkpoint.path / CONFIG)
     _require_plain(checkpoint, config)
     factors: dict[str, dict[str, TensorSpec]] = {}
-    others = []
+    biases: dict[str, TensorSpec] = {}
+    magnitudes: dict[str, TensorSpec] = {}
+    others: dict[str, TensorSpec] = {}
     for name, spec in checkpoint.tensors.items():
         if not name.startswith(PREFIX):
             _refuse(checkpoint, f"tensor {name} does not begin with {PREFIX} as peft's do", "save it with peft")
-        factor = _FACTOR.fullmatch(name.removeprefix(PREFIX))
-        if factor:
+        own = name.removeprefix(PREFIX)
+        if factor := _FACTOR.fullmatch(own):
             factors.setdefault(factor[1], {})[factor[2]] = spec
+        elif config.get("lora_bias") and (bias := _BIAS.fullmatch(own)):
+            biases[bias[1]] = spec
+        elif config.get("use_dora") and (magnitude := _MAGNITUDE.fullmatch(own)):
+            magnitudes[magnitude[1]] = spec
         else:
-            others.append(name)
-    for name in others:  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
-        if name.removeprefix(PREFIX).removesuffix(".base_layer.weight") not in factors:
-            _refuse(checkpoint, f"tensor {name} is not a factor of a product (a weight of its own, or a bias)")
+            others[own] = spec
     tensors: dict[str, TensorSpec] = {}
     forms: dict[str, Form] = {}
     ranks = _numbers(checkpoint, config, "r", "rank_pattern", list(factors))
@@ -58,9 +68,30 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
         form = _product(checkpoint, config, module, pair, ranks[module], alphas[module])
         rows, columns = form.left.shape[0], form.right.shape[1]
         shape = (columns, rows) if form.transposed else (rows, columns)
+        if config.get("use_dora"):
+            form = _dora(checkpoint, module, form, magnitudes.pop(module, None))
         name = f"{module}.weight"
         tensors[name] = TensorSpec(name, "F32", shape, form.left.file, form.left.offset)
         forms[name] = form
+        if own_bias := biases.pop(module, None):
+            _require(checkpoint, own_bias, (rows,))
+            name = f"{module}.bias"
+            tensors[name] = replace(own_bias, name=name, dtype="F32")
+            forms[name] = Dense(own_bias, form.scale)
+    for spec in (*biases.values(), *magnitudes.values()):
+        _refuse(checkpoint, f"tensor {spec.name} stands there without factors", "download or copy it again")
+    for own, spec in others.items():
+        trained = _trained(own, config)
+        if trained is None and own.removesuffix(".base_layer.weight") in factors:
+            continue  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
+        if trained is None:
+            _refuse(checkpoint, f"tensor {spec.name} is no factor of a product, and {CONFIG} does not say what it is")
+        if trained in tensors:
+            reason = f"tensor {spec.name} was trained itself, and others in it change {trained} too"
+            _refuse(checkpoint, reason, "save it with peft")
+        _require(checkpoint, spec, spec.shape)
+        tensors[trained] = replace(spec, name=trained)
+        forms[trained] = Whole(spec)
     base = config.get("base_model_name_or_path")
     stamps = checkpoint.stamps | {CONFIG: stamp_beside(checkpoint, CONFIG)}
     trained_on = base if isinstance(base, str) else None
@@ -75,14 +106,40 @@ def _require_plain(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     for key in _MORE_THAN_PRODUCTS:
         if config.get(key):
             _refuse(checkpoint, f"{CONFIG} has {key}={config[key]!r}, which is more than the product of two factors")
-    if config.get("bias", "none") != "none":
-        _refuse(checkpoint, f"{CONFIG} has bias={config['bias']!r}: it holds whole biases, which are no difference")
+    if (biases := config.get("bias", "none")) not in _BIASES:
+        _refuse(checkpoint, f"{CONFIG} has bias={biases!r}, and only {', '.join(_BIASES)} are known")
+    if config.get("use_dora") and config.get("lora_bias"):
+        _refuse(checkpoint, f"{CONFIG} has use_dora and lora_bias, which peft has not together")
+    if not _is_list_of_names(config.get("modules_to_save")):
+        _refuse(checkpoint, f"{CONFIG} has a damaged modules_to_save (it is no list of names)", "copy it again")
     if (initial := config.get("init_lora_weights")) not in _INITIAL:
         _refuse(
             checkpoint,
             f"{CONFIG} has init_lora_weights={initial!r}: training began by changing the base's own weights",
             "save it with peft's path_initial_model_for_weight_conversion",
         )
+
+
+def _is_list_of_names(said: object) -> bool:
+    return said is None or (isinstance(said, list) and all(isinstance(name, str) and name for name in said))
+
+
+def _trained(own: str, config: Mapping[str, Any]) -> str | None:
+    """What the model calls a tensor that was trained itself; None where the config does not say that any was."""
+    name = own.replace(".base_layer.", ".")
+    parents = [name[:at] for at, character in enumerate(name) if character == "."]
+    if own == name and any(parent.endswith(tuple(config.get("modules_to_save") or ())) for parent in parents):
+        return name
+    return name if config.get("bias", "none") != "none" and name.endswith(".bias") else None
+
+
+def _require(checkpoint: Checkpoint, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    """Raises BadInput unless a tensor has a dtype of floats, and this shape."""
+    if spec.dtype not in _FLOATS:
+        _refuse(checkpoint, f"tensor {spec.name} is stored as {spec.dtype}", f"store it as one of {', '.join(_FLOATS)}")
+    if spec.shape != shape:
+        reason = f"tensor {spec.name} has shape {list(spec.shape)} where {list(shape)} belongs"
+        _refuse(checkpoint, reason, "download or copy it again")
 
 
 def _product(
@@ -101,10 +158,7 @@ def _product(
     for spec in (right, left):
         if len(spec.shape) != 2:
             _refuse(checkpoint, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
-        if spec.dtype not in _FLOATS:
-            _refuse(
-                checkpoint, f"tensor {spec.name} is stored as {spec.dtype}", f"store it as one of {', '.join(_FLOATS)}"
-            )
+        _require(checkpoint, spec, spec.shape)
     if not left.shape[1] == right.shape[0] == rank or rank < 1:
         _refuse(
             checkpoint,
@@ -114,6 +168,15 @@ def _product(
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRank(left, right, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _dora(checkpoint: Checkpoint, module: str, form: LowRank, magnitude: TensorSpec | None) -> Dora:
+    """The product as DoRA has it: a length for each output, whichever way the weight lies."""
+    if magnitude is None:
+        _refuse(checkpoint, f"{CONFIG} has use_dora, and module {module} no lora_magnitude_vector", "save it with peft")
+    outputs = (form.left.shape[0],)
+    _require(checkpoint, magnitude, outputs)
+    return Dora(form.left, form.right, form.scale, form.transposed, magnitude=magnitude)
 
 
 def _numbers(

@@ -16,7 +16,15 @@ from rvdist.weights.checkpoint.header import HubStamp, Stamp, TensorSpec
 
 @dataclass(frozen=True)
 class Dense:
-    """Every element, as it is."""
+    """Every element, as it is, or times `scale`."""
+
+    values: TensorSpec
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Whole:
+    """`values` in place of the base's: what was trained itself. The difference is values − base."""
 
     values: TensorSpec
 
@@ -29,6 +37,14 @@ class LowRank:
     right: TensorSpec
     scale: float = 1.0
     transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora(LowRank):
+    """The base's matrix plus that product, of which each row, or column where `transposed`, is given the length that
+    `magnitude` has for it, less the base's matrix."""
+
+    magnitude: TensorSpec
 
 
 @dataclass(frozen=True)
@@ -51,8 +67,9 @@ class Packed:
 
 
 BLOCK = 4096  # elements of a `Packed` tensor
-Form = Dense | LowRank | Sparse | Packed
+Form = Dense | Whole | LowRank | Sparse | Packed
 FORMS: dict[str, type[Form]] = {"dense": Dense, "low_rank": LowRank, "sparse": Sparse, "packed": Packed}
+BASED = (Whole, Dora)  # forms of adapters alone, which need what they were trained on
 
 
 def stored_parts(form: Form) -> list[TensorSpec]:
@@ -63,16 +80,32 @@ def stored_parts(form: Form) -> list[TensorSpec]:
 @dataclass(frozen=True)
 class Difference(Checkpoint):
     """`tensors` are the differences, `forms` what is stored of each; `kind` is "adapter" or "vector".
-    `trained_on` is what an adapter's config calls its base."""
+    `trained_on` is what an adapter's config calls its base, `base` the checkpoint that was opened as it: without it the
+    differences of some forms cannot be computed."""
 
     kind: str = "vector"
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
     trained_on: str | None = None
+    base: Checkpoint | None = field(default=None, repr=False)
+
+    def require_unchanged(self) -> None:
+        super().require_unchanged()
+        if self.base:
+            self.base.require_unchanged()
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether it is a LoRA adapter: beside its weights stand neither a model's config nor a tokenizer."""
     return isinstance(checkpoint, Difference) and checkpoint.kind == "adapter"
+
+
+def needs_base(checkpoint: Checkpoint) -> bool:
+    """Whether it is an adapter that is a difference only beside what it was trained on, and stands alone."""
+    return (
+        isinstance(checkpoint, Difference)
+        and checkpoint.base is None
+        and any(isinstance(form, BASED) for form in checkpoint.forms.values())
+    )
 
 
 def stamp_beside(checkpoint: Checkpoint, name: str) -> Stamp | HubStamp:

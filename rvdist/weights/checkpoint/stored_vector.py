@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import BLOCK, FORMS, Dense, Difference, Form, LowRank, Packed, stamp_beside
+from rvdist.weights.checkpoint.difference import (
+    BLOCK,
+    FORMS,
+    Dense,
+    Difference,
+    Form,
+    LowRank,
+    Packed,
+    Sparse,
+    stamp_beside,
+)
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.header import MAX_RANK, TensorSpec
 
@@ -89,4 +99,5 @@ def _fits(form: Form, shape: tuple[int, ...], numel: int) -> bool:
         lengths = {"U8": -(-numel // 8), "U16": values.numel}
         starts = form.starts.dtype == "I64" and form.starts.shape == (-(-numel // BLOCK) + 1,)
         return starts and form.where.shape == (lengths.get(form.where.dtype),)
+    assert isinstance(form, Sparse)  # no other is in FORMS
     return form.indices.dtype in _INDICES and form.indices.shape == values.shape

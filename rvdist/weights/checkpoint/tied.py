@@ -61,6 +61,11 @@ def _default(model_type: str) -> bool:
     return False
 
 
+def is_embedding(name: str) -> bool:
+    """Whether this is what embeddings are called."""
+    return _EMBEDDING.fullmatch(name) is not None
+
+
 def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without a head that is its embedding. Raises BadInput for a head that should be and is not, and
     where the configuration contradicts itself about it."""
