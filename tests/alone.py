@@ -13,6 +13,7 @@ from rvdist.merge import plan as planning
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.merge.worker import MergeWorker
 from rvdist.weights import compat, requantize
+from rvdist.weights.checkpoint.bound import settle
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
@@ -26,6 +27,7 @@ def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
         sources |= {name: lay_out(open_source(name), base) for name in point.sources() if name not in sources}
     for point in points.values():
         compat.check(point, sources)
+    points = {directory: settle(point, sources) for directory, point in points.items()}
     plan = build_plan(points, sources, OutputFormat(dtype))
     for output, layout in zip(plan.outputs, plan.layouts, strict=True):
         for directory in output.directories:

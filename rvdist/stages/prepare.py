@@ -20,6 +20,7 @@ from rvdist.merge.plan import Plan, build_plan
 from rvdist.stages.job import Job, Prepared
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.bound import settle, settle_vector
+from rvdist.weights.checkpoint.difference import is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
@@ -211,6 +212,8 @@ class _Index:
         if saved.directory in outputs:
             raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
         donors = {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
+        if saved.vector.minus and is_adapter(donors[saved.vector.plus]):
+            donors[saved.vector.plus] = lay_out(donors[saved.vector.plus], donors[saved.vector.minus])
         self.sources |= donors
         self._laid_out |= donors  # the vector is stored as they are
         alone = WeightPoint(saved.vector.plus, (Term(1.0, saved.vector),))

@@ -76,7 +76,8 @@ class _Computed(Operand):
     def __init__(self, difference: Difference) -> None:
         super().__init__(difference)
         self._difference = difference
-        self._factors: tuple[str, torch.Tensor, torch.Tensor] = ("", torch.empty(0), torch.empty(0))
+        self._factors: tuple[str, int, torch.Tensor, torch.Tensor] = ("", 0, torch.empty(0), torch.empty(0))
+        self._stack = "", torch.empty(0)  # the left factors of many matrices, as they are stored
         self._parts: dict[str, torch.Tensor] = {}
         self._base = open_operand(difference.base) if difference.base else None
         self._rescaled: tuple[str, Rescaled | None] = "", None
@@ -103,28 +104,46 @@ class _Computed(Operand):
         elif isinstance(form, Dora):
             self._load_rescaled(name, form).fill(begin, out)
         elif isinstance(form, LowRank):
-            left, right = self._load_factors(name, form)
-            multiply(left, right, form.scale, begin, out)
+            self._multiply(name, form, begin, out)
         elif isinstance(form, Packed):
             self._unpack(name, form, begin, out)
         else:
             self._scatter(name, form, begin, end, out)
         return out
 
-    def _load_factors(self, name: str, form: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-        """left [rows, r] and right [r, columns] of the tensor, widened exactly to fp32; kept until another is read."""
-        if self._factors[0] != name:
-            left, right = self._whole(form.left), self._whole(form.right)
+    def _multiply(self, name: str, form: LowRank, begin: int, out: torch.Tensor) -> None:
+        size, at, end = self._tensors[name].numel // form.count, begin, begin + out.numel()
+        while at < end:
+            number, offset = divmod(at, size)
+            count = min(end - at, size - offset)
+            left, right = self._load_factors(name, form, number)
+            multiply(left, right, form.scale, offset, out[at - begin : at - begin + count])
+            at += count
+
+    def _load_factors(self, name: str, form: LowRank, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [rows, r] and right [r, columns] of a matrix of the tensor, widened exactly to fp32; kept until another
+        is read."""
+        if self._factors[:2] != (name, number):
+            assert form.transposed is not None, "nobody has told which way the experts of an adapter lie"
+            if form.count == 1:
+                left, right = self._whole(form.left), self._whole(form.right)
+            else:
+                rank, columns = form.right.shape[0] // form.count, form.right.shape[1]
+                if self._stack[0] != name:
+                    room = torch.empty(form.left.nbytes, dtype=torch.uint8)
+                    self._stack = name, self._files.read(form.left, 0, form.left.numel, room).view(form.left.shape)
+                left, first = self._stack[1][:, number :: form.count].float(), number * rank * columns
+                right = self._part(form.right, first, first + rank * columns).view(rank, columns).float().clone()
             if form.transposed:
                 left, right = right.T.contiguous(), left.T.contiguous()
-            self._factors = (name, left, right)
-        return self._factors[1:]
+            self._factors = (name, number, left, right)
+        return self._factors[2:]
 
     def _load_rescaled(self, name: str, form: Dora) -> Rescaled:
         held = self._rescaled[1]
         if held is None or self._rescaled[0] != name:
             factors, magnitude = self._load_factors(name, form), self._whole(form.magnitude)
-            held = Rescaled(*factors, form.scale, magnitude, form.transposed, partial(self._of_base, name))
+            held = Rescaled(*factors, form.scale, magnitude, form.transposed is True, partial(self._of_base, name))
             self._rescaled = name, held
         return held
 

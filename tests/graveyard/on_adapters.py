@@ -273,14 +273,27 @@ def resized_embeddings(place: Path) -> Asked:
 
 
 @situation(
-    "adapters", "target_parameters: adapted experts, which are no modules", "sgl-project/sglang#25528", refused=BY_NAME
+    "adapters",
+    "target_parameters: adapted experts, which are no modules",
+    "sgl-project/sglang#25528",
+    right="peft's formula, for each expert: its rows of A, and every E-th column of B",
 )
 def target_parameters(place: Path) -> Asked:
-    at = f"{PREFIX}model.layers.0.mlp.experts"
-    tensors = factors() | {f"{at}.lora_A.weight": torch.zeros(8, HIDDEN), f"{at}.lora_B.weight": torch.zeros(24, 8)}
-    return refused(
-        place, tensors, "target_parameters", "merge_and_unload", target_parameters=["mlp.experts.gate_up_proj"]
-    )
+    at, experts, inner, generator = "model.layers.0.mlp.experts", 3, 6, torch.Generator().manual_seed(10)
+    shapes = {"down_proj": (HIDDEN, inner), "gate_up_proj": (2 * inner, HIDDEN)}
+    target, tensors, change = llama(), factors(), {}
+    for parameter, (rows, columns) in shapes.items():
+        a = torch.randn(RANK * experts, columns, generator=generator) * 0.1
+        b = torch.randn(rows, RANK * experts, generator=generator) * 0.1
+        module = f"{PREFIX}{at}{'.base_layer' * (parameter == 'gate_up_proj')}"
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        products = [b[:, e::experts].double() @ a[e * RANK : (e + 1) * RANK].double() for e in range(experts)]
+        change[f"{at}.{parameter}"] = LORA_ALPHA / RANK * torch.stack(products)
+        target[f"{at}.{parameter}"] = torch.randn(experts, rows, columns, generator=generator).bfloat16()
+    write(place / "target", target)
+    change |= {name: t for name, t in deltas(tensors).items() if "experts" not in name}
+    asked = adapter(place, tensors, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS]), vector=asked)
 
 
 @situation(

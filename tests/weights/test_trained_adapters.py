@@ -17,6 +17,7 @@ from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.bound import bind, settle
 from rvdist.weights.checkpoint.digest import checkpoint_digest
+from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
 from rvdist.weights.reader import open_point
@@ -292,3 +293,105 @@ def test_more_rows_follow_the_policy(tmp_path):
     compat.check(one, sources, extra_rows=True)
     read = dict(read_point(one))
     assert torch.equal(read[f"{UP}.weight"], whole[f"{UP}.weight"])
+
+
+def mixture(kind: str, moved: bool = True) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    config = {
+        "qwen3": lambda: Qwen3MoeConfig(**shape, intermediate_size=24, num_experts=4, moe_intermediate_size=24),
+        "gpt-oss": lambda: GptOssConfig(**shape, intermediate_size=24, num_local_experts=4),
+        "square": lambda: GptOssConfig(**shape, intermediate_size=32, num_local_experts=4),
+    }[kind]()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+PARAMETERS = {
+    "both": {"target_parameters": EXPERTS},
+    "both, of other ranks": {
+        "target_parameters": EXPERTS,
+        "use_rslora": True,
+        "rank_pattern": {"gate_up_proj": 2, "experts.down_proj": 3},
+        "alpha_pattern": {r"layers.1.mlp.experts.gate_up_proj": 5},
+    },
+    "with modules_to_save": {"target_parameters": EXPERTS, "modules_to_save": ["lm_head"]},
+    "whole": {"modules_to_save": ["mlp.experts"]},
+    "one": {"target_parameters": ["experts.down_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss", "square"])
+@pytest.mark.parametrize("settings", PARAMETERS)
+def test_adapted_experts_are_what_peft_merges(tmp_path, kind, settings):
+    """In memory transformers has them in one tensor, and so peft adapts them; Qwen3's files have them one by one."""
+    train(tmp_path, mixture(kind), **PARAMETERS[settings])
+    if kind == "qwen3" and settings == "one":
+        sources = {name: open_source(name) for name in point(tmp_path).sources()}
+        sources = {name: lay_out(one, sources[str(tmp_path / "base")]) for name, one in sources.items()}
+        with pytest.raises(BadInput, match="stores its experts"):
+            compat.check(point(tmp_path), sources)
+    else:
+        require_merged(tmp_path, 4)
+
+
+AT = "base_model.model.model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "reason"),
+    [
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": EXPERTS}, "does not tell which of down_proj, gate_up_proj"),
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": ["a.experts.x"]}, "rank 4"),
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": "experts.x"}, "damaged target_parameters"),
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": ["down_proj"]}, "which does not name its module"),
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": ["experts.a", "experts.b"]}, "does not tell which of a, b"),
+        ({AT: (8, 16, 32, 8), f"{AT}.base_layer": (8, 8, 8, 8)}, {}, "does not tell which of no parameters"),
+        (
+            {AT: (8, 32, 32, 8), f"{AT}.base_layer": (8, 16, 32, 8)},
+            {"target_parameters": EXPERTS},
+            "do not fit its down_proj and gate_up_proj",
+        ),
+        ({AT: (9, 16, 32, 9)}, {"target_parameters": EXPERTS[:1]}, "rank 4"),
+        ({AT: (3, 16, 32, 3)}, {"target_parameters": EXPERTS[:1]}, "rank 4"),
+        ({AT: (8, 16, 32, 4)}, {"target_parameters": EXPERTS[:1]}, "rank 4"),
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": EXPERTS[:1], "r": 0}, "rank 0"),
+        (
+            {AT: (8, 16, 32, 8)},
+            {"target_parameters": EXPERTS[:1], "use_dora": True},
+            "and use_dora, which peft has",
+        ),
+        ({AT: (8, 16, 32, 8)}, {"target_parameters": EXPERTS[:1], "lora_bias": True}, "and lora_bias, which peft has"),
+    ],
+)
+def test_experts_that_cannot_be_told_are_refused(tmp_path, stored, config, reason):
+    """(rows and columns of A, those of B) by module."""
+    pairs = {
+        f"{at}.lora_{factor}.weight": torch.zeros(shape)
+        for at, (rows, columns, out, into) in stored.items()
+        for factor, shape in (("A", (rows, columns)), ("B", (out, into)))
+    }
+    with pytest.raises(BadInput, match=reason) as refused:
+        open_source(str(write_adapter(tmp_path / "a", pairs, **config)))
+    assert "\n" not in str(refused.value)
+
+
+def test_which_way_experts_lie_is_the_base_s_to_tell(tmp_path):
+    """An adapter alone does not say it, and is not stored by a guess; nor taken apart for a model that stores them
+    otherwise than peft adapts them."""
+    train(tmp_path, mixture("gpt-oss"), target_parameters=EXPERTS)
+    alone = launch("vector.path=adapter", "vector.save=v", cwd=tmp_path)
+    assert alone.returncode == 2 and "name the adapter as vector.plus" in alone.stderr
+    beside = launch("vector.plus=adapter", "vector.minus=base", "vector.save=v", cwd=tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    vector = WeightPoint(str(tmp_path / "base"), (Term(1.0, Vector(str(tmp_path / "v"))),))
+    stored, ours = dict(read_point(vector)), dict(read_point(point(tmp_path)))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in ours.items())
+    base = {n: t for n, t in load_checkpoint(tmp_path / "base").items() if "experts" not in n}
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    write_checkpoint(tmp_path / "other", base, config=config)
+    with pytest.raises(BadInput, match="does not have as peft adapts it"):
+        dict(read_point(point(tmp_path, base="other")))

@@ -29,7 +29,7 @@ _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
 _BIAS = re.compile(r"(.+)\.lora_B\.bias")
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
-    "use_qalora", "layer_replication", "target_parameters",
+    "use_qalora", "layer_replication",
     "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
     "monteclora_config", "megatron_config",
 )  # fmt: skip
@@ -62,15 +62,21 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
             others[own] = spec
     tensors: dict[str, TensorSpec] = {}
     forms: dict[str, Form] = {}
-    ranks = _numbers(checkpoint, config, "r", "rank_pattern", list(factors))
-    alphas = _numbers(checkpoint, config, "lora_alpha", "alpha_pattern", list(factors))
+    parameters = _parameters(checkpoint, config, factors)
+    keys = {module: parameters.get(module, module) for module in factors}  # what patterns are matched with
+    ranks = _numbers(checkpoint, config, "r", "rank_pattern", list(keys.values()))
+    alphas = _numbers(checkpoint, config, "lora_alpha", "alpha_pattern", list(keys.values()))
     for module, pair in factors.items():
-        form = _product(checkpoint, config, module, pair, ranks[module], alphas[module])
+        key, of_parameter = keys[module], module in parameters
+        form = _product(checkpoint, config, module, pair, ranks[key], alphas[key], of_parameter)
         rows, columns = form.left.shape[0], form.right.shape[1]
-        shape = (columns, rows) if form.transposed else (rows, columns)
+        matrix = (columns, rows) if form.transposed else (rows, columns)
+        shape = (form.count, *matrix) if form.count > 1 else matrix
         if config.get("use_dora"):
             form = _dora(checkpoint, module, form, magnitudes.pop(module, None))
-        name = f"{module}.weight"
+        name = key if of_parameter else f"{module}.weight"
+        if name in tensors:
+            _refuse(checkpoint, f"two pairs of factors change {name}", "download or copy it again")
         tensors[name] = TensorSpec(name, "F32", shape, form.left.file, form.left.offset)
         forms[name] = form
         if own_bias := biases.pop(module, None):
@@ -110,8 +116,15 @@ def _require_plain(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         _refuse(checkpoint, f"{CONFIG} has bias={biases!r}, and only {', '.join(_BIASES)} are known")
     if config.get("use_dora") and config.get("lora_bias"):
         _refuse(checkpoint, f"{CONFIG} has use_dora and lora_bias, which peft has not together")
-    if not _is_list_of_names(config.get("modules_to_save")):
-        _refuse(checkpoint, f"{CONFIG} has a damaged modules_to_save (it is no list of names)", "copy it again")
+    for key in ("modules_to_save", "target_parameters"):
+        if not _is_list_of_names(config.get(key)):
+            _refuse(checkpoint, f"{CONFIG} has a damaged {key} (it is no list of names)", "download or copy it again")
+    for name in config.get("target_parameters") or ():
+        if "." not in name:
+            _refuse(checkpoint, f"{CONFIG} has target_parameters with {name!r}, which does not name its module")
+    for key in ("use_dora", "lora_bias", "fan_in_fan_out"):
+        if config.get("target_parameters") and config.get(key):
+            _refuse(checkpoint, f"{CONFIG} has target_parameters and {key}, which peft has not together")
     if (initial := config.get("init_lora_weights")) not in _INITIAL:
         _refuse(
             checkpoint,
@@ -122,6 +135,37 @@ def _require_plain(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
 
 def _is_list_of_names(said: object) -> bool:
     return said is None or (isinstance(said, list) and all(isinstance(name, str) and name for name in said))
+
+
+def _parameters(
+    checkpoint: Checkpoint, config: Mapping[str, Any], factors: Mapping[str, Mapping[str, TensorSpec]]
+) -> dict[str, str]:
+    """The parameters that pairs of factors change, by what the pairs are called, which tells only the module: of two in
+    one module, the last has the module's own name, and the first stands one `base_layer` deeper."""
+    targets = config.get("target_parameters") or []
+    pairs: dict[str, list[str]] = {}
+    for name in sorted(factors, key=len):  # the outermost first
+        pairs.setdefault(re.sub(r"(\.base_layer)+$", "", name), []).append(name)
+    found: dict[str, str] = {}
+    for module, own in pairs.items():
+        named = {t.rpartition(".")[2] for t in targets if f".{module}.".endswith(f".{t.rpartition('.')[0]}.")}
+        if not named and own == [module]:
+            continue
+        if named == {"gate_up_proj", "down_proj"} and len(own) == 2:
+            ordered = ["down_proj", "gate_up_proj"]  # as the modules of experts have them, the last first
+            down, both = ([factors[name].get(part) for part in ("lora_A", "lora_B")] for name in own)
+            if all(spec and len(spec.shape) == 2 for spec in (*down, *both)):
+                (into, out), (hidden, twice) = ((a.shape[1], b.shape[0]) for a, b in (down, both) if a and b)
+                if (2 * into, out) != (twice, hidden):
+                    reason = f"the factors of {module} do not fit its down_proj and gate_up_proj, in this order"
+                    _refuse(checkpoint, reason)
+        elif len(named) == len(own) == 1:
+            ordered = list(named)
+        else:
+            reason = f"{CONFIG} does not tell which of {', '.join(sorted(named)) or 'no parameters'} the factors of "
+            _refuse(checkpoint, f"{reason}{module} change")
+        found |= {name: f"{module}.{parameter}" for name, parameter in zip(own, ordered, strict=True)}
+    return found
 
 
 def _trained(own: str, config: Mapping[str, Any]) -> str | None:
@@ -149,6 +193,7 @@ def _product(
     pair: Mapping[str, TensorSpec],
     rank: float,
     alpha: float,
+    of_parameter: bool,
 ) -> LowRank:
     embedding = any(name.startswith("lora_embedding") for name in pair)
     expected = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -159,7 +204,8 @@ def _product(
         if len(spec.shape) != 2:
             _refuse(checkpoint, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
         _require(checkpoint, spec, spec.shape)
-    if not left.shape[1] == right.shape[0] == rank or rank < 1:
+    count = max(1, int(right.shape[0] / rank)) if of_parameter and rank >= 1 else 1  # of matrices that a parameter has
+    if not left.shape[1] == right.shape[0] == rank * count or rank < 1:
         _refuse(
             checkpoint,
             f"the factors of {module} have shapes {list(left.shape)} and {list(right.shape)}, and {CONFIG} has "
@@ -167,7 +213,8 @@ def _product(
             "download or copy it again",
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRank(left, right, scale, transposed=embedding or bool(config.get("fan_in_fan_out")))
+    transposed = None if count > 1 else embedding or bool(config.get("fan_in_fan_out"))
+    return LowRank(left, right, scale, transposed, count)
 
 
 def _dora(checkpoint: Checkpoint, module: str, form: LowRank, magnitude: TensorSpec | None) -> Dora:

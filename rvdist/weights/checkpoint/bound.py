@@ -13,7 +13,7 @@ from rvdist.core.point import Vector, WeightPoint
 from rvdist.weights.checkpoint.difference import BASED, Difference, Dora, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
-from rvdist.weights.checkpoint.layouts import Relaid, RelaidDifference, lay_out
+from rvdist.weights.checkpoint.layouts import Relaid, RelaidDifference, lay_out, turn
 
 _HALVES = ("F16", "BF16")
 
@@ -35,6 +35,7 @@ def bind(adapter: Checkpoint, base: Checkpoint) -> Difference:
                 shape = spec.shape if name in adapter.views else widest.shape
                 tensors[name] = replace(spec, dtype=widest.dtype, shape=shape)
         return replace(adapter, tensors=tensors, inner=inner, base=base)
+    adapter = turn(adapter, base)
     tensors = {}
     for name, spec in adapter.tensors.items():
         if not isinstance(adapter.forms[name], BASED):

@@ -31,12 +31,15 @@ class Whole:
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale · left · right, [rows, r] and [r, columns]; the transpose of that where `transposed`."""
+    """scale · left · right, [rows, r] and [r, columns]; the transpose of that where `transposed`. Of `count` > 1
+    matrices, one after the other: each has r rows of `right`, and every count-th column of `left`. None: not yet known,
+    as the adapters of experts do not say it."""
 
     left: TensorSpec
     right: TensorSpec
     scale: float = 1.0
-    transposed: bool = False
+    transposed: bool | None = False
+    count: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,10 @@ def needs_base(checkpoint: Checkpoint) -> bool:
     return (
         isinstance(checkpoint, Difference)
         and checkpoint.base is None
-        and any(isinstance(form, BASED) for form in checkpoint.forms.values())
+        and any(
+            isinstance(form, BASED) or (isinstance(form, LowRank) and form.transposed is None)
+            for form in checkpoint.forms.values()
+        )
     )
 
 

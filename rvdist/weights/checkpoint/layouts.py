@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.difference import Difference, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE, in_memory
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
@@ -22,6 +22,11 @@ _PROJ = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
 _W = {GATE: "w1", UP: "w3", DOWN: "w2"}
 _SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)")
 _FUSED = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|down_proj)(_bias)?")
+_IN_BY_OUT = (
+    "gpt_oss",
+    "aria",
+    "openai_privacy_filter",
+)  # models of transformers with experts [in, out], is_transposed
 _MOST_EXPERTS = 1 << 16  # of a layer
 
 
@@ -134,7 +139,10 @@ class RelaidDifference(Relaid, Difference):
 
 def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     """`donor` with its experts in the layout of `base`; itself where they are, or where `base` has none like them. A
-    difference needs none of the biases that `base` has. Raises BadInput for dtypes that one tensor cannot have."""
+    difference needs none of the biases that `base` has, and an adapter's own experts lie as those of `base`. Raises
+    BadInput for dtypes that one tensor cannot have."""
+    if isinstance(donor, Difference):
+        donor = turn(donor, base)
     target, own = groups(base), groups(donor)
     layout: list[tuple[str, ...]] = []
     views: dict[str, View] = {}
@@ -165,6 +173,28 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     form = RelaidDifference if isinstance(donor, Difference) else Relaid
     kept = {one.name: getattr(donor, one.name) for one in fields(form) if hasattr(donor, one.name)}
     return form(**kept | {"tensors": tensors}, inner=donor, layout=repr(sorted(layout)), views=views, names=names)
+
+
+def turn(adapter: Difference, base: Checkpoint) -> Difference:
+    """The adapter whose products of many matrices lie as in `base`: [in, out] or [out, in], which its own files do not
+    tell. Raises BadInput where those of `base` do not either."""
+    tensors, forms = dict(adapter.tensors), dict(adapter.forms)
+    for name, form in adapter.forms.items():
+        if not isinstance(form, LowRank) or form.transposed is not None:
+            continue
+        shape = (form.count, form.left.shape[0], form.right.shape[1])
+        turned = (shape[0], shape[2], shape[1])
+        lies = base.tensors[name].shape if name in base.tensors else ()
+        by_kind = base.config.get("model_type") in _IN_BY_OUT
+        if by_kind and lies not in (shape, turned):
+            raise BadInput(
+                f"{adapter.path}: adapts {name}, which {base.path} does not have as peft adapts it; merge it into its "
+                "base with peft's merge_and_unload and use the result as vector.plus"
+            )
+        transposed = by_kind if shape == turned else lies == turned
+        forms[name] = replace(form, transposed=transposed)
+        tensors[name] = replace(tensors[name], shape=turned if transposed else shape)
+    return replace(adapter, tensors=tensors, forms=forms)
 
 
 def layout_of(checkpoint: Checkpoint) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import write_adapter
+from alone import write
 from families import SETTINGS, Answers, Family, answers, fused, make_deep, shard, start
 from points import read_point
 from safetensors.torch import load_file, save_file
@@ -61,6 +63,42 @@ def test_a_vector_in_another_layout_of_experts(engine: Engine, base: Answers, fa
     engine.swap(point)
     swapped = answers(engine)
     assert swapped == answers(start(family.write(0.5, tmp_path / "merged")))
+    assert swapped.texts != base.texts and swapped.scores != base.scores
+    engine.swap(family.point(0.0))
+
+
+@pytest.mark.parametrize("family", ["moe"], indirect=True)
+def test_adapters_that_need_what_they_were_trained_on(
+    engine: Engine, base: Answers, family: Family, tmp_path: Path
+) -> None:
+    """DoRA, a whole head, and experts adapted as one tensor, which the target stores one by one: as written."""
+    generator, prefix, layer = torch.Generator().manual_seed(4), "base_model.model.", "model.layers.0"
+
+    def pair(module: str, a: tuple[int, int], b: tuple[int, int]) -> dict[str, torch.Tensor]:
+        shapes = {"A": a, "B": b}
+        return {
+            f"{prefix}{module}.lora_{k}.weight": torch.randn(s, generator=generator) * 0.2 for k, s in shapes.items()
+        }
+
+    head = load_file(family.plus / "model.safetensors")["lm_head.weight"]
+    dora = pair(f"{layer}.self_attn.q_proj", (4, 128), (128, 4)) | {
+        f"{prefix}{layer}.self_attn.q_proj.lora_magnitude_vector": 1 + torch.rand(128, generator=generator),
+        f"{prefix}lm_head.weight": head,
+    }
+    at = f"{layer}.mlp.experts"
+    experts = pair(at, (16, 64), (128, 16)) | pair(f"{at}.base_layer", (16, 128), (128, 16))
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    one = write_adapter(tmp_path / "one", dora, use_dora=True, modules_to_save=["lm_head"])
+    two = write_adapter(tmp_path / "two", experts, target_parameters=targets)
+    terms = (Term(0.5, Vector(str(one), str(family.target))), Term(1.0, Vector(str(two))))
+    point = WeightPoint(str(family.target), terms)
+    engine.swap(point)
+    swapped = answers(engine)
+    write({tmp_path / "out": point})
+    for file in family.target.iterdir():
+        if ".safetensors" not in file.name:
+            shutil.copy(file, tmp_path / "out")
+    assert swapped == answers(start(WeightPoint(str(tmp_path / "out"))))
     assert swapped.texts != base.texts and swapped.scores != base.scores
     engine.swap(family.point(0.0))
 
