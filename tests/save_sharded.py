@@ -46,7 +46,8 @@ def save(weights: dict[str, torch.Tensor], to: Path, rank: int, ranks: int) -> N
     dcp.save({"model": model, "optim": state, "step": 7}, checkpoint_id=to / "trained")
     torch.save(module.state_dict(), to / "verl" / f"model_world_size_{ranks}_rank_{rank}.pt")
     copies = module_of(weights)  # each part twice
-    fully_shard(copies, mesh=init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("ddp", "fsdp")))
+    twice = (2, ranks // 2) if ranks > 1 else (1, 1)
+    fully_shard(copies, mesh=init_device_mesh("cpu", twice, mesh_dim_names=("ddp", "fsdp")))
     torch.save(copies.state_dict(), to / "hsdp" / f"model_world_size_{ranks}_rank_{rank}.pt")
     dist.destroy_process_group()
 

@@ -294,7 +294,8 @@ REFUSED = [
     ("passthrough.yml", "[1, 3]", "[3, 3]", r"slices\[1\].sources\[0\].layer_range \[3, 3\] is not a range"),
     ("passthrough.yml", "[1, 3]", "[1, true]", r"slices\[1\].sources\[0\].layer_range \[1, True\] is not a range"),
     ("passthrough.yml", "[1, 3]}", "[1, 3]}, {model: c}", r"slices\[1\].sources has to be a list of one model"),
-    ("passthrough.yml", "[1, 3]", "[1, 3], parameters: {scale: 2}", r"slices\[1\].sources\[0\].parameters is not"),
+    ("passthrough.yml", "[1, 3]", "[1, 3], parameters: {scale: 2}", r"slices\[1\].sources\[0\].parameters.scale"),
+    ("passthrough.yml", "slices:", "parameters: {scale: 2}\nslices:", r"parameters.scale is not supported: layers are"),
     ("passthrough.yml", "slices:", "slices: 1\nmodels:", "slices has to be a list of slices"),
     ("ram.yml", "epsilon: 0.012", "r: 0.1", "parameters.r is not a parameter we have"),
 ]

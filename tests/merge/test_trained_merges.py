@@ -69,6 +69,21 @@ def test_every_tensor_of_four_ranks_is_its_exports(saved, tmp_path, kind):
         assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]), name
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_one_rank_or_two_saved_is_read(tmp_path, ranks):
+    """Their meshes have dimensions of one rank: (1,) and (1, 1), or (2,) and (2, 1)."""
+    subprocess.run(
+        [sys.executable, str(HELPER), str(ranks), str(POCKET / "sft"), str(tmp_path)], check=True, timeout=300
+    )
+    export = load_checkpoint(tmp_path / "export")
+    for kind in ("dcp", "trained", "verl", "hsdp"):
+        parts = open_operand(open_source(str(tmp_path / kind)))
+        assert parts.checkpoint.tensors.keys() == export.keys()
+        for name, tensor in export.items():
+            found = parts.read(name, 0, tensor.numel(), torch.empty(tensor.numel() * 8, dtype=torch.uint8))
+            assert torch.equal(found.view(tensor.shape), tensor), (kind, name)
+
+
 def test_the_merge_of_one_worker_has_the_bytes_of_the_exports(saved, tmp_path):
     for plus, minus in (("export", "export"), ("dcp", "verl"), ("hsdp", "trained")):
         vector = Vector(str(saved / "grpo" / plus), str(saved / "sft" / minus))

@@ -43,6 +43,7 @@ def read_stack(path: Path) -> Stack:
 
 def stack_of(file: File) -> Stack:
     """What the slices of a recipe of `passthrough` are. Raises BadInput."""
+    _refuse_scale(file, file.content, "")
     listed = file.content.get("slices")
     if not isinstance(listed, list) or not listed:
         file.refuse("slices", "has to be a list of slices")
@@ -52,14 +53,23 @@ def stack_of(file: File) -> Stack:
 
 
 def _slice(file: File, given: Any, key: str) -> Slice:
+    _refuse_scale(file, given, f"{key}.")
     file.only(given, key, {"sources"})
     sources = given.get("sources")
     if not isinstance(sources, list) or len(sources) != 1:
         file.refuse(f"{key}.sources", "has to be a list of one model, for passthrough")
     key = f"{key}.sources[0]"
+    _refuse_scale(file, sources[0], f"{key}.")
     file.only(sources[0], key, {"model", "layer_range"})
     span = sources[0].get("layer_range")
     whole = isinstance(span, list) and len(span) == 2 and all(type(layer) is int for layer in span)
     if not whole or not 0 <= span[0] < span[1]:
         file.refuse(f"{key}.layer_range", f"{span!r} is not a range of layers [first, after the last]")
     return Slice(file.source(sources[0].get("model"), f"{key}.model"), span[0], span[1])
+
+
+def _refuse_scale(file: File, given: Any, within: str) -> None:
+    """mergekit multiplies tensors by it, which a checkpoint of layers as they are cannot be."""
+    parameters = given.get("parameters") if isinstance(given, dict) else None
+    if isinstance(parameters, dict) and "scale" in parameters:
+        file.refuse(f"{within}parameters.scale", "is not supported: layers are stacked as they are; leave it out")

@@ -146,9 +146,13 @@ class TorchFile:
         axes = [attributes_of(axis) for axis in layout["axes"]] if isinstance(layout.get("axes"), tuple) else [layout]
         if len(axes) > MAX_RANK:
             raise ValueError("its device mesh has too many dimensions")
-        shape = tuple(size for axis in axes for size in sizes_of(_tuple(axis.get("shape"))))
-        stride = tuple(step for axis in axes for step in sizes_of(_tuple(axis.get("stride"))))
-        if math.prod(shape) != ranks.numel or stride != tuple(math.prod(shape[k + 1 :]) for k in range(len(shape))):
+        shape, stride = (
+            tuple(number for axis in axes for number in sizes_of(_tuple(axis.get(key))) or (1,))  # (): an axis of one
+            for key in ("shape", "stride")
+        )
+        rows = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+        steps = [row if size == 1 else step for size, step, row in zip(shape, stride, rows, strict=False)]
+        if math.prod(shape) != ranks.numel or steps != rows or len(stride) != len(shape):
             raise ValueError("it has a device mesh of another layout than rows of ranks")
         return shape
 
