@@ -43,6 +43,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "(docs/batches.md)",
         "recipe": "a mergekit recipe (YAML) that says what is merged, instead of target, vector and alpha "
         "(docs/recipes.md)",
+        "tokenizer": "whose tokens the output has: target, union, or a model or directory; or {source: …, tokens: "
+        "{TOKEN: {source: …, force: …}}, pad_to_multiple_of: …}; null: all must have the target's (docs/recipes.md)",
         "stages": "what to do; null: merge if there is something to write, evaluate and report if there are tasks, "
         "publish if that is set",
         "output": "the directory to write, with `{alpha}`, `{target}`, `{vector}` and `{recipe}` filled in; "
@@ -190,6 +192,7 @@ _TYPES = {  # what the schema cannot say
     (config.Config, "alpha"): "number, or a list of them",
     (config.BatchConfig, "alpha"): "number, or a list of them",
     (config.BatchConfig, "target"): "text, or a list of them",
+    (config.Config, "tokenizer"): "text, or a block",
     (config.Config, "max_shard_size"): "bytes, or a text like 5GB or 512MiB",
 }
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything"}

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 from rvdist.core.method import LINEAR, MethodSpec
+from rvdist.core.vocabulary import Vocabulary
 
 Rename = tuple[tuple[str, str], ...]
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -139,11 +140,13 @@ class Term:
 
 @dataclass(frozen=True)
 class WeightPoint:
-    """θ_base + Σ_k α_k (m_k ⊙ v_k), or another method's combination of these terms. No terms: `base` itself."""
+    """θ_base + Σ_k α_k (m_k ⊙ v_k), or another method's combination of these terms. No terms: `base` itself. With a
+    `vocabulary` all of them have its tokens."""
 
     base: str
     terms: tuple[Term, ...] = ()
     method: MethodSpec = LINEAR
+    vocabulary: Vocabulary | None = None
 
     @cached_property
     def active_terms(self) -> tuple[Term, ...]:
@@ -192,7 +195,8 @@ class WeightPoint:
             for term in self.terms
             for v in [term.vector]
         )
-        return replace(self, base=places[self.base], terms=terms)
+        vocabulary = self.vocabulary and self.vocabulary.relocate(places)
+        return replace(self, base=places[self.base], terms=terms, vocabulary=vocabulary)
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold, and `from_json` reads."""
@@ -200,6 +204,8 @@ class WeightPoint:
         for term in fields["terms"]:
             if not term["density"]:
                 del term["density"]
+        if self.vocabulary is None:
+            del fields["vocabulary"]
         return fields | {"method": self.method.to_json()}
 
     @classmethod
@@ -223,11 +229,13 @@ class WeightPoint:
             )
             for term in data["terms"]
         )
-        return cls(base=data["base"], terms=terms, method=MethodSpec.from_json(data["method"]))
+        vocabulary = Vocabulary.from_json(data["vocabulary"]) if data.get("vocabulary") else None
+        return cls(data["base"], terms, MethodSpec.from_json(data["method"]), vocabulary)
 
     def digest(self, contents: Mapping[str, str]) -> str:
         """A hash of what the point is made of: `contents` maps each source to a digest of its bytes,
-        so that neither a path nor the order of the files on disk matters. 32 hexadecimal digits."""
+        so that neither a path nor the order of the files on disk matters. A vocabulary counts as what it makes of
+        the sources. 32 hexadecimal digits."""
         made_of = {
             "base": contents[self.base],
             "terms": [

@@ -18,6 +18,7 @@ from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.pieces import spread_over_files
+from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
 
 AS_THE_BASE = OutputFormat()
@@ -201,6 +202,8 @@ def _reads(
         reads: Counter[tuple[str, str]] = Counter()
         for source in sorted(elements):
             own, spec = sources[source], sources[source].tensors[name]
+            if isinstance(own, Remapped) and name not in own.rows:
+                own = own.inner
             if isinstance(own, Scaled) and (scale := own.scales.get(name)):
                 reads[source, own.codes(name).file] += elements[source] * own.kind.bits // 8
                 reads[source, scale.file] += scale.nbytes
@@ -225,11 +228,15 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
-    own = {name: source.inner if isinstance(source := sources[name], Relaid) else source for name in point.sources()}
+    told = {name: sources[name] for name in point.sources()}
+    remapped = {name: source for name, source in told.items() if isinstance(source, Remapped)}
+    told |= {name: source.inner for name, source in remapped.items()}
+    own = {name: source.inner if isinstance(source, Relaid) else source for name, source in told.items()}
     scaled = {name: source for name, source in own.items() if isinstance(source, Scaled)}
     blocks: dict[str, Any] = {name: source.block for name, source in scaled.items()}
     blocks |= {f"{name} codes": source.kind.name for name, source in scaled.items() if source.stored}
     blocks |= {f"{n} stacks": s.mapping for n in point.sources() if isinstance(s := sources[n], Stacked)}
+    blocks |= {f"{name} vocabulary": source.made_of for name, source in remapped.items()}
     if _keeps_scales(base := sources[point.base], layout) and base.power_of_two:
         blocks["scales"] = "powers of two"
     made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout), blocks], sort_keys=True)

@@ -19,6 +19,7 @@ from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.layouts import layout_of
+from rvdist.weights.checkpoint.remapped import map_of
 from rvdist.weights.checkpoint.staging import discards
 
 
@@ -31,7 +32,8 @@ def group_alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
         stored = (astuple(settings.output_format), settings.overwrite, settings.allow_nonfinite)
         renamed = [pair for point in one.written.values() for pair in point.renames() if pair[1]]
         laid_out = [(name, layout) for name, source in one.sources.items() if (layout := layout_of(source))]
-        groups.setdefault(json.dumps([merge, settings.device, stored, renamed, laid_out]), []).append(one)
+        remapped = [(name, made_of) for name, source in one.sources.items() if (made_of := map_of(source))]
+        groups.setdefault(json.dumps([merge, settings.device, stored, renamed, laid_out, remapped]), []).append(one)
     return list(groups.values())
 
 

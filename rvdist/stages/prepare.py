@@ -16,6 +16,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.method import LINEAR
 from rvdist.core.point import Rename, Term, Vector, WeightPoint
 from rvdist.core.recipe import read_recipe
+from rvdist.core.vocabulary import Vocabulary
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.stages.job import Job, Prepared
 from rvdist.weights import compat
@@ -25,11 +26,19 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
 from rvdist.weights.checkpoint.layouts import Relaid, lay_out, layout_of
+from rvdist.weights.checkpoint.remapped import map_of
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
+from rvdist.weights.checkpoint.vocabulary import remap
 
 if TYPE_CHECKING:
     from rvdist.weights.interference import Interference
+
+
+_OWN_TOKENS = (
+    "what is scored or looked at in place has the tokens of its target, so with tokenizer write the output first "
+    "(stages=[merge]) and name that as a target"
+)
 
 
 @dataclass
@@ -53,7 +62,8 @@ class Known:
 
     def check(self, settings: Config, sources: Mapping[str, Checkpoint], point: WeightPoint) -> compat.Compatibility:
         """Raises BadInput where the point must not be computed."""
-        line = WeightPoint(point.base, tuple(replace(term, alpha=1.0) for term in point.terms))
+        terms = tuple(replace(term, alpha=1.0) for term in point.terms)
+        line = WeightPoint(point.base, terms, vocabulary=point.vocabulary)
         key = (line, settings.compat.force, settings.compat.extra_rows == "keep")
         if key not in self._reports:
             self._reports[key] = compat.check(line, sources, *key[1:])
@@ -96,6 +106,9 @@ def prepare(job: Job, known: Known) -> Prepared:
         vector = index.add_vector(stored, asked) if stored and "merge" in stages else None
         index.add([*asked.values(), *(arm.point for arm in foreseen), *examined.values(), *on_lines])
         outputs = {output: index.settle(point) for output, point in asked.items()}
+        in_place = [*(arm.point for arm in foreseen), *examined.values(), *on_lines]
+        if any(index.settle(point).vocabulary for point in in_place):
+            raise BadInput(f"tokenizer: is set; {_OWN_TOKENS}")
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
     with job.timing.phase("plan"):
@@ -163,6 +176,9 @@ class _Index:
         self.notes: dict[WeightPoint, tuple[str, ...]] = {}
         self._compared: set[tuple[str, str]] = set()  # donors and bases whose layouts of experts were compared
         self._laid_out: dict[str, Checkpoint] = {}  # what donors became for their first base
+        self._plain: dict[str, Checkpoint] = {}  # sources with their own tokens
+        self._became: dict[str, Checkpoint] = {}  # and with those of the output
+        self._maps: dict[tuple[Vocabulary, tuple[str, ...]], Mapping[str, Checkpoint]] = {}
 
     def settle(self, point: WeightPoint) -> WeightPoint:
         """The point as what its sources are decides it."""
@@ -181,6 +197,7 @@ class _Index:
                 if source not in self.sources:
                     self.sources[source] = self._known.open(source, rename)
             self._lay_out(point, bases)
+            self._remap(point)
             report = self._known.check(self._settings, self.sources, point)
             notes = (*report.refusals, *report.exceptions, *self._zeros(point), *self._interference(point))
             self.notes[self.settle(point)] = notes
@@ -206,6 +223,22 @@ class _Index:
                     "run what wants it so by itself"
                 )
             self.sources[source] = first
+
+    def _remap(self, point: WeightPoint) -> None:
+        """Gives the point's sources the tokens of its output. Raises BadInput for one that another point wants
+        otherwise: it is one source."""
+        plain = {name: self._plain.setdefault(name, self.sources[name]) for name in point.sources()}
+        new: Mapping[str, Checkpoint] = {}
+        if point.vocabulary is not None:
+            key = point.vocabulary, tuple(plain)
+            if key not in self._maps:
+                self._maps[key] = remap(point, plain, self._known.open)
+            new = self._maps[key]
+        for name, own in plain.items():
+            wanted = new.get(name, own)
+            self.sources[name] = self._became.setdefault(name, wanted)
+            if map_of(self.sources[name]) != map_of(wanted):
+                raise BadInput(f"{name}: is wanted with the tokens of two vocabularies; {_OWN_TOKENS}")
 
     def add_vector(self, saved: config.Saved, outputs: Collection[Path]) -> Vector:
         """The vector to be stored, named by what it is computed from."""

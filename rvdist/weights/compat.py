@@ -30,6 +30,7 @@ from rvdist.weights.checkpoint.experts import layouts
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.layouts import Relaid
+from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tied import contradiction, is_embedding, is_tied
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
@@ -83,6 +84,8 @@ def check(
         said, refused = judge_parts(base)
         exceptions += said
         refusals += refused
+    remapped = [str(one) for source in point.sources() if isinstance(one := sources[source], Remapped)]
+    exceptions += [*([str(point.vocabulary)] if remapped else []), *remapped]
     for term in point.terms:
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
         _require_one_expert_layout((base, plus, minus), term.mask)
@@ -98,7 +101,8 @@ def check(
         findings = [_judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)]
         for donor in (plus, minus):
             if not is_adapter(donor):
-                findings += [compare_configs(base, donor), compare_tokenizers(base.beside, donor.beside)]
+                findings.append(compare_configs(base, donor))
+                findings += [] if remapped else [compare_tokenizers(base.beside, donor.beside)]
         for said, refused in findings:
             exceptions += said
             refusals += refused
@@ -319,7 +323,7 @@ def _sample(checkpoint: Checkpoint, spec: TensorSpec, numel: int) -> Floats:
     """Values from the middle of the first `numel` elements of a tensor. As many and the same, whatever the dtype."""
     count = min(numel, _SAMPLED_BYTES // 8)
     start = (numel - count) // 2
-    if isinstance(checkpoint, Relaid):
+    if isinstance(checkpoint, Relaid | Remapped):
         import torch
 
         from rvdist.weights.operand import open_operand

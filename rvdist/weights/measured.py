@@ -16,7 +16,7 @@ from rvdist.weights import peft
 from rvdist.weights.arithmetic.method import Scratch, working_dtype
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
-from rvdist.weights.operand import Operand
+from rvdist.weights.stored import Operand
 from rvdist.weights.values import AT_ONCE, Values
 
 

@@ -32,7 +32,8 @@ from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.lanes import CHUNK, Lane, open_lanes
-from rvdist.weights.operand import Operand, tell_nonfinite
+from rvdist.weights.operand import tell_nonfinite
+from rvdist.weights.stored import Operand
 from rvdist.weights.values import AT_ONCE, Values
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor

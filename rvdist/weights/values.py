@@ -13,7 +13,8 @@ from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.method import Scratch, subtract
 from rvdist.weights.checkpoint.bound import bound
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.operand import Operand, open_operand
+from rvdist.weights.operand import open_operand
+from rvdist.weights.stored import Operand
 
 AT_ONCE = 128 * 1024  # elements of a source that are held
 

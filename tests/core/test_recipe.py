@@ -40,6 +40,7 @@ from rvdist.weights.reader import PointReader
 
 HERE = Path(__file__).parent / "mergekit"
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 3}
+VOCABULARY = {"<unk>": 0} | {f"word{k}": k for k in range(1, 8)}
 # How far apart two roundings of the same formula may be, in units in the last place of the largest number at an
 # element. mergekit's arithmetic is the inputs' dtype, and in bf16 the weights and differences are rounded to it too.
 # Angles and lengths of whole tensors it finds in fp32. Of della_whole, what is divided by weights is multiplied again.
@@ -78,7 +79,8 @@ def models(expected, tmp_path_factory):
     where = tmp_path_factory.mktemp("models")
     for prefix, tensors in expected.items():
         if prefix.startswith("inputs/"):
-            write_checkpoint(where / prefix.removeprefix("inputs/"), tensors, config=CONFIG)
+            path = write_checkpoint(where / prefix.removeprefix("inputs/"), tensors, config=CONFIG)
+            (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": VOCABULARY}, "added_tokens": []}))
     return where
 
 
@@ -239,8 +241,60 @@ REFUSED = [
     ("linear.yml", "merge_method: linear", "merge_method: none", "merge_method 'none'"),
     ("linear.yml", "dtype: float32", "dtype: float64", "dtype 'float64'"),
     ("linear.yml", "dtype: float32", "chat_template: auto", "chat_template is not supported"),
-    ("linear.yml", "dtype: float32", "tokenizer_source: union", "tokenizer_source 'union'"),
-    ("linear.yml", "dtype: float32", "tokenizer: {source: base, pad_to_multiple_of: 8}", "tokenizer {"),
+    ("linear.yml", "dtype: float32", "tokenizer_source: union", "tokenizer_source is set and base_model is not"),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer_source: a+b",
+        r"tokenizer_source 'a\+b' is not union, base, or the name",
+    ),
+    ("slerp.yml", "dtype: float32", "tokenizer: {source: 3}", "tokenizer.source 3 is not union"),
+    ("slerp.yml", "dtype: float32", "tokenizer: {sauce: base}", "tokenizer.sauce is not supported, only source"),
+    ("slerp.yml", "dtype: float32", "tokenizer: {pad_to_multiple_of: 1.5}", "tokenizer.pad_to_multiple_of 1.5 is not"),
+    ("slerp.yml", "dtype: float32", "tokenizer: {tokens: [x]}", r"tokenizer.tokens \['x'\] is not a mapping"),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer: {tokens: {x: {force: true}}}",
+        "tokenizer.tokens.x has to be a mapping",
+    ),
+    ("slerp.yml", "dtype: float32", "tokenizer: {tokens: {5: {source: base}}}", "tokenizer.tokens.5 5 is not a token"),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer: {tokens: {x: {source: z}}}",
+        "tokenizer.tokens.x.source 'z' is not one of",
+    ),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer: {tokens: {x: {source: {kind: one}}}}",
+        "tokenizer.tokens.x.source {'kind': 'one'} is no model",
+    ),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer: {tokens: {x: {source: {kind: model_token, model: base}}}}",
+        "tokenizer.tokens.x.source wants token or token_id, one of them",
+    ),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer: {tokens: {x: {source: {kind: model_token, model: base, token_id: -1}}}}",
+        "tokenizer.tokens.x.source.token_id -1 is not an id",
+    ),
+    (
+        "slerp.yml",
+        "dtype: float32",
+        "tokenizer: {source: base}\ntokenizer_source: base",
+        "tokenizer and tokenizer_source",
+    ),
+    (
+        "passthrough.yml",
+        "dtype: float32",
+        "tokenizer_source: union",
+        "tokenizer_source 'union' is not supported for layers",
+    ),
     ("linear.yml", "dtype: float32", "parameters: {normalize: false}", "parameters.normalize is false and the weights"),
     ("linear.yml", "dtype: float32", "parameters: {normalize: 1}", "parameters.normalize 1 is not true or false"),
     ("linear.yml", "weight: 0.3", "gamma: 0.3", r"models\[1\].parameters.gamma is not a parameter we have"),

@@ -30,6 +30,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Arm, Mask, Term, Vector, WeightPoint, name_of
 from rvdist.core.text import is_repository
+from rvdist.core.vocabulary import vocabulary_of
 
 BASELINE = "baseline"
 RECIPE = "recipe"
@@ -71,7 +72,8 @@ def point(config: Config, alpha: float) -> WeightPoint:
             terms.append(Term(alpha * vector.alpha, named, mask))
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
-    return WeightPoint(config.target, tuple(terms), method(config.merge))
+    whole = WeightPoint(config.target, tuple(terms), method(config.merge))
+    return replace(whole, vocabulary=vocabulary_of(config.tokenizer, list(whole.sources())))
 
 
 def method(merge: MergeConfig) -> MethodSpec:
@@ -178,7 +180,7 @@ def require_recipe_alone(config: Config) -> None:
     default = Config()
     for key in (
         "target", "vector", "vectors", "batch", "alpha", "arms", "sweep.alphas", "search.method", "merge.method",
-        "merge.density",
+        "merge.density", "tokenizer",
     ):  # fmt: skip
         of = attrgetter(key)
         if of(config) != of(default):
@@ -376,6 +378,8 @@ def vector_to_save(config: Config) -> Saved | None:
             if getattr(own, key) is not None:
                 raise BadInput(f"vector.{key} says how to store a vector, and vector.save is not set; set it to a path")
         return None
+    if config.tokenizer is not None:
+        raise BadInput("vector.save stores a vector with the tokens of its donors, and tokenizer is set; leave it out")
     if config.batch:
         raise BadInput("vector.save stores one vector, and batch is set; save it by a run of its own")
     if config.vectors:

@@ -242,6 +242,7 @@ class Config:
     vector: VectorConfig = field(default_factory=VectorConfig)
     vectors: list[WeightedVectorConfig] = field(default_factory=list)
     alpha: Any = 1.0
+    tokenizer: Any = None
     batch: list[BatchConfig] = field(default_factory=list)
     recipe: str | None = None
     stages: list[str] | None = None

@@ -6,7 +6,7 @@ What we lack is refused by name. Source: mergekit 0.1.5. Knows nothing of tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,12 +17,14 @@ from rvdist.core.foreign import parse_yaml
 from rvdist.core.recipe.cells import Rules, cells
 from rvdist.core.recipe.rows import ROWS
 from rvdist.core.regular import read_regular
+from rvdist.core.vocabulary import Vocabulary, read_vocabulary
 
 _MOST = 1 << 20  # bytes of a file that is read
 _KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer",
 }  # fmt: skip
+_TOKENIZER = ("tokenizer_source", "tokenizer")
 _PARAMETERS = {  # of any method; some say nothing there, to mergekit too
     "weight", "density", "normalize", "rescale", "lambda", "int8_mask", "t",
 }  # fmt: skip
@@ -59,14 +61,24 @@ class File:
         for key in self.content:
             if key not in _KEYS:
                 self.refuse(str(key), "is not supported; leave it out")
-        self._check_tokenizer()
         return method
 
-    def _check_tokenizer(self) -> None:
-        if self.content.get("tokenizer_source") not in (None, "base"):
-            self.refuse("tokenizer_source", f"{self.content['tokenizer_source']!r} is not supported, only base")
-        if self.content.get("tokenizer") not in (None, {"source": "base"}):
-            self.refuse("tokenizer", f"{self.content['tokenizer']!r} is not supported, only {{source: base}}")
+    def require_own_tokenizer(self) -> None:
+        """Refuses another tokenizer than that which layers come with."""
+        for key in _TOKENIZER:
+            if self.content.get(key) not in (None, "base", {"source": "base"}):
+                self.refuse(key, f"{self.content[key]!r} is not supported for layers, only base")
+
+    def vocabulary(self, models: Sequence[str]) -> Vocabulary | None:
+        """Whose tokens the output has, of these models, the base first; None where the recipe does not say."""
+        given = {key: self.content[key] for key in _TOKENIZER if self.content.get(key) is not None}
+        if len(given) > 1:
+            self.refuse("tokenizer", "and tokenizer_source are both set; give one of them")
+        for key, value in given.items():
+            if self.content.get("base_model") is None:
+                self.refuse(key, "is set and base_model is not, so that it is not known whose ids stay; set base_model")
+            return read_vocabulary(value, key, models, self.refuse)
+        return None
 
     def dtype(self) -> str | None:
         """That of the output, None where the recipe does not say."""

@@ -38,12 +38,15 @@ def read_recipe(path: Path, names: Names, seed: int = 0) -> Recipe:
     method = file.method()
     if method == "passthrough" and file.content.get("slices") is not None:
         stack_of(file)
+        file.require_own_tokenizer()
         return Recipe(WeightPoint(str(path)), file.dtype())
     models = file.models(method)
     base = file.base(method, models)
     tensors = names(base)
     file.check_spans(layer_count(tensors))
-    return Recipe(_point(file, method, base, models, tensors, seed), file.dtype())
+    vocabulary = file.vocabulary(list(dict.fromkeys([base, *(model.name for model in models)])))
+    point = _point(file, method, base, models, tensors, seed)
+    return Recipe(replace(point, vocabulary=vocabulary), file.dtype())
 
 
 def _point(file: File, method: str, base: str, models: list[Model], tensors: Collection[str], seed: int) -> WeightPoint:

@@ -14,6 +14,7 @@ from rvdist.weights.checkpoint.difference import BASED, Difference, Dora, needs_
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.layouts import Relaid, RelaidDifference, lay_out, turn
+from rvdist.weights.checkpoint.remapped import map_of
 
 _HALVES = ("F16", "BF16")
 
@@ -81,6 +82,7 @@ def settle_vector(vector: Vector, sources: Mapping[str, Checkpoint], base: str |
 
 
 def settle(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> WeightPoint:
-    """`point` with each of its vectors settled."""
+    """`point` with each of its vectors settled, and without a vocabulary that all of its sources have."""
     terms = tuple(replace(term, vector=settle_vector(term.vector, sources, point.base)) for term in point.terms)
-    return replace(point, terms=terms)
+    remapped = any(map_of(sources[source]) for source in point.sources())
+    return replace(point, terms=terms, vocabulary=point.vocabulary if remapped else None)

@@ -18,6 +18,7 @@ from rvdist.core.errors import Failed
 from rvdist.core.regular import read_regular, write_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
+from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
 
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -57,5 +58,7 @@ def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
         files = sorted(of.values())
         if isinstance(checkpoint, Stacked):  # which layers of these files, and where
             files += [json.dumps([name, of[file], at]) for name, (file, at) in sorted(checkpoint.mapping.items())]
+    if isinstance(checkpoint, Remapped):  # the rows of others, and which
+        files += [checkpoint.digest, *(checkpoint_digest(lender, cache) for lender in checkpoint.lenders[1:])]
     made_of = json.dumps([files, checkpoint.config], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(made_of.encode())

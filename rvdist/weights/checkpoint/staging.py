@@ -30,6 +30,7 @@ from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, r
 from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.weights.checkpoint.remapped import TOKENIZER, Remapped
 from rvdist.weights.checkpoint.room import Room
 
 DISCARD = Path("/dev/null")
@@ -302,13 +303,15 @@ def carry_over(base: Checkpoint, staging: Staging, dtype: str | None, weights: b
         if len(name.parts) > 1:
             with _explain_errors(staging.partial / name), suppress(FileExistsError):
                 os.mkdir(name.parts[0], dir_fd=staging.handle.descriptor)
-        staging.copy(_open_companion(path, base), str(name))
+        staging.copy(_open_companion(path), str(name))
     as_stored = weights and dtype is None and isinstance(base, Scaled)
     config = base.config if as_stored else without_quantization(base.config)
     if dtype is not None and config:
         config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     if config != (read_json(path) if (path := base.beside / "config.json").exists() else {}):
         staging.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    for file, text in base.written_beside().items() if isinstance(base, Remapped) else ():
+        staging.write_text(file, text)
 
 
 def companions(base: Checkpoint) -> dict[Path, Path]:
@@ -323,16 +326,21 @@ def companions(base: Checkpoint) -> dict[Path, Path]:
     }
     if (templates := base.beside / _TEMPLATES).is_dir():
         files |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
+    if isinstance(base, Remapped) and base.tokenizer:  # whose files may stand elsewhere
+        own = [entry for entry in sorted(base.tokenizer.where.iterdir()) if TOKENIZER.fullmatch(entry.name)]
+        files = {name: path for name, path in files.items() if base.goes_along(str(name))}
+        files |= {Path(entry.name): entry for entry in own}
     for path in files.values():
-        descriptor = _open_companion(path, base)
+        descriptor = _open_companion(path)
         with suppress(OSError):  # nothing was read
             os.close(descriptor)
     return files
 
 
-def _open_companion(path: Path, base: Checkpoint) -> int:
+def _open_companion(path: Path) -> int:
+    beside = path.parent.parent if path.parent.name == _TEMPLATES else path.parent
     try:
-        descriptor = open_regular(path, own_places(base.beside))
+        descriptor = open_regular(path, own_places(beside))
     except LeadsOut as error:
         raise BadInput(
             f"{path}: {error.strerror}, outside of its checkpoint, and would be copied into the output; replace the "

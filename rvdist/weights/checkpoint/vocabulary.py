@@ -1,0 +1,284 @@
+"""Gives the checkpoints of a point the tokens that its output has: which row of which of them is whose.
+
+Source: mergekit 0.1.5, whose rules these are (docs/recipes.md). Reads tokenizers, and of tensors only headers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rvdist.core.errors import BadInput
+from rvdist.core.point import WeightPoint
+from rvdist.core.vocabulary import BASE, UNION, TokenRule, Vocabulary
+from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO, Numbers, Remapped, Rows
+from rvdist.weights.checkpoint.stacked import Stacked
+from rvdist.weights.checkpoint.tokens import Added, Built, Tokens, build, has_tokens, read_tokens, strip, unite
+
+Open = Callable[[str], Checkpoint]
+_NAME = r"(?:embed_tokens|wte|embed_in|word_embeddings|shared|lm_head|embed_out)"
+_BY_TOKEN = re.compile(rf"(?:.+\.)?{_NAME}\.(?:weight|bias)")
+_ALIKE = re.compile(r".*(?:emb|head|vocab|lm_).*")
+_IDS = re.compile(r".*_token_(?:ids?|index)")
+_PARTS = ("text_config", "llm_config", "language_config")
+
+
+def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -> dict[str, Remapped]:
+    """The point's sources whose rows are to be others than they have, by name: none where all have the tokens that are
+    asked for at the same ids. `opened` gives a model that is no source. Raises BadInput."""
+    vocabulary = point.vocabulary
+    assert vocabulary is not None
+    models = {name: sources[name] if name in sources else opened(name) for name in vocabulary.models}
+    plain = vocabulary.source == BASE and not vocabulary.rules and not vocabulary.multiple
+    if plain and not any(has_tokens(one.beside) for one in models.values()):
+        return {}  # nothing was compared, as is said of such models
+    base = models[point.base]
+    for one in models.values():
+        _require_plain(one, one is base)
+    names = _named_by_token(base)
+    rows = {model: _row_count(one, names) for model, one in models.items()}
+    tokens = {model: read_tokens(one.beside) for model, one in models.items()}
+    tokens[point.base] = strip(tokens[point.base], rows[point.base])
+    built = _tokenizer(vocabulary, tokens, rows, opened)
+    found = {}
+    own_rows = {model: _rows_of(built, tokens[model], rows[model]) for model in models}
+    maps = {name: _Maps(vocabulary, models, tokens, own_rows, built, name) for name in names}
+    for source in point.sources():
+        one = models[source]
+        own = {name: maps[name].rows(source) for name in names}
+        new = _remapped(one, own, built if one is base else None, tokens[source])
+        remade = one is base and (built.limit is not None or built.added or built.where != base.beside)
+        if remade or not all(_is_identity(rows, one.tensors[name].shape[0]) for name, rows in new.rows.items()):
+            found[source] = new
+    return found
+
+
+def _remapped(
+    one: Checkpoint, own: Mapping[str, tuple[Rows, tuple[Checkpoint, ...]]], tokenizer: Built | None, tokens: Tokens
+) -> Remapped:
+    """The checkpoint with these rows: each tensor has its own lenders, which become one list."""
+    lenders = list({id(lender): lender for _, of in own.values() for lender in (one, *of)}.values())
+    place = {id(lender): number for number, lender in enumerate(lenders)}
+    rows, tensors = {}, dict(one.tensors)
+    for name, (map_, of) in own.items():
+        numbers = np.array([place[id(lender)] for lender in of], np.int32)
+        owner = np.where(map_.owner >= 0, numbers[map_.owner.clip(0)], map_.owner).astype(np.int32)
+        means = tuple(tuple((int(numbers[k]), row) for k, row in mean) for mean in map_.means)
+        rows[name] = Rows(owner, map_.row, means)
+        tensors[name] = replace(one.tensors[name], shape=(len(owner), *one.tensors[name].shape[1:]))
+    kept = {part.name: getattr(one, part.name) for part in fields(Checkpoint)} | {"tensors": tensors}
+    changed, generation = dict[str, Any](), None
+    if tokenizer:
+        changed = _changed(one, tokenizer, tokens, len(next(iter(rows.values())).owner))
+        path = one.beside / "generation_config.json"
+        if path.exists() and (ids := _new_ids(path, read_json(path), tokenizer, tokens)):
+            generation = read_json(path) | ids
+    return Remapped(
+        **kept, lenders=tuple(lenders), rows=rows, tokenizer=tokenizer, changed=changed, generation=generation
+    )
+
+
+class _Maps:
+    """Where the rows of one tensor come from in each of the models that have it."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        models: Mapping[str, Checkpoint],
+        tokens: Mapping[str, Tokens],
+        own: Mapping[str, Numbers],
+        built: Built,
+        name: str,
+    ) -> None:
+        self._names, self._lenders = vocabulary.models, tuple(models[model] for model in vocabulary.models)
+        self._built, self._tensor = built, name
+        count, multiple = len(built.ids), vocabulary.multiple or 1
+        self._count, self._padded = count, -(-count // multiple) * multiple
+        self._own: Numbers = np.stack([own[model] for model in self._names])
+        self._has = self._own >= 0
+        self._force = np.zeros(count, bool)
+        self._decide(vocabulary)
+        for rule in vocabulary.rules:
+            self._follow(rule, tokens)
+
+    def _decide(self, vocabulary: Vocabulary) -> None:
+        """The row of a token in models that lack it: of the one that has it, or of the base, or the mean of several."""
+        holders = self._has.sum(0)
+        first = self._has.argmax(0)  # the base, if that has it
+        self._owner = np.where(holders == 0, ZERO, first).astype(np.int32)
+        self._row = np.where(holders == 0, 0, self._own[first, np.arange(self._count)]).astype(np.int32)
+        several = (holders > 1) & ~self._has[0]
+        self._means: list[tuple[tuple[int, int], ...]] = []
+        ruled = {self._built.ids[rule.token] for rule in vocabulary.rules}
+        for number in np.flatnonzero(several).tolist():
+            if number in ruled:
+                continue
+            self._owner[number], self._row[number] = MEAN, len(self._means)
+            holding = np.flatnonzero(self._has[:, number]).tolist()
+            self._means.append(tuple((k, int(self._own[k, number])) for k in holding))
+
+    def _follow(self, rule: TokenRule, tokens: Mapping[str, Tokens]) -> None:
+        number = self._built.ids[rule.token]
+        self._force[number] = rule.force
+        if not rule.force and self._has[:, number].all():
+            return
+        if rule.model is None:
+            self._owner[number], self._row[number] = ZERO, 0
+            return
+        key = f"tokenizer.tokens.{rule.token}.source"
+        if rule.model not in self._names:
+            raise BadInput(
+                f"{key}: takes a row of {rule.model}, which has no tensor {self._tensor}; name another model"
+            )
+        k = self._names.index(rule.model)
+        if rule.row is not None:
+            row, most = rule.row, self._lenders[k].tensors[self._tensor].shape[0]
+            if row >= most:
+                raise BadInput(f"{key}: takes row {row} of {rule.model}, which has {most} rows")
+        else:
+            wanted = rule.token if rule.other is None else rule.other
+            row = int(self._own[k, number]) if rule.other is None else tokens[rule.model].ids.get(wanted, -1)
+            if not 0 <= row < self._lenders[k].tensors[self._tensor].shape[0]:
+                raise BadInput(f"{key}: takes the row of token {wanted!r} of {rule.model}, which has no such token")
+        self._owner[number], self._row[number] = k, row
+
+    def rows(self, model: str) -> tuple[Rows, tuple[Checkpoint, ...]]:
+        """Those of a model, and the checkpoints among which they are. Raises BadInput for a row of another dtype."""
+        k = self._names.index(model)
+        own = self._has[k] & ~self._force
+        owner = np.full(self._padded, PADDING, np.int32)
+        row = np.zeros(self._padded, np.int32)
+        owner[: self._count] = np.where(own, k, self._owner)
+        row[: self._count] = np.where(own, self._own[k], self._row)
+        dtype = self._lenders[k].tensors[self._tensor].dtype
+        for other, lender in enumerate(self._lenders):
+            theirs = lender.tensors[self._tensor].dtype
+            if theirs != dtype and (owner == other).any():
+                number = int(np.flatnonzero(owner == other)[0])
+                token = next(token for token, id_ in self._built.ids.items() if id_ == number)
+                raise BadInput(
+                    f"{self._lenders[k].path}: would take the row of token {token!r} in {self._tensor} from "
+                    f"{lender.path}, which stores it as {theirs} where this has {dtype}; store them in one dtype"
+                )
+        return Rows(owner, row, tuple(self._means)), self._lenders
+
+
+def _tokenizer(vocabulary: Vocabulary, tokens: Mapping[str, Tokens], rows: Mapping[str, int], opened: Open) -> Built:
+    """That of the output, with a token for every rule."""
+    start, new = tokens[vocabulary.models[0]], list[Added]()
+    if vocabulary.source == UNION:
+        new = unite([(tokens[model], rows[model]) for model in vocabulary.models])
+    elif vocabulary.source in tokens:
+        start = read_tokens(tokens[vocabulary.source].where)  # with what the base has no rows for
+    elif vocabulary.source != BASE:
+        path = Path(vocabulary.source).expanduser()
+        start = read_tokens(path if path.is_dir() else opened(vocabulary.source).beside)
+    known = start.ids.keys() | {one.content for one in new}
+    return build(start, new + [Added(rule.token) for rule in vocabulary.rules if rule.token not in known])
+
+
+def _rows_of(built: Built, tokens: Tokens, rows: int) -> Numbers:
+    """The row of a model, which has so many, for each id of the output; -1 where it has none."""
+    own: Numbers = np.full(len(built.ids), -1, np.int32)
+    for token, number in built.ids.items():
+        if (row := tokens.ids.get(token, -1)) < rows:
+            own[number] = row
+    return own
+
+
+def _is_identity(rows: Rows, count: int) -> bool:
+    return len(rows.owner) == count and bool((rows.owner == 0).all()) and bool((rows.row == np.arange(count)).all())
+
+
+def _require_plain(one: Checkpoint, is_base: bool) -> None:
+    if isinstance(one, Difference):
+        raise BadInput(
+            f"{one.path}: is {one.kind}, whose rows are those of the ids that it was made with, and tokenizer is set; "
+            "apply it to what it was trained on, and use the result as vector.plus"
+        )
+    if isinstance(one, Stacked) or (is_base and isinstance(one, Scaled)):
+        raise BadInput(
+            f"{one.path}: is quantised or a recipe of layers, and tokenizer is set; write it as a plain one first"
+        )
+
+
+def _named_by_token(base: Checkpoint) -> list[str]:
+    """The tensors that have a row for each token. Raises BadInput where that is not plain."""
+    names = [name for name, spec in base.tensors.items() if _BY_TOKEN.fullmatch(name) and spec.numel]
+    counts = {base.tensors[name].shape[0] for name in names}
+    if not names:
+        raise BadInput(f"{base.path}: has no tensor that is called as an embedding is; leave tokenizer out")
+    for name, spec in base.tensors.items():
+        if name not in names and counts & set(spec.shape) and _ALIKE.fullmatch(name):
+            raise BadInput(
+                f"{base.path}: tensor {name} has as many rows as the vocabulary ({list(spec.shape)}), and it is not "
+                "known whether these are tokens; leave tokenizer out"
+            )
+    return names
+
+
+def _row_count(one: Checkpoint, names: Sequence[str]) -> int:
+    """How many rows are tokens: as many as its configuration says."""
+    for name in names:
+        if name not in one.tensors or not one.tensors[name].shape:
+            raise BadInput(
+                f"{one.path}: has no {name}, of which the target has a row for each token; store both with a head of "
+                "their own, or both without"
+            )
+        if isinstance(one, Scaled) and name in one.scales:
+            raise BadInput(f"{one.path}: tensor {name} is quantised, and its rows are asked for; store it as bf16")
+    held = [one.tensors[name].shape[0] for name in names]
+    said = [part["vocab_size"] for part in _configs(one.config) if "vocab_size" in part]
+    if any(type(size) is not int or not 0 < size <= min(held) for size in said):
+        raise BadInput(f"{one.path}: its config.json has vocab_size={said[0]}, and {names[0]} has {min(held)} rows")
+    return min([*held, *map(int, said)])
+
+
+def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [config[part] if part else config for part in _parts(config)]
+
+
+def _parts(config: Mapping[str, Any]) -> list[str]:
+    return ["", *(part for part in _PARTS if isinstance(config.get(part), Mapping))]
+
+
+def _changed(base: Checkpoint, tokenizer: Built, tokens: Tokens, rows: int) -> dict[str, Any]:
+    """What a configuration says otherwise of a model with so many rows and this tokenizer; its parts are mappings."""
+    found: dict[str, Any] = {}
+    for config, part in zip(_configs(base.config), _parts(base.config), strict=True):
+        own = _new_ids(base.beside / "config.json", config, tokenizer, tokens)
+        own |= {"vocab_size": rows} if "vocab_size" in config else {}
+        found |= {part: own} if part else own
+    return found
+
+
+def _new_ids(path: Path, config: Mapping[str, Any], tokenizer: Built, tokens: Tokens) -> dict[str, Any]:
+    """The ids of a configuration that are others in the tokenizer of the output. Raises BadInput for one that is none
+    there."""
+    if tokenizer.where == tokens.where:
+        return {}  # its own tokens keep their ids
+    token_of = {number: token for token, number in tokens.ids.items()}
+
+    def new(key: str, given: Any) -> Any:
+        if isinstance(given, list):
+            return [new(key, one) for one in given]
+        if type(given) is not int or given < 0:
+            return given
+        token = token_of.get(given)
+        if token not in tokenizer.ids:
+            raise BadInput(
+                f"{path}: {key} is {given}, token {token!r}, which the tokenizer of {tokenizer.where} lacks; add it by "
+                f"tokenizer.tokens, or choose tokenizer=union"
+            )
+        return tokenizer.ids[token]
+
+    ids = {key: new(key, value) for key, value in config.items() if _IDS.fullmatch(key)}
+    return {key: value for key, value in ids.items() if value != config[key]}

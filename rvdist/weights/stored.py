@@ -1,0 +1,50 @@
+"""A source's tensors as 1-d ranges of elements, where they lie in files as they are."""
+
+from __future__ import annotations
+
+import torch
+
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.header import TensorSpec
+from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
+
+
+class Operand:
+    """The tensors of `checkpoint`, which lie in its files as they are. Not thread-safe."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._files = TensorFiles(checkpoint)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What it reads."""
+        return self._files.checkpoint
+
+    @property
+    def bytes_read(self) -> int:
+        """So far, from files or the Hub."""
+        return self._files.bytes_read
+
+    def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Elements [begin, end) of tensor `name` in C order: a 1-d view of `buffer`, a 1-d uint8 tensor of 8 bytes an
+        element, or as many as its dtype has; in the dtype of its spec, but fp8 comes scaled in fp32 and wants 8. Raises
+        BadInput where a file cannot be used, Failed where the Hub does not answer."""
+        return self._files.read(self._tensors[name], begin, end, buffer)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that elements of a tensor are read in."""
+        return TORCH_DTYPE[self._tensors[name].dtype]
+
+    def read_columns(self, name: str, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
+        """The same of some columns of some rows, where tensors lie as they are: any other kind is read by rows."""
+        assert type(self) is Operand
+        return self._files.read_columns(self._tensors[name], rows, columns, buffer)
+
+    def _whole(self, spec: TensorSpec) -> torch.Tensor:
+        """All of a tensor, in fp32 and its shape."""
+        room = torch.empty(spec.nbytes, dtype=torch.uint8)
+        return self._files.read(spec, 0, spec.numel, room).view(spec.shape).float()
+
+    def close(self) -> None:
+        self._files.close()
