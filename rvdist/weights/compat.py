@@ -29,7 +29,7 @@ from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.experts import layouts
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
-from rvdist.weights.checkpoint.layouts import Relaid
+from rvdist.weights.checkpoint.layouts import Relaid, called_otherwise
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tied import contradiction, is_embedding, is_tied
@@ -89,6 +89,7 @@ def check(
     for term in point.terms:
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
         _require_one_expert_layout((base, plus, minus), term.mask)
+        exceptions += _check_patterns(base, (plus, minus), term.mask)
         coefficient = partial(term.mask.coefficient, layers=layer_count(base.tensors))
         _require_no_tied_head(base, (plus, minus), coefficient)
         exceptions += check_vector(term.vector, sources, extra_rows, coefficient)
@@ -187,6 +188,23 @@ def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) ->
                     f"{other.path}: stores its experts {another} ({its_name}) where {one.path} stores them {layout} "
                     f"({name}); {way_out}, or leave the experts out by vector.mask.exclude"
                 )
+
+
+def _check_patterns(base: Checkpoint, donors: Sequence[Checkpoint], mask: Mask) -> Iterator[str]:
+    """Says which patterns of a mask match nothing. Raises BadInput for one that names what donors call their experts'
+    tensors, and not what the base does: masks are matched to the base's names."""
+    for key, patterns in (("include", mask.include), ("exclude", mask.exclude)):
+        for pattern in patterns:
+            matches = re.compile(pattern).fullmatch
+            for donor in donors:
+                for own, new in called_otherwise(donor):
+                    if matches(own) and not matches(new):
+                        raise BadInput(
+                            f"mask.{key}: {pattern!r} matches {own} of {donor.path}, and not {new} of {base.path}, "
+                            "which is made of it; masks are matched to the target's names: match that, or neither"
+                        )
+            if not any(matches(name) for name in base.tensors):
+                yield f"mask.{key}: {pattern!r} matches no tensor of {base.path.name}"
 
 
 def _require_no_tied_head(base: Checkpoint, donors: Sequence[Checkpoint], coefficient: Coefficient) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from alone import write
-from checkpoints import load_checkpoint
+from checkpoints import launch, load_checkpoint
 from mixtures import BIASED, PLAIN, E, stored, unstored
 from safetensors.torch import save_file
 
@@ -50,40 +53,73 @@ def relaid(weights: dict[str, torch.Tensor], layout: str, other: str) -> dict[st
     return kept | {name: tensor for name, tensor in found.items() if at not in weights or ".gate.weight" not in name}
 
 
-@pytest.mark.parametrize(
-    ("kind", "layouts"),
-    [("qwen3", PLAIN), ("mixtral", PLAIN), ("gpt-oss", BIASED)],
-)
+def put(own: str, layouts: tuple[str, ...], place: Path) -> dict[str, dict[str, Path]]:
+    """Where each of the three lies in each layout."""
+    found: dict[str, dict[str, Path]] = {}
+    for layout, name in product(layouts, ("target", "plus", "minus")):
+        there = place / layout / name
+        shutil.copytree(place / name, there, ignore=shutil.ignore_patterns("*.safetensors*"))
+        weights = load_checkpoint(place / name)
+        changed = weights if layout == own else relaid(weights, own, layout)
+        save_file({k: v.contiguous() for k, v in changed.items()}, there / "model.safetensors", {"format": "pt"})
+        found.setdefault(layout, {})[name] = there
+    return found
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of each weight file of an output."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.glob("*.safetensors")}
+
+
+def require_one_merge(own: str, paths: dict[str, dict[str, Path]], merged: dict[tuple[str, str, str], Path]) -> None:
+    """Outputs by the layouts of plus, minus and target: those of one target are one to the byte, and the permuted
+    output in the layout that the model was saved in; no tensor of it is left out."""
+    first = load_checkpoint(merged[own, own, own])
+    before = load_checkpoint(paths[own]["target"])
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in first.items())
+    for (*donors, target), out in merged.items():
+        assert digests(out) == digests(merged[target, target, target]), (donors, target)
+        found, expected = load_checkpoint(out), first if target == own else relaid(first, own, target)
+        assert found.keys() == expected.keys() == load_checkpoint(paths[target]["target"]).keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), (donors, target)
+
+
+KINDS = [("qwen3", PLAIN), ("mixtral", PLAIN), ("gpt-oss", BIASED)]
+
+
+@pytest.mark.parametrize(("kind", "layouts"), KINDS)
 def test_all_layouts_of_a_saved_model_give_one_merge(tmp_path: Path, kind: str, layouts: tuple[str, ...]) -> None:
     own = saved(kind, tmp_path)
-    for layout in layouts:
-        for name in ("target", "plus", "minus"):
-            there = tmp_path / name if layout == own else tmp_path / layout / name
-            if layout != own:
-                shutil.copytree(tmp_path / name, there, ignore=shutil.ignore_patterns("*.safetensors*"))
-                changed = relaid(load_checkpoint(tmp_path / name), own, layout)
-                save_file(
-                    {k: v.contiguous() for k, v in changed.items()}, there / "model.safetensors", {"format": "pt"}
-                )
-            (tmp_path / "targets").mkdir(exist_ok=True)
-            if name == "target":
-                shutil.copytree(there, tmp_path / "targets" / layout)
-    merged = {}
-    for donors in layouts:
-        place = tmp_path if donors == own else tmp_path / donors
-        vector = Vector(str(place / "plus"), str(place / "minus"))
-        (tmp_path / "out" / donors).mkdir(parents=True)
-        for target in layouts:
-            point = WeightPoint(str(tmp_path / "targets" / target), (Term(0.5, vector),))
-            write({tmp_path / "out" / donors / target: point})
-        merged |= {(donors, target): load_checkpoint(tmp_path / "out" / donors / target) for target in layouts}
-    assert any(
-        "experts" in name and not torch.equal(tensor, load_checkpoint(tmp_path / "target")[name])
-        for name, tensor in merged[own, own].items()
-    )
-    for target in layouts:
-        expected = merged[own, own] if target == own else relaid(merged[own, own], own, target)
-        for donors in layouts:
-            found = merged[donors, target]
-            assert found.keys() == expected.keys(), (donors, target)
-            assert all(torch.equal(found[name], expected[name]) for name in found), (donors, target)
+    paths, merged = put(own, layouts, tmp_path), {}
+    (tmp_path / "out").mkdir()
+    for plus, minus, target in product(layouts, repeat=3):
+        if minus in (plus, target):  # the rest by the command
+            merged[plus, minus, target] = out = tmp_path / "out" / f"{plus}-{minus}-{target}"
+            vector = Vector(str(paths[plus]["plus"]), str(paths[minus]["minus"]))
+            write({out: WeightPoint(str(paths[target]["target"]), (Term(0.5, vector),))})
+    require_one_merge(own, paths, merged)
+
+
+def by_command(kind: str, place: Path, layouts: tuple[str, ...], wanted: Callable[[str, str, str], bool]) -> None:
+    own = saved(kind, place)
+    paths, merged = put(own, layouts, place), {}
+    for plus, minus, target in product(layouts, repeat=3):
+        if wanted(plus, minus, target) or plus == minus == target:
+            merged[plus, minus, target] = out = place / "out" / f"{plus}-{minus}-{target}"
+            ended = launch(
+                f"target={paths[target]['target']}", f"vector.plus={paths[plus]['plus']}",
+                f"vector.minus={paths[minus]['minus']}", "alpha=0.5", f"output={out}", cwd=place,
+            )  # fmt: skip
+            assert ended.returncode == 0, ended.stderr[-2000:]
+            assert "skipped" not in ended.stdout + ended.stderr and "stay as they are" not in ended.stdout
+    require_one_merge(own, paths, merged)
+
+
+def test_the_command_merges_donors_of_two_layouts_into_a_third(tmp_path: Path) -> None:
+    by_command("mixtral", tmp_path, PLAIN, lambda *three: three == ("gate_proj", "w1", "fused"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layouts"), KINDS)
+def test_the_command_merges_all_layouts_into_all(tmp_path: Path, kind: str, layouts: tuple[str, ...]) -> None:
+    by_command(kind, tmp_path, layouts, lambda *three: True)

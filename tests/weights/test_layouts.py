@@ -14,7 +14,7 @@ from mixtures import BIASED, PLAIN, Weights, canonical, stored
 from rvdist.core.config import Config, Saved
 from rvdist.core.config.points import Storage
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.core.timing import Timing
 from rvdist.stages.job import Job
 from rvdist.stages.prepare import Known, _Index
@@ -32,6 +32,11 @@ def computed(point: WeightPoint, size: int) -> Weights:
         for begin in range(0, spec.numel, size):
             reader.fill(name, begin, out[name][begin : begin + size])
     return out
+
+
+def opened_and_checked(point: WeightPoint) -> compat.Compatibility:
+    base = open_source(point.base)
+    return compat.check(point, {name: lay_out(open_source(name), base) for name in point.sources()})
 
 
 @pytest.mark.parametrize(
@@ -122,3 +127,59 @@ def test_a_vector_is_not_stored_in_the_layout_of_a_target_beside(tmp_path: Path)
     index.add_vector(Saved(Vector(*donors), tmp_path / "v", Storage()), [])
     with pytest.raises(BadInput, match="another layout"):
         index.add([WeightPoint(target, (Term(0.5, Vector(*donors)),))])
+
+
+@pytest.mark.parametrize(
+    ("donors", "target", "said"),
+    [
+        ("gate_proj", "fused", Mask(exclude=(r".*experts\.1\..*",))),
+        ("gate_proj", "fused", Mask(include=(r".*gate_proj.*", r".*down_proj"))),
+        ("fused", "gate_proj", Mask(exclude=(r".*\.down_proj",))),
+        ("gate_proj", "w1", Mask(exclude=(r".*\.mlp\.experts\..*",))),
+        ("w1", "fused", Mask(exclude=(r"model\.layers\.0\.block_sparse_moe\.gate\.weight",))),
+    ],
+)
+def test_a_mask_by_the_donors_names_is_refused(tmp_path: Path, donors: str, target: str, said: Mask) -> None:
+    """It would mask nothing out, or all, and nobody would know."""
+    base = canonical(0, False)
+    paths = [str(write_checkpoint(tmp_path / name, stored(near(base, k), donors))) for k, name in enumerate("pm")]
+    own = str(write_checkpoint(tmp_path / "target", stored(base, target)))
+    with pytest.raises(BadInput, match=r"mask\.(in|ex)clude: .* matches .* of .*/p, and not .* of .*/target"):
+        opened_and_checked(WeightPoint(own, (Term(0.5, Vector(*paths), said),)))
+    beside = str(write_checkpoint(tmp_path / "beside", stored(base, donors)))
+    opened_and_checked(WeightPoint(beside, (Term(0.5, Vector(*paths), said),)))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(exclude=(r".*experts\.1\..*",)),
+        Mask(include=(r".*\.w2\..*",)),
+        Mask(layers=((0, 0),)),
+        Mask(exclude=(r".*gate\.weight",), depth=(0.5,)),
+    ],
+)
+def test_a_mask_by_the_targets_names_is_that_in_one_layout(tmp_path: Path, mask: Mask) -> None:
+    base = canonical(0, False)
+    own = str(write_checkpoint(tmp_path / "target", stored(base, "w1")))
+    merged = []
+    for layout in ("w1", "fused", "gate_proj"):
+        paths = [
+            str(write_checkpoint(tmp_path / f"{name}-{layout}", stored(near(base, k), layout)))
+            for k, name in enumerate("pm")
+        ]
+        point = WeightPoint(own, (Term(0.5, Vector(*paths), mask),))
+        assert not any("mask." in note for note in opened_and_checked(point).exceptions)
+        merged.append(computed(point, 1 << 20))
+    for other in merged[1:]:
+        assert all(torch.equal(merged[0][name], tensor) for name, tensor in other.items())
+    changed = [name for name, tensor in stored(base, "w1").items() if not torch.equal(merged[0][name], tensor.view(-1))]
+    assert changed and (mask.layers or len(changed) < len(base) * 3)
+
+
+def test_a_mask_that_matches_nothing_is_told_of(tmp_path: Path) -> None:
+    base = canonical(0, False)
+    paths = [str(write_checkpoint(tmp_path / name, stored(near(base, k), "w1"))) for k, name in enumerate("pmt")]
+    point = WeightPoint(paths[2], (Term(0.5, Vector(*paths[:2]), Mask(exclude=(r".*experts\.9\..*", ".*w2.*"))),))
+    notes = opened_and_checked(point).exceptions
+    assert [note for note in notes if "mask" in note] == [r"mask.exclude: '.*experts\\.9\\..*' matches no tensor of t"]

@@ -197,6 +197,14 @@ def turn(adapter: Difference, base: Checkpoint) -> Difference:
     return replace(adapter, tensors=tensors, forms=forms)
 
 
+def called_otherwise(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(what a tensor is called where it is stored, the tensor that is made of it) of each that is read under other
+    names."""
+    if isinstance(checkpoint, Relaid):
+        yield from ((own, new) for new, own in checkpoint.names.items() if new != own)
+        yield from ((own, new) for new, view in checkpoint.views.items() for own in view.ranges() if new != own)
+
+
 def layout_of(checkpoint: Checkpoint) -> str:
     """In which layout that is not its own a checkpoint is read; empty where it is read as it is."""
     return checkpoint.layout if isinstance(checkpoint, Relaid) else ""
