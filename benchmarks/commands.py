@@ -1,11 +1,13 @@
 """Whole merge commands against mergekit 0.1.5 with its best flags, one after the other, in one run.
 
-    python benchmarks/commands.py NAME [--models TARGET PLUS MINUS] [--rounds 3] [--work DIR]
+    python benchmarks/commands.py NAME [--models TARGET PLUS MINUS] [--rounds 3] [--work DIR] [--cold]
 
 Without `--models` on three checkpoints of Qwen2.5-1.5B's shape, as benchmarks/merge.py makes them. Round by round: the
 floor (`cat` of the inputs, `cp -r` of the target, `sync`); ours as typed, and with two workers on a Ray that is up;
 mergekit as typed, with asynchronous writes by two threads, with these, two threads of computing and the lazy unpickler,
-and its API in memory with its batched kernels. Medians go to benchmarks/README.md, under "commands.py, NAME".
+and its API in memory with its batched kernels. With `--cold` none of the inputs is in the page cache when a command
+begins, and two rows more show what the disk gives: `dd` with direct reads, and ours into /dev/null. Medians go to
+benchmarks/README.md, under "commands.py, NAME".
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ FLAGS = {
     "mergekit, `--async-write --write-threads 2`": ASYNC,
     "mergekit, these and `-j 2 --lazy-unpickle`": (*ASYNC, "-j", "2", "--lazy-unpickle"),
 }
+DD, NOWHERE = "`dd iflag=direct bs=16M`, one file after the other", "rvdist into /dev/null"
 IN_MEMORY = "mergekit's `merge_state_dicts`, files read and written by safetensors"
 _MEMORY = """
 import shutil, sys
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--models", type=Path, nargs=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rvdist-benchmark")
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -70,7 +74,8 @@ def main() -> None:
         for seed, place in enumerate((target, plus, minus)):
             if not place.exists():
                 shapes.write_checkpoint(place, shapes.QWEN_1_5B, 3, seed, merge.CONFIG)
-    inputs = " ".join(str(file) for one in (target, plus, minus) for file in sorted(one.glob("*.safetensors")))
+    files = [file for one in (target, plus, minus) for file in sorted(one.glob("*.safetensors"))]
+    inputs = " ".join(map(str, files))
     recipe, out = work / "recipe.yml", work / "out"
     models = [{"model": str(one), "parameters": {"weight": w}} for one, w in ((plus, 1.0), (minus, -1.0))]
     said = {"merge_method": "task_arithmetic", "base_model": str(target), "dtype": "bfloat16", "models": models}
@@ -87,13 +92,20 @@ def main() -> None:
         **{name: [str(tool), str(recipe), str(out), "--no-copy-tokenizer", *more] for name, more in FLAGS.items()},
         IN_MEMORY: [str(tool.with_name("python")), "-c", _MEMORY, *map(str, (target, plus, minus, out))],
     }
+    if arguments.cold:
+        reads = "; ".join(f"dd if={file} of=/dev/null bs=16M iflag=direct" for file in files)
+        into_nothing = [f"output={os.devnull}" if one == f"output={out}" else one for one in ours]
+        commands = {DD: ["sh", "-c", reads], NOWHERE: into_nothing} | commands
     door = [sys.executable, "-m", "rvdist.launch"]
     os.environ["RVDIST_UP"] = str(work / "up")
     runs: dict[str, list[merge.Measured]] = {name: [] for name in commands}
     for _ in range(arguments.rounds):
         for name, command in commands.items():
-            subprocess.run(["sh", "-c", f"rm -rf {out}*; cat {inputs} >/dev/null"], check=True)
+            warm = "" if arguments.cold else f"; cat {inputs} >/dev/null"
+            subprocess.run(["sh", "-c", f"rm -rf {out}*{warm}"], check=True)
             os.sync()
+            if arguments.cold:
+                evict(files)
             if name == UP:
                 subprocess.run([*door, "up"], check=True, stdout=subprocess.DEVNULL)
             try:
@@ -103,15 +115,22 @@ def main() -> None:
                     subprocess.run([*door, "down"], check=True, stdout=subprocess.DEVNULL)
             print(f"round {len(runs[name])}: {name}: {runs[name][-1].wall:.1f} s", flush=True)
     subprocess.run(["sh", "-c", f"rm -rf {out}*"], check=True)
-    nbytes = sum(Path(file).stat().st_size for file in inputs.split())
-    report(arguments.name, nbytes, runs, os.getloadavg()[2])
+    nbytes = sum(file.stat().st_size for file in files)
+    report(arguments.name, nbytes, runs, os.getloadavg()[2], "cold" if arguments.cold else "warm")
 
 
-def report(name: str, nbytes: int, runs: dict[str, list[merge.Measured]], load: float) -> None:
+def evict(files: list[Path]) -> None:
+    """Has the page cache forget these, which must be written."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def report(name: str, nbytes: int, runs: dict[str, list[merge.Measured]], load: float, cache: str) -> None:
     median = {one: statistics.median(m.wall for m in measured) for one, measured in runs.items()}
     lines = [
         f"Inputs of {nbytes / 1e9:.2f} GB together, bf16; {len(runs[OURS])} round(s) in turn, medians; "
-        f"{os.cpu_count()} cores at a load of {load:.0f}, page cache warm.",
+        f"{os.cpu_count()} cores at a load of {load:.0f}, page cache {cache}.",
         "",
         "| what | whole command, s (min to max) | × ours | × floor | CPU s | resident, GiB |",
         "|---|---|---|---|---|---|",

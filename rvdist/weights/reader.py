@@ -6,14 +6,14 @@ Streams in chunks; never holds a model. Several points share every byte they rea
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
 import torch
 
-from rvdist.core.point import Vector, WeightPoint, layer_count
+from rvdist.core.point import Rename, Vector, WeightPoint, layer_count
 from rvdist.weights.arithmetic.method import (
     Count,
     Place,
@@ -342,8 +342,8 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
     return len({source for point in points for source in point.sources()}) + len(points)
 
 
-def open_point(point: WeightPoint) -> PointReader:
+def open_point(point: WeightPoint, open: Callable[[str, Rename], Checkpoint] = open_source) -> PointReader:
     """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
-    sources = {source: open_source(source, rename) for source, rename in point.renames()}
+    sources = {source: open(source, rename) for source, rename in point.renames()}
     sources = {name: lay_out(source, sources[point.base]) for name, source in sources.items()}
     return PointReader([settle(point, sources)], sources)

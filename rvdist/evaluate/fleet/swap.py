@@ -31,6 +31,7 @@ from rvdist.evaluate.fleet.private_vllm import (
     watch_logits,
 )
 from rvdist.evaluate.fleet.recorded import Recorded
+from rvdist.weights.checkpoint.kept import KeptSources
 from rvdist.weights.reader import open_point
 
 LACKS = "the weight point lacks tensors that the engine needs"
@@ -48,6 +49,7 @@ class SwapExtension:
     reload_weights: Any
     _rvdist_tensors: list[str]
     _rvdist_recorded: Recorded
+    _rvdist_sources: KeptSources
     _rvdist_rows: torch.Tensor  # of logits since they were asked for: all of them, and those that give no distribution
 
     _rvdist_bytes = 0  # that swaps read
@@ -67,6 +69,7 @@ class SwapExtension:
         unname_memory()
         ask_for_amx()
         self._rvdist_tensors, self._rvdist_recorded = tensors, Recorded(self, is_on_cpu())
+        self._rvdist_sources = KeptSources()
         self._rvdist_rows = watch_logits(self.model_runner)
 
     def rvdist_rows(self) -> list[int]:
@@ -89,7 +92,7 @@ class SwapExtension:
         does not arrive in vLLM. After any error the weights of this rank are undefined.
         """
         came: set[str] = set()
-        with closing(open_point(WeightPoint.from_json(json.loads(point)))) as reader:
+        with closing(open_point(WeightPoint.from_json(json.loads(point)), self._rvdist_sources.open)) as reader:
             tensors = defer_tensors(reader)
             if exchanged:
                 config = self.model_config.hf_text_config

@@ -165,7 +165,7 @@ def test_every_byte_is_read_once_and_into_place(
     point, opened, readers = family.point(0.5), swap.open_point, []
     engine.swap(family.point(1.0))  # and the probe, which wants tensors of its own
     monkeypatch.delattr(Deferred, "read")
-    monkeypatch.setattr(swap, "open_point", lambda point: readers.append(opened(point)) or readers[0])
+    monkeypatch.setattr(swap, "open_point", lambda *given: readers.append(opened(*given)) or readers[0])
     engine.swap(point)
     specs = [spec for source in point.sources() for spec in open_source(source).tensors.values()]
     assert readers[0].bytes_read == sum(spec.nbytes for spec in specs)
