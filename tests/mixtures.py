@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from fp8 import quantize
 
 E, HIDDEN, INNER = 3, 10, 7
 PLAIN = ("gate_proj", "w1", "fused")
@@ -69,3 +70,33 @@ def unstored(found: Weights, layout: str) -> Weights:
             if f"{at}.0.{name}.{kind}" in found:
                 weights[key] = torch.stack([found[f"{at}.{k}.{name}.{kind}"] for k in range(E)])
     return weights
+
+
+def as_fp8(weights: Weights) -> tuple[Weights, dict[str, object]]:
+    """A checkpoint with its experts in fp8, a scale for four rows and three columns, and what its config says."""
+    found = {}
+    for name, tensor in weights.items():
+        found[name] = tensor
+        if tensor.dim() > 1 and "experts" in name:
+            found[name], found[f"{name}_scale_inv"] = quantize(tensor, (4, 3))
+    return found, {"quant_method": "fp8", "weight_block_size": [4, 3]}
+
+
+def as_int4(weights: Weights) -> tuple[Weights, dict[str, object]]:
+    """A checkpoint with its experts packed, a scale for eight columns, as compressed-tensors has it; and its config."""
+    found = {}
+    for name, tensor in weights.items():
+        if ".experts." not in name or tensor.dim() < 2:
+            found[name] = tensor
+            continue
+        groups = tensor.float().view(*tensor.shape[:-1], -1, 8)
+        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        codes = (groups / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int64) + 8
+        stem = name.removesuffix("weight")
+        packed = (codes << torch.arange(0, 32, 4)).sum(-1)
+        found[f"{stem}weight_packed"] = (packed - (packed >> 31 << 32)).to(torch.int32)
+        found[f"{stem}weight_scale"] = scale
+        found[f"{stem}weight_shape"] = torch.tensor(tensor.shape)
+    how = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True}
+    said = {"group_0": {"targets": ["Linear"], "weights": how}}
+    return found, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": said}

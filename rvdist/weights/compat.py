@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Mask, Vector, WeightPoint, layer_count
+from rvdist.core.point import Vector, WeightPoint, layer_count
 from rvdist.weights.architecture import Finding, compare_configs, compare_tokenizers, judge_parts
 from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.bound import bind
 from rvdist.weights.checkpoint.difference import Difference, Whole, is_adapter, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import read_elements
-from rvdist.weights.checkpoint.experts import layouts
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import TensorSpec
-from rvdist.weights.checkpoint.layouts import Relaid, called_otherwise
+from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tied import contradiction, is_embedding, is_tied
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
+from rvdist.weights.mixtures import check_patterns, require_one_layout
 from rvdist.weights.rows import require_rows
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -41,11 +41,6 @@ Coefficient = Callable[[str], float]  # m of a tensor
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
 _KIND = {"adapter": "an adapter", "vector": "a stored vector"}
-_TO_ONE_LAYOUT = {
-    "checkpoint": "convert one of them with transformers' save_pretrained",
-    "adapter": "merge it into its base with peft's merge_and_unload and use the result as vector.plus",
-    "vector": "save it again from donors that are in the target's layout",
-}
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,8 @@ def check(
     exceptions += [*([str(point.vocabulary)] if remapped else []), *remapped]
     for term in point.terms:
         plus, minus = sources[term.vector.plus], sources[term.vector.minus or term.vector.plus]
-        _require_one_expert_layout((base, plus, minus), term.mask)
-        exceptions += _check_patterns(base, (plus, minus), term.mask)
+        require_one_layout((base, plus, minus), term.mask)
+        exceptions += check_patterns(base, (plus, minus), term.mask)
         coefficient = partial(term.mask.coefficient, layers=layer_count(base.tensors))
         _require_no_tied_head(base, (plus, minus), coefficient)
         exceptions += check_vector(term.vector, sources, extra_rows, coefficient)
@@ -170,41 +165,6 @@ def check_vector(
         "the vector is the adapter's own difference",
         *_list_names("{} of the adapter's tensors are not in what it was trained on", plus, minus),
     ]
-
-
-def _require_one_expert_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
-    """Experts in another layout have other names: what the vector says of them would be skipped."""
-    base, *donors = checkpoints
-    for one, other in ((base, donors[0]), (base, donors[1]), (donors[0], donors[1])):
-        count = layer_count(one.tensors | other.tensors)
-        ours, theirs = (layouts(n for n in c.tensors if mask.coefficient(n, count)) for c in (one, other))
-        for group in sorted(ours.keys() & theirs.keys()):
-            (layout, name), (another, its_name) = ours[group], theirs[group]
-            if any(isinstance(c, Relaid) and shown in c.views for c, shown in ((one, name), (other, its_name))):
-                continue  # as the base; an adapter has no biases to show it
-            if layout != another or name.partition("experts.")[0] != its_name.partition("experts.")[0]:
-                way_out = _TO_ONE_LAYOUT[other.kind if isinstance(other, Difference) else "checkpoint"]
-                raise BadInput(
-                    f"{other.path}: stores its experts {another} ({its_name}) where {one.path} stores them {layout} "
-                    f"({name}); {way_out}, or leave the experts out by vector.mask.exclude"
-                )
-
-
-def _check_patterns(base: Checkpoint, donors: Sequence[Checkpoint], mask: Mask) -> Iterator[str]:
-    """Says which patterns of a mask match nothing. Raises BadInput for one that names what donors call their experts'
-    tensors, and not what the base does: masks are matched to the base's names."""
-    for key, patterns in (("include", mask.include), ("exclude", mask.exclude)):
-        for pattern in patterns:
-            matches = re.compile(pattern).fullmatch
-            for donor in donors:
-                for own, new in called_otherwise(donor):
-                    if matches(own) and not matches(new):
-                        raise BadInput(
-                            f"mask.{key}: {pattern!r} matches {own} of {donor.path}, and not {new} of {base.path}, "
-                            "which is made of it; masks are matched to the target's names: match that, or neither"
-                        )
-            if not any(matches(name) for name in base.tensors):
-                yield f"mask.{key}: {pattern!r} matches no tensor of {base.path.name}"
 
 
 def _require_no_tied_head(base: Checkpoint, donors: Sequence[Checkpoint], coefficient: Coefficient) -> None:

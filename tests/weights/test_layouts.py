@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import launch, load_checkpoint, near, write_checkpoint
-from mixtures import BIASED, PLAIN, Weights, canonical, stored
+from mixtures import BIASED, CALLED, PLAIN, E, Weights, canonical, stored
 
 from rvdist.core.config import Config, Saved
 from rvdist.core.config.points import Storage
@@ -183,3 +183,92 @@ def test_a_mask_that_matches_nothing_is_told_of(tmp_path: Path) -> None:
     point = WeightPoint(paths[2], (Term(0.5, Vector(*paths[:2]), Mask(exclude=(r".*experts\.9\..*", ".*w2.*"))),))
     notes = opened_and_checked(point).exceptions
     assert [note for note in notes if "mask" in note] == [r"mask.exclude: '.*experts\\.9\\..*' matches no tensor of t"]
+
+
+@pytest.mark.parametrize(
+    ("called", "elsewhere"),
+    [
+        ({"mlp.gate.weight": "mlp.router.weight"}, "PhiMoE in memory, gpt-oss"),
+        ({"mlp.gate.weight": "mlp.router.layer.weight"}, "Granite-MoE as it is published"),
+        ({"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"}, "MiniMax-M2 as it is published"),
+    ],
+)
+@pytest.mark.parametrize(("donors", "target"), [("fused", "gate_proj"), ("fused", "w1"), ("w1", "fused")])
+def test_a_router_is_found_under_its_other_names(
+    tmp_path: Path, called: dict[str, str], elsewhere: str, donors: str, target: str
+) -> None:
+    """No tensor is left out where the experts map."""
+
+    def put(name: str, weights: Weights, layout: str, own: dict[str, str]) -> str:
+        found = stored(weights, layout)
+        block = next(name for name in found if name.endswith(".gate.weight")).removesuffix("gate.weight")
+        found[f"{block}gate.e_score_correction_bias"] = weights["router"][:, 0].float().contiguous()
+        names = {block + ours[4:]: block + theirs[4:] for ours, theirs in own.items()}
+        return str(write_checkpoint(tmp_path / name, {names.get(n, n): tensor for n, tensor in found.items()}))
+
+    base = canonical(0, False)
+    own = put("target", base, target, {})
+    merged = []
+    for layout, names in ((target, {}), (donors, called)):
+        paths = [put(f"{name}-{layout}", near(base, k), layout, names) for k, name in enumerate("pm")]
+        point = WeightPoint(own, (Term(0.5, Vector(*paths)),))
+        assert not any("skipped" in note or "stay as" in note for note in opened_and_checked(point).exceptions)
+        merged.append(computed(point, 1 << 20))
+    assert all(torch.equal(merged[0][name], tensor) for name, tensor in merged[1].items())
+    assert merged[0].keys() == merged[1].keys()
+
+
+def others(experts: str) -> Weights:
+    """The experts of a layer as others store them, under names and in shapes of their own."""
+    weights = canonical(0, False)
+    gate, up, down = weights["gate"], weights["up"], weights["down"]
+    both, at = torch.cat([gate, up], 1), "model.layers.0"
+    single = {f"experts.{k}.{part}_proj.weight": weights[part][k] for part in CALLED["w1"] for k in range(E)}
+    stacks = {f"experts.mlp.{n}": t.reshape(-1, 10) for n, t in (("w1", gate), ("v1", up), ("w2", down.mT))}
+    singles = {
+        f"experts.mlp.{k}.{n}.weight": t[k] for k in range(E) for n, t in (("w1", gate), ("v1", up), ("w2", down))
+    }
+    block, of = {
+        "Granite-MoE": ("block_sparse_moe", {"input_linear.weight": both, "output_linear.weight": down}),
+        "Llama 4": ("feed_forward", {"experts.gate_up_proj": both.mT, "experts.down_proj": down.mT}),
+        "Llama 4, one by one": ("feed_forward", single),
+        "DBRX": ("ffn", stacks),
+        "DBRX, one by one": ("ffn", singles),
+        "a tensor a projection": ("mlp", {f"experts.{part}_proj": weights[part] for part in CALLED["w1"]}),
+        "fused": ("mlp", {"experts.gate_up_proj": both, "experts.down_proj": down}),
+        "fused modules": ("mlp", {"experts.gate_up_proj.weight": both, "experts.down_proj.weight": down}),
+        "one by one": ("mlp", single),
+        "Nemotron-H": ("mlp", {name: tensor for name, tensor in single.items() if "gate" not in name}),
+        "Nemotron-H, fused": ("mlp", {f"experts.{part}_proj": weights[part] for part in ("up", "down")}),
+        "w13": ("mlp", {"experts.w13_weight": both, "experts.w2_weight": down}),
+        "Aria": ("mlp", {"experts.fc1.weight": both.mT, "experts.fc2.weight": down.mT}),
+    }[experts]  # fmt: skip
+    return {f"{at}.{block}.{name}": tensor.contiguous() for name, tensor in of.items()} | {
+        f"{at}.{block}.gate.weight": weights["router"],
+        "model.embed_tokens.weight": canonical(1, False, 100, 70)["gate"].view(-1, 100),  # nearly all of the vector
+    }
+
+
+@pytest.mark.parametrize(
+    ("donors", "target"),
+    [
+        ("Granite-MoE", "fused"), ("fused", "Granite-MoE"), ("one by one", "Granite-MoE"),
+        ("Llama 4", "Llama 4, one by one"), ("Llama 4, one by one", "Llama 4"),
+        ("DBRX", "DBRX, one by one"), ("DBRX, one by one", "DBRX"),
+        ("a tensor a projection", "fused"), ("fused", "a tensor a projection"), ("a tensor a projection", "one by one"),
+        ("fused modules", "fused"), ("fused", "fused modules"), ("Nemotron-H, fused", "Nemotron-H"),
+        ("Nemotron-H", "Nemotron-H, fused"), ("w13", "fused"), ("one by one", "w13"), ("Aria", "fused"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_does_not_map_is_refused_by_a_tensor_of_each(tmp_path: Path, donors: str, target: str) -> None:
+    """However little of the vector the experts are."""
+    paths = [
+        str(write_checkpoint(tmp_path / name, near(others(experts), k)))
+        for k, (name, experts) in enumerate((("plus", donors), ("minus", donors), ("target", target)))
+    ]
+    with pytest.raises(
+        BadInput, match=r"stores its experts .*\(model\..*\) where .* stores them .*\(model\..*\); conv"
+    ):
+        opened_and_checked(WeightPoint(paths[2], (Term(0.5, Vector(*paths[:2])),)))
+    same = str(write_checkpoint(tmp_path / "same", near(others(donors), 3)))
+    opened_and_checked(WeightPoint(same, (Term(0.5, Vector(*paths[:2])),)))

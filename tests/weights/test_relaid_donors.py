@@ -14,8 +14,7 @@ import torch
 from adapters import ALPHA, RANK, write_adapter
 from alone import write
 from checkpoints import load_checkpoint, near, write_checkpoint
-from fp8 import quantize
-from mixtures import PLAIN, E, Weights, canonical, stored, unstored
+from mixtures import PLAIN, E, Weights, as_fp8, as_int4, canonical, stored, unstored
 from points import read_point
 
 from rvdist.core.config.points import Storage
@@ -140,35 +139,12 @@ def test_a_difference_of_some_experts_is_refused_in_another_layout(tmp_path: Pat
 
 
 def in_fp8(path: Path, weights: Weights, layout: str) -> Path:
-    found = {}
-    for name, tensor in stored(weights, layout).items():
-        found[name] = tensor
-        if tensor.dim() > 1 and "experts" in name:
-            found[name], found[f"{name}_scale_inv"] = quantize(tensor, (4, 3))
-    said = {"quant_method": "fp8", "weight_block_size": [4, 3]}
+    found, said = as_fp8(stored(weights, layout))
     return write_checkpoint(path, found, shards=2, config=named(layout, quantization_config=said))
 
 
 def in_int4(path: Path, weights: Weights, layout: str) -> Path:
-    """Packed, a scale for eight columns, as compressed-tensors has it."""
-    found = {}
-    for name, tensor in stored(weights, layout).items():
-        if ".experts." not in name or tensor.dim() < 2:
-            found[name] = tensor
-            continue
-        groups = tensor.float().view(*tensor.shape[:-1], -1, 8)
-        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
-        codes = (groups / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int64) + 8
-        stem = name.removesuffix("weight")
-        packed = (codes << torch.arange(0, 32, 4)).sum(-1)
-        found[f"{stem}weight_packed"] = (packed - (packed >> 31 << 32)).to(torch.int32)
-        found[f"{stem}weight_scale"] = scale
-        found[f"{stem}weight_shape"] = torch.tensor(tensor.shape)
-    weights_said = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True}
-    said = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights_said}},
-    }  # fmt: skip
+    found, said = as_int4(stored(weights, layout))
     return write_checkpoint(path, found, config=named(layout, quantization_config=said))
 
 

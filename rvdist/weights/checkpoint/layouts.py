@@ -7,13 +7,13 @@ Source: transformers 5's conversion_mapping.py, modeling_mixtral.py, modeling_qw
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.difference import Difference, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE, in_memory
+from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE, beside_experts, in_memory
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
@@ -168,7 +168,8 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
             gone |= holders
     if not views:
         return donor
-    names = {_name_in(base, name): name for name in donor.tensors if name not in gone}
+    names = _names_in(base, dict.fromkeys(name for name in donor.tensors if name not in gone))
+    layout += [(own, new) for new, own in names.items() if new != own]
     tensors = {new: replace(donor.tensors[old], name=new) for new, old in names.items()} | specs
     form = RelaidDifference if isinstance(donor, Difference) else Relaid
     kept = {one.name: getattr(donor, one.name) for one in fields(form) if hasattr(donor, one.name)}
@@ -261,10 +262,10 @@ def _fused(prefix: str, own: dict[str, TensorSpec], checkpoint: Checkpoint) -> G
     biased = all(biases)
     if not biased and any(biases):
         return None
-    if both[1:] == (2 * down[2], down[1]) and not biased:
+    alternates = checkpoint.config.get("model_type") == "gpt_oss"  # others may lay gate and up one after the other
+    if both[1:] == (2 * down[2], down[1]) and not biased and not alternates:
         group = Group(prefix, FUSED, (), both[0], down[1], down[2], False)
         return group if _is_plausible(group) else None
-    alternates = checkpoint.config.get("model_type") == "gpt_oss"  # others may lay gate and up one after the other
     if both[1:] == (down[2], 2 * down[1]) and alternates:
         group = Group(prefix, INTERLEAVED, (), both[0], down[2], down[1], biased)
         shapes = [(both[0], both[2]), (both[0], down[2])]
@@ -295,11 +296,15 @@ def _views(wanted: Group, source: Group) -> Iterator[tuple[str, View]]:
                 yield wanted.holder(projections[0], 0, part), view
 
 
-def _name_in(base: Checkpoint, name: str) -> str:
-    """What a tensor beside the experts, such as Mixtral's router, is called in `base`."""
-    twin = in_memory(name)
-    if name not in base.tensors:
-        for other in (twin, re.sub(r"(^|\.)mlp\.", r"\1block_sparse_moe.", name)):
-            if other in base.tensors:
-                return other
-    return name
+def _names_in(base: Checkpoint, others: Collection[str]) -> dict[str, str]:
+    """What tensors beside the experts, such as routers, are called in `base` → what `others` call them."""
+    by_meaning: dict[str, list[str]] = {}
+    for name in base.tensors:
+        if name not in others:
+            by_meaning.setdefault(beside_experts(name), []).append(name)
+    found = {name: name for name in others if name in base.tensors}
+    for name in others:
+        if name not in base.tensors:
+            meant = by_meaning.pop(beside_experts(name), [])
+            found[meant[0] if len(meant) == 1 else name] = name
+    return found
