@@ -7,7 +7,7 @@ key means. A key without a meaning, and a meaning without a key, is an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +21,14 @@ REFERENCE = Path(__file__).with_suffix(".md")
 
 
 def _methods_with(parameter: str) -> str:
-    names = [row.name for row in FACTS if row.name in METHODS and parameter in row.parameters]
+    return _names([row.name for row in FACTS if row.name in METHODS and parameter in row.parameters])
+
+
+def _methods_of_matrices() -> str:
+    return _names([row.name for row in FACTS if row.name in METHODS and row.whole_matrices])
+
+
+def _names(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -98,6 +105,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "method": "how several vectors are combined (docs/methods.md)",
         "density": f"{_methods_with('density')}: the share of each vector that is kept",
         "seed": f"{_methods_with('seed')}: of its random choice",
+        "memory": f"{_methods_of_matrices()}: what a worker, or a rank of an engine, takes for a matrix at most",
     },
     config.ArmConfig: {
         "name": "in tables and file names",

@@ -19,10 +19,10 @@ class Facts:
     `made_by`: FILE.NAME, a class or function below `rvdist/weights/arithmetic/` that takes `parameters` and `options`
     by keyword. `parameters`: which of `density` and `seed` it has a use for; `options`: its other numbers, and their
     defaults. `whole_tensors`: all of a tensor must be seen before any of it can be computed, so that no unit holds a
-    part of one. `whole_rows`: its chunks are whole rows of the last dimension. `one_vector`: it goes from the base to
-    one other model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the method, else
-    `merge.method` may name it. `sentence`: what a card says, with {density} and {seed} filled in; empty where the
-    terms are simply added.
+    part of one. `whole_rows`: its chunks are whole rows of the last dimension. `whole_matrices`: a worker holds all of
+    a tensor, one point's at a time. `one_vector`: it goes from the base to one other model. `formula`: r as
+    docs/methods.md has it; empty where only a recipe chooses the method, else `merge.method` may name it. `sentence`:
+    what a card says, with {density} and {seed} filled in; empty where the terms are simply added.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Facts:
     options: Options = ()
     whole_tensors: bool = False
     whole_rows: bool = False
+    whole_matrices: bool = False
     one_vector: bool = False
 
 
@@ -80,6 +81,15 @@ FACTS = (
         "The terms are combined by DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)) with {density} and "
         f"{{seed}}: {_DROPPED}, or else counts as zero, before the terms are added.",
         ("density", "seed"),
+    ),
+    Facts(
+        "iso_c",
+        "isotropic.IsoC",
+        "t + σ̄·U·Vᵀ, where Σ α_k·d_k = U·diag(σ)·Vᵀ",
+        "The terms are combined by Iso-C ([arXiv 2502.04959](https://arxiv.org/abs/2502.04959)): of every matrix, the "
+        "sum of the terms is added with all of its singular values replaced by their mean.",
+        whole_tensors=True,
+        whole_matrices=True,
     ),
     Facts(
         "slerp",

@@ -151,7 +151,8 @@ def build_plan(
             laid_out[point.base] = _layout(sources[point.base], form)
         base = sources[point.base]
         blocks = (base.block, base.power_of_two, base.kind.name) if _keeps_scales(base, laid_out[point.base]) else None
-        alike = (point.method.facts.whole_tensors, blocks, *laid_out[point.base].files.items())
+        own = directory if point.method.facts.whole_matrices else None  # so that a worker holds one matrix at a time
+        alike = (point.method.facts.whole_tensors, own, blocks, *laid_out[point.base].files.items())
         groups.setdefault(alike, {})[directory] = point
     outputs = [Output(tuple(group.values()), tuple(group)) for group in groups.values()]
     layouts = [laid_out[output.points[0].base] for output in outputs]

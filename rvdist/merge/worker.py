@@ -125,6 +125,7 @@ class MergeWorker:
                     writer.write(data)
             if not blame and sum(reader.nonfinite) > before:
                 blame = reader.blame(segment.tensor)
+        reader.forget()
         for writer in writers:
             writer.end()
         return [digest.hexdigest() for digest in digests], blame

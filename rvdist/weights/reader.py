@@ -188,7 +188,7 @@ class PointReader:
             for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
                 if point.method.facts.whole_tensors and terms:
                     base = [point.base] * method.surveys_base
-                    place = self._at(self._place(name), point)
+                    place = replace(self._at(self._place(name), point), alphas=tuple(alpha for alpha, _ in terms))
                     method.survey(place, partial(self._differences, name, base, terms, work))
             self._prepared = name
         return recipes, works, [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
@@ -220,7 +220,7 @@ class PointReader:
 
     def _place(self, name: str, begin: int = 0) -> Place:
         spec = self.base.tensors[name]
-        return Place(name, spec.numel, begin, row=spec.shape[-1] if len(spec.shape) > 1 else 0)
+        return Place(name, spec.numel, begin, shape=spec.shape)
 
     def _row(self, name: str) -> int:
         """How many elements chunks must not part; 1 where they may part any."""
@@ -294,6 +294,12 @@ class PointReader:
                 else:
                     out.zero_()
             yield outs
+
+    def forget(self) -> None:
+        """Lets go of a matrix that a method holds."""
+        if any(point.method.facts.whole_matrices for point in self.points):
+            self._methods = [build(point.method) for point in self.points]
+            self._prepared = ""
 
     def blame(self, name: str) -> str:
         """Where results of tensor `name` come from that are infinite or not a number, and what to do: in a sentence."""

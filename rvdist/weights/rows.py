@@ -1,4 +1,5 @@
-"""What methods that see whole rows ask of a tensor: a row fits into a chunk, and all sources have all of it."""
+"""What methods ask of tensors that they see by whole rows, or as whole matrices: a row fits into a chunk, and all
+sources have all of it; a matrix and what it is decomposed by fit into memory."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint, layer_count
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.header import ITEMSIZE
 
 LONGEST = 128 * 1024  # elements of a row
 
@@ -35,3 +37,43 @@ def require_rows(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> None:
                         f"where {base.path} has {spec.numel:,}, and {point.method.name} needs whole rows; choose "
                         "another method"
                     )
+
+
+def matrix_memory(
+    point: WeightPoint, sources: Mapping[str, Checkpoint], dtype: str | None = None
+) -> tuple[int, str, tuple[int, ...]]:
+    """About how many bytes a worker or a rank of an engine holds at most for a matrix of the point, and the tensor and
+    the shape that ask for it; 0 and nothing where the point's method sees no matrices. `dtype`: that of the output,
+    None for the base's own."""
+    if not point.method.facts.whole_matrices:
+        return 0, "", ()
+    from rvdist.weights.arithmetic.matrices import Matrices
+    from rvdist.weights.arithmetic.registry import build
+
+    method = build(point.method)
+    assert isinstance(method, Matrices)
+    base = sources[point.base]
+    layers = layer_count(base.tensors)
+    most: tuple[int, str, tuple[int, ...]] = (0, "", ())
+    for name, spec in base.tensors.items():
+        changing = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
+        if not changing or not spec.is_floating_point or len(spec.shape) < 2:
+            continue
+        used = [point.base, *(source for _, vector in changing for source in vector.sources())]
+        stored = [sources[source].tensors[name].dtype for source in used] + [dtype] * bool(dtype)
+        wide = any(ITEMSIZE[one] > 2 for one in stored if one)
+        nbytes = method.bytes_held(spec.shape, len(changing), 8 if wide else 4)
+        most = max(most, (nbytes, name, spec.shape))
+    return most
+
+
+def require_memory(point: WeightPoint, sources: Mapping[str, Checkpoint], limit: int, dtype: str | None = None) -> None:
+    """Raises BadInput for a tensor whose matrix takes more than `limit` bytes."""
+    nbytes, name, shape = matrix_memory(point, sources, dtype)
+    if nbytes > limit:
+        sides = " × ".join(map(str, shape))
+        raise BadInput(
+            f"{sources[point.base].path}: {point.method.name} holds tensor {name} ({sides}) whole, "
+            f"which takes a worker {nbytes / 2**20:,.1f} MiB, and merge.memory is {limit / 2**20:,.1f} MiB; raise it, "
+            "with fewer merge.workers, or keep the vector from this tensor (vector.mask.exclude)"
+        )

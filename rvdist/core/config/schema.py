@@ -89,6 +89,7 @@ class MergeConfig:
     method: str = "linear"
     density: float = 1.0
     seed: int = 0
+    memory: Any = "2GiB"
 
 
 @dataclass
@@ -281,12 +282,17 @@ class Config:
                 )
         if self.benchmarks.margin < 0:
             raise BadInput(f"benchmarks.margin={self.benchmarks.margin:g}: is less than no points; give 0 or more")
-        _ = self.output_format
+        _ = self.output_format, self.matrix_memory
 
     @property
     def output_format(self) -> OutputFormat:
         """`dtype` and `max_shard_size`."""
         return OutputFormat(DTYPES[self.dtype] if self.dtype else None, size(self.max_shard_size, "max_shard_size"))
+
+    @property
+    def matrix_memory(self) -> int:
+        """`merge.memory` in bytes."""
+        return size(self.merge.memory, "merge.memory") or 0
 
 
 def stages(config: Config) -> list[str]:

@@ -28,19 +28,20 @@ Difference = tuple[float, torch.Tensor, torch.Tensor | None]  # α, plus, minus;
 @dataclass(frozen=True)
 class Place:
     """Where a chunk stands: its tensor, that tensor's number of elements, and its first element. `densities`: the share
-    that is kept of each vector, where it is not the method's own. `row`: the elements of a row of the tensor's last
-    dimension; 0 where it has no other."""
+    that is kept of each vector, where it is not the method's own. `shape`: the tensor's. `alphas`: of the vectors, for
+    a survey."""
 
     tensor: str
     numel: int
     start: int = 0
     densities: tuple[float, ...] = ()
-    row: int = 0
+    shape: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
 
     @property
     def width(self) -> int:
         """The elements of a row; a tensor of one dimension is one."""
-        return self.row or self.numel
+        return self.shape[-1] if len(self.shape) > 1 else self.numel
 
 
 class Method(Protocol):

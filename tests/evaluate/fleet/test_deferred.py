@@ -14,7 +14,7 @@ from rvdist.evaluate.fleet.deferred import Deferred, defer_tensors
 from rvdist.weights.reader import open_point
 
 NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48
-METHODS = [MethodSpec(), MethodSpec("ties", 0.3), MethodSpec("della_linear", 0.5, 3)]
+METHODS = [MethodSpec(), MethodSpec("ties", 0.3), MethodSpec("della_linear", 0.5, 3), MethodSpec("iso_c")]
 
 
 @pytest.fixture

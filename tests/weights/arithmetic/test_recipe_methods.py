@@ -120,10 +120,10 @@ BY_ROWS = {
 def test_equals_whole_tensors_by_rows(case):
     spec, count, alphas, wanted = BY_ROWS[case]
     base, vectors = BASE[: ROWS * WIDTH], [vector[: ROWS * WIDTH] for vector in VECTORS[:count]]
-    place = Place("w", base.numel(), row=0 if "one row" in case else WIDTH)
+    place = Place("w", base.numel(), shape=(base.numel(),) if "one row" in case else (ROWS, WIDTH))
     found = by_chunks(spec, base, vectors, alphas, 6000, place)
     torch.testing.assert_close(found, wanted(base, vectors), rtol=0, atol=2e-6)
-    if place.row:
+    if len(place.shape) > 1:
         assert torch.equal(by_chunks(spec, base, vectors, alphas, 7 * WIDTH, place), found), "chunks do not matter"
 
 
@@ -139,7 +139,7 @@ def test_della_elects_as_ties_does():
 
 
 def test_each_vector_of_della_has_its_own_density():
-    place = Place("w", 6000, densities=(0.3, 1.0), row=WIDTH)
+    place = Place("w", 6000, densities=(0.3, 1.0), shape=(ROWS, WIDTH))
     base, vectors = torch.zeros(6000, dtype=torch.float64), [A[:6000], B[:6000]]
     spec = MethodSpec("della_linear", 0.5, 5, (("epsilon", 0.1), ("rescale", 0.0)))
     only = by_chunks(spec, base, vectors, (1, 1), 6000, place) - vectors[1]

@@ -1,0 +1,55 @@
+"""Iso-C: the sum of the task matrices with all singular values alike, so that no direction drowns the others.
+
+Source: Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, arXiv
+2502.04959, algorithm 1; its code (github.com/danielm1405/iso-merging, src/utils/iso.py). For one matrix and the K
+vectors d_k, with the singular value decomposition
+
+    Σ α_k·d_k = U·diag(σ)·Vᵀ        r = t + σ̄·U·Vᵀ, σ̄ = Σ σ_i / min(rows, columns)
+
+and of a tensor of one dimension r = t + Σ α_k·d_k / K. With every α equal to λ this is the paper's θ_0 + λ·Δ. U·Vᵀ is
+the factor (M·Mᵀ)^(−1/2)·M of the sum M. Where M lacks rank, U and V are arbitrary in the directions that are none, and
+the paper's code adds some there; we add nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rvdist.weights.arithmetic.matrices import (
+    Chunks,
+    Matrices,
+    by_matrices,
+    elements,
+    gather,
+    multiply,
+    spectrum,
+)
+from rvdist.weights.arithmetic.method import Place
+
+
+class IsoC(Matrices):
+    """For any number of vectors."""
+
+    def change(self, place: Place, chunks: Chunks) -> torch.Tensor:
+        def weighted_sum(differences: list[torch.Tensor]) -> torch.Tensor:
+            total = torch.zeros_like(differences[0])
+            for alpha, difference in zip(place.alphas, differences, strict=True):
+                total.add_(difference.mul_(alpha))
+            return total
+
+        whole = gather(place, chunks, weighted_sum)
+        for matrix in by_matrices(place, whole):
+            if not matrix.isfinite().all():
+                matrix.fill_(torch.nan)  # it has no singular values, and is told of as any such result
+                continue
+            values, left = spectrum(matrix)
+            mean = values.sum() / matrix.shape[0]
+            multiply((left * (mean / values)) @ left.T, matrix)
+        return whole
+
+    @staticmethod
+    def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
+        numel, _, side = elements(shape)
+        return numel * itemsize + 6 * side * side * 8

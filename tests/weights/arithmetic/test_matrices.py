@@ -1,0 +1,202 @@
+"""Methods that see matrices, against the papers' formulas in numpy's fp64 on whole tensors; by reader and merges."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import near, tensors, write_checkpoint
+from points import read_point
+
+from rvdist.core.config import Config, MergeConfig
+from rvdist.core.errors import BadInput
+from rvdist.core.method import MethodSpec
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
+from rvdist.merge import plan as planning
+from rvdist.merge.actor import WorkerSettings
+from rvdist.merge.driver import merge
+from rvdist.merge.plan import build_plan
+from rvdist.weights import rows
+from rvdist.weights.arithmetic.method import Place, combine
+from rvdist.weights.arithmetic.registry import build
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.lanes import HostLane
+from rvdist.weights.reader import PointReader
+
+METHODS = [MethodSpec("iso_c")]
+
+
+def iso_c(matrices, alphas):
+    """The paper's algorithm 1, with every α in place."""
+    u, s, v = np.linalg.svd(sum(a * m for a, m in zip(alphas, matrices, strict=True)), full_matrices=False)
+    kept = s > 1e-6 * s[0]
+    return s.mean() * u[:, kept] @ v[kept]
+
+
+WHOLE = {"iso_c": iso_c}
+
+
+def change(spec, vectors, alphas, shape, chunk=1000, dtype=torch.float64):
+    """What a method adds to nothing, computed by chunks."""
+    method, numel = build(spec), vectors[0].size
+    place = Place("w", numel, shape=shape, alphas=tuple(alphas))
+    flat = [torch.from_numpy(vector).to(dtype).view(-1) for vector in vectors]
+    cuts = [slice(start, start + chunk) for start in range(0, numel, chunk)]
+    method.survey(place, lambda: ([vector[cut].clone() for vector in flat] for cut in cuts))
+    out, base = torch.empty(numel, dtype=dtype), torch.zeros(numel, dtype=dtype)
+    for cut in cuts:
+        terms = [(alpha, vector[cut], None) for alpha, vector in zip(alphas, flat, strict=True)]
+        combine(method, base[cut], terms, out[cut], place=replace(place, start=cut.start), work=dtype)
+    return out.view(shape).double().numpy()
+
+
+def with_spectrum(values, shape, seed):
+    """A matrix of these singular values and random directions."""
+    generator = np.random.default_rng(seed)
+    k = len(values)
+    left, right = (np.linalg.qr(generator.standard_normal((side, k)))[0] for side in shape)
+    return (left * values) @ right.T
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (100, 60), (50, 50), (1, 40), (40, 1)])
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_equals_the_papers_formula_on_whole_matrices(spec, shape):
+    generator = np.random.default_rng(1)
+    vectors, alphas = [generator.standard_normal(shape) for _ in range(3)], (0.5, -0.3, 0.9)
+    wanted = WHOLE[spec.name](vectors, alphas)
+    found = change(spec, vectors, alphas, shape)
+    assert abs(found - wanted).max() < 1e-10 * abs(wanted).max()
+    assert np.array_equal(change(spec, vectors, alphas, shape, 10**6), found), "chunks do not matter"
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_alphas_alike_scale_what_is_added(spec):
+    generator = np.random.default_rng(2)
+    vectors = [generator.standard_normal((30, 40)) for _ in range(2)]
+    one = change(spec, vectors, (1, 1), (30, 40))
+    for alpha in (0.25, -2.0):
+        assert np.allclose(change(spec, vectors, (alpha, alpha), (30, 40)), alpha * one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("orders", "error"), [(1, 1e-9), (3, 1e-7), (5, 1e-5)])
+@pytest.mark.parametrize("shape", [(64, 200), (200, 64)])
+def test_directions_of_little_size_are_as_exact_as_said(orders, error, shape):
+    matrix = with_spectrum(np.logspace(0, -orders, 64), shape, 3)
+    wanted = iso_c([matrix], (1,))
+    sigma = np.logspace(0, -orders, 64).mean()
+    assert abs(change(MethodSpec("iso_c"), [matrix], (1,), shape) - wanted).max() < error * sigma
+
+
+def test_where_there_are_no_directions_nothing_is_added():
+    generator = np.random.default_rng(4)
+    left, right = generator.standard_normal((50, 4)), generator.standard_normal((4, 80))
+    found = change(MethodSpec("iso_c"), [left @ right], (1,), (50, 80))
+    values = np.linalg.svd(found, compute_uv=False)
+    mean = np.linalg.svd(left @ right, compute_uv=False).sum() / 50
+    assert np.allclose(values[:4], mean) and values[4] < 1e-9 * mean
+    assert not change(MethodSpec("iso_c"), [np.zeros((5, 7))], (1,), (5, 7)).any()
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_other_dimensions(spec):
+    """One: the mean of the terms. Three: each matrix by itself."""
+    generator = np.random.default_rng(5)
+    vectors, alphas = [generator.standard_normal(60) for _ in range(2)], (0.5, 2.0)
+    assert np.allclose(change(spec, vectors, alphas, (60,)), (0.5 * vectors[0] + 2.0 * vectors[1]) / 2)
+    stacked = [generator.standard_normal((3, 10, 20)) for _ in range(2)]
+    found = change(spec, stacked, alphas, (3, 10, 20))
+    for number in range(3):
+        assert np.allclose(found[number], WHOLE[spec.name]([one[number] for one in stacked], alphas))
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_what_is_not_finite_makes_no_number(spec):
+    vector = np.ones((6, 8))
+    vector[2, 3] = np.inf
+    assert np.isnan(change(spec, [vector, np.eye(6, 8)], (1, 1), (6, 8))).all()
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_threads_do_not_matter(spec):
+    generator = np.random.default_rng(6)
+    vectors = [generator.standard_normal((300, 500)) for _ in range(2)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(change(spec, vectors, (1, 1), (300, 500), 10**6, torch.float32))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(*found)
+
+
+@pytest.fixture
+def point(tmp_path):
+    """`point(spec)`: two vectors, one of which leaves a layer out."""
+    base = tensors(0)
+    paths = [str(write_checkpoint(tmp_path / f"donor{k}", near(base, 10 + k), 1 + k)) for k in range(2)]
+    target = str(write_checkpoint(tmp_path / "target", near(base, 20), 2))
+    minus = str(write_checkpoint(tmp_path / "minus", base))
+
+    def make(spec):
+        terms = (Term(0.75, Vector(paths[0], minus), Mask(layers=((0, 1),))), Term(1.25, Vector(paths[1], minus)))
+        return WeightPoint(target, terms, spec)
+
+    return make
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_merges_do_not_depend_on_workers_units_or_chunks(spec, point, tmp_path, monkeypatch):
+    """And hold one point's matrix at a time: several α are several passes."""
+    asked = point(spec)
+    doubled = replace(asked, terms=tuple(replace(term, alpha=2 * term.alpha) for term in asked.terms))
+    sources = {source: open_source(source) for source in asked.sources()}
+    wanted = dict(read_point(asked))
+    reader = PointReader([asked], sources, lanes=[HostLane(997)])
+    for name, spec_ in reader.base.tensors.items():
+        parts = [tensor.clone() for _, (tensor,) in reader.chunks(name, 0, spec_.numel)]
+        assert torch.equal(torch.cat(parts).view(spec_.shape), wanted[name]), name
+    for workers, unit_bytes in ((1, 32 << 20), (2, 5000)):
+        monkeypatch.setattr(planning, "UNIT_BYTES", unit_bytes)
+        outs = [tmp_path / f"{name}-{workers}" for name in ("once", "twice")]
+        plan = build_plan(dict(zip(outs, (asked, doubled), strict=True)), sources)
+        assert len(plan.outputs) == 2
+        merge(plan, sources, defaultdict(str), WorkerSettings(workers, alone=True))
+        for out, one in zip(outs, (asked, doubled), strict=True):
+            found = dict(read_point(WeightPoint(str(out))))
+            assert all(torch.equal(found[name], tensor) for name, tensor in read_point(one))
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_a_part_of_a_tensor_is_one_of_the_whole(spec, point):
+    """As an engine's rank asks for it."""
+    asked = point(spec)
+    wanted, name = dict(read_point(asked)), "model.layers.0.mlp.up_proj.weight"
+    reader = PointReader([asked], {source: open_source(source) for source in asked.sources()})
+    for start, stop in ((48 * 60, 48 * 131), (0, 48 * 60), (100, 333)):
+        out = torch.empty(stop - start, dtype=torch.bfloat16)
+        reader.fill(name, start, out)
+        assert torch.equal(out, wanted[name].view(-1)[start:stop])
+    out = torch.empty(131 * 10, dtype=torch.bfloat16)
+    reader.fill_columns(name, range(131), range(5, 15), out)
+    assert torch.equal(out.view(131, 10), wanted[name][:, 5:15])
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_a_matrix_that_takes_too_much_is_refused(spec, point):
+    asked = point(spec)
+    sources = {source: open_source(source) for source in asked.sources()}
+    nbytes, name, shape = rows.matrix_memory(asked, sources)
+    assert name == "model.embed_tokens.weight" and shape == (301, 48)
+    assert rows.matrix_memory(asked, sources, "F32")[0] > nbytes > 301 * 48 * 4
+    rows.require_memory(asked, sources, nbytes)
+    with pytest.raises(BadInput, match=rf"target: {spec.name} holds tensor .*\(301 × 48\) whole.*merge.memory is"):
+        rows.require_memory(asked, sources, nbytes - 1)
+    masked = replace(asked, terms=tuple(replace(t, mask=Mask(exclude=(".*embed.*",))) for t in asked.terms))
+    rows.require_memory(masked, sources, nbytes - 1)
+    assert rows.matrix_memory(replace(asked, method=MethodSpec("ties")), sources) == (0, "", ())
+    assert Config(merge=MergeConfig(memory="1GiB")).matrix_memory == 2**30
+    with pytest.raises(BadInput, match="merge.memory: 'much' is not a size"):
+        Config(merge=MergeConfig(memory="much"))
