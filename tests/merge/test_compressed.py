@@ -4,6 +4,7 @@ tensors, a scale at a time."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from alone import write, write_and_cut
 from checkpoints import load_checkpoint, near, write_checkpoint
 from points import shifted
+from safetensors.torch import save_file
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
@@ -205,3 +207,46 @@ def test_a_quantised_donor_of_a_plain_target(tmp_path, name):
     for tensor, value in target.items():
         result = value.float() + ALPHA * (donor[tensor] - minus[tensor].float())
         assert torch.equal(found[tensor], result.bfloat16()), tensor
+
+
+@pytest.mark.parametrize("dequantize", [True, False], ids=["made whole", "left compressed"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_transformers_loads_what_is_written_and_answers_as_the_dequantised_model(tmp_path, name, dequantize):
+    """By the package itself: its logits are those of the same numbers in bf16, to the bit."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+
+    form, bits, _, strategy, more = scheme = SCHEMES[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    base = load_checkpoint(tmp_path / "plain")
+    paths = {role: write_checkpoint(tmp_path / role, near(base, k)) for k, role in enumerate(("plus", "minus"), 1)}
+    paths["target"] = write_compressed(tmp_path / "target", base, scheme)
+    write({tmp_path / "out": shifted(paths)})
+    said = json.loads((tmp_path / "target/config.json").read_text())["quantization_config"]
+    said["quantization_status"] = "compressed"
+    said["config_groups"]["group_0"]["format"] = form  # where it is not what the package would choose itself
+    whole = json.loads((tmp_path / "plain/config.json").read_text()) | {"quantization_config": said}
+    (tmp_path / "out/config.json").write_text(json.dumps(whole))
+    shutil.copy(tmp_path / "target/model.safetensors.index.json", tmp_path / "out")
+    stored, numbers = load_checkpoint(tmp_path / "out"), {}
+    for tensor, before in base.items():
+        if "proj" not in tensor:
+            numbers[tensor] = stored[tensor]
+            continue
+        stem, block = tensor.removesuffix("weight"), grid(before.shape, strategy, more)
+        codes = codes_of(stored, stem, bits)
+        scales = stored[f"{stem}weight_scale"].view(-1, -(-codes.shape[1] // block[1])).float()
+        wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        numbers[tensor] = (codes * wide[: codes.shape[0], : codes.shape[1]]).bfloat16()
+        assert not torch.equal(numbers[tensor], before)
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=dequantize), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    save_file(numbers, tmp_path / "plain/model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    tokens = torch.arange(48).view(3, 16)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)

@@ -102,6 +102,11 @@ def test_transformers_loads_what_is_written_and_sees_the_same_numbers(tmp_path):
     assert ours.keys() <= loaded.keys()
     for name, tensor in ours.items():
         assert torch.equal(loaded[name], tensor.bfloat16()), name
+    save_file({name: tensor.bfloat16() for name, tensor in ours.items()}, tmp_path / "target/model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.bfloat16)
+    with torch.no_grad():
+        tokens = torch.arange(48).view(3, 16)
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
     before = dequantized(load_checkpoint(paths["target"]), (32, 32))
     moved = [name for name in ours if "proj" in name and not torch.equal(ours[name], before[name])]
     assert len(moved) == 14
