@@ -92,6 +92,15 @@ FACTS = (
         whole_matrices=True,
     ),
     Facts(
+        "tsv_m",
+        "singular.TsvM",
+        "t + U⊥·diag(σ)·V⊥ᵀ of the first 1/K of every d_k's singular vectors",
+        "The terms are combined by TSV-M ([arXiv 2412.00081](https://arxiv.org/abs/2412.00081)): of every matrix, each "
+        "term keeps its share of the largest singular vectors, which are made orthogonal to those of the others.",
+        whole_tensors=True,
+        whole_matrices=True,
+    ),
+    Facts(
         "slerp",
         "slerp.Slerp",
         sentence="The target and the other model are interpolated on the sphere, each tensor as one vector.",

@@ -12,6 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -90,6 +91,33 @@ def spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     least = float(squares[-1].clamp(min=0)) * LEAST**2
     first = int((squares <= least).sum())  # they come smallest first
     return squares[first:].sqrt().flip(0), vectors[:, first:].flip(1)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """left·diag(values)·rightᵀ in fp64, columns orthonormal, largest value first: (k, r), (r,), (l, r)."""
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+
+def factors(matrix: torch.Tensor, most: int) -> Factors | None:
+    """At most so many of a matrix's singular values and vectors, those that are not none; None where it is not
+    finite."""
+    if not matrix.isfinite().all():
+        return None
+    values, left = (found[..., :most] for found in spectrum(matrix))
+    right = torch.empty(matrix.shape[1], len(values), dtype=torch.float64)
+    for columns in _blocks(matrix):
+        right[columns] = matrix[:, columns].double().T @ (left / values)
+    return Factors(left.clone(), values, right)  # not a view of all that were found
+
+
+def fill(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """out = left @ right.T, rounded once."""
+    for columns in _blocks(out):
+        out[:, columns] = left @ right[columns].T
 
 
 def multiply(left: torch.Tensor, matrix: torch.Tensor) -> None:
