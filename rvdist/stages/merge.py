@@ -20,6 +20,7 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.layouts import layout_of
 from rvdist.weights.checkpoint.remapped import map_of
+from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.staging import discards
 
 
@@ -134,6 +135,11 @@ def card(
         notes=notes[point],
         versions=versions(),
         licences={source: licence_of(prepared.sources[source].path) for source in point.sources()},
+        stacked={
+            source: {str(path): licence_of(path) for path in stack.made_of}
+            for source in point.sources()
+            if isinstance(stack := prepared.sources[source], Stacked)
+        },
         name=name,
         results=results,
     )

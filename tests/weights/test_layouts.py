@@ -272,3 +272,22 @@ def test_a_layout_that_does_not_map_is_refused_by_a_tensor_of_each(tmp_path: Pat
         opened_and_checked(WeightPoint(paths[2], (Term(0.5, Vector(*paths[:2])),)))
     same = str(write_checkpoint(tmp_path / "same", near(others(donors), 3)))
     opened_and_checked(WeightPoint(same, (Term(0.5, Vector(*paths[:2])),)))
+
+
+@pytest.mark.heavy
+def test_analyze_finds_the_same_in_every_layout(tmp_path: Path) -> None:
+    """Norms, spectra, cosines and whether donors and target are near, of two vectors: those in the target's layout."""
+    base = canonical(0, False)
+    write_checkpoint(tmp_path / "target", stored(base, "gate_proj"))
+    for layout, (k, name) in product(PLAIN, enumerate(("plus", "minus", "other"), 1)):
+        write_checkpoint(tmp_path / layout / name, stored(near(base, k), layout))
+    found = []
+    for plus, minus in (("gate_proj", "gate_proj"), ("fused", "w1"), ("w1", "fused"), ("w1", "w1")):
+        vectors = f"[{{plus: {plus}/plus, minus: {minus}/minus}}, {{plus: {minus}/other, minus: {plus}/minus}}]"
+        run = tmp_path / f"{plus}-{minus}"
+        done = launch(
+            "target=target", f"vectors={vectors}", "stages=[analyze]", f"hydra.run.dir={run}", cwd=tmp_path
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(((run / "anatomy.csv").read_text(), (run / "anatomy.json").read_text()))
+    assert "experts" in found[0][1] and all(other == found[0] for other in found[1:])

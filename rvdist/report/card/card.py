@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rvdist.core.point import Mask, WeightPoint
+from rvdist.core.point import Mask, WeightPoint, name_of
 from rvdist.report.card.metadata import Licence, Result, front_matter, licence_fields, model_index, task_name
 from rvdist.report.wording import (
     MARK_NOTE,
@@ -39,16 +39,23 @@ def model_card(
     notes: Sequence[str],
     versions: Mapping[str, str],
     licences: Mapping[str, Licence | None] | None = None,
+    stacked: Mapping[str, Mapping[str, Licence | None]] | None = None,
     name: str | None = None,
     results: Sequence[Result] = (),
 ) -> str:
     """`digest` is the point's, None where the contents of its checkpoints were not hashed. `sources` says of
-    each checkpoint of the point where it came from, `licences` what its own card says. `notes` is what the reader must
-    know: what was skipped, forced or rounded. `name` is the one on the Hub, `org/name` or `org/name@branch`, and
-    `results` its scores.
+    each checkpoint of the point where it came from, `licences` what its own card says, and `stacked` the same of those
+    that one of them stacks. `notes` is what the reader must know: what was skipped, forced or rounded. `name` is the
+    one on the Hub, `org/name` or `org/name@branch`, and `results` its scores.
     """
     licences = {source: (licences or {}).get(source) for source in point.sources()}
-    names = _public_names(point)
+    names, stacked = _public_names(point), stacked or {}
+    stacks = {
+        source: [(name_of(part), f"in {names[source]}", "", licence) for part, licence in parts.items()]
+        for source, parts in stacked.items()
+    }
+    own = [licence for source, licence in licences.items() if source not in stacked]
+    own += [licence for parts in stacked.values() for licence in parts.values()]
 
     def public(text: str) -> str:
         for source in sorted(names, key=len, reverse=True):
@@ -61,7 +68,7 @@ def model_card(
             {
                 "library_name": "transformers",
                 **_origin([source.split("@")[0] for source in point.sources() if is_hub_id(source)]),
-                **licence_fields(list(licences.values())),
+                **licence_fields(own),
                 "tags": ["merge", "task-arithmetic", "rvdist"],
                 "model-index": model_index(title, results),
             }
@@ -71,7 +78,19 @@ def model_card(
         f"    θ = {formula(point, names)}",
         _table(
             ("checkpoint", "part", "from", "licence"),
-            [(names[s], _part(point, s), public(sources.get(s, "")), _licence(licences[s])) for s in names],
+            [
+                row
+                for s in names
+                for row in (
+                    (
+                        names[s],
+                        _part(point, s),
+                        public(sources.get(s, "")),
+                        "" if s in stacks else _licence(licences[s]),
+                    ),
+                    *((_line(part), _line(of), where, _licence(said)) for part, of, where, said in stacks.get(s, [])),
+                )
+            ],
         ),
     ]
     if said := _method(point):

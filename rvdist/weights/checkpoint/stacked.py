@@ -50,6 +50,12 @@ class Stacked(Checkpoint):
         return f"{self.path.name} stacks layers {', then '.join(runs)}"
 
     @property
+    def made_of(self) -> list[Path]:
+        """The checkpoints that have its layers, and the one that describes it, each once."""
+        every = [part.checkpoint for part in self.parts] + ([self.described] if self.described else [])
+        return list(dict.fromkeys(one.path for one in every))
+
+    @property
     def mapping(self) -> dict[str, tuple[str, int]]:
         """Where each tensor lies: its file and its first byte there."""
         return {name: (spec.file, spec.offset) for name, spec in self.tensors.items()}

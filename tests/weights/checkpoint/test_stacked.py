@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.errors import BadInput
@@ -122,3 +122,17 @@ def test_what_is_stacked_is_not_overwritten(stack, tmp_path):
     opened = open_source(str(stack(("one", 0, 2), ("other", 1, 3))))
     with pytest.raises(BadInput, match="other is or holds the source"):
         require_no_source(Config(overwrite=True), [Path(tmp_path / "other")], {"s": opened})
+
+
+@pytest.mark.heavy
+def test_the_card_of_a_stack_says_the_licences_of_its_models(stack, tmp_path):
+    recipe = stack(("one", 0, 2), ("other", 1, 3))
+    for model, licence in (("one", "mit"), ("other", "apache-2.0")):
+        (tmp_path / model / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    done = launch(f"recipe={recipe}", "output=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: other\n" in card
+    assert "| one | in stack.yml |  | mit |" in card
+    assert "| other | in stack.yml |  | apache-2.0 |" in card
+    assert str(tmp_path) not in card
