@@ -101,6 +101,8 @@ def test_a_different_tokenizer(place):
         (merge("method=dare", "merge.density=0"), "merge.density: 0 is not a share of each vector"),
         (merge("dtype=int4"), "dtype: 'int4' is not one of"),
         (merge("max_shard_size=lots"), "max_shard_size: 'lots' is not a size"),
+        (merge("merge.method=core_space"), "not as two factors, and core_space merges"),
+        (merge("merge.method=iso_c", "merge.memory=1KiB"), "MiB, and merge.memory is 0.0 MiB; raise it"),
         (merge("vector.mask.include=[nothing]"), "leaves no tensor"),
         (merge("vector.minus=null"), "vector.minus is not set"),
         (merge("merge.workers=0"), "merge.workers: 0"),

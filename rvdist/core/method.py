@@ -20,9 +20,10 @@ class Facts:
     by keyword. `parameters`: which of `density` and `seed` it has a use for; `options`: its other numbers, and their
     defaults. `whole_tensors`: all of a tensor must be seen before any of it can be computed, so that no unit holds a
     part of one. `whole_rows`: its chunks are whole rows of the last dimension. `whole_matrices`: a worker holds all of
-    a tensor, one point's at a time. `one_vector`: it goes from the base to one other model. `formula`: r as
-    docs/methods.md has it; empty where only a recipe chooses the method, else `merge.method` may name it. `sentence`:
-    what a card says, with {density} and {seed} filled in; empty where the terms are simply added.
+    a tensor, one point's at a time. `low_rank`: its vectors are of low rank, of adapters or so stored. `one_vector`: it
+    goes from the base to one other model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the
+    method, else `merge.method` may name it. `sentence`: what a card says, with {density} and {seed} filled in; empty
+    where the terms are simply added.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Facts:
     whole_tensors: bool = False
     whole_rows: bool = False
     whole_matrices: bool = False
+    low_rank: bool = False
     one_vector: bool = False
 
 
@@ -62,6 +64,10 @@ _RAM = (
 )
 _AVERAGED = "and those that several change are averaged over these"
 _ELECTED = "a sign is elected for each element, and only terms that agree with it are taken"
+_CORE = (
+    "The terms, adapters of low rank, are combined in the small space that they span, matrix by matrix: Core Space "
+    "([arXiv 2509.17786](https://arxiv.org/abs/2509.17786))"
+)
 
 FACTS = (
     Facts("linear", "linear.Linear", "t + Σ α_k·d_k"),
@@ -99,6 +105,25 @@ FACTS = (
         "term keeps its share of the largest singular vectors, which are made orthogonal to those of the others.",
         whole_tensors=True,
         whole_matrices=True,
+    ),
+    Facts(
+        "core_space",
+        "core_space.CoreTsvM",
+        "t + U·TSV-M(Uᵀ·d_1·V, …, Uᵀ·d_K·V)·Vᵀ",
+        f"{_CORE}. Each keeps its share of the largest singular vectors there, which are made orthogonal to those of "
+        "the others (TSV-M).",
+        whole_tensors=True,
+        whole_matrices=True,
+        low_rank=True,
+    ),
+    Facts(
+        "core_space_iso",
+        "core_space.CoreIsoC",
+        "t + U·Iso-C(Uᵀ·d_1·V, …, Uᵀ·d_K·V)·Vᵀ",
+        f"{_CORE}. Their sum there is added with all of its singular values replaced by their mean (Iso-C).",
+        whole_tensors=True,
+        whole_matrices=True,
+        low_rank=True,
     ),
     Facts(
         "slerp",

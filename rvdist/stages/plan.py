@@ -15,6 +15,7 @@ from rvdist.core.table import print_table
 from rvdist.merge.placement import place, rates, remembered_rate
 from rvdist.merge.plan import Plan
 from rvdist.stages.job import Prepared
+from rvdist.weights.rows import matrix_memory
 
 if TYPE_CHECKING:
     from rvdist.evaluate.foresight import Load, Memory
@@ -35,6 +36,11 @@ def print_plan(prepared: Prepared, plan: Plan) -> None:
 
                 for pair in measure_interference(point, prepared.sources).pairs:
                     prepared.say(f"  {pair}")
+        for point in output.points:
+            nbytes, name, shape = matrix_memory(point, prepared.sources, plan.dtype)
+            if nbytes:
+                sides = " × ".join(map(str, shape))
+                prepared.say(f"  a worker takes {nbytes / 2**20:,.1f} MiB for tensor {name} ({sides}), held whole")
         prepared.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
     prepared.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
     if plan.outputs:

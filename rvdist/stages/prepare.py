@@ -30,7 +30,7 @@ from rvdist.weights.checkpoint.remapped import map_of
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
 from rvdist.weights.checkpoint.vocabulary import remap
-from rvdist.weights.rows import require_memory
+from rvdist.weights.rows import require_low_rank, require_memory
 
 if TYPE_CHECKING:
     from rvdist.weights.interference import Interference
@@ -200,6 +200,7 @@ class _Index:
             self._lay_out(point, bases)
             self._remap(point)
             report = self._known.check(self._settings, self.sources, point)
+            require_low_rank(self.settle(point), self.sources)
             require_memory(point, self.sources, self._settings.matrix_memory, self._settings.output_format.dtype)
             notes = (*report.refusals, *report.exceptions, *self._zeros(point), *self._interference(point))
             self.notes[self.settle(point)] = notes

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint, layer_count
+from rvdist.weights.checkpoint.difference import Difference, Dora, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import ITEMSIZE
 
@@ -77,3 +78,23 @@ def require_memory(point: WeightPoint, sources: Mapping[str, Checkpoint], limit:
             f"which takes a worker {nbytes / 2**20:,.1f} MiB, and merge.memory is {limit / 2**20:,.1f} MiB; raise it, "
             "with fewer merge.workers, or keep the vector from this tensor (vector.mask.exclude)"
         )
+
+
+def require_low_rank(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> None:
+    """Raises BadInput for a matrix of a settled point that is not stored as factors, where the method merges these."""
+    if not point.method.facts.low_rank:
+        return
+    base = sources[point.base]
+    layers = layer_count(base.tensors)
+    for name, spec in base.tensors.items():
+        if len(spec.shape) < 2:
+            continue
+        for _, vector in point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors):  # type: ignore[misc]
+            for own in (sources[source] for source in vector.sources()):
+                form = own.forms.get(name) if isinstance(own, Difference) else None
+                if not isinstance(form, LowRank) or isinstance(form, Dora):
+                    raise BadInput(
+                        f"{own.path}: holds tensor {name} not as two factors, and {point.method.name} merges LoRA "
+                        "adapters and vectors stored with vector.rank; choose another method, such as tsv_m, or keep "
+                        "the vector from this tensor (vector.mask.exclude)"
+                    )

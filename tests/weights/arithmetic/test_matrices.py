@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
 from points import read_point
 
@@ -25,6 +26,8 @@ from rvdist.weights.lanes import HostLane
 from rvdist.weights.reader import PointReader
 
 METHODS = [MethodSpec("iso_c"), MethodSpec("tsv_m")]
+
+CORE = [MethodSpec("core_space"), MethodSpec("core_space_iso")]
 
 
 def iso_c(matrices, alphas):
@@ -79,6 +82,34 @@ def test_equals_the_papers_formula_on_whole_matrices(spec, shape):
     found = change(spec, vectors, alphas, shape)
     assert abs(found - wanted).max() <= 1e-10 * abs(wanted).max()
     assert np.array_equal(change(spec, vectors, alphas, shape, 10**6), found), "chunks do not matter"
+
+
+def core_space(pairs, alphas, isotropic):
+    """The paper's, from the factors: bases by singular values of all of them side by side."""
+    count, alphas = len(pairs), np.array(alphas)
+    u = np.linalg.svd(np.concatenate([b for b, _ in pairs], 1), full_matrices=False)[0]
+    v = np.linalg.svd(np.concatenate([a for _, a in pairs]), full_matrices=False)[2]
+    cores = [u.T @ b @ a @ v.T for b, a in pairs]
+    if isotropic:
+        p, s, q = np.linalg.svd(sum(alpha * core for alpha, core in zip(alphas, cores, strict=True)))
+        return u @ (s.mean() * p @ q) @ v
+    assert cores[0].shape[0] % count == 0
+    return u @ tsv_m(cores, alphas) @ v
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (100, 60), (50, 50)])
+@pytest.mark.parametrize("alphas", [(1.0, 1.0, 1.0), (0.5, -0.3, 0.9)])
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_core_space_equals_the_papers_formula_on_factors(isotropic, alphas, shape):
+    generator, spec = np.random.default_rng(8), CORE[isotropic]
+    pairs = [(generator.standard_normal((shape[0], 4)), generator.standard_normal((4, shape[1]))) for _ in range(3)]
+    wanted, products = core_space(pairs, alphas, isotropic), [b @ a for b, a in pairs]
+    found = change(spec, products, alphas, shape)
+    assert abs(found - wanted).max() < 1e-9 * abs(wanted).max()
+    assert np.array_equal(change(spec, products, alphas, shape, 10**6), found), "chunks do not matter"
+    rounded = change(spec, products, alphas, shape, dtype=torch.float32)
+    assert abs(rounded - wanted).max() < 1e-5 * abs(wanted).max(), "what fp32 rounds is no direction"
+    assert not change(spec, [np.zeros(shape)] * 2, (1, 1), shape).any()
 
 
 @pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
@@ -204,7 +235,30 @@ def test_a_part_of_a_tensor_is_one_of_the_whole(spec, point):
     assert torch.equal(out.view(131, 10), wanted[name][:, 5:15])
 
 
-@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_core_space_merges_adapters(isotropic, tmp_path):
+    """And nothing that is not stored as factors; other methods merge the same adapters."""
+    base, module = tensors(0, torch.float32), "model.layers.2.mlp.up_proj"
+    target = str(write_checkpoint(tmp_path / "target", base))
+    lora = [factors(1), factors(2)]
+    paths = [str(write_adapter(tmp_path / f"adapter{k}", one)) for k, one in enumerate(lora)]
+    asked = WeightPoint(target, tuple(Term(0.5, Vector(path)) for path in paths), CORE[isotropic])
+    sources = {source: open_source(source) for source in asked.sources()}
+    rows.require_low_rank(asked, sources)
+    names = [f"base_model.model.{module}.lora_{side}.weight" for side in "BA"]
+    pairs = [(2.5 * one[names[0]].double().numpy(), one[names[1]].double().numpy()) for one in lora]
+    found = dict(read_point(asked))
+    exact = base[f"{module}.weight"].double().numpy() + core_space(pairs, (0.5, 0.5), isotropic)
+    assert np.allclose(found[f"{module}.weight"].double().numpy(), exact, rtol=2.0**-22, atol=1e-7)
+    assert torch.equal(found["model.norm.weight"], base["model.norm.weight"])
+    whole = str(write_checkpoint(tmp_path / "whole", near(base, 3)))
+    mixed = replace(asked, terms=(asked.terms[0], Term(0.5, Vector(whole, target))))
+    with pytest.raises(BadInput, match=r"whole: holds tensor .* not as two factors, and core_space(_iso)? merges"):
+        rows.require_low_rank(mixed, {source: open_source(source) for source in mixed.sources()})
+    rows.require_low_rank(replace(mixed, method=MethodSpec("tsv_m")), sources)
+
+
+@pytest.mark.parametrize("spec", [*METHODS, *CORE], ids=lambda spec: spec.name)
 def test_a_matrix_that_takes_too_much_is_refused(spec, point):
     asked = point(spec)
     sources = {source: open_source(source) for source in asked.sources()}

@@ -1,0 +1,84 @@
+"""Core Space: adapters of low rank, merged in the small space that all of them span.
+
+Source: Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, arXiv 2509.17786; its code
+(github.com/apanariello4/core-space-merging, task_merger.py). For one matrix and K vectors d_k = B_k·A_k, with
+orthonormal bases U of the columns of all B_k and V of the rows of all A_k,
+
+    M_k = Uᵀ·d_k·V        r = t + U·merge(M_1, …, M_K)·Vᵀ
+
+where c is the smaller side of the M_k, and `merge` is TSV-M, of each M_k the first ⌊c / K⌋ singular vectors, or Iso-C,
+the sum with its singular values replaced by their sum over c. U and V are found from the products d_k, whose
+directions they are. Tensors of one dimension, α and directions that are none are as in the method merged by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from rvdist.weights.arithmetic.matrices import LEAST, Factors, elements, fill, spectrum
+from rvdist.weights.arithmetic.singular import TsvM
+
+
+class CoreTsvM(TsvM):
+    """For any number of vectors of low rank."""
+
+    def kept(self, side: int, count: int) -> int:
+        return side  # all that there are
+
+    def merge(self, out: torch.Tensor, tasks: Sequence[Factors], alphas: Sequence[float]) -> None:
+        left, right = _basis([task.left for task in tasks]), _basis([task.right for task in tasks])
+        self.merge_core(out, tasks, alphas, left, right)
+
+    def merge_core(
+        self,
+        out: torch.Tensor,
+        tasks: Sequence[Factors],
+        alphas: Sequence[float],
+        left: torch.Tensor,
+        right: torch.Tensor,
+    ) -> None:
+        """Fills `out` with what the tasks come to in the space of these bases, (k, c) and (l, d). Singular vectors in
+        that space are those outside, seen in the bases."""
+        kept = min(left.shape[1], right.shape[1]) // len(tasks)
+        cut = [replace(t, left=t.left[:, :kept], values=t.values[:kept], right=t.right[:, :kept]) for t in tasks]
+        super().merge(out, cut, alphas)
+
+    @staticmethod
+    def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
+        numel, _, side = elements(shape)
+        return numel * (itemsize + 8) + 6 * side * side * 8
+
+
+class CoreIsoC(CoreTsvM):
+    """For any number of vectors of low rank."""
+
+    def merge_core(
+        self,
+        out: torch.Tensor,
+        tasks: Sequence[Factors],
+        alphas: Sequence[float],
+        left: torch.Tensor,
+        right: torch.Tensor,
+    ) -> None:
+        core = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+        for alpha, task in zip(alphas, tasks, strict=True):
+            core += (left.T @ task.left * (alpha * task.values)) @ (task.right.T @ right)
+        if not core.numel():
+            out.zero_()
+            return
+        own, values, turned = torch.linalg.svd(core, full_matrices=False)
+        rank = int((values > LEAST * values[0]).sum())
+        mean = values[:rank].sum() / len(values)
+        fill(out, mean * (left @ own[:, :rank]), right @ turned[:rank].T)
+
+
+def _basis(sides: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An orthonormal basis of all these columns, as columns."""
+    columns = torch.cat(list(sides), 1)
+    if not columns.shape[1]:
+        return columns
+    sizes, directions = spectrum(columns.T)
+    return columns @ (directions / sizes)
