@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import parse_yaml
 
 UNION, BASE = "union", "base"
 Refuse = Callable[[str, str], NoReturn]  # a key, and why not
@@ -67,6 +68,11 @@ def vocabulary_of(given: Any, models: Sequence[str]) -> Vocabulary | None:
 
     if given is None:
         return None
+    if isinstance(given, str) and given.startswith("{"):  # Hydra's own braces hold no token that needs quotes
+        try:
+            given = parse_yaml(given.encode())
+        except ValueError as error:
+            refuse("tokenizer", f"is not YAML: {error}")
     if isinstance(given, Mapping) and given.get("source") == "target":
         given = {**given, "source": BASE}
     return read_vocabulary(BASE if given == "target" else given, "tokenizer", models, refuse)

@@ -68,7 +68,7 @@ class Built:
         if self.limit is None and not self.added:
             return {}
         if self.limit is not None:
-            _strip(content, self.limit)
+            _strip(self.where, content, self.limit)
         entries = {one["content"]: one for one in content.get("added_tokens") or []}
         entries |= {one.content: one.to_json(self.ids[one.content]) for one in self.added}
         content["added_tokens"] = sorted(entries.values(), key=lambda one: int(one["id"]))
@@ -123,7 +123,11 @@ def read_tokens(where: Path) -> Tokens:
         usual = {"normalized": not special, "special": special}
         added[token] = Added(token, tuple(bool(one.get(flag, usual.get(flag, False))) for flag in _FLAGS))
     _require_ids(path, ids)
-    for token, entry in _named(where / CONFIG, config):
+    for token, entry, number in _named(where / CONFIG, config):
+        if number is not None and token in ids and str(ids[token]) != number:
+            raise BadInput(
+                f"{where / CONFIG}: gives token {token!r} the id {number}, {FILE} {ids[token]}; {_SAVE_AGAIN}"
+            )
         if token not in ids:
             raise BadInput(f"{where / CONFIG}: names token {token!r}, which {FILE} lacks; {_SAVE_AGAIN}")
         added.setdefault(token, entry)
@@ -146,7 +150,7 @@ def strip(tokens: Tokens, limit: int) -> Tokens:
     added = tuple(one for one in tokens.added if one.content not in gone)
     ids = {token: number for token, number in tokens.ids.items() if token not in gone}
     content, _, _ = _read(tokens.where)
-    _strip(content, limit)
+    _strip(tokens.where, content, limit)
     return Tokens(tokens.where, ids, added, len(content["model"]["vocab"]), tokens.kind, tokens.digest, limit)
 
 
@@ -199,7 +203,7 @@ def _read(where: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return content, config, hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 
-def _strip(content: dict[str, Any], limit: int) -> None:
+def _strip(where: Path, content: dict[str, Any], limit: int) -> None:
     """Takes out of a BPE what has ids from `limit` on, and the merges with such a part."""
     model = content["model"]
     gone = {token for token, number in model["vocab"].items() if number >= limit}
@@ -207,6 +211,8 @@ def _strip(content: dict[str, Any], limit: int) -> None:
     content["added_tokens"] = [one for one in content.get("added_tokens") or [] if one["id"] < limit]
     model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in gone}
     pairs = [one.split(" ") if isinstance(one, str) else one for one in model.get("merges") or []]
+    if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs):
+        raise BadInput(f"{where / FILE}: its merges are no pairs of tokens; take the model's own")
     model["merges"] = [pair for pair in pairs if gone.isdisjoint([*pair, "".join(pair)])]
 
 
@@ -233,19 +239,21 @@ def _require_dense(where: Path, ids: Mapping[str, int]) -> None:
         )
 
 
-def _named(path: Path, config: Mapping[str, Any]) -> Iterable[tuple[str, Added]]:
-    """Tokens of which tokenizer_config.json speaks: transformers adds them where they are not added already."""
+def _named(path: Path, config: Mapping[str, Any]) -> Iterable[tuple[str, Added, str | None]]:
+    """Tokens of which tokenizer_config.json speaks, with their ids where it says: transformers adds them where they are
+    not added already."""
     decoder = config.get("added_tokens_decoder") or {}
     more = [config.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     if not isinstance(decoder, dict) or not all(isinstance(one, dict | list) for one in more):
         raise BadInput(f"{path}: its special tokens are no list; {_SAVE_AGAIN}")
-    named = [*decoder.values(), *(config.get(key) for key in _SPECIAL)]
-    named += [token for one in more for token in (one.values() if isinstance(one, dict) else one)]
-    for given in named:
+    named: list[tuple[Any, str | None]] = [(given, number) for number, given in decoder.items()]
+    named += [(config.get(key), None) for key in _SPECIAL]
+    named += [(token, None) for one in more for token in (one.values() if isinstance(one, dict) else one)]
+    for given, number in named:
         if given is None:
             continue
         token = given.get("content") if isinstance(given, dict) else given
         if not isinstance(token, str):
             raise BadInput(f"{path}: has a special token {given!r}, which is no text; {_SAVE_AGAIN}")
         flags = given if isinstance(given, dict) else {}
-        yield token, Added(token, tuple(bool(flags.get(flag, flag == "special")) for flag in _FLAGS))
+        yield token, Added(token, tuple(bool(flags.get(flag, flag == "special")) for flag in _FLAGS)), number

@@ -1,0 +1,314 @@
+"""Remapped checkpoints beside mergekit's results: ranges, our own key, what is written, and what is refused."""
+
+import json
+import random
+import shutil
+from contextlib import closing
+from dataclasses import replace
+
+import pairs
+import pytest
+import torch
+from adapters import factors, write_adapter
+from checkpoints import launch, load_checkpoint
+from hostile import mutants
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.vocabulary import TokenRule, Vocabulary
+from rvdist.merge.plan import build_plan
+from rvdist.pocket.tokenizer import CHAT_TEMPLATE, build
+from rvdist.weights.checkpoint.digest import checkpoint_digest
+from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.tokens import read_tokens
+from rvdist.weights.checkpoint.vocabulary import remap
+from rvdist.weights.operand import open_operand
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def point(where, source="union", rules=(), multiple=None, others=("other",)):
+    models = [str(where / name) for name in ("base", *others)]
+    terms = tuple(Term(0.5, Vector(other, models[0])) for other in models[1:])
+    return WeightPoint(models[0], terms, vocabulary=Vocabulary(source, tuple(models), tuple(rules), multiple))
+
+
+def opened(asked):
+    sources = {source: open_source(source) for source in asked.sources()}
+    return sources | remap(asked, sources, open_source)
+
+
+def as_bf16(where):
+    for model in where.iterdir():
+        tensors = {name: t.bfloat16() for name, t in load_file(model / "model.safetensors").items()}
+        save_file(tensors, model / "model.safetensors")
+
+
+def edit(path, **changed):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changed))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_any_range_is_that_of_the_whole(tmp_path, halves):
+    pairs.write("means", tmp_path)
+    if halves:
+        as_bf16(tmp_path)
+    rules = [TokenRule("ab", force=True), TokenRule("<new>", str(tmp_path / "two"), row=4)]
+    sources = opened(point(tmp_path, rules=rules, multiple=32, others=("one", "two", "three", "four")))
+    chance = random.Random(0)
+    kinds = set()
+    for source in sources.values():
+        spec = source.tensors[EMBEDDING]
+        kinds |= set(source.rows[EMBEDDING].owner.tolist())
+        with closing(open_operand(source)) as operand, closing(open_operand(source)) as other:
+            whole = operand.read(EMBEDDING, 0, spec.numel, torch.empty(8 * spec.numel, dtype=torch.uint8)).clone()
+            for _ in range(60):
+                begin = chance.randrange(spec.numel)
+                end = chance.randrange(begin, spec.numel) + 1
+                part = other.read(EMBEDDING, begin, end, torch.empty(8 * (end - begin), dtype=torch.uint8))
+                assert torch.equal(part, whole[begin:end])
+        rows = whole.view(spec.shape)
+        tokens = source.rows[EMBEDDING].tokens
+        padding = rows[:tokens].double().mean(0).to(rows.dtype)
+        assert len(rows) == 32 and all(torch.equal(row, padding) for row in rows[tokens:])
+    assert {ZERO, MEAN, PADDING, 0, 1} <= kinds
+
+
+def test_our_own_key_on_three_models(tmp_path):
+    pairs.write("means", tmp_path)
+    given = (
+        "target=base",
+        "vector.plus=one",
+        "vector.minus=two",
+        "alpha=[0.5,-1]",
+        "output=out/{alpha}",
+        "cache.dir=c",
+    )
+    done = launch(*given, "tokenizer=union", "compat.force=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: the tokenizer is the union of all tokenizers\n" in done.stdout + done.stderr
+    rows = {name: load_file(tmp_path / name / "model.safetensors")[EMBEDDING] for name in ("base", "one", "two")}
+    ids = {name: read_tokens(tmp_path / name).ids for name in rows}
+    for alpha in (0.5, -1.0):
+        out = tmp_path / "out" / f"{alpha:g}"
+        written = load_checkpoint(out)[EMBEDDING]
+        tokens = AutoTokenizer.from_pretrained(out).get_vocab()
+        assert len(tokens) == len(written) == len(set(ids["base"]) | set(ids["one"]) | set(ids["two"]))
+        for token, number in tokens.items():
+            has = {name: rows[name][ids[name][token]] for name in rows if token in ids[name]}
+            default = has.get("base", sum(has.values()) / len(has))
+            base, plus, minus = (has.get(name, default) for name in ("base", "one", "two"))
+            assert torch.equal(written[number], base + alpha * (plus - minus)), token
+
+
+def test_on_ray_and_in_this_process_the_bytes_are_the_same(tmp_path):
+    pairs.write("rules", tmp_path)
+    block = '{source: union, pad_to_multiple_of: 64, tokens: {"<pad>": {source: third, force: true}}}'
+    rule = f"tokenizer='{block}'"
+    given = ("target=base", "vector.plus=other", "vector.minus=third", rule, "cache.dir=c", "compat.force=true")
+    for extra in (("output=a",), ("output=b", "merge.workers=2")):
+        done = launch(*given, *extra, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_where_all_have_the_tokens_nothing_is_another(tmp_path):
+    pairs.write("bpe", tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "twin")
+    asked = point(tmp_path, "base", others=("twin",))
+    sources = {source: open_source(source) for source in asked.sources()}
+    assert remap(asked, sources, open_source) == {}
+    given = ("target=base", "vector.plus=twin", "vector.minus=base", "output=out", "cache.dir=c")
+    assert launch(*given, "tokenizer=target", cwd=tmp_path).returncode == 0
+    again = launch(*given, cwd=tmp_path)
+    assert again.returncode == 0 and "already complete" in again.stdout + again.stderr
+
+
+def test_what_decides_rows_decides_digests(tmp_path):
+    pairs.write("bpe", tmp_path)
+
+    def digests(asked):
+        sources = opened(asked)
+        (plan,), *_ = build_plan({tmp_path / "out": asked}, sources).digests
+        return plan, asked.digest({name: checkpoint_digest(source) for name, source in sources.items()})
+
+    asked = point(tmp_path)
+    seen = [digests(asked), digests(replace(asked, vocabulary=replace(asked.vocabulary, multiple=64)))]
+    seen.append(digests(replace(asked, vocabulary=replace(asked.vocabulary, source="base"))))
+    content = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["j"] = vocab["j"], vocab["a"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(content))
+    seen.append(digests(asked))
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, tmp_path / "other" / "model.safetensors")
+    seen.append(digests(asked))
+    assert len({plan for plan, _ in seen}) == len({digest for _, digest in seen}) == len(seen)
+    assert digests(asked) == seen[-1]
+    assert WeightPoint.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+
+
+def test_special_tokens_get_the_ids_that_they_have_in_another_tokenizer(tmp_path):
+    pairs.write("of_a_model", tmp_path)
+    edit(tmp_path / "base" / "config.json", bos_token_id=12, eos_token_id=[13, 12], text_config={"vocab_size": 14})
+    edit(tmp_path / "base" / "generation_config.json", eos_token_id=[13], pad_token_id=-1, temperature=0.5)
+    (tmp_path / "base" / "vocab.json").write_text("{}")
+    (tmp_path / "other" / "chat_template.jinja").write_text("other's")
+    given = ("target=base", "vector.plus=other", "vector.minus=base", "output=out", "cache.dir=c", "compat.force=true")
+    refused = launch(*given, "tokenizer=other", cwd=tmp_path)
+    assert refused.returncode == 0, refused.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert (config["bos_token_id"], config["eos_token_id"]) == (ids["<s>"], [ids["</s>"], ids["<s>"]]) == (1, [0, 1])
+    assert config["vocab_size"] == config["text_config"]["vocab_size"] == len(ids)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [0], "pad_token_id": -1, "temperature": 0.5}
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "other's"
+    assert not (tmp_path / "out" / "vocab.json").exists()
+    edit(tmp_path / "base" / "config.json", eos_token_id=10)  # "ab", which the other lacks
+    refused = launch(*given, "tokenizer=other", "overwrite=true", cwd=tmp_path)
+    assert refused.returncode == 2 and "eos_token_id is 10, token 'ab', which the tokenizer of" in refused.stderr
+
+
+def test_the_pocket_family_s_tokenizer_with_more_tokens(tmp_path):
+    pairs.write("bpe", tmp_path)
+    for model, more in (("base", ["<tool>"]), ("other", ["<|user|>", "<tool>", "zz"])):
+        tokenizer = build(CHAT_TEMPLATE, 64)
+        tokenizer.add_tokens(more)
+        tokenizer.save_pretrained(tmp_path / model)
+        tensors = load_file(tmp_path / model / "model.safetensors")
+        rows = torch.arange(4.0 * len(tokenizer)).view(-1, 4)
+        tensors |= {name: rows.clone() for name in (EMBEDDING, "lm_head.weight")}
+        save_file(tensors, tmp_path / model / "model.safetensors")
+        edit(tmp_path / model / "config.json", vocab_size=len(tokenizer))
+    given = ("target=base", "vector.plus=other", "vector.minus=base", "output=out", "cache.dir=c", "compat.force=true")
+    done = launch(*given, "tokenizer=union", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    built = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert built.get_vocab() == Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab()
+    assert {token: number for token, number in built.get_vocab().items() if number > 257} == {
+        "<tool>": 258, "<|user|>": 259, "zz": 260
+    }  # fmt: skip
+    assert built.encode("a<|user|>b<tool>zz") == [97, 259, 98, 258, 260]
+    assert built.chat_template == CHAT_TEMPLATE and len(load_checkpoint(tmp_path / "out")[EMBEDDING]) == 261
+
+
+def test_jobs_with_different_tokenizers_are_different_outputs(tmp_path):
+    pairs.write("padded", tmp_path)
+    given = ("target=base", "vector.plus=other", "vector.minus=base", "cache.dir=c", "compat.force=true")
+    done = launch("-m", *given, "tokenizer=target,union", "output=out-${tokenizer}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sizes = {name: len(load_checkpoint(tmp_path / f"out-{name}")[EMBEDDING]) for name in ("target", "union")}
+    assert sizes == {"target": 12, "union": 14}
+    done = launch("-m", *given, "tokenizer=target,union", "output=same", cwd=tmp_path)
+    assert done.returncode == 1 and "several jobs would write" in done.stderr
+
+
+GIVEN = ("target=base", "vector.plus=other", "vector.minus=base", "tokenizer=union", "cache.dir=c", "compat.force=true")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("output=out", "benchmarks=pocket"), "has the tokens of its target"),
+        (("output=out", "stages=[merge,analyze]"), "has the tokens of its target"),
+        (("vector.save=v",), "vector.save stores a vector with the tokens of its donors"),
+        (("output=out", "tokenizer=nowhere"), "nowhere"),
+        (("output=out", "tokenizer='{a'"), "tokenizer: is not YAML"),
+        (("output=out", "tokenizer=3"), "tokenizer: 3 is not union, base, or the name of a model"),
+        (("output=out", "tokenizer={source: base, tokens: {x: {source: y}}}"), "'y' is not one of the models"),
+        (("recipe=r.yml", "target=''"), "recipe and"),
+    ],
+)
+def test_what_the_command_refuses(tmp_path, more, said):
+    pairs.write("bpe", tmp_path)
+    done = launch(*GIVEN, *more, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def untied(where):
+    tensors = load_file(where / "other" / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if k != "lm_head.weight"}, where / "other" / "model.safetensors")
+
+
+def another_dtype(where):
+    tensors = load_file(where / "other" / "model.safetensors")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, where / "other" / "model.safetensors")
+
+
+def hole(where):
+    content = json.loads((where / "base" / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["b"]
+    (where / "base" / "tokenizer.json").write_text(json.dumps(content))
+
+
+def of_bytes(where):
+    save_file(
+        {"model.token_embedder.weight": torch.zeros(13, 4)} | load_file(where / "base" / "model.safetensors"),
+        where / "base" / "model.safetensors",
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda where: (where / "other" / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (untied, "has no lm_head.weight"),
+        (another_dtype, "from .*, which stores it as BF16 where this has F32; store them in one dtype"),
+        (hole, "has 17 tokens and none of id 1, though there are higher ones"),
+        (of_bytes, "tensor model.token_embedder.weight has as many rows as the vocabulary"),
+        (lambda where: edit(where / "other" / "config.json", vocab_size=999), "has vocab_size=999, and .* has 16 rows"),
+        (lambda where: edit(where / "other" / "tokenizer_config.json", pad_token="<none>"), "names token '<none>'"),
+        (
+            lambda where: edit(
+                where / "other" / "tokenizer_config.json", added_tokens_decoder={"3": {"content": "<s>"}}
+            ),
+            "gives token '<s>' the id 3",
+        ),
+    ],
+)
+def test_what_is_refused(tmp_path, spoil, said):
+    pairs.write("bpe", tmp_path)
+    opened(point(tmp_path))
+    spoil(tmp_path)
+    with pytest.raises(BadInput, match=said):
+        opened(point(tmp_path))
+
+
+def test_an_adapter_is_refused(tmp_path):
+    pairs.write("bpe", tmp_path)
+    write_adapter(tmp_path / "adapter", factors())
+    with pytest.raises(BadInput, match="is adapter, whose rows are those of the ids"):
+        opened(point(tmp_path, others=("adapter",)))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"])
+@pytest.mark.parametrize("model", ["base", "other"])
+@pytest.mark.parametrize("source", ["union", "other"])
+def test_no_value_is_anything_but_taken_or_refused(tmp_path, file, model, source):
+    pairs.write("bpe", tmp_path)
+    edit(tmp_path / "base" / "generation_config.json", eos_token_id=12)
+    decoder = {"12": {"content": "<s>", "special": True}}
+    edit(tmp_path / "base" / "tokenizer_config.json", eos_token="<s>", added_tokens_decoder=decoder)
+    edit(tmp_path / "other" / "tokenizer_config.json", additional_special_tokens=["<tool>"])
+    edit(tmp_path / "other" / "generation_config.json", eos_token_id=12)
+    asked = point(tmp_path, source if source == "union" else str(tmp_path / "other"))
+    path = tmp_path / model / file
+    taken = 0
+    for mutant in mutants(json.loads(path.read_text())):
+        path.write_text(json.dumps(mutant))
+        try:
+            for one in opened(asked).values():
+                if getattr(one, "tokenizer", None):
+                    assert one.written_beside() is not None and one.config is not None
+            taken += 1
+        except BadInput as error:
+            assert "\n" not in str(error) and len(str(error)) < 4100, str(error)[:300]
+        except Exception as error:
+            raise AssertionError(f"{file}: {json.dumps(mutant)[:300]}") from error
+    assert taken
