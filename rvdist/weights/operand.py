@@ -21,7 +21,7 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import INTERLEAVED
 from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
-from rvdist.weights.checkpoint.layouts import DOWN, UP, Relaid, View
+from rvdist.weights.checkpoint.layouts import UP, Relaid, View
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.packed import bits, spread
@@ -30,6 +30,7 @@ from rvdist.weights.remapped_rows import RemappedOperand
 from rvdist.weights.stored import Operand
 
 _CHUNK = 256 * 1024  # elements
+_ROWS = 32  # of a matrix that are transposed at a time
 
 
 class _Computed(Operand):
@@ -257,6 +258,7 @@ class _Relaid(Operand):
         inner = replace(checkpoint.inner, path=checkpoint.path, hub=checkpoint.hub)  # as workers are told them
         self._relaid, self._inner = checkpoint, open_operand(inner)
         self._slab = ("", -1, torch.empty(0))
+        self._rooms: dict[str, torch.Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
     @property
@@ -284,7 +286,7 @@ class _Relaid(Operand):
         out = buffer[: (end - begin) * dtype.itemsize].view(dtype)
         for k in range(begin // size, -(-end // size)):
             if self._slab[:2] != (name, k):
-                self._slab = name, k, self._assemble(view, view.first + k)
+                self._slab = name, k, self._assemble(name, view, view.first + k)
             first, last = max(begin, k * size), min(end, (k + 1) * size)
             out[first - begin : last - begin] = self._slab[2][first - k * size : last - k * size]
         return out
@@ -307,30 +309,36 @@ class _Relaid(Operand):
             at += count
         return out
 
-    def _assemble(self, view: View, expert: int) -> torch.Tensor:
-        """What an expert has in a tensor of the wanted layout, 1-d."""
-        held: dict[tuple[str, range], torch.Tensor] = {}  # gate and up may be in the same elements
-        parts = [self._part_of(view, projection, expert, held) for projection in view.projections]
-        if view.layout != INTERLEAVED:
-            return torch.cat([part.reshape(-1) for part in parts])
-        parts = [part.T if view.part == "weight" else part for part in parts]
-        return torch.stack(parts, -1).reshape(-1)
+    def _assemble(self, name: str, view: View, expert: int) -> torch.Tensor:
+        """What an expert has in a tensor of the wanted layout, 1-d. Memory is taken once, for the largest so far."""
+        source, several = view.source, len(view.projections)
+        rows, columns = source.shape(view.projections[0])
+        columns = columns if view.part == "weight" else 1
+        out = self._room("slab", several * rows * columns, self.dtype(name))
+        held: tuple[str, range] | None = None  # gate and up may be in the same elements
+        for k, projection in enumerate(view.projections):
+            holder = source.holder(projection, expert, view.part)
+            elements = source.elements(projection, expert, view.part)
+            if held != (holder, elements):
+                room = self._room("read", len(elements), self._inner.dtype(holder)).view(torch.uint8)
+                read, held = self._inner.read(holder, elements.start, elements.stop, room), (holder, elements)
+            if source.layout == INTERLEAVED:
+                alternate = read.view(columns, rows, -1)  # gate and up, or down alone
+                part = alternate[..., 1 if projection == UP else 0].T
+            else:
+                part = read.view(rows, columns)
+            place = out.view(columns, rows, several)[..., k].T
+            if view.layout != INTERLEAVED:
+                place = out.view(several, rows, columns)[k]
+            for row in range(0, rows, _ROWS):  # so that what is transposed stays in the cache
+                place[row : row + _ROWS].copy_(part[row : row + _ROWS])
+        return out
 
-    def _part_of(
-        self, view: View, projection: str, expert: int, held: dict[tuple[str, range], torch.Tensor]
-    ) -> torch.Tensor:
-        """The matrix [out, in] of a projection of an expert, or its bias."""
-        source = view.source
-        holder, elements = source.holder(projection, expert, view.part), source.elements(projection, expert, view.part)
-        if (holder, elements) not in held:
-            room = torch.empty(len(elements) * self._inner.dtype(holder).itemsize, dtype=torch.uint8)
-            held[holder, elements] = self._inner.read(holder, elements.start, elements.stop, room)
-        slab, (rows, columns) = held[holder, elements], source.shape(projection)
-        if source.layout != INTERLEAVED:
-            return slab.view(rows, columns) if view.part == "weight" else slab
-        if projection != DOWN:
-            slab = slab.view(-1, 2)[:, 1 if projection == UP else 0]
-        return slab.reshape(columns, rows).T if view.part == "weight" else slab
+    def _room(self, use: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        nbytes = numel * dtype.itemsize
+        if self._rooms.get(use, torch.empty(0)).numel() < nbytes:
+            self._rooms[use] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._rooms[use][:nbytes].view(dtype)
 
 
 def open_operand(checkpoint: Checkpoint) -> Operand:

@@ -123,3 +123,55 @@ def test_the_command_merges_donors_of_two_layouts_into_a_third(tmp_path: Path) -
 @pytest.mark.parametrize(("kind", "layouts"), KINDS)
 def test_the_command_merges_all_layouts_into_all(tmp_path: Path, kind: str, layouts: tuple[str, ...]) -> None:
     by_command(kind, tmp_path, layouts, lambda *three: True)
+
+
+ROUTED = {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}
+ELSEWHERE: dict[str, dict[str, object]] = {
+    "OlmoeConfig": {"num_experts": 4},
+    "Qwen3NextConfig": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20, **LINEAR},
+    "Glm4MoeConfig": {"first_k_dense_replace": 1, **ROUTED},
+    "DeepseekV3Config": {"first_k_dense_replace": 1, **ROUTED, **LATENT},
+    "GraniteMoeSharedConfig": {"num_local_experts": 4, "shared_intermediate_size": 20},
+    "JambaConfig": {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, **MAMBA},
+    "PhimoeConfig": {"num_local_experts": 4},
+    "MiniMaxM2Config": {"num_local_experts": 4},
+    "Ernie4_5_MoeConfig": {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    "Lfm2MoeConfig": {
+        "num_experts": 4, "moe_intermediate_size": 16, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_model_as_it_is_published_meets_itself_as_it_is_in_memory(tmp_path: Path, kind: str) -> None:
+    """Trainings that save what is in memory have experts fused, and routers under other names; shared experts, and
+    what corrects routers' scores, meet too, and no tensor is left out."""
+    import transformers
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    config = getattr(transformers, kind)(**SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 2} | ELSEWHERE[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name in ("target", "plus", "minus"):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_((0.05 if name == "target" else 0.004) * torch.randn_like(tensor))
+        model.save_pretrained(tmp_path / "published" / name)
+        shutil.copytree(tmp_path / "published" / name, tmp_path / "memory" / name)
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        save_file(state, tmp_path / "memory" / name / "model.safetensors", {"format": "pt"})
+    before = [load_checkpoint(tmp_path / kind / "target").keys() for kind in ("published", "memory")]
+    assert before[0] != before[1]
+    for target, donors in product(("published", "memory"), repeat=2):
+        vector = Vector(*(str(tmp_path / donors / name) for name in ("plus", "minus")))
+        point = WeightPoint(str(tmp_path / target / "target"), (Term(0.5, vector),))
+        write({tmp_path / f"{target}-{donors}": point})
+    for target, other in (("published", "memory"), ("memory", "published")):
+        own, across = (load_checkpoint(tmp_path / f"{target}-{donors}") for donors in (target, other))
+        assert all(torch.equal(across[name], tensor) for name, tensor in own.items())
+        unchanged = load_checkpoint(tmp_path / target / "target")
+        moved = [name for name in own if "experts" in name or "put_linear" in name]
+        assert moved and not any(torch.equal(own[name], unchanged[name]) for name in moved)

@@ -229,7 +229,6 @@ def others(experts: str) -> Weights:
         f"experts.mlp.{k}.{n}.weight": t[k] for k in range(E) for n, t in (("w1", gate), ("v1", up), ("w2", down))
     }
     block, of = {
-        "Granite-MoE": ("block_sparse_moe", {"input_linear.weight": both, "output_linear.weight": down}),
         "Llama 4": ("feed_forward", {"experts.gate_up_proj": both.mT, "experts.down_proj": down.mT}),
         "Llama 4, one by one": ("feed_forward", single),
         "DBRX": ("ffn", stacks),
@@ -252,7 +251,6 @@ def others(experts: str) -> Weights:
 @pytest.mark.parametrize(
     ("donors", "target"),
     [
-        ("Granite-MoE", "fused"), ("fused", "Granite-MoE"), ("one by one", "Granite-MoE"),
         ("Llama 4", "Llama 4, one by one"), ("Llama 4, one by one", "Llama 4"),
         ("DBRX", "DBRX, one by one"), ("DBRX, one by one", "DBRX"),
         ("a tensor a projection", "fused"), ("fused", "a tensor a projection"), ("a tensor a projection", "one by one"),

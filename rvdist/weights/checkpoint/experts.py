@@ -12,13 +12,13 @@ from collections.abc import Iterable
 ONE_BY_ONE, FUSED, INTERLEAVED = "one by one", "fused", "fused and interleaved"
 _MIXTRAL = re.compile(r"(^|\.)block_sparse_moe\.")  # as Mixtral is saved; `mlp.` in memory
 _EXPERTS = re.compile(r"((?:.+\.)?experts)\.(.+)")
-_GRANITE = re.compile(r"((?:.+\.)?block_sparse_moe\.)(?:in|out)put_linear\.weight")
+GRANITE = re.compile(r"((?:.+\.)?block_sparse_moe)\.((?:in|out)put_linear)\.weight")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SINGLE = re.compile(r"experts\.(?:.+\.)?N\.")
 _W123 = re.compile(r"experts\.N\.w[123]\.")
 # Routers, and what is added to their scores, as transformers has them in memory and as others save them.
 _ROUTER = re.compile(r"(?<=\.mlp\.)router\.(?:layer\.)?")
-_CORRECTION = re.compile(r"(?<=\.mlp\.)e_score_correction_bias")
+_CORRECTION = re.compile(r"(?<=\.mlp\.)(?=(?:moe_statics\.)?e_score_correction_bias$)")
 
 
 def in_memory(name: str) -> str:
@@ -28,7 +28,7 @@ def in_memory(name: str) -> str:
 
 def beside_experts(name: str) -> str:
     """A name beside a layer's experts, under which all that it may be called in other layouts meet."""
-    return _CORRECTION.sub("gate.e_score_correction_bias", _ROUTER.sub("gate.", in_memory(name)))
+    return _CORRECTION.sub("gate.", _ROUTER.sub("gate.", in_memory(name)))
 
 
 def layouts(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -36,8 +36,8 @@ def layouts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     without its numbers → one that shows it."""
     by_prefix: dict[str, dict[str, str]] = {}
     for name in names:
-        if (match := _EXPERTS.fullmatch(name)) or (match := _GRANITE.fullmatch(name)):
-            prefix = match[1] if match.re is _EXPERTS else match[1] + "experts"
+        if (match := _EXPERTS.fullmatch(name)) or (match := GRANITE.fullmatch(name)):
+            prefix = match[1] if match.re is _EXPERTS else match[1] + ".experts"
             by_prefix.setdefault(in_memory(prefix), {}).setdefault(_NUMBER.sub("N", name), name)
     return by_prefix
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.difference import Difference, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.experts import FUSED, INTERLEAVED, ONE_BY_ONE, beside_experts, in_memory
+from rvdist.weights.checkpoint.experts import FUSED, GRANITE, INTERLEAVED, ONE_BY_ONE, beside_experts, in_memory
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
@@ -27,12 +27,13 @@ _IN_BY_OUT = (
     "aria",
     "openai_privacy_filter",
 )  # models of transformers with experts [in, out], is_transposed
+_GRANITE = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}
 _MOST_EXPERTS = 1 << 16  # of a layer
 
 
 @dataclass(frozen=True)
 class Group:
-    """The experts under one prefix: their layout, what the projections of single experts are called, how many experts
+    """The experts under one prefix: their layout, what projections are called where that differs, how many experts
     there are, and the columns of a `hidden` and of an `intermediate` vector. `biased`: whether they have biases."""
 
     prefix: str
@@ -44,6 +45,11 @@ class Group:
     biased: bool
 
     @property
+    def key(self) -> str:
+        """The prefix as Mixtral has it in memory; Granite-MoE has its experts without one of their own."""
+        return in_memory(self.prefix if self.prefix.endswith("experts") else f"{self.prefix}.experts")
+
+    @property
     def size(self) -> tuple[int, int, int]:
         """What two groups must share so that one is a permutation of the other, but for biases."""
         return self.count, self.hidden, self.intermediate
@@ -53,6 +59,8 @@ class Group:
         if self.layout == ONE_BY_ONE:
             return f"{self.prefix}.{expert}.{dict(self.called)[projection]}.{part}"
         name = "down_proj" if projection == DOWN else "gate_up_proj"
+        if self.called:
+            return f"{self.prefix}.{dict(self.called)[name]}.weight"
         return f"{self.prefix}.{name}{'_bias' if part == 'bias' else ''}"
 
     def shape(self, projection: str) -> tuple[int, int]:
@@ -219,15 +227,18 @@ def groups(checkpoint: Checkpoint) -> dict[str, Group]:
     singles: dict[str, dict[tuple[int, str, str], TensorSpec]] = {}
     fused: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in checkpoint.tensors.items():
-        if "experts." not in name:
+        if granite := GRANITE.fullmatch(name):
+            called = next(ours for ours, theirs in _GRANITE.items() if theirs == granite[2])
+            fused.setdefault(granite[1], {})[called] = spec
+        elif "experts." not in name:
             continue
-        if single := _SINGLE.fullmatch(name):
+        elif single := _SINGLE.fullmatch(name):
             singles.setdefault(single[1], {})[int(single[2]), single[3], single[4]] = spec
         elif whole := _FUSED.fullmatch(name):
             fused.setdefault(whole[1], {})[whole[2] + (whole[3] or "")] = spec
     found = [_single(prefix, own) for prefix, own in singles.items() if prefix not in fused]
     found += [_fused(prefix, own, checkpoint) for prefix, own in fused.items() if prefix not in singles]
-    return {in_memory(group.prefix): group for group in found if group}
+    return {group.key: group for group in found if group}
 
 
 def _single(prefix: str, own: dict[tuple[int, str, str], TensorSpec]) -> Group | None:
@@ -264,7 +275,8 @@ def _fused(prefix: str, own: dict[str, TensorSpec], checkpoint: Checkpoint) -> G
         return None
     alternates = checkpoint.config.get("model_type") == "gpt_oss"  # others may lay gate and up one after the other
     if both[1:] == (2 * down[2], down[1]) and not biased and not alternates:
-        group = Group(prefix, FUSED, (), both[0], down[1], down[2], False)
+        called = () if prefix.endswith("experts") else tuple(_GRANITE.items())
+        group = Group(prefix, FUSED, called, both[0], down[1], down[2], False)
         return group if _is_plausible(group) else None
     if both[1:] == (down[2], 2 * down[1]) and alternates:
         group = Group(prefix, INTERLEAVED, (), both[0], down[2], down[1], biased)
