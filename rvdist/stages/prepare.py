@@ -63,8 +63,7 @@ class Known:
 
     def check(self, settings: Config, sources: Mapping[str, Checkpoint], point: WeightPoint) -> compat.Compatibility:
         """Raises BadInput where the point must not be computed."""
-        terms = tuple(replace(term, alpha=1.0) for term in point.terms)
-        line = WeightPoint(point.base, terms, vocabulary=point.vocabulary)
+        line = replace(point, terms=tuple(replace(term, alpha=1.0) for term in point.terms))
         key = (line, settings.compat.force, settings.compat.extra_rows == "keep")
         if key not in self._reports:
             self._reports[key] = compat.check(line, sources, *key[1:])

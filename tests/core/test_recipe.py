@@ -441,6 +441,16 @@ def test_the_command_writes_what_mergekit_does(here, expected, tmp_path):
     assert in_bf16.returncode == 0, in_bf16.stderr
 
 
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_recipes_of_methods_that_mergekit_lacks(method, tmp_path):
+    models = [f"{{model: {name}, parameters: {{weight: {by}}}}}" for name, by in (("a", 0.5), ("b", 0.25))]
+    text = f"merge_method: {method}\nbase_model: t\nparameters: {{lambda: 2}}\nmodels: [{', '.join(models)}]\n"
+    (tmp_path / "recipe.yml").write_text(text)
+    point = read_recipe(tmp_path / "recipe.yml", lambda name: ["w"]).point
+    assert point.method == MethodSpec(method)
+    assert [(term.alpha, term.vector.sources()) for term in point.terms] == [(1.0, ("a", "t")), (0.5, ("b", "t"))]
+
+
 @pytest.mark.slow
 def test_the_command_scores_a_recipe_beside_its_base(tmp_path):
     weighted = [f"{{model: {POCKET / name}, parameters: {{weight: {by}}}}}" for name, by in (("grpo", 1), ("sft", -1))]

@@ -4,9 +4,11 @@ import pytest
 import torch
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint
 
+from rvdist.core.config import Config
 from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
+from rvdist.stages.prepare import Known
 from rvdist.weights import compat, rows
 from rvdist.weights.checkpoint.directory import open_checkpoint
 
@@ -60,6 +62,8 @@ def test_rows_that_a_method_cannot_see_whole(family, monkeypatch):
     monkeypatch.setattr(rows, "LONGEST", 47)
     with pytest.raises(BadInput, match=r"target: tensor .* has rows of 48 elements, and arcee_fusion needs whole"):
         compat.check(fused, sources)
+    with pytest.raises(BadInput, match="arcee_fusion needs whole"):
+        Known().check(Config(), sources, fused)  # as the command asks
     rewrite(paths["plus"], lambda w: w.update({"model.norm.weight": torch.zeros(40).bfloat16()}))
     shorter = sources | {"plus": open_checkpoint(paths["plus"])}
     monkeypatch.setattr(rows, "LONGEST", 48)

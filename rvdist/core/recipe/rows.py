@@ -1,4 +1,5 @@
-"""mergekit 0.1.5's merge methods: a row each, of what its recipes may say and which method of ours it becomes."""
+"""mergekit 0.1.5's merge methods, and two that it lacks: a row each, of what its recipes may say and which
+method of ours it becomes."""
 
 from __future__ import annotations
 
@@ -58,5 +59,7 @@ ROWS = {
     "arcee_fusion": Row("arcee_fusion", weight="", others=ONE),
     "passthrough": Row("linear", weight="", others=(0, 0), base_is_input=True),
     "ram": Row("ram", weight="", options={"epsilon": 1e-5}),
+    "iso_c": Row("iso_c"),  # this and the next are not mergekit's
+    "tsv_m": Row("tsv_m"),
     "ramplus_tl": Row("ramplus_tl", weight="", options={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
 }
