@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import statistics
 import threading
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import write_adapter
+from adapters import ALPHA, RANK, write_adapter
 from alone import write
+from checkpoints import load_checkpoint
 from families import SETTINGS, Answers, Family, answers, fused, make_deep, shard, start
+from mixtures import as_fp8, as_int4
 from points import read_point
 from safetensors.torch import load_file, save_file
 
+from rvdist.core.config.points import Storage
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.timing import anonymous_bytes
 from rvdist.evaluate.fleet import mirror, recorded, swap
@@ -25,7 +29,10 @@ from rvdist.evaluate.fleet.deferred import Deferred
 from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.fleet.mirror import mirror_obstacle
 from rvdist.evaluate.request import Choice
+from rvdist.weights import compat
+from rvdist.weights.checkpoint.layouts import Relaid, lay_out
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.store import save
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, -1.0])
@@ -99,6 +106,65 @@ def test_adapters_that_need_what_they_were_trained_on(
         if ".safetensors" not in file.name:
             shutil.copy(file, tmp_path / "out")
     assert swapped == answers(start(WeightPoint(str(tmp_path / "out"))))
+    assert swapped.texts != base.texts and swapped.scores != base.scores
+    engine.swap(family.point(0.0))
+
+
+def as_w123(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Qwen3-MoE under Mixtral's names."""
+    for ours, theirs in ((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def donor(kind: str, path: Path, out: Path) -> Path:
+    """A donor in another layout than its own, quantised."""
+    weights, said = (
+        as_fp8(load_checkpoint(fused(path, out))) if kind == "fp8" else as_int4(as_w123(load_checkpoint(path)))
+    )
+    shutil.copytree(path, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return out
+
+
+def vector_elsewhere(kind: str, family: Family, place: Path) -> Vector:
+    """A vector of a kind, for a target whose experts are one by one."""
+    if kind == "adapter":
+        generator, pairs = torch.Generator().manual_seed(5), {}
+        for name, tensor in as_w123(load_checkpoint(family.target)).items():
+            if ".experts." in name:
+                module = f"base_model.model.{name.removesuffix('.weight')}"
+                pairs[f"{module}.lora_A.weight"] = torch.randn(RANK, tensor.shape[1], generator=generator)
+                pairs[f"{module}.lora_B.weight"] = torch.randn(tensor.shape[0], RANK, generator=generator)
+        return Vector(str(write_adapter(place / "adapter", pairs, r=RANK, lora_alpha=ALPHA)))
+    if kind == "stored":
+        donors = Vector(*(str(fused(path, place / path.name)) for path in (family.plus, family.minus)))
+        sources = {source: open_source(source) for source in donors.sources()}
+        save(donors, sources, place / "v", Storage(), say=lambda text: None)
+        return Vector(str(place / "v"))
+    return Vector(*(str(donor(kind, path, place / path.name)) for path in (family.plus, family.minus)))
+
+
+@pytest.mark.parametrize("family", ["moe"], indirect=True)
+@pytest.mark.parametrize("kind", ["stored", "adapter", "fp8", "int4"])
+def test_any_vector_in_another_layout_swaps_as_it_is_written(
+    engine: Engine, base: Answers, family: Family, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stored vector and fp8 whose experts are fused, an adapter and packed codes under w1, w2 and w3."""
+    point = WeightPoint(str(family.target), (Term(0.5, vector_elsewhere(kind, family, tmp_path)),))
+    written = open_source(str(family.target))
+    for source in point.terms[0].vector.sources():
+        assert isinstance(lay_out(open_source(source), written), Relaid)
+    engine.swap(point)
+    swapped = answers(engine)
+    monkeypatch.setattr(compat, "check", lambda *given: None)  # its checkpoints are of no one pre-training
+    write({tmp_path / "merged": point})
+    for file in family.target.iterdir():
+        if ".safetensors" not in file.name:
+            shutil.copy(file, tmp_path / "merged")
+    assert swapped == answers(start(WeightPoint(str(tmp_path / "merged"))))
     assert swapped.texts != base.texts and swapped.scores != base.scores
     engine.swap(family.point(0.0))
 
