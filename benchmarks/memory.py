@@ -1,10 +1,12 @@
 """That memory does not grow with the model: merges of sparse checkpoints into /dev/null.
 
-    python benchmarks/memory.py [--work DIR]
+    python benchmarks/memory.py [--work DIR] [--layouts]
 
 Makes target, plus and minus of Llama-70B's shape (141 GB each) out of holes, which take no disk, and merges them with
 two workers into /dev/null; then plans, without reading tensors, merges of Llama-405B's and DeepSeek-V3's shapes for a
-cluster of 8 nodes. Peak anonymous memory (file-backed pages not counted) goes to benchmarks/README.md.
+cluster of 8 nodes. With --layouts, instead: layers of gpt-oss-120b's, Qwen3-235B's and DeepSeek-V3's experts, whose
+donors store them otherwise than the target. Peak anonymous memory (file-backed pages not counted) goes to
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -32,9 +34,14 @@ IMPORTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rvdist-memory")
-    work: Path = parser.parse_args().work
+    parser.add_argument("--layouts", action="store_true")
+    given = parser.parse_args()
+    work: Path = given.work
     shutil.rmtree(work, ignore_errors=True)
     imports = int(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout)
+    if given.layouts:
+        across_layouts(work, imports)
+        return
     rows = []
     for name, shape, shards, stages in (
         ("Llama-70B", shapes.LLAMA_70B, 30, "merge"),
@@ -45,11 +52,7 @@ def main() -> None:
         for part in ("target", "plus", "minus"):
             donors[part] = work / name / part
             nbytes = shapes.write_checkpoint(donors[part], shape, shards, None, {"model_type": "of-holes"})
-        command = [
-            sys.executable, "-m", "rvdist.launch", f"target='{donors['target']}'", f"vector.plus='{donors['plus']}'",
-            f"vector.minus='{donors['minus']}'", "alpha=0.5", "output=/dev/null", f"stages=[{stages}]",
-            f"hydra.run.dir='{work}/run'", "compat.force=true",
-        ]  # fmt: skip
+        command = command_of(donors, work, stages)
         on = ["merge.workers=2"] if stages == "merge" else ["cluster.nodes=8", "merge.workers=64"]
         print(f"{name}: {nbytes / 1e9:.0f} GB each, {stages}", flush=True)
         usage_before = os.times().children_user + os.times().children_system
@@ -57,10 +60,7 @@ def main() -> None:
         cpu = os.times().children_user + os.times().children_system - usage_before
         row = [name, f"{nbytes / 1e9:,.0f} GB × 3", f"{len(shape):,}", stages]
         if stages == "merge":
-            timing = json.loads((work / "run/timing.json").read_text())
-            peak = timing["peak_anonymous_bytes"]
-            row += [f"{peak['worker'] / 2**20:.0f} MiB", f"{(peak['driver'] - imports) / 2**20:.0f} MiB"]
-            row += [f"{(timing['bytes_read'] + timing['bytes_written']) / 1e9 / timing['phases']['merge']:.1f} GB/s"]
+            row += measured(work, imports)
         else:
             row += ["", "", f"{cpu:.1f} s of CPU"]
         rows.append(row)
@@ -73,6 +73,48 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     write_table("memory.py", text.splitlines())
+
+
+def command_of(sources: dict[str, Path], work: Path, stages: str) -> list[str]:
+    """The command on these sources, into /dev/null."""
+    return [
+        sys.executable, "-m", "rvdist.launch", f"target='{sources['target']}'", f"vector.plus='{sources['plus']}'",
+        f"vector.minus='{sources['minus']}'", "alpha=0.5", "output=/dev/null", f"stages=[{stages}]",
+        f"hydra.run.dir='{work}/run'", "compat.force=true",
+    ]  # fmt: skip
+
+
+def measured(work: Path, imports: int) -> list[str]:
+    """The memory and the rate of a merge, as it told them."""
+    timing = json.loads((work / "run/timing.json").read_text())
+    peak = timing["peak_anonymous_bytes"]
+    rate = (timing["bytes_read"] + timing["bytes_written"]) / 1e9 / timing["phases"]["merge"]
+    memory = [peak["worker"], peak["driver"] - imports]
+    return [*(f"{nbytes / 2**20:.0f} MiB" for nbytes in memory), f"{rate:.1f} GB/s"]
+
+
+def across_layouts(work: Path, imports: int) -> None:
+    """Merges of a layer of experts whose donors store them otherwise."""
+    rows = []
+    for name, sizes, biased, layouts in (
+        ("gpt-oss-120b", (2880, 2880, 128), True, ("interleaved", "one by one")),
+        ("gpt-oss-120b", (2880, 2880, 128), True, ("one by one", "interleaved")),
+        ("Qwen3-235B", (4096, 1536, 128), False, ("fused", "one by one")),
+        ("DeepSeek-V3", (7168, 2048, 64), False, ("one by one", "fused")),
+    ):
+        sources = {}
+        for part in ("target", "plus", "minus"):
+            shape = shapes.mixture(layouts[part == "target"], *sizes, biased)
+            sources[part] = work / name / part
+            nbytes = shapes.write_checkpoint(sources[part], shape, 4, None, {"model_type": "gpt_oss"} if biased else {})
+        subprocess.run([*command_of(sources, work, "merge"), "merge.workers=2"], check=True)
+        rows.append([name, f"{nbytes / 1e9:.1f} GB × 3", *layouts, *measured(work, imports)])
+        shutil.rmtree(work / name)
+    head = ["a layer of", "sparse checkpoints", "donors", "target"]
+    head += ["anonymous, a worker", "driver above its imports", "rate"]
+    lines = [f"| {' | '.join(head)} |", "|---" * 7 + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    print("\n".join(lines))
+    write_table("memory.py, layouts", lines)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,23 @@ def deepseek_v3() -> Shapes:
     return found | {"model.norm.weight": (hidden,)}
 
 
+def mixture(layout: str, hidden: int, intermediate: int, experts: int, biased: bool) -> Shapes:
+    """A layer of experts: `one by one`, `fused`, or `interleaved` as gpt-oss's."""
+    at = "model.layers.0.mlp."
+    found: Shapes = {"model.embed_tokens.weight": (1024, hidden), f"{at}gate.weight": (experts, hidden)}
+    if layout == "one by one":
+        for k in range(experts):
+            own = _mlp(f"{at}experts.{k}.", hidden, intermediate)
+            found |= own | {f"{name[:-6]}bias": shape[:1] for name, shape in own.items() if biased}
+        return found
+    both, down = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
+    if layout == "interleaved":
+        both, down = (experts, hidden, 2 * intermediate), (experts, intermediate, hidden)
+    biases = {"gate_up_proj_bias": (experts, 2 * intermediate), "down_proj_bias": (experts, hidden)} if biased else {}
+    own = {"gate_up_proj": both, "down_proj": down} | biases
+    return found | {f"{at}experts.{name}": shape for name, shape in own.items()}
+
+
 def _block(at: str, hidden: int, intermediate: int) -> Shapes:
     norms = (f"{at}input_layernorm.weight", f"{at}post_attention_layernorm.weight")
     attention: Shapes = {f"{at}self_attn.o_proj.weight": (hidden, hidden)}
