@@ -348,8 +348,8 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
     return len({source for point in points for source in point.sources()}) + len(points)
 
 
-def open_point(point: WeightPoint, open: Callable[[str, Rename], Checkpoint] = open_source) -> PointReader:
+def open_point(point: WeightPoint, look_up: Callable[[str, Rename], Checkpoint] = open_source) -> PointReader:
     """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
-    sources = {source: open(source, rename) for source, rename in point.renames()}
+    sources = {source: look_up(source, rename) for source, rename in point.renames()}
     sources = {name: lay_out(source, sources[point.base]) for name, source in sources.items()}
     return PointReader([settle(point, sources)], sources)
