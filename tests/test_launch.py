@@ -142,13 +142,15 @@ def test_scoring_needs_a_tokenizer_and_its_template(place):
 
 
 @pytest.mark.slow
-def test_an_engine_that_cannot_start_is_one_sentence(place):
+def test_what_an_engine_refuses_as_it_starts_is_one_sentence(place):
+    arguments = ["target=family/target", *VECTOR, "benchmarks=pocket", "benchmarks.limit=1"]
+    done = launch(*arguments, "engine.args={kv_cache_dtype: nonsense}", cwd=place)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "nonsense" in done.stderr
     for member in ("target", "grpo", "sft"):
         file = place / "family" / member / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
-    done = launch("target=family/target", *VECTOR, "benchmarks=pocket", "benchmarks.limit=1", cwd=place)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "an engine could not start" in done.stderr and "quantized" in done.stderr
+    done = launch(*arguments, cwd=place)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "target: is quantized" in done.stderr
 
 
 def test_a_merge_from_the_command_and_again(place):
