@@ -84,13 +84,20 @@ def spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The singular values of a matrix (k, l), k ≤ l, largest first, and the left singular vectors as columns (k, r):
     fp64, those r that are not none."""
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
+    scale = _power(matrix)
     for columns in _blocks(matrix):
-        wide = matrix[:, columns].double()
+        wide = matrix[:, columns].double() * scale
         gram.addmm_(wide, wide.T)
     squares, vectors = torch.linalg.eigh(gram)
     least = float(squares[-1].clamp(min=0)) * LEAST**2
     first = int((squares <= least).sum())  # they come smallest first
-    return squares[first:].sqrt().flip(0), vectors[:, first:].flip(1)
+    return squares[first:].sqrt().flip(0) / scale, vectors[:, first:].flip(1)
+
+
+def _power(matrix: torch.Tensor) -> float:
+    """A power of two that brings a matrix so near to 1 that no square of its singular values over- or underflows."""
+    most = max(float(matrix[:, columns].abs().max()) for columns in _blocks(matrix))
+    return 2.0 ** -max(-1000, min(1000, math.frexp(most)[1]))
 
 
 @dataclass(frozen=True)

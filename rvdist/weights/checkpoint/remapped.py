@@ -23,7 +23,7 @@ from rvdist.weights.checkpoint.tokens import Built
 ZERO, MEAN, PADDING = -1, -2, -3  # what is no one row of a checkpoint
 TOKENIZER = re.compile(r"(?:tokenizer|special_tokens_map|chat_template)[^/]*\.(?:json|jinja)")
 _LEFT = re.compile(
-    r"(?:vocab|merges|added_tokens|tokenizer)\.(?:json|txt|model)|.*\.tiktoken"
+    r"(?:vocab|merges|added_tokens|encoder|normalizer|tekken)\.(?:json|txt|bpe)|.*\.(?:model|tiktoken)"
 )  # tokenizer.json has it all
 
 Numbers = np.ndarray[Any, np.dtype[np.int32]]

@@ -38,7 +38,8 @@ class Added:
 @dataclass(frozen=True)
 class Tokens:
     """token → id, in the order of ids; those of them that are added, in that order; how many the model part has.
-    `where` is the directory, `digest` that of the files; `limit` is that from which on ids were left out."""
+    `where` is the directory, `digest` that of the files; `limit` is that from which on ids were left out, and `gone`
+    what had these."""
 
     where: Path
     ids: dict[str, int] = field(repr=False)
@@ -47,6 +48,7 @@ class Tokens:
     kind: str
     digest: str
     limit: int | None = None
+    gone: dict[str, int] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def read_tokens(where: Path) -> Tokens:
 
 def strip(tokens: Tokens, limit: int) -> Tokens:
     """The same without what has ids from `limit` on: rows that the model has not got. Raises BadInput."""
-    gone = {token for token, number in tokens.ids.items() if number >= limit}
+    gone = {token: number for token, number in tokens.ids.items() if number >= limit}
     if not gone:
         return tokens
     if tokens.kind != "BPE":
@@ -151,7 +153,7 @@ def strip(tokens: Tokens, limit: int) -> Tokens:
     ids = {token: number for token, number in tokens.ids.items() if token not in gone}
     content, _, _ = _read(tokens.where)
     _strip(tokens.where, content, limit)
-    return Tokens(tokens.where, ids, added, len(content["model"]["vocab"]), tokens.kind, tokens.digest, limit)
+    return Tokens(tokens.where, ids, added, len(content["model"]["vocab"]), tokens.kind, tokens.digest, limit, gone)
 
 
 def build(base: Tokens, new: Iterable[Added]) -> Built:
@@ -177,6 +179,8 @@ def build(base: Tokens, new: Iterable[Added]) -> Built:
     if len(ids) > _MOST:
         raise BadInput(f"{base.where / FILE}: would have {len(ids):,} tokens, more than the {_MOST:,} that are written")
     _require_dense(base.where, ids)
+    if base.gone:
+        _require_known(base.where / CONFIG, _read(base.where)[1], ids)
     return Built(base.where, base.digest, ids, base.limit, tuple(added.values()))
 
 
@@ -226,6 +230,16 @@ def _require_ids(path: Path, ids: Mapping[str, Any]) -> None:
         if owner.setdefault(number, token) != token:
             raise BadInput(
                 f"{path}: tokens {owner[number]!r} and {token!r} both have id {number}; take the model's own"
+            )
+
+
+def _require_known(path: Path, config: Mapping[str, Any], ids: Mapping[str, int]) -> None:
+    """Raises BadInput for a special token that is none of these."""
+    for token, _, number in _named(path, config):
+        if number is None and token not in ids:
+            raise BadInput(
+                f"{path}: names token {token!r}, for which the model has no row; add it by tokenizer.tokens, such as "
+                f"tokenizer={{source: …, tokens: {{{token!r}: {{source: {{kind: zero}}}}}}}}"
             )
 
 

@@ -28,6 +28,8 @@ _NAME = r"(?:embed_tokens|wte|embed_in|word_embeddings|shared|lm_head|embed_out)
 _BY_TOKEN = re.compile(rf"(?:.+\.)?{_NAME}\.(?:weight|bias)")
 _ALIKE = re.compile(r".*(?:emb|head|vocab|lm_).*")
 _IDS = re.compile(r".*_token_(?:ids?|index)")
+_LAYER = re.compile(r"(?:.+\.)?\d+\..+")
+_VOCABULARY = re.compile(r"(?!type_).+_vocab_size.*|vocab_size_.+")  # of other tokens than the embedding's
 _PARTS = ("text_config", "llm_config", "language_config")
 
 
@@ -214,10 +216,14 @@ def _named_by_token(base: Checkpoint) -> list[str]:
     """The tensors that have a row for each token. Raises BadInput where that is not plain."""
     names = [name for name, spec in base.tensors.items() if _BY_TOKEN.fullmatch(name) and spec.numel]
     counts = {base.tensors[name].shape[0] for name in names}
+    said = [pair for config in _configs(base.config) for pair in config.items() if _VOCABULARY.fullmatch(pair[0])]
+    counts |= {size for _, size in said if type(size) is int}
     if not names:
         raise BadInput(f"{base.path}: has no tensor that is called as an embedding is; leave tokenizer out")
     for name, spec in base.tensors.items():
-        if name not in names and counts & set(spec.shape) and _ALIKE.fullmatch(name):
+        if name in names or counts.isdisjoint(spec.shape):
+            continue
+        if _ALIKE.fullmatch(name) or not _LAYER.fullmatch(name):
             raise BadInput(
                 f"{base.path}: tensor {name} has as many rows as the vocabulary ({list(spec.shape)}), and it is not "
                 "known whether these are tokens; leave tokenizer out"
@@ -253,19 +259,20 @@ def _parts(config: Mapping[str, Any]) -> list[str]:
 def _changed(base: Checkpoint, tokenizer: Built, tokens: Tokens, rows: int) -> dict[str, Any]:
     """What a configuration says otherwise of a model with so many rows and this tokenizer; its parts are mappings."""
     found: dict[str, Any] = {}
-    for config, part in zip(_configs(base.config), _parts(base.config), strict=True):
+    configs, parts = _configs(base.config), _parts(base.config)
+    said = any("vocab_size" in config for config in configs)  # else the architecture's own number counts
+    for config, part in zip(configs, parts, strict=True):
         own = _new_ids(base.beside / "config.json", config, tokenizer, tokens)
-        own |= {"vocab_size": rows} if "vocab_size" in config else {}
+        own |= {"vocab_size": rows} if "vocab_size" in config or (not said and part == parts[-1]) else {}
         found |= {part: own} if part else own
     return found
 
 
 def _new_ids(path: Path, config: Mapping[str, Any], tokenizer: Built, tokens: Tokens) -> dict[str, Any]:
     """The ids of a configuration that are others in the tokenizer of the output. Raises BadInput for one that is none
-    there."""
-    if tokenizer.where == tokens.where:
-        return {}  # its own tokens keep their ids
-    token_of = {number: token for token, number in tokens.ids.items()}
+    there, or that names no token of the model's own and would name one."""
+    token_of = {number: token for token, number in (tokens.ids | tokens.gone).items()}
+    own = tokenizer.where == tokens.where
 
     def new(key: str, given: Any) -> Any:
         if isinstance(given, list):
@@ -273,10 +280,14 @@ def _new_ids(path: Path, config: Mapping[str, Any], tokenizer: Built, tokens: To
         if type(given) is not int or given < 0:
             return given
         token = token_of.get(given)
+        if own and token not in tokenizer.ids and given >= len(tokenizer.ids):
+            return given  # no token, before and after
         if token not in tokenizer.ids:
+            what = "which names no token" if token is None else f"token {token!r}"
+            lacking = "has no row for" if own else f"the tokenizer of {tokenizer.where} lacks"
             raise BadInput(
-                f"{path}: {key} is {given}, token {token!r}, which the tokenizer of {tokenizer.where} lacks; add it by "
-                f"tokenizer.tokens, or choose tokenizer=union"
+                f"{path}: {key} is {given}, {what}, which {'the model ' if own else ''}{lacking}; add it by "
+                f"tokenizer.tokens{'' if own else ', or choose tokenizer=union'}"
             )
         return tokenizer.ids[token]
 

@@ -84,6 +84,16 @@ def test_equals_the_papers_formula_on_whole_matrices(spec, shape):
     assert np.array_equal(change(spec, vectors, alphas, shape, 10**6), found), "chunks do not matter"
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+@pytest.mark.parametrize("spec", [*METHODS, *CORE], ids=lambda spec: spec.name)
+def test_numbers_whose_squares_fp64_does_not_hold(spec, scale):
+    generator = np.random.default_rng(5)
+    vectors = [generator.standard_normal((6, 9)) for _ in range(2)]
+    wanted = change(spec, vectors, (1, 1), (6, 9))
+    found = change(spec, [scale * vector for vector in vectors], (1, 1), (6, 9))
+    assert abs(found / scale - wanted).max() < 1e-12 * abs(wanted).max()
+
+
 def core_space(pairs, alphas, isotropic):
     """The paper's, from the factors: bases by singular values of all of them side by side."""
     count, alphas = len(pairs), np.array(alphas)

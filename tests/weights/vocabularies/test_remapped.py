@@ -24,6 +24,7 @@ from rvdist.pocket.tokenizer import CHAT_TEMPLATE, build
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import companions
 from rvdist.weights.checkpoint.tokens import read_tokens
 from rvdist.weights.checkpoint.vocabulary import remap
 from rvdist.weights.operand import open_operand
@@ -278,6 +279,85 @@ def test_what_is_refused(tmp_path, spoil, said):
     spoil(tmp_path)
     with pytest.raises(BadInput, match=said):
         opened(point(tmp_path))
+
+
+def with_tensor(name, shape, rows=None, **said):
+    """Both models get a tensor that has as many rows as they have tokens, or so many."""
+
+    def spoil(where):
+        other = json.loads((where / "base" / "tokenizer.json").read_text())
+        vocab = other["model"]["vocab"]
+        vocab["a"], vocab["j"] = vocab["j"], vocab["a"]
+        shutil.rmtree(where / "other")
+        shutil.copytree(where / "base", where / "other")
+        (where / "other" / "tokenizer.json").write_text(json.dumps(other))
+        for model in ("base", "other"):
+            tensors = load_file(where / model / "model.safetensors")
+            values = torch.arange(float(rows or len(tensors[EMBEDDING])))
+            save_file(tensors | {name: values.view(shape)}, where / model / "model.safetensors")
+            edit(where / model / "config.json", **said)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        with_tensor("cls.predictions.bias", (-1,)),
+        with_tensor("final_logits_bias", (1, -1)),
+        with_tensor("output.weight", (-1, 1)),
+        with_tensor("model.embed_tokens_per_layer.weight", (-1, 1), 11, vocab_size_per_layer_input=11),
+    ],
+)
+def test_what_may_have_rows_by_token_is_not_left_as_it_is(tmp_path, spoil):
+    pairs.write("bpe", tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(BadInput, match="has as many rows as the vocabulary .* leave tokenizer out"):
+        opened(point(tmp_path))
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_config_that_leaves_the_number_of_rows_to_its_class_says_it(tmp_path, part):
+    pairs.write("bpe", tmp_path)
+    for model in ("base", "other"):
+        config = json.loads((tmp_path / model / "config.json").read_text())
+        del config["vocab_size"]
+        (tmp_path / model / "config.json").write_text(json.dumps(config | ({part: {"hidden_size": 4}} if part else {})))
+    config = next(iter(opened(point(tmp_path)).values())).config
+    assert (config[part] if part else config)["vocab_size"] == 17 and ("vocab_size" in config) == (part is None)
+
+
+def test_a_special_token_without_a_row_is_no_other_token(tmp_path):
+    pairs.write("bytes", tmp_path)
+    base = tmp_path / "base"
+    content = json.loads((base / "tokenizer.json").read_text())
+    number = max(one["id"] for one in content["added_tokens"]) + 1  # of which the other model's first would be
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": number, "content": "<pad>"})
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {EMBEDDING: tensors[EMBEDDING][:number].clone()}, base / "model.safetensors")
+    edit(base / "config.json", vocab_size=number, pad_token_id=number)
+    with pytest.raises(BadInput, match=f"pad_token_id is {number}, token '<pad>', which the model has no row for"):
+        opened(point(tmp_path))
+    added = point(tmp_path, rules=[TokenRule("<pad>")])
+    mapped = opened(added)[added.base]
+    assert mapped.config["pad_token_id"] == mapped.tokenizer.ids["<pad>"] != number
+    edit(base / "config.json", pad_token_id=None)
+    edit(base / "tokenizer_config.json", pad_token="<pad>")
+    with pytest.raises(BadInput, match="names token '<pad>', for which the model has no row"):
+        opened(point(tmp_path))
+    edit(base / "tokenizer_config.json", pad_token=None)
+    edit(base / "generation_config.json", eos_token_id=[number])
+    with pytest.raises(BadInput, match=f"generation_config.json: eos_token_id is {number}"):
+        opened(point(tmp_path))
+
+
+def test_no_file_of_another_tokenizer_goes_along(tmp_path):
+    pairs.write("bpe", tmp_path)
+    for name in ("tekken.json", "spiece.model", "sentencepiece.bpe.model", "encoder.json", "qwen.tiktoken"):
+        (tmp_path / "base" / name).write_text("{}")
+    mapped = opened(point(tmp_path))[str(tmp_path / "base")]
+    assert sorted(map(str, companions(mapped))) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 def test_an_adapter_is_refused(tmp_path):
