@@ -395,3 +395,30 @@ def test_which_way_experts_lie_is_the_base_s_to_tell(tmp_path):
     write_checkpoint(tmp_path / "other", base, config=config)
     with pytest.raises(BadInput, match="does not have as peft adapts it"):
         dict(read_point(point(tmp_path, base="other")))
+
+
+def test_targets_of_one_batch_turn_an_adapter_each_its_own_way(tmp_path):
+    """One adapter of experts, and targets whose experts lie [out, in] and [in, out], in one merge plan."""
+    generator, at, count, hidden, inner = torch.Generator().manual_seed(0), "model.layers.0.mlp.experts", 3, 32, 24
+    matrices = {f"{at}.gate_up_proj": (count, 2 * inner, hidden), f"{at}.down_proj": (count, hidden, inner)}
+    straight = {n: (torch.randn(s, generator=generator) * 0.02).bfloat16() for n, s in matrices.items()}
+    turned = {n: tensor.transpose(1, 2).contiguous() for n, tensor in straight.items()}
+    for name, base, kind in (("a", straight, "qwen3_moe"), ("b", turned, "gpt_oss")):
+        config = {"model_type": kind, "tie_word_embeddings": False}
+        write_checkpoint(tmp_path / "models" / name, base, config=config)
+    sizes = {f"{AT}.base_layer": (hidden, 2 * inner), AT: (inner, hidden)}  # gate_up_proj, then down_proj
+    pairs = {}
+    for module, (into, out) in sizes.items():
+        pairs[f"{module}.lora_A.weight"] = torch.randn(count * 4, into, generator=generator) * 0.05
+        pairs[f"{module}.lora_B.weight"] = torch.randn(out, count * 4, generator=generator) * 0.05
+    write_adapter(tmp_path / "adapter", pairs, target_parameters=EXPERTS)
+    done = launch("target=models/*", "vector.path=adapter", "output=out/{target}", "stages=[merge]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in "ab":
+        written, read = (
+            load_checkpoint(tmp_path / "out" / name),
+            dict(read_point(point(tmp_path, base=f"models/{name}"))),
+        )
+        assert all(torch.equal(written[tensor], read[tensor]) for tensor in read), name
+    first, second = (load_checkpoint(tmp_path / "out" / name) for name in "ab")
+    assert all(torch.equal(first[name].transpose(1, 2), second[name]) for name in first)

@@ -215,8 +215,12 @@ def called_otherwise(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def layout_of(checkpoint: Checkpoint) -> str:
-    """In which layout that is not its own a checkpoint is read; empty where it is read as it is."""
-    return checkpoint.layout if isinstance(checkpoint, Relaid) else ""
+    """In which layout that is not its own a checkpoint is read, and which of an adapter's experts are read [in, out];
+    empty where it is read as it is."""
+    own = checkpoint.layout if isinstance(checkpoint, Relaid) else ""
+    forms = checkpoint.forms if isinstance(checkpoint, Difference) else {}
+    turned = sorted(n for n, form in forms.items() if isinstance(form, LowRank) and form.count > 1 and form.transposed)
+    return own + repr(turned) * bool(turned)
 
 
 def groups(checkpoint: Checkpoint) -> dict[str, Group]:
