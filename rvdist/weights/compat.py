@@ -212,8 +212,9 @@ def _why_not_sampled(difference: Difference) -> str:
     name = difference.path.name
     if difference.kind == "vector":
         return f"{name} is a stored vector: whether its donors and the target share a pre-training was not sampled"
+    taken = "the target is taken to be that, and " * needs_base(difference)
     return (
-        f"{name} is an adapter, trained on {difference.trained_on or 'a base that its config does not name'}: "
+        f"{name} is an adapter, trained on {difference.trained_on or 'a base that its config does not name'}: {taken}"
         "only tensor names and shapes were compared"
     )
 

@@ -187,6 +187,8 @@ def test_the_base_is_part_of_the_point(tmp_path):
         compat.check(one, sources)
         settled = settle(one, sources)
         assert settled.terms[0].vector.minus == str(tmp_path / (minus or "target"))
+        said = " ".join(compat.check(one, sources).exceptions)
+        assert ("the target is taken to be that" in said) == (minus is None)
         digests.add(settled.digest({name: checkpoint_digest(source) for name, source in sources.items()}))
     assert len(digests) == 3
 
@@ -359,6 +361,7 @@ AT = "base_model.model.model.layers.0.mlp.experts"
         ({AT: (3, 16, 32, 3)}, {"target_parameters": EXPERTS[:1]}, "rank 4"),
         ({AT: (8, 16, 32, 4)}, {"target_parameters": EXPERTS[:1]}, "rank 4"),
         ({AT: (8, 16, 32, 8)}, {"target_parameters": EXPERTS[:1], "r": 0}, "rank 0"),
+        ({AT: (5, 16, 32, 5)}, {"target_parameters": EXPERTS[:1], "r": 2.5}, "rank 2.5"),
         (
             {AT: (8, 16, 32, 8)},
             {"target_parameters": EXPERTS[:1], "use_dora": True},

@@ -205,7 +205,7 @@ def _product(
             _refuse(checkpoint, f"tensor {spec.name} has {len(spec.shape)} dimensions, and only matrices are known")
         _require(checkpoint, spec, spec.shape)
     count = max(1, int(right.shape[0] / rank)) if of_parameter and rank >= 1 else 1  # of matrices that a parameter has
-    if not left.shape[1] == right.shape[0] == rank * count or rank < 1:
+    if not left.shape[1] == right.shape[0] == rank * count or rank < 1 or rank % 1:
         _refuse(
             checkpoint,
             f"the factors of {module} have shapes {list(left.shape)} and {list(right.shape)}, and {CONFIG} has "
