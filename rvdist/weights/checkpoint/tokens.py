@@ -17,7 +17,8 @@ from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import read_json
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_MOST = 1 << 24  # tokens, and ids
+_MOST = 1 << 20  # tokens; the largest tokenizers have 0.9 million
+_LAST = 1 << 24  # of ids
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SAVE_AGAIN = "load it with transformers' AutoTokenizer and save it again (save_pretrained)"
@@ -111,6 +112,8 @@ def read_tokens(where: Path) -> Tokens:
     else:
         raise BadInput(f"{path}: has no vocab; take the model's own")
     own, added = len(ids), dict[str, Added]()
+    if own > _MOST:
+        raise BadInput(f"{path}: has {own:,} tokens, more than the {_MOST:,} that are read; take the model's own")
     entries = content.get("added_tokens") or []
     if not isinstance(entries, list):
         raise BadInput(f"{path}: its added_tokens are no list; take the model's own")
@@ -214,7 +217,8 @@ def _strip(where: Path, content: dict[str, Any], limit: int) -> None:
     gone |= {one["content"] for one in content.get("added_tokens") or [] if one["id"] >= limit}
     content["added_tokens"] = [one for one in content.get("added_tokens") or [] if one["id"] < limit]
     model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in gone}
-    pairs = [one.split(" ") if isinstance(one, str) else one for one in model.get("merges") or []]
+    listed = model.get("merges") or []
+    pairs = [one.split(" ") if isinstance(one, str) else one for one in listed] if isinstance(listed, list) else [None]
     if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs):
         raise BadInput(f"{where / FILE}: its merges are no pairs of tokens; take the model's own")
     model["merges"] = [pair for pair in pairs if gone.isdisjoint([*pair, "".join(pair)])]
@@ -223,7 +227,7 @@ def _strip(where: Path, content: dict[str, Any], limit: int) -> None:
 def _require_ids(path: Path, ids: Mapping[str, Any]) -> None:
     owner: dict[int, str] = {}
     for token, number in ids.items():
-        if type(number) is not int or not 0 <= number < _MOST:
+        if type(number) is not int or not 0 <= number < _LAST:
             raise BadInput(
                 f"{path}: token {token!r} has id {number!r}, which is no row of a model; take the model's own"
             )

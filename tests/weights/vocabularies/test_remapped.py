@@ -248,6 +248,14 @@ def hole(where):
     (where / "base" / "tokenizer.json").write_text(json.dumps(content))
 
 
+def with_model(**said):
+    def spoil(where):
+        content = json.loads((where / "base" / "tokenizer.json").read_text())
+        edit(where / "base" / "tokenizer.json", model=content["model"] | said)
+
+    return spoil
+
+
 def of_bytes(where):
     save_file(
         {"model.token_embedder.weight": torch.zeros(13, 4)} | load_file(where / "base" / "model.safetensors"),
@@ -259,6 +267,8 @@ def of_bytes(where):
     ("spoil", "said"),
     [
         (lambda where: (where / "other" / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (with_model(merges=5, vocab={"a": 0, "b": 99}), "its merges are no pairs of tokens"),
+        (with_model(vocab={f"{k}": k for k in range(2**20 + 1)}), "has 1,048,577 tokens, more than the 1,048,576"),
         (untied, "has no lm_head.weight"),
         (another_dtype, "from .*, which stores it as BF16 where this has F32; store them in one dtype"),
         (hole, "has 17 tokens and none of id 1, though there are higher ones"),
