@@ -218,7 +218,8 @@ def _strip(where: Path, content: dict[str, Any], limit: int) -> None:
     content["added_tokens"] = [one for one in content.get("added_tokens") or [] if one["id"] < limit]
     model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in gone}
     listed = model.get("merges") or []
-    pairs = [one.split(" ") if isinstance(one, str) else one for one in listed] if isinstance(listed, list) else [None]
+    pairs: list[Any] = [None] if not isinstance(listed, list) else listed
+    pairs = [one.split(" ") if isinstance(one, str) else one for one in pairs]
     if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs):
         raise BadInput(f"{where / FILE}: its merges are no pairs of tokens; take the model's own")
     model["merges"] = [pair for pair in pairs if gone.isdisjoint([*pair, "".join(pair)])]
