@@ -83,9 +83,8 @@ def _remapped(
         path = one.beside / "generation_config.json"
         if path.exists() and (ids := _new_ids(path, read_json(path), tokenizer, tokens)):
             generation = read_json(path) | ids
-    return Remapped(
-        **kept, lenders=tuple(lenders), rows=rows, tokenizer=tokenizer, changed=changed, generation=generation
-    )
+    there = tuple(replace(lender, path=lender.path.absolute()) for lender in lenders)  # wherever it is read
+    return Remapped(**kept, lenders=there, rows=rows, tokenizer=tokenizer, changed=changed, generation=generation)
 
 
 class _Maps:

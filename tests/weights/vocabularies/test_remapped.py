@@ -106,6 +106,7 @@ def test_our_own_key_on_three_models(tmp_path):
             assert torch.equal(written[number], base + alpha * (plus - minus)), token
 
 
+@pytest.mark.heavy
 def test_on_ray_and_in_this_process_the_bytes_are_the_same(tmp_path):
     pairs.write("rules", tmp_path)
     block = '{source: union, pad_to_multiple_of: 64, tokens: {"<pad>": {source: third, force: true}}}'
