@@ -214,6 +214,16 @@ def test_whole_commands_write_what_engines_read(tmp_path):
     assert json.loads((tmp_path / "look/anatomy.json").read_text())["vectors"]
 
 
+@pytest.mark.heavy
+def test_on_ray_and_in_this_process_the_bytes_are_the_same(tmp_path):
+    alone(tmp_path)
+    for extra in (("output=a",), ("output=b", "merge.workers=2")):
+        done = launch("target=base", "vector.path=adapter", "cache.dir=c", *extra, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("change", "config", "reason"),
     [
