@@ -3,13 +3,13 @@ sources have all of it; a matrix and what it is decomposed by fit into memory.""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import WeightPoint, layer_count
+from rvdist.core.point import Vector, WeightPoint, layer_count
 from rvdist.weights.checkpoint.difference import Difference, Dora, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.header import ITEMSIZE
+from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
 LONGEST = 128 * 1024  # elements of a row
 
@@ -19,18 +19,14 @@ def require_rows(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> None:
     if not point.method.facts.whole_rows:
         return
     base = sources[point.base]
-    layers = layer_count(base.tensors)
-    for name, spec in base.tensors.items():
-        changing = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
-        if not spec.is_floating_point or not changing:
-            continue
+    for name, spec, changing in _changed(point, sources):
         row = spec.shape[-1] if spec.shape else 1
         if row > LONGEST:
             raise BadInput(
                 f"{base.path}: tensor {name} has rows of {row:,} elements, and {point.method.name} needs whole ones of "
                 f"at most {LONGEST:,}; choose another method"
             )
-        for _, vector in changing:
+        for vector in changing:
             for source in vector.sources():
                 if len(spec.shape) < 2 and sources[source].tensors[name].numel != spec.numel:
                     raise BadInput(
@@ -53,14 +49,11 @@ def matrix_memory(
 
     method = build(point.method)
     assert isinstance(method, Matrices)
-    base = sources[point.base]
-    layers = layer_count(base.tensors)
     most: tuple[int, str, tuple[int, ...]] = (0, "", ())
-    for name, spec in base.tensors.items():
-        changing = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
-        if not changing or not spec.is_floating_point or len(spec.shape) < 2:
+    for name, spec, changing in _changed(point, sources):
+        if len(spec.shape) < 2:
             continue
-        used = [point.base, *(source for _, vector in changing for source in vector.sources())]
+        used = [point.base, *(source for vector in changing for source in vector.sources())]
         stored = [sources[source].tensors[name].dtype for source in used] + [dtype] * bool(dtype)
         wide = any(ITEMSIZE[one] > 2 for one in stored if one)
         nbytes = method.bytes_held(spec.shape, len(changing), 8 if wide else 4)
@@ -84,12 +77,8 @@ def require_low_rank(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> N
     """Raises BadInput for a matrix of a settled point that is not stored as factors, where the method merges these."""
     if not point.method.facts.low_rank:
         return
-    base = sources[point.base]
-    layers = layer_count(base.tensors)
-    for name, spec in base.tensors.items():
-        if len(spec.shape) < 2:
-            continue
-        for _, vector in point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors):  # type: ignore[misc]
+    for name, spec, changing in _changed(point, sources):
+        for vector in changing if len(spec.shape) > 1 else ():
             for own in (sources[source] for source in vector.sources()):
                 form = own.forms.get(name) if isinstance(own, Difference) else None
                 if not isinstance(form, LowRank) or isinstance(form, Dora):
@@ -98,3 +87,13 @@ def require_low_rank(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> N
                         "adapters and vectors stored with vector.rank; choose another method, such as tsv_m, or keep "
                         "the vector from this tensor (vector.mask.exclude)"
                     )
+
+
+def _changed(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> Iterator[tuple[str, TensorSpec, list[Vector]]]:
+    """The tensors of the base that vectors change, and which do."""
+    tensors = sources[point.base].tensors
+    layers = layer_count(tensors)
+    for name, spec in tensors.items():
+        terms = point.recipe(name, layers, lambda source, name=name: name in sources[source].tensors)  # type: ignore[misc]
+        if terms and spec.is_floating_point:
+            yield name, spec, [vector for _, vector in terms]

@@ -101,13 +101,18 @@ def test_adapters_that_need_what_they_were_trained_on(
     point = WeightPoint(str(family.target), terms)
     engine.swap(point)
     swapped = answers(engine)
-    write({tmp_path / "out": point})
-    for file in family.target.iterdir():
-        if ".safetensors" not in file.name:
-            shutil.copy(file, tmp_path / "out")
-    assert swapped == answers(start(WeightPoint(str(tmp_path / "out"))))
+    assert swapped == answers(start(written_out(point, family, tmp_path / "merged")))
     assert swapped.texts != base.texts and swapped.scores != base.scores
     engine.swap(family.point(0.0))
+
+
+def written_out(point: WeightPoint, family: Family, place: Path) -> WeightPoint:
+    """A point's checkpoint, with what stands beside the target's weights."""
+    write({place: point})
+    for file in family.target.iterdir():
+        if ".safetensors" not in file.name:
+            shutil.copy(file, place)
+    return WeightPoint(str(place))
 
 
 def as_w123(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -160,11 +165,7 @@ def test_any_vector_in_another_layout_swaps_as_it_is_written(
     engine.swap(point)
     swapped = answers(engine)
     monkeypatch.setattr(compat, "check", lambda *given: None)  # its checkpoints are of no one pre-training
-    write({tmp_path / "merged": point})
-    for file in family.target.iterdir():
-        if ".safetensors" not in file.name:
-            shutil.copy(file, tmp_path / "merged")
-    assert swapped == answers(start(WeightPoint(str(tmp_path / "merged"))))
+    assert swapped == answers(start(written_out(point, family, tmp_path / "merged")))
     assert swapped.texts != base.texts and swapped.scores != base.scores
     engine.swap(family.point(0.0))
 
