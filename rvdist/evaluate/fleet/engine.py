@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rvdist.core.errors import Failed
+from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, WeightPoint
 from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, EngineSettings, versions
 from rvdist.evaluate.fleet.private_vllm import steps, under_way
@@ -184,8 +184,8 @@ class Engine:
         """Swaps in the mirror image, and again where that fails and may be due to what was recorded of the start."""
         try:
             return self._swap_in_mirror()
-        except Unusable as error:
-            if not any(self._llm.collective_rpc("rvdist_forget")):
+        except Exception as error:
+            if isinstance(error, BadInput) or not any(self._llm.collective_rpc("rvdist_forget")):
                 raise
             print(f"{error}: vLLM has to search for the place of each tensor anew", file=sys.stderr, flush=True)
         return self._swap_in_mirror()

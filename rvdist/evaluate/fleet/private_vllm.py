@@ -37,16 +37,17 @@ IN_ENGINE = (
 IN_RANK = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights(weights_iterator)",
-)
-ON_CPU = (
-    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
-    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading",
     "vllm.model_executor.layers.attention:is_deferred_attention_layer(layer)",
     "vllm.model_executor.model_loader.reload.layerwise:_layerwise_process(info)",
+    "vllm.model_executor.model_loader.reload.layerwise:_place_kernel_tensors(info)",
     "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info(layer)",
     "vllm.model_executor.model_loader.reload.meta:restore_layer_on_meta(info)",
     "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo(kernel_non_persistent_buffers)",
     "vllm.model_executor.model_loader.reload.utils:get_layer_params_buffers(layer)",
+)
+ON_CPU = (
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading",
 )
 
 
@@ -224,15 +225,21 @@ def noting_layers(note: Callable[[Any, Weights], None]) -> Iterator[None]:
 
 
 def reload_layer(layer: Any, weights: Weights) -> None:
-    """What vLLM's reload does with a layer whose loaders are given `weights`."""
+    """What vLLM's reload does with a layer whose loaders are given `weights`. Where that fails the layer has the memory
+    that it had, which graphs hold, with the old weights or some of the new ones."""
     from vllm.model_executor.model_loader.reload import layerwise, meta, utils
 
     info = layerwise.get_layerwise_info(layer)
     info.kernel_tensors = utils.get_layer_params_buffers(layer)
     info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
-    meta.restore_layer_on_meta(layer, info)
-    info.loaded_weights = weights
-    layerwise._layerwise_process(layer, info)
+    try:
+        meta.restore_layer_on_meta(layer, info)
+        info.loaded_weights = weights
+        layerwise._layerwise_process(layer, info)
+    except BaseException:
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+        raise
 
 
 @contextmanager

@@ -32,10 +32,10 @@ class _Layer:
 
 
 class Recorded:
-    """Of a rank of vLLM, `worker`: nothing, until the first `load`; and never anything unless it `records`."""
+    """Of a rank of vLLM, `worker`: nothing, until the first `load`."""
 
-    def __init__(self, worker: Any, records: bool) -> None:
-        self._worker, self._records = worker, records
+    def __init__(self, worker: Any) -> None:
+        self._worker, self._records = worker, True
         self._layers: list[_Layer] = []
         self._places: dict[str, list[tuple[_Layer, int, Steps]]] = {}  # of each tensor, and what is taken of it
         self._shapes: Mapping[str, Sequence[int]] = {}

@@ -23,7 +23,6 @@ from rvdist.evaluate.fleet.private_vllm import (
     clear_caches,
     end_without_names,
     hide_llvmlite,
-    is_on_cpu,
     own_choices,
     repair_packed_copies,
     require_in_rank,
@@ -63,12 +62,11 @@ class SwapExtension:
         return own_choices(self)
 
     def rvdist_ready(self, tensors: list[str]) -> None:
-        """Call once after start on a checkpoint of these tensors. On GPUs nothing is recorded: nobody has tried. Raises
-        Failed where vLLM is not as we know it."""
+        """Call once after start on a checkpoint of these tensors. Raises Failed where vLLM is not as we know it."""
         require_in_rank()
         unname_memory()
         ask_for_amx()
-        self._rvdist_tensors, self._rvdist_recorded = tensors, Recorded(self, is_on_cpu())
+        self._rvdist_tensors, self._rvdist_recorded = tensors, Recorded(self)
         self._rvdist_sources = KeptSources()
         self._rvdist_rows = watch_logits(self.model_runner)
 

@@ -292,6 +292,37 @@ def test_a_record_that_fails_the_probe_is_forgotten(
     assert answers(engine) == answers(start(family.write(0.5, tmp_path / "merged")))
 
 
+def test_a_record_that_vllm_cannot_follow_is_forgotten(
+    families: dict[str, Family], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a layer is left half made: its memory is the same as before."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    family, own, seen = families["llama"], layerwise._layerwise_process, []
+    engine, other = (start(WeightPoint(str(family.target))) for _ in range(2))
+    layers = [layer.weight.data_ptr() for layer in rank_of(engine).model_runner.get_model().modules() if is_norm(layer)]
+
+    def failing(layer: Any, info: Any) -> None:
+        if is_norm(layer) and not seen:
+            seen.append(layer)
+            raise RuntimeError("no kernel image is available")
+        own(layer, info)
+
+    monkeypatch.setattr(layerwise, "_layerwise_process", failing)
+    engine.swap(family.point(0.5))
+    assert seen and "no kernel image is available: vLLM has to search" in capfd.readouterr().err
+    assert engine.info()["probe"] == "passed" and not rank_of(engine).rvdist_forget()
+    assert layers == [
+        layer.weight.data_ptr() for layer in rank_of(engine).model_runner.get_model().modules() if is_norm(layer)
+    ]
+    other.swap(family.point(0.5))
+    assert answers(engine) == answers(other)
+
+
+def is_norm(layer: Any) -> bool:
+    return "Norm" in type(layer).__name__
+
+
 def test_where_a_model_changes_what_it_loads_nothing_is_recorded(
     families: dict[str, Family], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,7 +330,7 @@ def test_where_a_model_changes_what_it_loads_nothing_is_recorded(
     engine = start(WeightPoint(str(family.target)))
     engine.swap(family.point(0.5))
     expected, rank = answers(engine), rank_of(engine)
-    model, rank._rvdist_recorded = rank.model_runner.get_model(), recorded.Recorded(rank, True)
+    model, rank._rvdist_recorded = rank.model_runner.get_model(), recorded.Recorded(rank)
     load = model.load_weights
     model.load_weights = lambda weights: load(
         (name, tensor * 1 if "norm" in name else tensor) for name, tensor in weights
