@@ -10,7 +10,7 @@ import pytest
 from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint
 from rvdist.merge import plan as planning
-from rvdist.merge.plan import Plan, build_plan
+from rvdist.merge.plan import AS_THE_BASE, Plan, build_plan
 from rvdist.merge.worker import MergeWorker
 from rvdist.weights import compat, requantize
 from rvdist.weights.checkpoint.bound import settle
@@ -19,8 +19,8 @@ from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 
 
-def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
-    """What a merge does to each directory, in this process."""
+def planned(points: Mapping[Path, WeightPoint], form: OutputFormat = AS_THE_BASE) -> tuple[Plan, dict[str, Checkpoint]]:
+    """What a merge plans for each directory, and the sources that it opens."""
     sources: dict[str, Checkpoint] = {}
     for point in points.values():
         base = sources.setdefault(point.base, open_source(point.base))
@@ -28,7 +28,12 @@ def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
     for point in points.values():
         compat.check(point, sources)
     points = {directory: settle(point, sources) for directory, point in points.items()}
-    plan = build_plan(points, sources, OutputFormat(dtype))
+    return build_plan(points, sources, form), sources
+
+
+def write(points: Mapping[Path, WeightPoint], dtype: str | None = None) -> Plan:
+    """What a merge does to each directory, in this process."""
+    plan, sources = planned(points, OutputFormat(dtype))
     for output, layout in zip(plan.outputs, plan.layouts, strict=True):
         for directory in output.directories:
             directory.mkdir()

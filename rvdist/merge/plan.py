@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint, layer_count
+from rvdist.weights.checkpoint.digest import digest_beside
 from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
@@ -20,6 +21,7 @@ from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.pieces import spread_over_files
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
+from rvdist.weights.checkpoint.staging import discards
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
@@ -171,8 +173,10 @@ def build_plan(
             units = _units(number, file, specs, unit_bytes(layout), whole, grains)
             files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
+    kept = {point.base: sources[point.base] for directory, point in written.items() if not discards(directory)}
+    beside = {base: digest_beside(source) for base, source in kept.items()}
     digests = tuple(
-        tuple(_digest(point, layout, sources) for point in output.points)
+        tuple(_digest(point, layout, sources, [form.dtype, beside.get(point.base)]) for point in output.points)
         for output, layout in zip(outputs, layouts, strict=True)
     )
     return Plan(tuple(outputs), form.dtype, tuple(layouts), digests, tuple(files))
@@ -225,8 +229,10 @@ def _reads(
     return by_tensor
 
 
-def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint]) -> str:
-    """Names what would be written: the point, its sources by their stamps, the files and how they are cut."""
+def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint], beside: list[str | None]) -> str:
+    """Names what would be written: the point, its sources by their stamps and by their configurations, which say how
+    tensors lie; the files and how they are cut; what is written `beside` them."""
+    configs = {source: sources[source].config for source in point.sources()}
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]
     told = {name: sources[name] for name in point.sources()}
@@ -240,7 +246,8 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     blocks |= {f"{name} vocabulary": source.made_of for name, source in remapped.items()}
     if _keeps_scales(base := sources[point.base], layout) and base.power_of_two:
         blocks["scales"] = "powers of two"
-    made_of = json.dumps([point.to_json(), stamps, files, unit_bytes(layout), blocks], sort_keys=True)
+    how = [files, unit_bytes(layout), blocks]
+    made_of = json.dumps([point.to_json(), stamps, configs, *how, *beside], sort_keys=True)
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 

@@ -28,11 +28,11 @@ from rvdist.weights.arithmetic.method import torch_threads
 from rvdist.weights.checkpoint.adapter import CONFIG, WEIGHTS, as_adapter
 from rvdist.weights.checkpoint.bound import bind
 from rvdist.weights.checkpoint.difference import BLOCK, is_adapter, needs_base
-from rvdist.weights.checkpoint.digest import checkpoint_digest
+from rvdist.weights.checkpoint.digest import checkpoint_digest, digest_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
-from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
+from rvdist.weights.checkpoint.staging import Staging, carry_over, write_index
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSIONS, as_vector, part_names
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.measured import Differences, as_lines, measure, summarise, work_of
@@ -43,7 +43,7 @@ from rvdist.weights.values import Values
 from rvdist.weights.writer import Writer
 
 _WORTH = 0.9  # of its dense size, at most, is what a tensor is packed to
-_LAYOUT = 2  # of the files, for those that an earlier version began
+_LAYOUT = 3  # of the files and of what names them, for those that an earlier version began
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -156,20 +156,19 @@ def is_complete(
 
 
 def _holds(output: Path, asked: _Asked) -> bool:
-    return (output / MANIFEST).exists() and Manifest.read(output).plan in (asked.plan, asked.earlier)
+    return (output / MANIFEST).exists() and Manifest.read(output).plan == asked.plan
 
 
 @dataclass(frozen=True)
 class _Asked:
     """What is to be stored: the tensors of v, `specs` of the first donor; why the donors' others are `skipped`. `plan`
-    names all of it, `earlier` as it was named before tensors were packed."""
+    names all of it."""
 
     donors: Sequence[Checkpoint]
     specs: Sequence[TensorSpec]
     skipped: dict[str, str]
     provenance: dict[str, Any]
     plan: str
-    earlier: str
 
 
 def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -> _Asked:
@@ -187,11 +186,10 @@ def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -
         raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
     if storage.format:
         peft.require_linear(donors[0])
-    elif not is_adapter(donors[0]):
-        companions(donors[0])
-    asked = _Asked(donors, specs, skipped, _provenance(named, digests), "", "")
+    beside = "" if storage.format or is_adapter(donors[0]) else digest_beside(donors[0], digests)
+    asked = _Asked(donors, specs, skipped, _provenance(named, digests), "")
     files, _ = _layout(asked, storage, {})
-    return replace(asked, plan=_digest(named, storage, files, _LAYOUT), earlier=_digest(named, storage, files))
+    return replace(asked, plan=_digest(named, storage, files, beside))
 
 
 def _provenance(donors: Sequence[Checkpoint], digests: Path | None) -> dict[str, Any]:
@@ -298,12 +296,10 @@ def _parts(
     return "dense", [(spec.name, dtype, spec.shape)]
 
 
-def _digest(
-    donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, tuple[bytes, int]], *layout: int
-) -> str:
+def _digest(donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, tuple[bytes, int]], beside: str) -> str:
     stamps = [[astuple(stamp) for stamp in donor.stamps.values()] for donor in donors]
     headers = [(name, header.hex(), size) for name, (header, size) in files.items()]
-    made_of = json.dumps([stamps, list(storage.to_json().values()), headers, *layout])
+    made_of = json.dumps([stamps, storage.to_json(), headers, beside, _LAYOUT])
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 
 

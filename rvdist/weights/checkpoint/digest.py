@@ -20,8 +20,10 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
+from rvdist.weights.checkpoint.staging import companions
 
 _DIGEST = re.compile("[0-9a-f]{32}")
+_OF_PIECES = (".distcp", ".metadata", ".pt")  # files whose names say which part of a tensor is in them
 
 
 def file_digest(path: Path, cache: Path | None = None) -> str:
@@ -47,7 +49,8 @@ def _file_digest(path: Path, stamp: Stamp, cache: Path | None) -> str:
 
 
 def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
-    """A digest of a checkpoint's weights and configuration: of contents, never of names or paths.
+    """A digest of a checkpoint's weights and configuration: of contents, never of paths, and of a file's name only
+    where that says which part of a tensor it has.
 
     The weights of a Hub source are not fetched for it: the hashes that the Hub has of them count. So a local copy of
     the same files has another digest."""
@@ -55,10 +58,17 @@ def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
         files = sorted(stamp.etag for stamp in checkpoint.stamps.values() if isinstance(stamp, HubStamp))
     else:
         of = {name: file_digest(checkpoint.path / name, cache) for name in checkpoint.files}
-        files = sorted(of.values())
+        files = sorted(f"{name} {own}" if name.endswith(_OF_PIECES) else own for name, own in of.items())
         if isinstance(checkpoint, Stacked):  # which layers of these files, and where
             files += [json.dumps([name, of[file], at]) for name, (file, at) in sorted(checkpoint.mapping.items())]
     if isinstance(checkpoint, Remapped):  # the rows of others, and which
         files += [checkpoint.digest, *(checkpoint_digest(lender, cache) for lender in checkpoint.lenders[1:])]
     made_of = json.dumps([files, checkpoint.config], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(made_of.encode())
+
+
+def digest_beside(base: Checkpoint, cache: Path | None = None) -> str:
+    """A digest of what an output has beside its weights from this base: its config, its tokenizer, and the like."""
+    files = {str(name): file_digest(path, cache) for name, path in companions(base).items()}
+    anew = base.written_beside() if isinstance(base, Remapped) else {}
+    return xxhash.xxh3_128_hexdigest(json.dumps([files, base.config, anew], sort_keys=True).encode())
