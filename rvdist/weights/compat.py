@@ -8,8 +8,7 @@ listed. Only a few sampled kilobytes of tensor data are read.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rvdist.core.point import Vector, WeightPoint, layer_count
 from rvdist.weights.architecture import Finding, compare_configs, compare_tokenizers, judge_parts
 from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.bound import bind
-from rvdist.weights.checkpoint.difference import Difference, Whole, is_adapter, needs_base
+from rvdist.weights.checkpoint.difference import Difference, is_adapter, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import read_elements
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled, dequantize, unpack
@@ -31,8 +30,9 @@ from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
-from rvdist.weights.checkpoint.tied import contradiction, is_embedding, is_tied
+from rvdist.weights.checkpoint.tied import contradiction, is_tied
 from rvdist.weights.coverage import LEAST, fitting_rename, measure_coverage
+from rvdist.weights.heads import check_tied_head
 from rvdist.weights.mixtures import check_patterns, require_one_layout
 from rvdist.weights.rows import require_rows
 
@@ -86,7 +86,7 @@ def check(
         require_one_layout((base, plus, minus), term.mask)
         exceptions += check_patterns(base, (plus, minus), term.mask)
         coefficient = partial(term.mask.coefficient, layers=layer_count(base.tensors))
-        _require_no_tied_head(base, (plus, minus), coefficient)
+        exceptions += [said for one in (plus, minus) for said in check_tied_head(base, one, term.mask, coefficient)]
         exceptions += check_vector(term.vector, sources, extra_rows, coefficient)
         if term.vector.rename:
             substitutions = ", then ".join(f"{pattern} → {new}" for pattern, new in term.vector.rename)
@@ -165,23 +165,6 @@ def check_vector(
         "the vector is the adapter's own difference",
         *_list_names("{} of the adapter's tensors are not in what it was trained on", plus, minus),
     ]
-
-
-def _require_no_tied_head(base: Checkpoint, donors: Sequence[Checkpoint], coefficient: Coefficient) -> None:
-    """What an adapter adds to a head alone cannot be written where the head is the embedding, nor can an embedding that
-    was trained as a copy beside a head that stayed."""
-    for donor in donors:
-        if not isinstance(donor, Difference) or not is_adapter(donor) or not is_tied(base.config):
-            continue
-        for name, form in donor.forms.items():
-            of_embedding = isinstance(form, Whole) and is_embedding(name)
-            if coefficient(name) and (name.endswith("lm_head.weight") or of_embedding):
-                other = "head" if of_embedding else "embedding"
-                raise BadInput(
-                    f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its {other} "
-                    f"(tie_word_embeddings), so that the {other} would move too; untie the target, or leave it out "
-                    f"by vector.mask.exclude=['{re.escape(name)}']"
-                )
 
 
 def _require_same_tensors(

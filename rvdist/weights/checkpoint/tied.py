@@ -66,6 +66,18 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDING.fullmatch(name) is not None
 
 
+def is_head(name: str) -> bool:
+    """Whether this is what heads are called."""
+    return _HEAD.fullmatch(name) is not None
+
+
+def heads_of(embedding: str) -> list[str]:
+    """What the head that is this embedding may be called where it is stored, the likeliest first."""
+    parts = embedding.split(".")[:-2]
+    names = ("embed_out", "lm_head") if "embed_in" in embedding else ("lm_head", "embed_out")
+    return [".".join([*parts[:k], name, "weight"]) for name in names for k in range(len(parts) + 1)]
+
+
 def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without a head that is its embedding. Raises BadInput for a head that should be and is not, and
     where the configuration contradicts itself about it."""

@@ -1,0 +1,65 @@
+"""What masks and adapters do to a head that is the target's embedding: one matrix moves once, or stays.
+
+Source: peft's tuners/tuners_utils.py (`merge_and_unload`), which adds what adapts either of the two to the matrix that
+they share. Touches no tensor data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Mask
+from rvdist.weights.checkpoint.difference import Difference, Whole, is_adapter
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.tied import heads_of, is_embedding, is_head, is_tied
+
+_BOTH = "is its embedding (tie_word_embeddings)"
+
+
+def check_tied_head(
+    base: Checkpoint, donor: Checkpoint, mask: Mask, coefficient: Callable[[str], float]
+) -> Iterator[str]:
+    """Says where a head moves with its embedding, or stays with it, of which nothing was said. Raises BadInput for a
+    mask that names the one and not the other, and for an adapter that changes one alone in a way that the other cannot
+    have."""
+    if not is_tied(base.config):
+        return
+    _require_one_matrix(base, donor, coefficient)
+    for embedding in filter(is_embedding, base.tensors):
+        names, moves = heads_of(embedding), coefficient(embedding)
+        if moves != coefficient(names[0]):
+            _require_both(base, mask, embedding, names)
+            if embedding in donor.tensors:
+                does = "moves" if moves else "stays"
+                yield f"{names[0]} {does} with {embedding}: the head of {base.path.name} {_BOTH}"
+        elif embedding in donor.tensors and moves and is_adapter(donor):
+            adapted = f"{donor.path.name} adapts {embedding.removesuffix('.weight')}"
+            yield f"{adapted}, and the head of {base.path.name} {_BOTH}: it moves too, as where peft merges"
+
+
+def _require_both(base: Checkpoint, mask: Mask, embedding: str, heads: Sequence[str]) -> None:
+    for key, patterns in (("include", mask.include), ("exclude", mask.exclude)):
+        for pattern in patterns:
+            if not re.fullmatch(pattern, embedding) and any(re.fullmatch(pattern, head) for head in heads):
+                raise BadInput(
+                    f"mask.{key}: {pattern!r} matches {heads[0]} and not {embedding}, and the head of {base.path} "
+                    f"{_BOTH}, so that both move or neither; match {embedding} too, or neither"
+                )
+
+
+def _require_one_matrix(base: Checkpoint, donor: Checkpoint, coefficient: Callable[[str], float]) -> None:
+    """What an adapter adds to a head alone cannot be written where the head is the embedding, nor can an embedding that
+    was trained as a copy beside a head that stayed."""
+    if not isinstance(donor, Difference) or not is_adapter(donor):
+        return
+    for name in filter(coefficient, donor.forms):
+        of_embedding = isinstance(donor.forms[name], Whole) and is_embedding(name)
+        if is_head(name) or of_embedding:
+            other = "head" if of_embedding else "embedding"
+            raise BadInput(
+                f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its {other} "
+                f"(tie_word_embeddings), so that the {other} would move too; untie the target, or leave it out "
+                f"by vector.mask.exclude=['{re.escape(name)}']"
+            )
