@@ -5,7 +5,7 @@
     python benchmarks/gpu_kit.py --device cpu  the same code at tiny sizes, without a card
 
 1 bytes    every dtype, merge method and awkward bit pattern: the card's digests are the CPU's; rates; the sanitizer
-2 copies   a point into parameters on the card: as a swap copies it, page-locked, by 1 to 16 readers
+2 copies   a point into parameters on the card as a swap does it: by ordinary memory, page-locked, with 2 to 16 readers
 3 swaps    tiny families (tied, untied, Llama, mixture, MLA): swapped equals fresh, in all modes and both runners
 4 lm-eval  our texts and log-probabilities are those of lm-eval's own vLLM backend
 5 shapes   a model of 1.5B and one of 7B with random weights: start, probe, swap, requests a second
@@ -28,10 +28,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,9 @@ def check_copies(place: Place) -> Facts:
     import torch
 
     from rvdist.core.point import Term, Vector, WeightPoint
+    from rvdist.evaluate.fleet.bounce import BounceBuffers
     from rvdist.evaluate.fleet.deferred import defer_tensors
-    from rvdist.weights.reader import open_point
+    from rvdist.evaluate.fleet.readers import Readers
 
     torch.set_num_threads(1)
     (place.work / "copies").mkdir()
@@ -190,38 +192,16 @@ def check_copies(place: Place) -> Facts:
         if place.on_card:
             torch.cuda.synchronize()
 
-    def deferred(part: int, parts: int) -> None:
-        reader = open_point(point)
-        for number, (name, tensor) in enumerate(defer_tensors(reader)):
-            if number % parts == part:
+    bounce = BounceBuffers(place.on_card)
+
+    def swap(buffers: BounceBuffers | None, readers: int) -> None:
+        with closing(Readers(point, readers)) as reader:
+            for name, tensor in defer_tensors(reader, buffers):
                 parameters[name].copy_(tensor)
-        reader.close()
+            bounce.wait()
 
-    def pinned() -> None:
-        reader = open_point(point)
-        largest = max(spec.numel for spec in with_spec.values())
-        buffers = [torch.empty(largest, dtype=torch.bfloat16, pin_memory=place.on_card) for _ in range(2)]
-        free: list[Any] = [None, None]
-        for number, (name, spec) in enumerate(with_spec.items()):
-            buffer = buffers[number % 2][: spec.numel]
-            if free[number % 2] is not None:
-                free[number % 2].synchronize()
-            reader.fill(name, 0, buffer)
-            parameters[name].view(-1).copy_(buffer, non_blocking=True)
-            if place.on_card:
-                free[number % 2] = torch.cuda.Event()
-                free[number % 2].record()
-        reader.close()
-
-    def threads(count: int) -> None:
-        running = [threading.Thread(target=deferred, args=(part, count)) for part in range(count)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
-
-    ways: dict[str, Callable[[], object]] = {"pageable": lambda: deferred(0, 1), "pinned": pinned}
-    ways |= {f"readers_{count}": lambda count=count: threads(count) for count in (1, 2, 4, 8, 16)}
+    ways: dict[str, Callable[[], object]] = {"pageable": partial(swap, None, 1), "pinned": partial(swap, bounce, 1)}
+    ways |= {f"readers_{count}": partial(swap, bounce, count) for count in (2, 4, 8, 16)}
     expected: dict[str, Any] = {}
     found: Facts = {"gb": round(nbytes / 1e9, 2)}
     for way, act in ways.items():

@@ -161,6 +161,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "seed": "of sampling, with the number of the sample and its prompt",
         "slice_size": "requests of one call to an engine, at most; null: 256 on CPUs, 1024 on GPUs",
         "prefix_caching": "whether texts of one slice share what they begin with, which may change answers",
+        "readers": "threads of each rank that read a point at a swap, which changes no answer; null: `cpu_threads` on "
+        "CPUs, 4 on GPUs",
         "timeout": "seconds without a word after which an engine at work is replaced; 15 minutes unless given, or 20 "
         "times as long as its slice should take or as its start took",
         "start_timeout": "seconds that an engine may take to start; half an hour and 10 s a GB of weights unless given",

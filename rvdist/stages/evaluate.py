@@ -340,7 +340,7 @@ def _identity(prepared: Prepared, device: str) -> dict[str, str]:
 
 def _engine_settings(prepared: Prepared, device: str) -> EngineSettings:
     """How engines are started on the `device`. What the configuration leaves open is: on CPUs 1 GiB of KV cache and
-    eager mode; on GPUs vLLM's own share of the card, and CUDA graphs without compilation."""
+    eager mode; on GPUs vLLM's own share of the card, CUDA graphs without compilation, and four threads that read."""
     engine, on_cpu = prepared.settings.engine, device == "cpu"
     graphs = engine.enforce_eager is None and not on_cpu
     return EngineSettings(
@@ -355,6 +355,7 @@ def _engine_settings(prepared: Prepared, device: str) -> EngineSettings:
         truncate=prepared.settings.benchmarks.allow_truncation,
         allow_nonfinite=prepared.settings.allow_nonfinite,
         prefix_caching=engine.prefix_caching,
+        readers=engine.readers or (engine.cpu_threads if on_cpu else 4),
         args=further_arguments(({"compilation_config": GRAPHS} if graphs else {}) | engine.args),
     )
 

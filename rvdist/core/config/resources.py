@@ -26,6 +26,7 @@ def require_resources(config: Config) -> None:
     share = config.merge.gpus_per_worker
     for key, count in (
         ("engine.slice_size", config.engine.slice_size),
+        ("engine.readers", config.engine.readers),
         ("merge.workers", config.merge.workers),
         ("merge.threads", config.merge.threads),
         ("cluster.nodes", config.cluster.nodes),

@@ -168,6 +168,7 @@ class EngineConfig:
     seed: int = 0
     slice_size: int | None = None
     prefix_caching: bool = False
+    readers: int | None = None
     timeout: float | None = None
     start_timeout: float | None = None
     args: dict[str, Any] = field(default_factory=dict)

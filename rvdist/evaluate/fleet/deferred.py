@@ -1,10 +1,10 @@
 """Tensors of a weight point, read when vLLM copies them.
 
-They are read into vLLM's own parameters, with no tensor in between. Of a tensor-parallel shard that is a range of rows,
-or of a matrix's columns, only these are read.
+They are read into vLLM's own parameters, with no tensor in between, or by bounce buffers where these are a card's. Of a
+tensor-parallel shard that is a range of rows, or of a matrix's columns, only these are read.
 
-Knows nothing of vLLM: whatever is done to such a tensor other than taking rows or columns and copying them to CPU
-memory gets an ordinary tensor, which is read then.
+Knows nothing of vLLM: whatever is done to such a tensor other than taking rows or columns and copying them to memory in
+one piece gets an ordinary tensor, which is read then.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from rvdist.evaluate.fleet.bounce import BounceBuffers
+from rvdist.evaluate.fleet.readers import Readers
 from rvdist.weights.reader import PointReader
 
 _aten = torch.ops.aten
@@ -24,13 +26,15 @@ Steps = tuple[tuple[Any, tuple[Any, ...]], ...]  # each an operator, and what it
 
 class Deferred(torch.Tensor):
     """A tensor, contiguous and on the CPU, that `fill` writes from its element `start` on into a 1-d tensor; of whole
-    rows, `columns` writes some columns. `taken` are the steps by which it was taken of the tensor `origin`."""
+    rows, `columns` writes some columns. `taken` are the steps by which it was taken of the tensor `origin`. `bounce`:
+    the buffers by which it is copied, which a card needs."""
 
     origin: str
     taken: Steps
     _start: int
     _fill: Callable[[int, torch.Tensor], None]
     _columns: Callable[[range, range, torch.Tensor], None] | None
+    _bounce: BounceBuffers | None
     _whole: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -44,9 +48,10 @@ class Deferred(torch.Tensor):
         start: int = 0,
         columns: Callable[[range, range, torch.Tensor], None] | None = None,
         origin: str = "",
+        bounce: BounceBuffers | None = None,
     ) -> Deferred:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
-        made._start, made._fill, made._columns, made._whole = start, fill, columns, None
+        made._start, made._fill, made._columns, made._bounce, made._whole = start, fill, columns, bounce, None
         made.origin, made.taken = origin, ()
         return made
 
@@ -77,10 +82,17 @@ class Deferred(torch.Tensor):
         the elements that come."""
         if self._whole is not None or target.shape != self.shape or target.dtype != self.dtype:
             return False
-        if target.device.type == "cpu" and target.is_contiguous():
-            self._fill(self._start, target.view(-1).as_subclass(torch.Tensor))
-            return True
-        return target.is_meta
+        if target.is_meta or not target.is_contiguous():
+            return target.is_meta
+        out = target.view(-1).as_subclass(torch.Tensor)
+        if self._bounce:
+            row = self.shape[-1] if self.dim() > 1 else 1
+            self._bounce.copy(lambda start, part: self._fill(self._start + start, part), out, row)
+        elif target.device.type == "cpu":
+            self._fill(self._start, out)
+        else:
+            return False
+        return True
 
     def _slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Deferred | None:
         first, last, _ = slice(start, end).indices(self.shape[dim])
@@ -97,10 +109,11 @@ class Deferred(torch.Tensor):
         above, count = self._start // self.shape[-1], len(columns)
 
         def fill_rows(start: int, out: torch.Tensor) -> None:
+            assert not (start % count or out.numel() % count), "part of a row"
             row = above + start // count
             fill(range(row, row + out.numel() // count), columns, out)
 
-        return Deferred(torch.Size([*self.shape[:-1], count]), self.dtype, fill_rows)
+        return Deferred(torch.Size([*self.shape[:-1], count]), self.dtype, fill_rows, bounce=self._bounce)
 
     def _unbind(self, dim: int = 0) -> list[Deferred] | None:
         return None if dim % self.dim() else [self._part(self.shape[1:], row) for row in range(self.shape[0])]
@@ -116,7 +129,7 @@ class Deferred(torch.Tensor):
     def _part(self, shape: Sequence[int], row: int) -> Deferred:
         start = self._start + (row * self.numel() // self.shape[0] if row else 0)
         columns = self._columns if len(shape) > 1 and shape[-1] == self.shape[-1] else None
-        return Deferred(torch.Size(shape), self.dtype, self._fill, start, columns)
+        return Deferred(torch.Size(shape), self.dtype, self._fill, start, columns, bounce=self._bounce)
 
 
 # What need not be read to be taken: a range of rows, all, or each row, of whatever shape.
@@ -128,14 +141,15 @@ _VIEWS: dict[Any, Callable[..., Deferred | list[Deferred] | None]] = {
 }
 
 
-def defer_tensors(reader: PointReader) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor) of the reader's only point. They can be read until the reader is closed."""
+def defer_tensors(
+    reader: PointReader | Readers, bounce: BounceBuffers | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of the reader's only point; `bounce` takes them to a card. They can be read until the reader
+    is closed."""
     for name, spec in reader.base.tensors.items():
-        columns = partial(reader.fill_columns, name) if len(spec.shape) > 1 else None
-        yield (
-            name,
-            Deferred(torch.Size(spec.shape), reader.output_dtype(spec), partial(reader.fill, name), 0, columns, name),
-        )
+        shape, dtype = torch.Size(spec.shape), reader.output_dtype(spec)
+        columns = partial(reader.fill_columns, name) if len(shape) > 1 else None
+        yield name, Deferred(shape, dtype, partial(reader.fill, name), 0, columns, name, bounce)
 
 
 def take(tensor: torch.Tensor, steps: Steps) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Engine:
         self._llm, self._device, self._kind = started.llm, started.device, started.kind
         self.settings = settings
         try:
-            self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors),))
+            self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors), settings.readers))
         except Failed as error:
             raise Unusable(str(error)) from None
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len

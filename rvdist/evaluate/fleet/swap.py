@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rvdist.core.point import WeightPoint
+from rvdist.evaluate.fleet.bounce import BounceBuffers
 from rvdist.evaluate.fleet.deferred import defer_tensors
 from rvdist.evaluate.fleet.mirror import Tensors, mirror
 from rvdist.evaluate.fleet.private_vllm import (
@@ -23,15 +24,16 @@ from rvdist.evaluate.fleet.private_vllm import (
     clear_caches,
     end_without_names,
     hide_llvmlite,
+    is_on_cpu,
     own_choices,
     repair_packed_copies,
     require_in_rank,
     unname_memory,
     watch_logits,
 )
+from rvdist.evaluate.fleet.readers import Readers
 from rvdist.evaluate.fleet.recorded import Recorded
 from rvdist.weights.checkpoint.kept import KeptSources
-from rvdist.weights.reader import open_point
 
 LACKS = "the weight point lacks tensors that the engine needs"
 LEFT = "vLLM did not load these parameters of the weight point"
@@ -49,6 +51,8 @@ class SwapExtension:
     _rvdist_tensors: list[str]
     _rvdist_recorded: Recorded
     _rvdist_sources: KeptSources
+    _rvdist_readers: int
+    _rvdist_bounce: BounceBuffers | None
     _rvdist_rows: torch.Tensor  # of logits since they were asked for: all of them, and those that give no distribution
 
     _rvdist_bytes = 0  # that swaps read
@@ -61,13 +65,15 @@ class SwapExtension:
         """What vLLM has chosen in this rank."""
         return own_choices(self)
 
-    def rvdist_ready(self, tensors: list[str]) -> None:
-        """Call once after start on a checkpoint of these tensors. Raises Failed where vLLM is not as we know it."""
+    def rvdist_ready(self, tensors: list[str], readers: int) -> None:
+        """Call once after start on a checkpoint of these tensors; so many threads read points. Raises Failed where vLLM
+        is not as we know it."""
         require_in_rank()
         unname_memory()
         ask_for_amx()
         self._rvdist_tensors, self._rvdist_recorded = tensors, Recorded(self)
-        self._rvdist_sources = KeptSources()
+        self._rvdist_sources, self._rvdist_readers = KeptSources(), readers
+        self._rvdist_bounce = None if is_on_cpu() else BounceBuffers()
         self._rvdist_rows = watch_logits(self.model_runner)
 
     def rvdist_rows(self) -> list[int]:
@@ -90,13 +96,16 @@ class SwapExtension:
         does not arrive in vLLM. After any error the weights of this rank are undefined.
         """
         came: set[str] = set()
-        with closing(open_point(WeightPoint.from_json(json.loads(point)), self._rvdist_sources.open)) as reader:
-            tensors = defer_tensors(reader)
+        wanted = WeightPoint.from_json(json.loads(point))
+        with closing(Readers(wanted, self._rvdist_readers, self._rvdist_sources.open)) as reader:
+            tensors = defer_tensors(reader, self._rvdist_bounce)
             if exchanged:
                 config = self.model_config.hf_text_config
                 tensors = mirror(tensors, config.hidden_size, exchanged, getattr(config, "kv_lora_rank", None) or 0)
             shapes = {name: spec.shape for name, spec in reader.base.tensors.items()}
             stale = self._rvdist_recorded.load(_note_names(came, tensors), shapes, self._rvdist_expected())
+            if self._rvdist_bounce:
+                self._rvdist_bounce.wait()
             spoiled = {name: "" if number else reader.blame(name) for number, name in enumerate(reader.spoiled)}
             self._rvdist_bytes += reader.bytes_read
         if missing := self._rvdist_expected() - came:

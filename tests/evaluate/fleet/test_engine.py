@@ -476,3 +476,7 @@ def iter_all(running: Any) -> Any:
 def test_keys_are_as_they_were_where_prefixes_are_not_shared() -> None:
     assert "prefix_caching" not in identity(EngineSettings(), "cpu")
     assert identity(EngineSettings(prefix_caching=True), "cpu")["prefix_caching"] is True
+
+
+def test_who_reads_is_no_part_of_a_key() -> None:
+    assert identity(EngineSettings(readers=4), "cpu") == identity(EngineSettings(), "cpu")

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from rvdist.core.config.points import Storage
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.timing import anonymous_bytes
-from rvdist.evaluate.fleet import mirror, recorded, swap
+from rvdist.evaluate.fleet import mirror, readers, recorded, swap
+from rvdist.evaluate.fleet.bounce import BounceBuffers
 from rvdist.evaluate.fleet.deferred import Deferred
 from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.fleet.mirror import mirror_obstacle
@@ -229,13 +230,21 @@ def test_a_point_where_the_engine_is_already_is_not_read(
 def test_every_byte_is_read_once_and_into_place(
     engine: Engine, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point, opened, readers = family.point(0.5), swap.open_point, []
-    engine.swap(family.point(1.0))  # and the probe, which wants tensors of its own
-    monkeypatch.delattr(Deferred, "read")
-    monkeypatch.setattr(swap, "open_point", lambda *given: readers.append(opened(*given)) or readers[0])
-    engine.swap(point)
+    """By whatever buffers, and by however many threads."""
+    point, rank = family.point(0.5), rank_of(engine)
     specs = [spec for source in point.sources() for spec in open_source(source).tensors.values()]
-    assert readers[0].bytes_read == sum(spec.nbytes for spec in specs)
+    engine.swap(point)  # and the probe, which wants tensors of its own
+    expected = answers(engine)
+    monkeypatch.delattr(Deferred, "read")
+    monkeypatch.setattr(readers, "CHUNK", 1024)
+    for buffers, count in ((None, 1), (None, 3), (BounceBuffers(False, 5000), 1), (BounceBuffers(False, 30000), 4)):
+        monkeypatch.setattr(rank, "_rvdist_bounce", buffers)
+        monkeypatch.setattr(rank, "_rvdist_readers", count)
+        engine.swap(family.point(1.0))
+        before = rank.rvdist_bytes()
+        engine.swap(point)
+        assert rank.rvdist_bytes() - before == sum(spec.nbytes for spec in specs)
+        assert answers(engine) == expected
 
 
 def rank_of(engine: Engine) -> Any:
@@ -365,7 +374,7 @@ def test_shards_change_nothing(kind: str, families: dict[str, Family], tmp_path:
 def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
     family, read = families["untied"], swap.defer_tensors
     engine = start(WeightPoint(str(family.target)))
-    monkeypatch.setattr(swap, "defer_tensors", lambda reader: (pair for pair in read(reader) if pair[0] != lost))
+    monkeypatch.setattr(swap, "defer_tensors", lambda reader, _: (pair for pair in read(reader) if pair[0] != lost))
     with pytest.raises(RuntimeError, match=lost):
         engine.swap(family.point(0.5))
     with pytest.raises(RuntimeError, match="start a new engine"):
@@ -376,7 +385,9 @@ def test_a_missing_tensor_is_named(lost: str, families: dict[str, Family], monke
 
 def test_what_vllm_did_not_load_is_named(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
     family, read = families["untied"], swap.defer_tensors
-    monkeypatch.setattr(swap, "defer_tensors", lambda reader: (pair for pair in read(reader) if "norm" not in pair[0]))
+    monkeypatch.setattr(
+        swap, "defer_tensors", lambda reader, _: (pair for pair in read(reader) if "norm" not in pair[0])
+    )
     monkeypatch.setattr(swap.SwapExtension, "_rvdist_expected", lambda self: set())
     with pytest.raises(RuntimeError, match=r"vLLM did not load.*model\.norm\.weight"):
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
