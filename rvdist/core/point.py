@@ -153,6 +153,12 @@ class WeightPoint:
         """The terms that can change a weight. α = 0 names the base itself, to the bit."""
         return tuple(term for term in self.terms if term.alpha != 0)
 
+    @cached_property
+    def active(self) -> WeightPoint:
+        """The point of the same weights without the terms that change none, and without a method where there is no
+        other."""
+        return replace(self, terms=self.active_terms, method=self.method if self.active_terms else LINEAR)
+
     def recipe(self, name: str, layers: int, has: Callable[[str], bool]) -> list[tuple[float, Vector]]:
         """(α·m, v) of every term that changes the floating-point tensor `name` of a base with so many `layers`;
         `has` says whether a source has that tensor."""

@@ -34,7 +34,8 @@ Kept: TypeAlias = tuple[str, str, str, Answered]
 
 FILE = "samples.sqlite"
 _APPLICATION = 0x72766473  # marks the file as ours
-_LAYOUT = 1  # of the table and of the keys
+_LAYOUT = 1  # of the table
+_KEYS = 2  # of the keys: those of 1 may have the answers of another method at the same terms
 _PATIENCE = 60.0  # seconds, for another run's transaction
 _AT_ONCE = 500  # keys in one question
 _LONGEST = 60.0  # seconds that a question may take
@@ -76,7 +77,7 @@ def slice_keys(
                 for part in piece.parts
             ]
             asked[piece.parts] = digest_of(parts if len(parts) > 1 else parts[0])
-        keys[piece] = digest_of([_LAYOUT, points[piece.point], asked[piece.parts], served_by])
+        keys[piece] = digest_of([_KEYS, points[piece.point], asked[piece.parts], served_by])
     return keys
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput, Failed
-from rvdist.core.point import Term, WeightPoint
+from rvdist.core.point import WeightPoint
 from rvdist.evaluate.fleet.arguments import DEFAULTS, GRAPHS, EngineSettings, versions
 from rvdist.evaluate.fleet.private_vllm import steps, under_way
 from rvdist.evaluate.fleet.prompts import Prompts
@@ -71,7 +71,7 @@ class Engine:
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._prompts = Prompts(self._tokenizer, self._max_len, settings.truncate)
         self._checkpoint_bytes = sum(spec.nbytes for spec in self._checkpoint.tensors.values())
-        self._at: tuple[str, tuple[Term, ...]] | None = (base, ())
+        self._at: WeightPoint | None = WeightPoint(base)
         self.spoiled: dict[str, str] = {}  # tensors of the present point with infinities or NaNs, and why
         self._own: list[float] = []  # the probe's log-probabilities at the base
         self._probe: str | None = None
@@ -122,12 +122,12 @@ class Engine:
                     self._llm.collective_rpc("rvdist_forget")  # nothing proves what was recorded
                 self._probe = obstacle or self._run_probe()
             self._load(point)
-            self._at = (point.base, point.active_terms)
+            self._at = point.active
         self._require_finite()
 
     def is_at(self, point: WeightPoint) -> bool:
         """Whether the weights of `point` are those that it has."""
-        return self._at == (point.base, point.active_terms)
+        return self._at == point.active
 
     def _place(self, source: str, opened: Checkpoint | None = None) -> str:
         """The directory of a source on this node; of a Hub repository all files are fetched, once by all engines of a
@@ -169,7 +169,7 @@ class Engine:
         except Unscorable:
             self._probe = "not run: the log-probabilities of the target are not a number"
         self._load(WeightPoint(str(self._checkpoint.path)))
-        self._at = (self._base, ())
+        self._at = WeightPoint(self._base)
         if self._own:
             same = 0.0 if self._device == "cpu" else _PROBE_TOLERANCE
             self._require_own(

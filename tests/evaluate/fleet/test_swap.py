@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
@@ -22,6 +23,7 @@ from points import read_point
 from safetensors.torch import load_file, save_file
 
 from rvdist.core.config.points import Storage
+from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.timing import anonymous_bytes
 from rvdist.evaluate.fleet import mirror, readers, recorded, swap
@@ -105,6 +107,35 @@ def test_adapters_that_need_what_they_were_trained_on(
     assert swapped == answers(start(written_out(point, family, tmp_path / "merged")))
     assert swapped.texts != base.texts and swapped.scores != base.scores
     engine.swap(family.point(0.0))
+
+
+@pytest.mark.parametrize("family", ["moe"], indirect=True)
+def test_methods_that_see_matrices(
+    engine: Engine, base: Answers, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iso-C and TSV-M of two vectors, Core Space of two adapters: as written, in one engine after another point."""
+    generator, adapters = torch.Generator().manual_seed(6), []
+    for number in range(2):
+        pairs = {}
+        for name, tensor in load_checkpoint(family.target).items():
+            if name.endswith("proj.weight"):
+                module = f"base_model.model.{name.removesuffix('.weight')}"
+                pairs[f"{module}.lora_A.weight"] = torch.randn(RANK, tensor.shape[1], generator=generator)
+                pairs[f"{module}.lora_B.weight"] = torch.randn(tensor.shape[0], RANK, generator=generator)
+        adapters.append(Vector(str(write_adapter(tmp_path / f"adapter{number}", pairs, r=RANK, lora_alpha=ALPHA))))
+    target, plus, minus = (str(path) for path in (family.target, family.plus, family.minus))
+    donors = [Vector(plus, minus), Vector(minus, target)]
+    monkeypatch.setattr(compat, "check", lambda *given: None)  # its checkpoints are of no one pre-training
+    found = [base]
+    for name in ("iso_c", "tsv_m", "core_space", "core_space_iso"):
+        vectors = adapters if name.startswith("core") else donors
+        point = WeightPoint(target, tuple(Term(0.5, vector) for vector in vectors), MethodSpec(name))
+        engine.swap(point)
+        found.append(answers(engine))
+        assert found[-1] == answers(start(written_out(point, family, tmp_path / name))), name
+    assert all(one.scores != other.scores for one, other in itertools.pairwise(found))
+    engine.swap(family.point(0.0))
+    assert answers(engine) == base
 
 
 def written_out(point: WeightPoint, family: Family, place: Path) -> WeightPoint:
