@@ -96,12 +96,12 @@ def version(python: str, package: str) -> str:
 
 
 def expressible(asked: Asked) -> bool:
-    """Whether the other tools can be asked for it at all: no masks, no renaming, nothing that is about our command, no
-    tensors that no architecture has."""
+    """Whether the other tools can be asked for it at all: one vector, no masks, no renaming, nothing that is about our
+    command, no tensors that no architecture has."""
     vector = asked.settings.vector
     return not (
         asked.typed or asked.point or asked.made_up or vector.mask.include or vector.mask.exclude or vector.mask.layers
-        or vector.rename or asked.settings.overwrite
+        or vector.rename or asked.settings.overwrite or asked.settings.vectors
     )  # fmt: skip
 
 
