@@ -38,7 +38,7 @@ REFUSED = {
         "config_format dtype seed max_model_len max_num_seqs tensor_parallel_size enforce_eager gpu_memory_utilization "
         "kv_cache_memory_bytes use_tqdm_on_load"
     ),
-    "makes weights that a swap cannot give to the bit": "quantization quantization_config",
+    "makes weights that no swap has been shown to give to the bit": "quantization_config",
     "puts weights where no swap has been shown to reach them": (
         "cpu_offload_gb cpu_offload_params offload_backend offload_group_size offload_num_in_group "
         "offload_prefetch_step offload_params"
@@ -71,7 +71,8 @@ REFUSED = {
         "nnodes node_rank master_addr master_port"
     ),
 }
-_EXECUTORS = ("mp", "ray")
+# Of those below, the ones that are let through with these values alone.
+_VALUES = {"distributed_executor_backend": ("mp", "ray"), "quantization": ("fp8_per_channel",)}
 # Those that leave a swap right: they say how vLLM computes, batches and places, not what.
 ALLOWED = (
     "async_scheduling all2all_backend attention_backend attention_config block_size compilation_config "
@@ -83,7 +84,7 @@ ALLOWED = (
     "long_prefill_token_threshold mamba_backend mamba_block_size mamba_cache_dtype mamba_ssm_cache_dtype "
     "max_cudagraph_capture_size max_num_batched_tokens max_num_scheduled_tokens max_parallel_loading_workers "
     "mm_processor_cache_gb moe_backend num_gpu_blocks_override numa_bind numa_bind_cpus numa_bind_nodes "
-    "optimization_level performance_mode pipeline_parallel_size prefill_context_parallel_size "
+    "optimization_level performance_mode pipeline_parallel_size prefill_context_parallel_size quantization "
     "scheduler_reserve_full_isl skip_mm_profiling watermark"
 )
 
@@ -142,8 +143,12 @@ def further_arguments(arguments: Mapping[str, Any]) -> str:
                 f"engine.args: {str(name)[:60]!r} is not among the arguments known to leave a swap right "
                 "(docs/fleet.md lists them); leave it out"
             )
-        if name == "distributed_executor_backend" and value not in _EXECUTORS:
-            raise BadInput(f"engine.args: {name}={value!r} is not one of {', '.join(_EXECUTORS)}; set one of these")
+        if name in _VALUES and value not in _VALUES[name]:
+            why = " among those that leave a swap right:" if name == "quantization" else " one of"
+            raise BadInput(
+                f"engine.args: {name}={str(value)[:60]!r} is not{why} {', '.join(_VALUES[name])}; set one of these, or "
+                "leave it out"
+            )
     try:
         return json.dumps(dict(arguments), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -118,6 +118,8 @@ class Engine:
                 from rvdist.evaluate.fleet.mirror import mirror_obstacle
 
                 obstacle = mirror_obstacle(self._checkpoint.tensors, self._checkpoint.config)
+                if obstacle and "quantization" in json.loads(self.settings.args):
+                    raise Unusable(f"{self._base}: {obstacle}, and quantized it is swapped where a probe shows how")
                 if obstacle:
                     self._llm.collective_rpc("rvdist_forget")  # nothing proves what was recorded
                 self._probe = obstacle or self._run_probe()

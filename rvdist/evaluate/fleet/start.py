@@ -49,7 +49,8 @@ class Started:
 def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> Started:
     """vLLM on the `checkpoint`, which is called `base`. Raises BadInput for one that is quantized, and for settings
     that vLLM refuses; Unusable for a vLLM that is not as we know it."""
-    if "quantization_config" in checkpoint.config:
+    named = {"quantization_config", "compression_config"} & checkpoint.config.keys()
+    if named or (checkpoint.path / "hf_quant_config.json").exists():
         raise BadInput(f"{base}: {_QUANTIZED}")
     os.environ.update(ENVIRONMENT | os.environ)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures itself
@@ -86,7 +87,8 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
                 llm = LLM(**arguments, chat_template=_TEMPLATE)
         except (TypeError, ValueError) as error:
             raise explain_refusal(str(error).replace(str(directory), base), base, settings) from None
-    if llm.llm_engine.model_config.quantization:
+    model, asked = llm.llm_engine.model_config, json.loads(settings.args).get("quantization")
+    if model.quantization != asked or getattr(model.hf_config, "quantization_config", None):
         raise BadInput(f"{base}: {_QUANTIZED}")
     return Started(llm, "cpu", "") if on_cpu else Started(llm, "cuda", torch.cuda.get_device_name(0))
 

@@ -308,6 +308,9 @@ def test_generation_arguments() -> None:
         Generate.from_lm_eval("p", {"num_beams": 4})
 
 
+PER_CHANNEL = further_arguments({"quantization": "fp8_per_channel"})
+
+
 def test_a_quantized_base_is_refused(families: dict[str, Family], tmp_path: Path) -> None:
     copy = shutil.copytree(families["tied"].target, tmp_path / "quantized")
     config = json.loads((copy / "config.json").read_text())
@@ -322,14 +325,17 @@ def test_a_base_that_vllm_finds_quantized_is_refused(families: dict[str, Family]
     (copy / "hf_quant_config.json").write_text(
         '{"quantization": {"quant_algo": "FP8"}, "producer": {"name": "modelopt"}}'
     )
-    with pytest.raises(BadInput, match="quantiz"):
-        start(WeightPoint(str(copy)))
+    for args in ("{}", PER_CHANNEL):
+        with pytest.raises(BadInput, match="quantiz"):
+            start(WeightPoint(str(copy)), dataclasses.replace(SETTINGS, args=args))
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"quantization": "fp8"}, "quantization makes weights that a swap cannot give to the bit; leave it out"),
+        ({"quantization": "fp8"}, "quantization='fp8' is not among those that leave a swap right: fp8_per_channel"),
+        ({"quantization": ["fp8_per_channel"]}, "is not among those that leave a swap right"),
+        ({"quantization_config": {}}, "quantization_config makes weights that no swap has been shown to give to"),
         ({"block_size": 32, "cpu_offload_gb": 4}, "cpu_offload_gb puts weights where no swap has been shown to reach"),
         ({"enable_sleep_mode": True}, "enable_sleep_mode lets an engine wake with other weights"),
         ({"enable_prefix_caching": True}, "enable_prefix_caching is engine.prefix_caching"),
@@ -476,6 +482,10 @@ def iter_all(running: Any) -> Any:
 def test_keys_are_as_they_were_where_prefixes_are_not_shared() -> None:
     assert "prefix_caching" not in identity(EngineSettings(), "cpu")
     assert identity(EngineSettings(prefix_caching=True), "cpu")["prefix_caching"] is True
+
+
+def test_how_weights_are_quantized_is_part_of_a_key() -> None:
+    assert identity(EngineSettings(args=PER_CHANNEL), "cpu") != identity(EngineSettings(), "cpu")
 
 
 def test_who_reads_is_no_part_of_a_key() -> None:

@@ -27,11 +27,12 @@ from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.timing import anonymous_bytes
 from rvdist.evaluate.fleet import mirror, readers, recorded, swap
+from rvdist.evaluate.fleet.arguments import further_arguments
 from rvdist.evaluate.fleet.bounce import BounceBuffers
 from rvdist.evaluate.fleet.deferred import Deferred
 from rvdist.evaluate.fleet.engine import Engine
 from rvdist.evaluate.fleet.mirror import mirror_obstacle
-from rvdist.evaluate.request import Choice
+from rvdist.evaluate.request import Choice, Unusable
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.layouts import Relaid, lay_out
 from rvdist.weights.checkpoint.source import open_source
@@ -200,6 +201,24 @@ def test_any_vector_in_another_layout_swaps_as_it_is_written(
     assert swapped == answers(start(written_out(point, family, tmp_path / "merged")))
     assert swapped.texts != base.texts and swapped.scores != base.scores
     engine.swap(family.point(0.0))
+
+
+def test_weights_that_vllm_quantizes_are_those_of_a_fresh_engine(families: dict[str, Family], tmp_path: Path) -> None:
+    """In fp8, with a scale for each output channel: two points, and the base again."""
+    settings = dataclasses.replace(SETTINGS, args=further_arguments({"quantization": "fp8_per_channel"}))
+    family = families["tied"]
+    engine = start(family.point(0.0), settings)
+    found = {0.0: answers(engine)}
+    for alpha in (0.5, -1.0):
+        engine.swap(family.point(alpha))
+        found[alpha] = answers(engine)
+        written = family.write(alpha, tmp_path / str(alpha))
+        assert found[alpha] == answers(start(written, settings))
+    assert engine.info()["probe"] == "passed" and rank_of(engine).rvdist_forget(), "by what was recorded"
+    assert found[-1.0] != answers(start(written)), "what is served is rounded"
+    assert found[0.0].texts != found[0.5].texts != found[-1.0].texts
+    engine.swap(family.point(0.0))
+    assert answers(engine) == found[0.0]
 
 
 def test_a_donor_is_a_point_too(engine: Engine, family: Family) -> None:
@@ -389,6 +408,9 @@ def test_without_a_probe_nothing_that_was_recorded_is_used(
     monkeypatch.setattr(mirror, "mirror_obstacle", lambda *_: "nobody knows it")
     engine.swap(family.point(0.5))
     assert engine.info()["probe"] == "nobody knows it" and not rank_of(engine).rvdist_forget()
+    settings = dataclasses.replace(SETTINGS, args=further_arguments({"quantization": "fp8_per_channel"}))
+    with pytest.raises(Unusable, match="nobody knows it, and quantized it is swapped where a probe shows how"):
+        start(WeightPoint(str(family.target)), settings).swap(family.point(0.5))
 
 
 @pytest.mark.parametrize("kind", ["moe", "tied"])
