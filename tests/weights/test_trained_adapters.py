@@ -410,6 +410,62 @@ def test_which_way_experts_lie_is_the_base_s_to_tell(tmp_path):
         dict(read_point(point(tmp_path, base="other")))
 
 
+def of_experts(generator: torch.Generator, sizes: dict[str, tuple[int, int]], count: int) -> dict[str, torch.Tensor]:
+    """Factors of rank 4 by module: (columns of A, rows of B)."""
+    pairs = {}
+    for module, (into, out) in sizes.items():
+        pairs[f"{module}.lora_A.weight"] = torch.randn(count * 4, into, generator=generator) * 0.05
+        pairs[f"{module}.lora_B.weight"] = torch.randn(out, count * 4, generator=generator) * 0.05
+    return pairs
+
+
+def product(pairs: dict[str, torch.Tensor], module: str, count: int) -> torch.Tensor:
+    """B · A of each expert, in fp64, with the scale of tests/adapters.py."""
+    a, b = (pairs[f"{module}.lora_{factor}.weight"].double() for factor in "AB")
+    return torch.stack([b[:, e::count] @ a[4 * e : 4 * (e + 1)] for e in range(count)]) * 2.5
+
+
+@pytest.mark.parametrize(
+    ("release", "kind", "turned"),
+    [
+        ("0.17.1", "qwen3_moe", True), ("0.18.1", "qwen3_moe", True), ("0.18.0.post1", "gpt_oss", True),
+        ("0.19.0", "qwen3_moe", True), ("0.19.0", "gpt_oss", False), ("0.19.1", "qwen3_moe", False),
+        ("0.19.1", "gpt_oss", True), ("0.21.2", "qwen3_moe", False), ("1.0.0", "gpt_oss", True),
+        (None, "qwen3_moe", None), ("0.19.1.dev0@abc", "gpt_oss", None), (19, "gpt_oss", None), ("", "gpt_oss", None),
+    ],
+)  # fmt: skip
+def test_which_way_square_experts_lie_the_release_tells(tmp_path, release, kind, turned):
+    """As pefts 0.18.1, 0.19.0, 0.19.1, 0.20.0 and 0.21.2 were seen to merge what each had trained; 0.17.1 has the text
+    of 0.18.1. Shapes that are not square tell it by themselves, also of what stands beside them."""
+    generator, at, count, size = torch.Generator().manual_seed(0), "model.layers.0.mlp.experts", 3, 16
+    base = {f"{at}.gate_up_proj": torch.randn(count, 32, size, generator=generator)}
+    base[f"{at}.down_proj"] = torch.randn(count, size, size, generator=generator)
+    config = {"model_type": kind, "tie_word_embeddings": False}
+    write_checkpoint(tmp_path / "base", base, config=config)
+    pairs = of_experts(generator, {AT: (size, size)}, count)
+    write_adapter(tmp_path / "adapter", pairs, target_parameters=EXPERTS[:1], peft_version=release)
+    if turned is None:
+        with pytest.raises(BadInput, match='square, so that only the release of peft.*set "peft_version"') as refused:
+            dict(read_point(point(tmp_path)))
+        assert "\n" not in str(refused.value)
+    else:
+        delta = product(pairs, AT, count)
+        exact = base[f"{at}.down_proj"] + (delta.transpose(1, 2) if turned else delta)
+        found = dict(read_point(point(tmp_path)))[f"{at}.down_proj"]
+        assert torch.allclose(found.double(), exact, rtol=0, atol=1e-6)
+    for inward in (False, True):  # gate_up_proj [2I, H] beside it tells what lies across, whatever release that is
+        sizes = {f"{AT}.base_layer": (32, size) if inward else (size, 32), AT: (size, size)}
+        pairs = of_experts(generator, sizes, count)
+        place = tmp_path / f"beside-{inward}"
+        write_adapter(place / "adapter", pairs, target_parameters=EXPERTS, peft_version=release)
+        write_checkpoint(place / "base", base, config=config)
+        found = dict(read_point(point(place)))
+        for module, name in ((AT, "down_proj"), (f"{AT}.base_layer", "gate_up_proj")):
+            delta = product(pairs, module, count)
+            exact = base[f"{at}.{name}"] + (delta.transpose(1, 2) if inward else delta)
+            assert torch.allclose(found[f"{at}.{name}"].double(), exact, rtol=0, atol=1e-6)
+
+
 def test_targets_of_one_batch_turn_an_adapter_each_its_own_way(tmp_path):
     """One adapter of experts, and targets whose experts lie [out, in] and [in, out], in one merge plan."""
     generator, at, count, hidden, inner = torch.Generator().manual_seed(0), "model.layers.0.mlp.experts", 3, 32, 24
@@ -420,11 +476,7 @@ def test_targets_of_one_batch_turn_an_adapter_each_its_own_way(tmp_path):
         config = {"model_type": kind, "tie_word_embeddings": False}
         write_checkpoint(tmp_path / "models" / name, base, config=config)
     sizes = {f"{AT}.base_layer": (hidden, 2 * inner), AT: (inner, hidden)}  # gate_up_proj, then down_proj
-    pairs = {}
-    for module, (into, out) in sizes.items():
-        pairs[f"{module}.lora_A.weight"] = torch.randn(count * 4, into, generator=generator) * 0.05
-        pairs[f"{module}.lora_B.weight"] = torch.randn(out, count * 4, generator=generator) * 0.05
-    write_adapter(tmp_path / "adapter", pairs, target_parameters=EXPERTS)
+    write_adapter(tmp_path / "adapter", of_experts(generator, sizes, count), target_parameters=EXPERTS)
     done = launch("target=models/*", "vector.path=adapter", "output=out/{target}", "stages=[merge]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name in "ab":

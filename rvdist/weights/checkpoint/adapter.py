@@ -27,6 +27,7 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(?:\.weight)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
 _BIAS = re.compile(r"(.+)\.lora_B\.bias")
+_RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:\.post\d+)?")  # no .dev, which may be either side of a change
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
     "use_qalora", "layer_replication",
@@ -101,8 +102,10 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
     base = config.get("base_model_name_or_path")
     stamps = checkpoint.stamps | {CONFIG: stamp_beside(checkpoint, CONFIG)}
     trained_on = base if isinstance(base, str) else None
+    found = _RELEASE.fullmatch(str(config.get("peft_version")))
+    release = tuple(map(int, found.groups())) if found else None
     return Difference(
-        checkpoint.path, tensors, checkpoint.metadata, stamps, checkpoint.hub, "adapter", forms, trained_on
+        checkpoint.path, tensors, checkpoint.metadata, stamps, checkpoint.hub, "adapter", forms, trained_on, release
     )
 
 
@@ -156,7 +159,7 @@ def _parameters(
             down, both = ([factors[name].get(part) for part in ("lora_A", "lora_B")] for name in own)
             if all(spec and len(spec.shape) == 2 for spec in (*down, *both)):
                 (into, out), (hidden, twice) = ((a.shape[1], b.shape[0]) for a, b in (down, both) if a and b)
-                if (2 * into, out) != (twice, hidden):
+                if (twice, hidden) not in ((2 * into, out), (into, 2 * out)):  # [in, out], or as older pefts have it
                     reason = f"the factors of {module} do not fit its down_proj and gate_up_proj, in this order"
                     _refuse(checkpoint, reason)
         elif len(named) == len(own) == 1:

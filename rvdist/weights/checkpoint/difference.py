@@ -83,12 +83,13 @@ def stored_parts(form: Form) -> list[TensorSpec]:
 @dataclass(frozen=True)
 class Difference(Checkpoint):
     """`tensors` are the differences, `forms` what is stored of each; `kind` is "adapter" or "vector".
-    `trained_on` is what an adapter's config calls its base, `base` the checkpoint that was opened as it: without it the
-    differences of some forms cannot be computed."""
+    `trained_on` is what an adapter's config calls its base, `release` that of the peft that wrote it, `base` the
+    checkpoint that was opened as it: without it the differences of some forms cannot be computed."""
 
     kind: str = "vector"
     forms: dict[str, Form] = field(default_factory=dict, repr=False)
     trained_on: str | None = None
+    release: tuple[int, ...] | None = None
     base: Checkpoint | None = field(default=None, repr=False)
 
     def require_unchanged(self) -> None:

@@ -187,23 +187,58 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
 def turn(adapter: Difference, base: Checkpoint) -> Difference:
     """The adapter whose products of many matrices lie as in `base`: [in, out] or [out, in], which its own files do not
     tell. Raises BadInput where those of `base` do not either."""
+    if not any(isinstance(form, LowRank) and form.transposed is None for form in adapter.forms.values()):
+        return adapter
     tensors, forms = dict(adapter.tensors), dict(adapter.forms)
+    by_kind = base.config.get("model_type") in _IN_BY_OUT
+    shapes = _shapes_in_memory(base)
+    turned: dict[str, bool | None] = {}  # None: its matrices are square
     for name, form in adapter.forms.items():
         if not isinstance(form, LowRank) or form.transposed is not None:
             continue
         shape = (form.count, form.left.shape[0], form.right.shape[1])
-        turned = (shape[0], shape[2], shape[1])
-        lies = base.tensors[name].shape if name in base.tensors else ()
-        by_kind = base.config.get("model_type") in _IN_BY_OUT
-        if by_kind and lies not in (shape, turned):
+        across, lies = (shape[0], shape[2], shape[1]), shapes.get(in_memory(name))
+        if by_kind and lies not in (shape, across):
             raise BadInput(
                 f"{adapter.path}: adapts {name}, which {base.path} does not have as peft adapts it; merge it into its "
                 "base with peft's merge_and_unload and use the result as vector.plus"
             )
-        transposed = by_kind if shape == turned else lies == turned
+        turned[name] = None if lies == shape == across else lies == across
+    beside = {name.rpartition(".")[0]: way for name, way in turned.items() if way is not None}  # one peft, one module
+    for name, way in turned.items():
+        if way is None:
+            way = beside.get(name.rpartition(".")[0])
+        form = forms[name]
+        assert isinstance(form, LowRank)
+        transposed = _by_release(adapter, name, by_kind) if way is None else way
         forms[name] = replace(form, transposed=transposed)
-        tensors[name] = replace(tensors[name], shape=turned if transposed else shape)
+        out, into = form.left.shape[0], form.right.shape[1]
+        tensors[name] = replace(tensors[name], shape=(form.count, into, out) if transposed else (form.count, out, into))
     return replace(adapter, tensors=tensors, forms=forms)
+
+
+def _shapes_in_memory(base: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of a base's tensors, by names as in memory; of experts that are stored one by one those that
+    transformers has in memory."""
+    shapes = {in_memory(name): spec.shape for name, spec in base.tensors.items()}
+    for key, own in groups(base).items():
+        shapes.setdefault(f"{key}.gate_up_proj", (own.count, 2 * own.intermediate, own.hidden))
+        shapes.setdefault(f"{key}.down_proj", (own.count, own.hidden, own.intermediate))
+    return shapes
+
+
+def _by_release(adapter: Difference, name: str, in_by_out: bool) -> bool:
+    """Whether the products of square matrices are [in, out]: before 0.19 peft took all experts for that, 0.19.0 those
+    that are not, every later one those that are (tuners/lora/layer.py, `ParamWrapper`)."""
+    if adapter.release is None:
+        raise BadInput(
+            f"{adapter.path}: adapts {name}, whose matrices are square, so that only the release of peft that wrote it "
+            'tells which way its factors lie; set "peft_version" in adapter_config.json to that ("0.18.1", say), or '
+            "merge it into its base with that peft and use the result as vector.plus"
+        )
+    if adapter.release < (0, 19):
+        return True
+    return in_by_out != (adapter.release == (0, 19, 0))
 
 
 def called_otherwise(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
