@@ -31,7 +31,7 @@ from rvdist.core.text import reason
 from rvdist.core.timing import Timing
 from rvdist.report.summary import Row
 from rvdist.report.wording import printable
-from rvdist.weights.checkpoint.difference import FORMS, Difference, Dora, Form, LowRank, Whole, stored_parts
+from rvdist.weights.checkpoint.difference import FORMS, Difference, Dora, Form, LowRank, Rows, Whole, stored_parts
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.header import TensorSpec, read_header, unreadable
@@ -42,7 +42,7 @@ from rvdist.weights.checkpoint.stored_vector import DESCRIPTION
 
 Facts = dict[str, Any]  # of what JSON has
 
-_FORMS = FORMS | {"whole": Whole, "dora": Dora}
+_FORMS = FORMS | {"whole": Whole, "rows": Rows, "dora": Dora}
 _RUN_FILES = ("timing.json", "summary.json", "config.yaml")
 _MODEL_KEYS = ("model_type", "dtype", "torch_dtype", "hidden_size", "vocab_size", "tie_word_embeddings")
 _SCORE_KEYS = ("value", "ci_low", "ci_high", "p_adjusted", "verdict")
@@ -147,7 +147,7 @@ def _forms(forms: Iterable[Form]) -> Facts:
     for form in forms:
         kinds[next(name for name, kind in _FORMS.items() if type(form) is kind)] += 1
         if isinstance(form, LowRank):
-            ranks.add(form.right.shape[0])
+            ranks.add(form.right.shape[0] // form.count)
             scales.add(form.scale)
     return {**kinds, "ranks": sorted(ranks), "scales": sorted(scales)}
 

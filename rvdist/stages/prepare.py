@@ -25,7 +25,7 @@ from rvdist.weights.checkpoint.difference import is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
-from rvdist.weights.checkpoint.layouts import Relaid, lay_out, layout_of
+from rvdist.weights.checkpoint.layouts import lay_out, layout_of
 from rvdist.weights.checkpoint.remapped import map_of
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.staging import companions, discards, require_free
@@ -212,12 +212,11 @@ class _Index:
         """Gives the experts of the point's donors the layout of its base. Raises BadInput for a donor that another base
         wants otherwise: it is one source."""
         base = self.sources[point.base]
-        for source in point.sources():
+        for source, rename in point.renames():
             if (source, point.base) in self._compared:
                 continue
             self._compared.add((source, point.base))
-            own = self.sources[source]
-            laid_out = lay_out(own.inner if isinstance(own, Relaid) and own.inner else own, base)
+            laid_out = lay_out(self._known.open(source, rename), base)
             first = self._laid_out.setdefault(source, laid_out)
             if layout_of(first) != layout_of(laid_out) or (layout_of(first) and source in bases | {point.base}):
                 raise BadInput(

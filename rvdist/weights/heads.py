@@ -54,7 +54,10 @@ def _require_one_matrix(base: Checkpoint, donor: Checkpoint, coefficient: Callab
     was trained as a copy beside a head that stayed."""
     if not isinstance(donor, Difference) or not is_adapter(donor):
         return
-    for name in filter(coefficient, donor.forms):
+    copied = any(is_head(name) and name not in donor.tensors for name in donor.forms)  # the embedding, stored twice
+    for name in filter(coefficient, donor.forms.keys() & donor.tensors.keys()):
+        if is_embedding(name) and copied:
+            continue
         of_embedding = isinstance(donor.forms[name], Whole) and is_embedding(name)
         if is_head(name) or of_embedding:
             other = "head" if of_embedding else "embedding"

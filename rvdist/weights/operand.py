@@ -16,7 +16,7 @@ import torch
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint import mxfp4
-from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, Dora, LowRank, Packed, Sparse, Whole
+from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, Dora, LowRank, Packed, Rows, Sparse, Whole
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import INTERLEAVED
 from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
@@ -64,6 +64,8 @@ class _Computed(Operand):
             out.copy_(self._part(form.values, begin, end).double().mul_(form.scale))
         elif isinstance(form, Whole):
             out.copy_(self._part(form.values, begin, end)).sub_(self._of_base(name, begin, end).to(dtype))
+        elif isinstance(form, Rows):
+            self._replace(name, form, begin, out)
         elif isinstance(form, Dora):
             self._load_rescaled(name, form).fill(begin, out)
         elif isinstance(form, LowRank):
@@ -82,6 +84,16 @@ class _Computed(Operand):
             left, right = self._load_factors(name, form, number)
             multiply(left, right, form.scale, offset, out[at - begin : at - begin + count])
             at += count
+
+    def _replace(self, name: str, form: Rows, begin: int, out: torch.Tensor) -> None:
+        out.zero_()
+        width, end = form.values.shape[1], begin + out.numel()
+        for k in range(bisect_left(form.rows, begin // width), bisect_left(form.rows, -(-end // width))):
+            first, stored = form.rows[k] * width, form.places[k] * width
+            start, stop = max(begin, first), min(end, first + width)
+            part = out[start - begin : stop - begin]
+            part.copy_(self._part(form.values, stored + start - first, stored + stop - first))
+            part.sub_(self._of_base(name, start, stop).to(out.dtype))
 
     def _load_factors(self, name: str, form: LowRank, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """left [rows, r] and right [r, columns] of a matrix of the tensor, widened exactly to fp32; kept until another

@@ -1,9 +1,10 @@
 """A LoRA adapter as peft writes it, opened as the difference it makes: Δ = scale · B · A for each module it adapts, and
-for its bias where B has one; with DoRA's magnitudes; and weights that were trained themselves: biases and
-`modules_to_save`.
+for its bias where B has one; with DoRA's magnitudes; and weights that were trained themselves: biases,
+`modules_to_save`, and rows of embeddings.
 
 Source: peft's tuners/lora/layer.py (`get_delta_weight`), tuners/lora/model.py (`_create_and_replace`: scale),
-tuners/tuners_utils.py (`_get_learnable_bias_state_dict`) and utils/save_and_load.py (names). Whatever makes an adapter
+tuners/tuners_utils.py (`_get_learnable_bias_state_dict`), tuners/trainable_tokens/layer.py (`merge`) and
+utils/save_and_load.py (names). Whatever makes an adapter
 more than these is refused.
 """
 
@@ -16,22 +17,24 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Dense, Difference, Dora, Form, LowRank, Whole, stamp_beside
+from rvdist.weights.checkpoint.difference import Dense, Difference, Dora, Form, LowRank, Rows, Whole, stamp_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.patterns import first_matches
+from rvdist.weights.checkpoint.tied import is_head
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(?:\.weight)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _BIAS = re.compile(r"(.+)\.lora_B\.bias")
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:\.post\d+)?")  # no .dev, which may be either side of a change
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
     "use_qalora", "layer_replication",
-    "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
     "monteclora_config", "megatron_config",
 )  # fmt: skip
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # every other way changes the base's own weights
@@ -48,6 +51,7 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
     factors: dict[str, dict[str, TensorSpec]] = {}
     biases: dict[str, TensorSpec] = {}
     magnitudes: dict[str, TensorSpec] = {}
+    tokens: dict[str, TensorSpec] = {}
     others: dict[str, TensorSpec] = {}
     for name, spec in checkpoint.tensors.items():
         if not name.startswith(PREFIX):
@@ -59,6 +63,8 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
             biases[bias[1]] = spec
         elif config.get("use_dora") and (magnitude := _MAGNITUDE.fullmatch(own)):
             magnitudes[magnitude[1]] = spec
+        elif config.get("trainable_token_indices") and (of_tokens := _TOKENS.fullmatch(own)):
+            tokens[of_tokens[1]] = spec
         else:
             others[own] = spec
     tensors: dict[str, TensorSpec] = {}
@@ -99,6 +105,12 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
         _require(checkpoint, spec, spec.shape)
         tensors[trained] = replace(spec, name=trained)
         forms[trained] = Whole(spec)
+    for module, some in _rows(checkpoint, config.get("trainable_token_indices"), tokens).items():
+        if (name := f"{module}.weight") in tensors:
+            reason = f"tensor {some.values.name} was trained itself, and others in it change {name} too"
+            _refuse(checkpoint, reason, "save it with peft")
+        tensors[name] = replace(some.values, name=name, shape=(some.rows[-1] + 1, some.values.shape[1]))
+        forms[name] = some
     base = config.get("base_model_name_or_path")
     stamps = checkpoint.stamps | {CONFIG: stamp_beside(checkpoint, CONFIG)}
     trained_on = base if isinstance(base, str) else None
@@ -171,12 +183,36 @@ def _parameters(
     return found
 
 
+def _rows(checkpoint: Checkpoint, said: object, tokens: Mapping[str, TensorSpec]) -> dict[str, Rows]:
+    """Which rows of which modules were trained: a list is of the one that has any, a map is by ends of names."""
+    if not said:
+        return {}
+    given = said if isinstance(said, Mapping) else dict.fromkeys(tokens, said)
+    found = {}
+    for module, spec in tokens.items():
+        of_module = [rows for name, rows in given.items() if isinstance(name, str) and module.endswith(name)]
+        rows = of_module[0] if len(of_module) == 1 else None
+        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < 1 << 31 for row in rows):
+            _refuse(checkpoint, f"{CONFIG} does not tell by its trainable_token_indices which rows {spec.name} has")
+        if len(spec.shape) != 2 or spec.shape[0] != len(rows) or len({*rows}) < len(rows) or not rows:
+            reason = f"tensor {spec.name} has shape {list(spec.shape)} for {len({*rows})} different rows"
+            _refuse(checkpoint, reason, "download or copy it again")
+        _require(checkpoint, spec, spec.shape)
+        places = sorted(range(len(rows)), key=rows.__getitem__)
+        found[module] = Rows(spec, tuple(rows[place] for place in places), tuple(places))
+    if not tokens or (not isinstance(said, Mapping) and len(tokens) > 1):
+        _refuse(checkpoint, f"{CONFIG} has trainable_token_indices, and {len(tokens)} tensors are of trained tokens")
+    return found
+
+
 def _trained(own: str, config: Mapping[str, Any]) -> str | None:
     """What the model calls a tensor that was trained itself; None where the config does not say that any was."""
     name = own.replace(".base_layer.", ".")
     parents = [name[:at] for at, character in enumerate(name) if character == "."]
     if own == name and any(parent.endswith(tuple(config.get("modules_to_save") or ())) for parent in parents):
         return name
+    if own == name and config.get("ensure_weight_tying") and config.get("modules_to_save") and is_head(name):
+        return name  # stored beside the embedding that it is
     return name if config.get("bias", "none") != "none" and name.endswith(".bias") else None
 
 

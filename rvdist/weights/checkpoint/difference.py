@@ -30,6 +30,16 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """`values` in place of the base's at these rows, which ascend; each is stored at its one of `places`. How many rows
+    there are, the base tells."""
+
+    values: TensorSpec
+    rows: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LowRank:
     """scale · left · right, [rows, r] and [r, columns]; the transpose of that where `transposed`. Of `count` > 1
     matrices, one after the other: each has r rows of `right`, and every count-th column of `left`. None: not yet known,
@@ -70,9 +80,9 @@ class Packed:
 
 
 BLOCK = 4096  # elements of a `Packed` tensor
-Form = Dense | Whole | LowRank | Sparse | Packed
+Form = Dense | Whole | Rows | LowRank | Sparse | Packed
 FORMS: dict[str, type[Form]] = {"dense": Dense, "low_rank": LowRank, "sparse": Sparse, "packed": Packed}
-BASED = (Whole, Dora)  # forms of adapters alone, which need what they were trained on
+BASED = (Whole, Rows, Dora)  # forms of adapters alone, which need what they were trained on
 
 
 def stored_parts(form: Form) -> list[TensorSpec]:

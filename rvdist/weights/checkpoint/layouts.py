@@ -7,15 +7,16 @@ Source: transformers 5's conversion_mapping.py, modeling_mixtral.py, modeling_qw
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Difference, LowRank
+from rvdist.weights.checkpoint.difference import Difference, LowRank, Rows
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import FUSED, GRANITE, INTERLEAVED, ONE_BY_ONE, beside_experts, in_memory
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.weights.checkpoint.tied import without_copied_head
 
 GATE, UP, DOWN = "gate", "up", "down"
 _PROJ = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
@@ -149,9 +150,11 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     """`donor` with its experts in the layout of `base`; itself where they are, or where `base` has none like them. A
     difference needs none of the biases that `base` has, and an adapter's own experts lie as those of `base`. Raises
     BadInput for dtypes that one tensor cannot have."""
+    target, own = groups(base), {}
     if isinstance(donor, Difference):
-        donor = turn(donor, base)
-    target, own = groups(base), groups(donor)
+        donor = without_copied_head(turn(donor, base), base)
+        own = _parts_of_groups(donor, target)
+    own |= groups(donor)
     layout: list[tuple[str, ...]] = []
     views: dict[str, View] = {}
     specs: dict[str, TensorSpec] = {}
@@ -165,6 +168,8 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
         layout.append((wanted.prefix, wanted.layout, *dict(wanted.called).values()))
         for name, view in _views(wanted, source):
             holders = view.ranges().keys()
+            if not holders & donor.tensors.keys():  # an adapter may have some
+                continue
             held = [donor.tensors[holder] for holder in sorted(holders)]
             if len({spec.dtype for spec in held}) > 1:
                 raise BadInput(
@@ -186,7 +191,18 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 def turn(adapter: Difference, base: Checkpoint) -> Difference:
     """The adapter whose products of many matrices lie as in `base`: [in, out] or [out, in], which its own files do not
-    tell. Raises BadInput where those of `base` do not either."""
+    tell; with as many rows where it has some. Raises BadInput where those of `base` do not tell it either, or are
+    fewer."""
+    for name, form in adapter.forms.items():
+        if isinstance(form, Rows) and (own := base.tensors.get(name)) and own.shape[1:] == form.values.shape[1:]:
+            if form.rows[-1] >= own.shape[0]:
+                raise BadInput(
+                    f"{adapter.path}: was trained with a row {form.rows[-1]} of {name}, of which {base.path} has "
+                    f"{own.shape[0]}; name a model that has its tokens, or leave that out by vector.mask.exclude"
+                )
+            adapter = replace(
+                adapter, tensors=adapter.tensors | {name: replace(adapter.tensors[name], shape=own.shape)}
+            )
     if not any(isinstance(form, LowRank) and form.transposed is None for form in adapter.forms.values()):
         return adapter
     tensors, forms = dict(adapter.tensors), dict(adapter.forms)
@@ -250,12 +266,19 @@ def called_otherwise(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def layout_of(checkpoint: Checkpoint) -> str:
-    """In which layout that is not its own a checkpoint is read, and which of an adapter's experts are read [in, out];
-    empty where it is read as it is."""
+    """In which layout that is not its own a checkpoint is read, and what of an adapter its base has decided: which
+    experts are read [in, out], how many rows there are, what is left out; empty where it is read as it is."""
     own = checkpoint.layout if isinstance(checkpoint, Relaid) else ""
-    forms = checkpoint.forms if isinstance(checkpoint, Difference) else {}
-    turned = sorted(n for n, form in forms.items() if isinstance(form, LowRank) and form.count > 1 and form.transposed)
-    return own + repr(turned) * bool(turned)
+    stored = checkpoint.inner if isinstance(checkpoint, Relaid) else checkpoint
+    if not isinstance(stored, Difference):
+        return own
+    decided: list[object] = [*sorted(stored.forms.keys() - stored.tensors.keys())]
+    for name, form in sorted(stored.forms.items()):
+        if isinstance(form, Rows) and name in stored.tensors:
+            decided.append((name, stored.tensors[name].shape))
+        elif isinstance(form, LowRank) and form.count > 1 and form.transposed:
+            decided.append(name)
+    return own + repr(decided) * bool(decided)
 
 
 def groups(checkpoint: Checkpoint) -> dict[str, Group]:
@@ -278,6 +301,21 @@ def groups(checkpoint: Checkpoint) -> dict[str, Group]:
     found = [_single(prefix, own) for prefix, own in singles.items() if prefix not in fused]
     found += [_fused(prefix, own, checkpoint) for prefix, own in fused.items() if prefix not in singles]
     return {group.key: group for group in found if group}
+
+
+def _parts_of_groups(adapter: Difference, target: Mapping[str, Group]) -> dict[str, Group]:
+    """The experts of which an adapter changes gate and up alone, or down alone, as peft has them in memory; for targets
+    that store them one by one."""
+    found = {}
+    for name in adapter.tensors:
+        whole = _FUSED.fullmatch(name)
+        wanted = target.get(in_memory(whole[1])) if whole and not whole[3] else None
+        if whole and wanted and wanted.layout == ONE_BY_ONE:
+            rows, columns = wanted.shape(DOWN)
+            shape = (rows, columns) if whole[2] == "down_proj" else (2 * columns, rows)
+            if adapter.tensors[name].shape == (wanted.count, *shape):
+                found[wanted.key] = replace(wanted, prefix=whole[1], layout=FUSED, called=(), biased=False)
+    return found
 
 
 def _single(prefix: str, own: dict[tuple[int, str, str], TensorSpec]) -> Group | None:

@@ -67,7 +67,7 @@ def test_the_config_is_part_of_the_contents(tmp_path):
         ({"peft_type": "IA3"}, "peft_type='IA3', and only LORA is known"),
         ({"use_dora": True}, "has use_dora, and module .* no lora_magnitude_vector"),
         ({"target_parameters": ["down"]}, "target_parameters with 'down', which does not name its module"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "and 0 tensors are of trained tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "changing the base's own weights; save it with peft's path_initial"),
         ({"r": 5}, r"have shapes \[48, 4\] and \[4, 301\], and adapter_config.json has rank 5"),
         ({"r": "4"}, "has r='4' for .*, which is no number"),
