@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -86,7 +86,21 @@ class Scorers:
         with self._alone:
             if self._over:
                 raise RuntimeError("it is over")
-            return asking.suite.score(arm, digest, asking.tokenizer, asking.requests, answers, seed)
+            with nullcontext() if asking.suite.walls else _keeping_garbage():  # code that is run may take long
+                return asking.suite.score(arm, digest, asking.tokenizer, asking.requests, answers, seed)
+
+
+@contextmanager
+def _keeping_garbage() -> Iterator[None]:
+    """While many records are made, all of which are kept: a collector would look at every one of them again and
+    again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Process:
@@ -153,7 +167,8 @@ class _Process:
     def _hear(self) -> Any:
         assert self._process.stdout
         try:
-            return pickle.load(self._process.stdout)
+            with _keeping_garbage():
+                return pickle.load(self._process.stdout)
         except Exception:  # it is gone, or says what cannot be read
             self.end()
             return None

@@ -1,5 +1,6 @@
 """Scoring beside: in processes that have the tasks too, to the bit what it is here, and here where they cannot."""
 
+import gc
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import POCKET
@@ -180,3 +182,17 @@ def test_a_process_ends_with_a_command_that_is_killed():
     while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("walls", [None, "strict"])
+def test_the_collector_waits_while_an_arm_is_scored_unless_its_code_is_run(walls):
+    found = []
+
+    def score(*given):
+        found.append(gc.isenabled())
+        raise KeyError("whatever happens")
+
+    asking = SimpleNamespace(suite=SimpleNamespace(walls=walls, score=score), tokenizer=None, requests={})
+    with Scorers(1) as pool, pytest.raises(KeyError):
+        pool.score(asking, None, "", {}, 0)
+    assert found == [walls is not None] and gc.isenabled()
