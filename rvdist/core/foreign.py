@@ -6,6 +6,7 @@ Whoever reads a file takes no more of it than it may have (core.regular), and sa
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from rvdist.core.text import reason
@@ -13,6 +14,7 @@ from rvdist.core.text import reason
 _DEAREST = 400 << 20  # bytes that what is parsed may take
 _DEEPEST = 64  # levels
 _TOO_DEEP = f"it nests more than {_DEEPEST} levels"
+_WIDE, _CONTINUED = re.compile(rb"[\xf0-\xff]"), bytes(range(0x80, 0xC0))  # bytes of UTF-8
 _SHORT = 64 << 10  # bytes of which little can be made
 _LONGEST_YAML, _MOST_YAML = 256 << 10, 100_000  # bytes; values, once aliases are followed
 
@@ -44,9 +46,10 @@ def parse_line(line: bytes) -> Any:
 
 def require_light(content: bytes) -> None:
     """Raises ValueError for JSON that takes much memory, once parsed."""
-    width = 1 if content.isascii() else 4  # bytes of a character, at most
+    width = 1 if content.isascii() else 4 if _WIDE.search(content) else 2  # bytes of a character, at most
+    text = width * len(content.translate(None, _CONTINUED))  # whole, and once more in its values
     values = 60 * content.count(b",") + 80 * content.count(b"[") + 250 * content.count(b"{")
-    if len(content) * (1 + 2 * width) + values > _DEAREST:
+    if len(content) + 2 * text + values > _DEAREST:
         raise ValueError("reading it would take too much memory")
 
 

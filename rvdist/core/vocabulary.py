@@ -13,6 +13,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.foreign import parse_yaml
 
 UNION, BASE = "union", "base"
+_MOST = 1 << 13  # rows to pad to a multiple of; those of published models are 64 to 4,096
 Refuse = Callable[[str, str], NoReturn]  # a key, and why not
 
 
@@ -89,8 +90,8 @@ def read_vocabulary(given: Any, key: str, models: Sequence[str], refuse: Refuse)
     tokens, multiple = given.get("tokens"), given.get("pad_to_multiple_of")
     if tokens is not None and not isinstance(tokens, Mapping):
         refuse(f"{key}.tokens", f"{tokens!r} is not a mapping of tokens to where their rows come from")
-    if multiple is not None and (type(multiple) is not int or not 0 <= multiple <= 1 << 20):
-        refuse(f"{key}.pad_to_multiple_of", f"{multiple!r} is not a number of rows")
+    if multiple is not None and (type(multiple) is not int or not 0 <= multiple <= _MOST):
+        refuse(f"{key}.pad_to_multiple_of", f"{multiple!r} is not a number of rows from 0 to {_MOST:,}")
     return Vocabulary(
         _source(given.get("source") or UNION, f"{key}.source", refuse),
         tuple(models),

@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rvdist.weights.checkpoint.directory import Checkpoint, read_json
+from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tied import is_tied
+from rvdist.weights.checkpoint.tokens import read_object
 from rvdist.weights.configurations import compare_configs as differences
 
 Finding = tuple[list[str], list[str]]  # exceptions, refusals
@@ -69,14 +70,14 @@ def compare_tokenizers(base: Path, donor: Path) -> Finding:
 def token_ids(path: Path) -> dict[str, int] | None:
     """token → id from tokenizer.json, or vocab.json, with added tokens; None where there is neither."""
     if (path / "tokenizer.json").exists():
-        tokenizer = read_json(path / "tokenizer.json")
+        tokenizer = read_object(path / "tokenizer.json")
         vocabulary = tokenizer.get("model", {}).get("vocab", {})
         if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
             vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
         return dict(vocabulary) | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
     if (path / "vocab.json").exists():
-        added = read_json(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
-        return read_json(path / "vocab.json") | added
+        added = read_object(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
+        return read_object(path / "vocab.json") | added
     return None
 
 

@@ -178,11 +178,21 @@ def assemble(
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint. Raises BadInput."""
+    return parse_object(path, read_small(path, _MOST_JSON))
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """A file of a checkpoint, of at most `most` bytes. Raises BadInput."""
     try:
-        content = read_regular(path, _MOST_JSON)
+        content = read_regular(path, most)
     except OSError as error:
         raise unreadable(path, error) from None
     require_no_pointer(path, content)
+    return content
+
+
+def parse_object(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object that the file at `path` holds. Raises BadInput."""
     try:
         value = parse_json(content)
     except ValueError as error:

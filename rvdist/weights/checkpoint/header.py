@@ -6,6 +6,7 @@ Source: the safetensors format specification (github.com/huggingface/safetensors
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -121,6 +122,8 @@ def unreadable(path: Path, error: OSError) -> BadInput:
     """Why a file of a checkpoint cannot be opened."""
     if path.is_symlink() and not path.exists():
         return BadInput(f"{path}: is a broken link to {os.readlink(path)}; download or copy what it leads to again")
+    if error.errno == errno.EFBIG:
+        return BadInput(f"{path}: cannot be read ({error.strerror}); download or copy it again")
     return BadInput(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
 
 

@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.directory import read_json
+from rvdist.weights.checkpoint.directory import parse_object, read_small
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_MOST = 1 << 20  # tokens; the largest tokenizers have 0.9 million
+_SPECIAL_MAP, _ADDED = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # read too, by transformers
+_BYTES, _SMALL = 48 << 20, 4 << 20  # of what has a vocabulary, of other files; the largest have 33 and 1.2 MB
+_VALUES = 3 << 20  # of JSON: tokens, and two of each merge; the largest have 1.4 million
+_MOST = 1 << 20  # tokens, or merges; the largest tokenizers have 0.9 million
 _LAST = 1 << 24  # of ids
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -65,7 +71,7 @@ class Built:
 
     def files(self) -> dict[str, str]:
         """What is to be written otherwise than it stands there. Raises BadInput where that has changed."""
-        content, config, digest = _read(self.where)
+        content, config, _, digest = _read(self.where)
         if digest != self.digest:
             raise BadInput(f"{self.where / FILE}: changed while it was being read; run again when it is at rest")
         if self.limit is None and not self.added:
@@ -90,6 +96,11 @@ def has_tokens(where: Path) -> bool:
     return (where / FILE).exists()
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """What a file of a tokenizer holds, which is not parsed where it has more than tokenizers have. Raises BadInput."""
+    return _parse(path, _take(path))
+
+
 def read_tokens(where: Path) -> Tokens:
     """The tokens of the tokenizer in a directory. Raises BadInput."""
     path = where / FILE
@@ -98,7 +109,7 @@ def read_tokens(where: Path) -> Tokens:
             f"{where}: has no {FILE}, and its rows are to be found by token; {_SAVE_AGAIN}, or copy the target's there "
             "if it is the same"
         )
-    content, config, digest = _read(where)
+    content, config, legacy, digest = _read(where)
     model = content.get("model")
     listed = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(listed, list):  # Unigram: [[token, score], …]
@@ -112,8 +123,10 @@ def read_tokens(where: Path) -> Tokens:
     else:
         raise BadInput(f"{path}: has no vocab; take the model's own")
     own, added = len(ids), dict[str, Added]()
-    if own > _MOST:
-        raise BadInput(f"{path}: has {own:,} tokens, more than the {_MOST:,} that are read; take the model's own")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    for count, what in ((own, "tokens"), (len(merges) if isinstance(merges, list) else 0, "merges")):
+        if count > _MOST:
+            raise BadInput(f"{path}: has {count:,} {what}, more than the {_MOST:,} that are read; take the model's own")
     entries = content.get("added_tokens") or []
     if not isinstance(entries, list):
         raise BadInput(f"{path}: its added_tokens are no list; take the model's own")
@@ -128,14 +141,15 @@ def read_tokens(where: Path) -> Tokens:
         usual = {"normalized": not special, "special": special}
         added[token] = Added(token, tuple(bool(one.get(flag, usual.get(flag, False))) for flag in _FLAGS))
     _require_ids(path, ids)
-    for token, entry, number in _named(where / CONFIG, config):
-        if number is not None and token in ids and str(ids[token]) != number:
-            raise BadInput(
-                f"{where / CONFIG}: gives token {token!r} the id {number}, {FILE} {ids[token]}; {_SAVE_AGAIN}"
-            )
-        if token not in ids:
-            raise BadInput(f"{where / CONFIG}: names token {token!r}, which {FILE} lacks; {_SAVE_AGAIN}")
-        added.setdefault(token, entry)
+    for file, said in ((CONFIG, config), *legacy.items()):
+        for token, entry, number in _named(where / file, said):
+            if number is not None and token in ids and str(ids[token]) != number:
+                raise BadInput(
+                    f"{where / file}: gives token {token!r} the id {number}, {FILE} {ids[token]}; {_SAVE_AGAIN}"
+                )
+            if token not in (added if file == _ADDED else ids):
+                raise BadInput(f"{where / file}: names token {token!r}, which {FILE} lacks; {_SAVE_AGAIN}")
+            added.setdefault(token, entry)
     ids = dict(sorted(ids.items(), key=lambda pair: int(pair[1])))
     kind = model.get("type") if isinstance(model, dict) else None
     in_order = tuple(sorted(added.values(), key=lambda one: ids[one.content]))
@@ -154,7 +168,7 @@ def strip(tokens: Tokens, limit: int) -> Tokens:
         )
     added = tuple(one for one in tokens.added if one.content not in gone)
     ids = {token: number for token, number in tokens.ids.items() if token not in gone}
-    content, _, _ = _read(tokens.where)
+    content, _, _, _ = _read(tokens.where)
     _strip(tokens.where, content, limit)
     return Tokens(tokens.where, ids, added, len(content["model"]["vocab"]), tokens.kind, tokens.digest, limit, gone)
 
@@ -183,7 +197,9 @@ def build(base: Tokens, new: Iterable[Added]) -> Built:
         raise BadInput(f"{base.where / FILE}: would have {len(ids):,} tokens, more than the {_MOST:,} that are written")
     _require_dense(base.where, ids)
     if base.gone:
-        _require_known(base.where / CONFIG, _read(base.where)[1], ids)
+        _, config, legacy, _ = _read(base.where)
+        for file, said in ((CONFIG, config), *legacy.items()):
+            _require_known(base.where / file, said, ids)
     return Built(base.where, base.digest, ids, base.limit, tuple(added.values()))
 
 
@@ -202,12 +218,33 @@ def unite(tokenizers: Sequence[tuple[Tokens, int]]) -> list[Added]:
     return [Added(token) for token in plain if token not in added and token not in known] + list(added.values())
 
 
-def _read(where: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """tokenizer.json, tokenizer_config.json, and a digest of both."""
-    content = read_json(where / FILE)
-    config = read_json(where / CONFIG) if (where / CONFIG).exists() else {}
-    made_of = json.dumps([content, config], sort_keys=True)
-    return content, config, hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
+def _read(where: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], str]:
+    """tokenizer.json, tokenizer_config.json, what else names tokens, as the latter does, by file; a digest of all."""
+    held = {name: _take(where / name) for name in (FILE, CONFIG, _SPECIAL_MAP, _ADDED) if (where / name).exists()}
+    made_of = hashlib.blake2b(digest_size=16)
+    for name, text in held.items():
+        made_of.update(f"{name} {len(text)} ".encode() + text)
+    parsed = {name: _parse(where / name, text) for name, text in held.items()}
+    content, config = parsed.pop(FILE), parsed.pop(CONFIG, {})
+    legacy = {} if "added_tokens_decoder" in config else parsed
+    if _ADDED in legacy:
+        listed = {str(number): {"content": token} for token, number in legacy[_ADDED].items()}
+        if len(listed) < len(legacy[_ADDED]):
+            raise BadInput(f"{where / _ADDED}: gives two tokens one id; {_SAVE_AGAIN}")
+        legacy[_ADDED] = {"added_tokens_decoder": listed}
+    return content, config, legacy, made_of.hexdigest()
+
+
+def _take(path: Path) -> bytes:
+    return read_small(path, _BYTES if path.name in (FILE, "vocab.json") else _SMALL)
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    if (count := content.count(b",")) > _VALUES:
+        raise BadInput(
+            f"{path}: has {count:,} values, more than the {_VALUES:,} that tokenizers have; take the model's own"
+        )
+    return parse_object(path, content)
 
 
 def _strip(where: Path, content: dict[str, Any], limit: int) -> None:

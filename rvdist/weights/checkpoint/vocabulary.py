@@ -24,6 +24,7 @@ from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tokens import Added, Built, Tokens, build, has_tokens, read_tokens, strip, unite
 
 Open = Callable[[str], Checkpoint]
+Place = tuple[str, ...]  # of a part in a configuration: keys, from the outermost
 _NAME = r"(?:embed_tokens|wte|embed_in|word_embeddings|shared|lm_head|embed_out)"
 _BY_TOKEN = re.compile(rf"(?:.+\.)?{_NAME}\.(?:weight|bias)")
 _ALIKE = re.compile(r".*(?:emb|head|vocab|lm_).*")
@@ -31,6 +32,7 @@ _IDS = re.compile(r".*_token_(?:ids?|index)")
 _LAYER = re.compile(r"(?:.+\.)?\d+\..+")
 _VOCABULARY = re.compile(r"(?!type_).+_vocab_size.*|vocab_size_.+")  # of other tokens than the embedding's
 _PARTS = ("text_config", "llm_config", "language_config")
+_UNKNOWN = "and it is not known whether these are the tokenizer's tokens; leave tokenizer out"
 
 
 def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -> dict[str, Remapped]:
@@ -215,7 +217,8 @@ def _named_by_token(base: Checkpoint) -> list[str]:
     """The tensors that have a row for each token. Raises BadInput where that is not plain."""
     names = [name for name, spec in base.tensors.items() if _BY_TOKEN.fullmatch(name) and spec.numel]
     counts = {base.tensors[name].shape[0] for name in names}
-    said = [pair for config in _configs(base.config) for pair in config.items() if _VOCABULARY.fullmatch(pair[0])]
+    parts = _plain_parts(base.config).values()
+    said = [pair for config in parts for pair in config.items() if _VOCABULARY.fullmatch(pair[0])]
     counts |= {size for _, size in said if type(size) is int}
     if not names:
         raise BadInput(f"{base.path}: has no tensor that is called as an embedding is; leave tokenizer out")
@@ -241,30 +244,62 @@ def _row_count(one: Checkpoint, names: Sequence[str]) -> int:
         if isinstance(one, Scaled) and name in one.scales:
             raise BadInput(f"{one.path}: tensor {name} is quantised, and its rows are asked for; store it as bf16")
     held = [one.tensors[name].shape[0] for name in names]
-    said = [part["vocab_size"] for part in _configs(one.config) if "vocab_size" in part]
+    said = [part["vocab_size"] for part in _parts(one, held).values() if "vocab_size" in part]
     if any(type(size) is not int or not 0 < size <= min(held) for size in said):
         raise BadInput(f"{one.path}: its config.json has vocab_size={said[0]}, and {names[0]} has {min(held)} rows")
     return min([*held, *map(int, said)])
 
 
-def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [config[part] if part else config for part in _parts(config)]
+def _plain_parts(config: Mapping[str, Any]) -> dict[Place, Mapping[str, Any]]:
+    """The parts of a configuration that speak of the tokenizer's tokens whatever they say, itself the first."""
+    return {(): config} | {(part,): config[part] for part in _PARTS if isinstance(config.get(part), Mapping)}
 
 
-def _parts(config: Mapping[str, Any]) -> list[str]:
-    return ["", *(part for part in _PARTS if isinstance(config.get(part), Mapping))]
+def _parts(one: Checkpoint, held: Sequence[int]) -> dict[Place, Mapping[str, Any]]:
+    """The parts of a model's configuration that speak of the tokenizer's tokens: the plain ones, and at any depth what
+    counts as many as these or as there are rows. Raises BadInput where only others count any."""
+    plain, others = _plain_parts(one.config), _others(one.config, ())
+    said = {part["vocab_size"] for part in plain.values() if type(part.get("vocab_size")) is int}
+    counted = {place: part["vocab_size"] for place, part in others.items() if type(part.get("vocab_size")) is int}
+    alike = {place: others[place] for place, size in counted.items() if size in {*held, *said}}
+    if counted and not said and not alike:
+        place, size = next(iter(counted.items()))
+        key = ".".join([*place, "vocab_size"])
+        raise BadInput(f"{one.beside / 'config.json'}: {key} is {size}, the embedding has {held[0]} rows, {_UNKNOWN}")
+    return plain | alike
+
+
+def _others(config: Mapping[str, Any], place: Place) -> dict[Place, Mapping[str, Any]]:
+    """The parts of a configuration, and of these, but for the plain ones."""
+    found: dict[Place, Mapping[str, Any]] = {}
+    for key, part in config.items():
+        if isinstance(part, Mapping):
+            found |= {(*place, key): part} if place or key not in _PARTS else {}
+            found |= _others(part, (*place, key))
+    return found
 
 
 def _changed(base: Checkpoint, tokenizer: Built, tokens: Tokens, rows: int) -> dict[str, Any]:
     """What a configuration says otherwise of a model with so many rows and this tokenizer; its parts are mappings."""
     found: dict[str, Any] = {}
-    configs, parts = _configs(base.config), _parts(base.config)
-    said = any("vocab_size" in config for config in configs)  # else the architecture's own number counts
-    for config, part in zip(configs, parts, strict=True):
-        own = _new_ids(base.beside / "config.json", config, tokenizer, tokens)
-        own |= {"vocab_size": rows} if "vocab_size" in config or (not said and part == parts[-1]) else {}
-        found |= {part: own} if part else own
+    path, held = base.beside / "config.json", [base.tensors[name].shape[0] for name in _named_by_token(base)]
+    parts, plain = _parts(base, held), _plain_parts(base.config)
+    said = any("vocab_size" in config for config in parts.values())  # else the architecture's own number counts
+    for place, config in parts.items():
+        own = _new_ids(path, config, tokenizer, tokens)
+        own |= {"vocab_size": rows} if "vocab_size" in config or (not said and place == [*plain][-1]) else {}
+        _put(found, place, own)
+    for place, config in _others(base.config, ()).items():
+        if place not in parts and (ids := _new_ids(path, config, tokenizer, tokens)):
+            key = next(iter(ids))
+            raise BadInput(f"{path}: {'.'.join([*place, key])} is {config[key]}, {_UNKNOWN}")
     return found
+
+
+def _put(found: dict[str, Any], place: Place, own: Mapping[str, Any]) -> None:
+    for key in place if own else ():
+        found = found.setdefault(key, {})
+    found.update(own)
 
 
 def _new_ids(path: Path, config: Mapping[str, Any], tokenizer: Built, tokens: Tokens) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from checkpoints import near, tensors, write_checkpoint
 from hostile import mutants, refused
 
 from rvdist.core.errors import BadInput
+from rvdist.core.foreign import require_light
 from rvdist.core.point import Vector
 from rvdist.inspect import inspect, tree
 from rvdist.verify import verify
@@ -88,6 +89,14 @@ BOMBS = {
 def test_json_that_is_dear_or_no_json_is_refused_in_time_and_in_memory(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(BOMBS[kind])
     assert "x.json: " in refused("rvdist.weights.checkpoint.directory.read_json", tmp_path / "x.json")
+
+
+def test_a_vocabulary_as_large_as_gemma_s_is_read() -> None:
+    merges = b'      [\n        "a\xe2\x96\x81",\n        "bcdefgh"\n      ],\n' * 514_906
+    tokens = "".join(f'      "▁tok{k}😀": {k},\n' for k in range(262_144)).encode()
+    content = b'{"merges":[\n' + merges + b'[]],"vocab":{\n' + tokens + b'"":0}}'
+    assert len(content) > 33_384_568 and content.count(b",") > 1_291_000  # the bytes of what Google publishes
+    require_light(content)
 
 
 def test_json_beyond_any_is_refused_before_it_is_read(tmp_path: Path) -> None:

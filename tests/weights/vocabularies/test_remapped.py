@@ -1,8 +1,10 @@
 """Remapped checkpoints beside mergekit's results: ranges, our own key, what is written, and what is refused."""
 
 import json
+import os
 import random
 import shutil
+import tracemalloc
 from contextlib import closing
 from dataclasses import replace
 
@@ -18,7 +20,7 @@ from transformers import AutoTokenizer
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.core.vocabulary import TokenRule, Vocabulary
+from rvdist.core.vocabulary import TokenRule, Vocabulary, vocabulary_of
 from rvdist.merge.plan import build_plan
 from rvdist.pocket.tokenizer import CHAT_TEMPLATE, build
 from rvdist.weights.checkpoint.digest import checkpoint_digest
@@ -282,6 +284,14 @@ def of_bytes(where):
             ),
             "gives token '<s>' the id 3",
         ),
+        (lambda where: edit(where / "other" / "special_tokens_map.json", pad_token={"content": "<none>"}), "'<none>'"),
+        (lambda where: edit(where / "other" / "added_tokens.json", **{"<s>": 3}), "gives token '<s>' the id 3"),
+        (
+            lambda where: edit(where / "other" / "added_tokens.json", a=12),
+            "names token 'a', which tokenizer.json lacks",
+        ),
+        (lambda where: edit(where / "other" / "added_tokens.json", a=12, b=12), "gives two tokens one id"),
+        (with_model(merges=["a b"] * (2**20 + 1)), "has 1,048,577 merges, more than the 1,048,576"),
     ],
 )
 def test_what_is_refused(tmp_path, spoil, said):
@@ -290,6 +300,36 @@ def test_what_is_refused(tmp_path, spoil, said):
     spoil(tmp_path)
     with pytest.raises(BadInput, match=said):
         opened(point(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "nbytes", "text", "said"),
+    [
+        ("tokenizer.json", 48 * 2**20 + 1, "", "it has 50,331,649 bytes, and at most 50,331,648 are read"),
+        ("tokenizer.json", None, f"[{'0,' * 3_200_000}0]", "has 3,200,000 values, more than the 3,145,728"),
+        ("tokenizer_config.json", 4 * 2**20 + 1, "", "at most 4,194,304 are read"),
+        ("special_tokens_map.json", 4 * 2**20 + 1, "", "at most 4,194,304 are read"),
+        ("added_tokens.json", 4 * 2**20 + 1, "", "at most 4,194,304 are read"),
+    ],
+)
+def test_what_is_too_large_for_a_tokenizer_is_not_parsed(tmp_path, file, nbytes, text, said):
+    pairs.write("bpe", tmp_path)
+    (tmp_path / "other" / file).write_text(text)
+    if nbytes:
+        os.truncate(tmp_path / "other" / file, nbytes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match=said):
+            read_tokens(tmp_path / "other")
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20  # the bytes alone
+    finally:
+        tracemalloc.stop()
+
+
+def test_padding_is_to_a_multiple_that_models_have():
+    assert vocabulary_of({"source": "union", "pad_to_multiple_of": 8192}, ["a"]).multiple == 8192
+    with pytest.raises(BadInput, match="pad_to_multiple_of: 1048576 is not a number of rows from 0 to 8,192"):
+        vocabulary_of({"source": "union", "pad_to_multiple_of": 2**20}, ["a"])
 
 
 def with_tensor(name, shape, rows=None, **said):
@@ -336,6 +376,25 @@ def test_a_config_that_leaves_the_number_of_rows_to_its_class_says_it(tmp_path, 
         (tmp_path / model / "config.json").write_text(json.dumps(config | ({part: {"hidden_size": 4}} if part else {})))
     config = next(iter(opened(point(tmp_path)).values())).config
     assert (config[part] if part else config)["vocab_size"] == 17 and ("vocab_size" in config) == (part is None)
+
+
+def test_parts_of_a_config_under_any_name_get_the_number_of_rows(tmp_path):
+    pairs.write("of_a_model", tmp_path)
+    base = tmp_path / "base" / "config.json"
+    own = {"vocab_size": 14, "eos_token_id": 13}
+    edit(base, thinker={"text_config": own}, codec={"vocab_size": 9, "begin_token_id": -1})
+    asked = point(tmp_path, str(tmp_path / "other"))
+    config = opened(asked)[str(tmp_path / "base")].config
+    assert config["thinker"] == {"text_config": {"vocab_size": 13, "eos_token_id": 0}}
+    assert config["codec"] == {"vocab_size": 9, "begin_token_id": -1}
+    edit(base, codec={"vocab_size": 9, "begin_token_id": 3})
+    with pytest.raises(BadInput, match="codec.begin_token_id is 3, and it is not known whether these are"):
+        opened(asked)
+    config = json.loads(base.read_text()) | {"codec": {"vocab_size": 9}}
+    del config["vocab_size"], config["thinker"]
+    base.write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="codec.vocab_size is 9, the embedding has 14 rows, and it is not known"):
+        opened(asked)
 
 
 def test_a_special_token_without_a_row_is_no_other_token(tmp_path):
