@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rvdist.core import cluster
 from rvdist.core.config import ClusterConfig
-from rvdist.core.errors import BadInput
+from rvdist.core.errors import BadInput, Failed
 from rvdist.core.timing import Timing
 
 if TYPE_CHECKING:
@@ -93,11 +94,13 @@ class Warm:
                 resources = cluster.connect(
                     settings.address, settings.nodes or 1, settings.timeout, f"rvdist-{timing.run}", self._over, say
                 )
+        except ImportError as error:
+            self._resources.set_exception(Failed(f"Ray cannot be imported ({error}); install rvdist again, with it"))
         except Exception as error:
             self._resources.set_exception(error)
         else:
             self._resources.set_result(resources)
             self._over.wait()
-        if ours:
+        if ours and "ray" in sys.modules:
             with timing.phase("ray_shutdown"):
                 cluster.disconnect()

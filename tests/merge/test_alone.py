@@ -126,6 +126,13 @@ def test_the_command_needs_no_ray_for_little(place):
         assert torch.equal(tensor, exact.bfloat16()), name
 
 
+def test_without_ray_what_needs_it_fails_in_one_sentence(place):
+    absent = os.pathsep.join([str(Path(__file__).parents[1] / "without"), os.environ.get("PYTHONPATH", "")])
+    done = launch(*FAMILY, "merge.workers=1", "output=out", "hydra.run.dir=r", cwd=place, PYTHONPATH=absent)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("rvdist: Ray cannot be imported (") and not (place / "out").exists()
+
+
 SLOWED = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell began this in the background

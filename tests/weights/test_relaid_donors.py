@@ -197,6 +197,27 @@ def test_a_quantised_target_takes_donors_in_any_layout(tmp_path, quantizer) -> N
     assert load_checkpoint(tmp_path / f"out-{other}").keys() == load_checkpoint(target).keys()
 
 
+def test_a_stored_vector_of_gpt_oss_that_lies_out_by_in_is_not_guessed(tmp_path: Path) -> None:
+    """[E, 2I, H], as nobody of its kind stores them: rows of gate and up may then be in turn, or one half each."""
+    base = canonical(0, False)
+    target = str(put(tmp_path, "target", base, "gate_proj"))
+    for kind, mapped in (("gpt_oss", False), ("mixtral", True)):
+        vector = Vector(
+            *(str(put(tmp_path / kind, str(seed), near(base, seed), "fused", f"of {kind}")) for seed in (1, 2))
+        )
+        for name in vector.sources():
+            (Path(name) / "config.json").write_text(json.dumps({"model_type": kind}))
+        donors = {name: open_source(name) for name in vector.sources()}
+        save(vector, donors, tmp_path / kind / "v", Storage(), say=lambda text: None)
+        point = WeightPoint(target, (Term(1.0, Vector(str(tmp_path / kind / "v"))),))
+        sources = {name: open_source(name) for name in point.sources()}
+        sources = {name: lay_out(source, sources[target]) for name, source in sources.items()}
+        assert isinstance(sources[str(tmp_path / kind / "v")], Relaid) == mapped
+        if not mapped:
+            with pytest.raises(BadInput, match="stores its experts fused .* where .*target stores them one by one"):
+                compat.check(point, sources)
+
+
 def test_a_difference_stays_one(tmp_path: Path) -> None:
     base = canonical(0, False)
     donor = open_source(str(adapter(tmp_path / "adapter", "gate_proj", base)))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Difference, LowRank, Rows
+from rvdist.weights.checkpoint.difference import Difference, LowRank, Rows, is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import FUSED, GRANITE, INTERLEAVED, ONE_BY_ONE, beside_experts, in_memory
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
@@ -150,11 +150,10 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
     """`donor` with its experts in the layout of `base`; itself where they are, or where `base` has none like them. A
     difference needs none of the biases that `base` has, and an adapter's own experts lie as those of `base`. Raises
     BadInput for dtypes that one tensor cannot have."""
-    target, own = groups(base), {}
+    target = groups(base)
     if isinstance(donor, Difference):
         donor = without_copied_head(turn(donor, base), base)
-        own = _parts_of_groups(donor, target)
-    own |= groups(donor)
+    own = _parts_of_groups(donor, target) | groups(donor)
     layout: list[tuple[str, ...]] = []
     views: dict[str, View] = {}
     specs: dict[str, TensorSpec] = {}
@@ -303,17 +302,17 @@ def groups(checkpoint: Checkpoint) -> dict[str, Group]:
     return {group.key: group for group in found if group}
 
 
-def _parts_of_groups(adapter: Difference, target: Mapping[str, Group]) -> dict[str, Group]:
+def _parts_of_groups(donor: Checkpoint, target: Mapping[str, Group]) -> dict[str, Group]:
     """The experts of which an adapter changes gate and up alone, or down alone, as peft has them in memory; for targets
     that store them one by one."""
     found = {}
-    for name in adapter.tensors:
+    for name in donor.tensors if is_adapter(donor) else ():
         whole = _FUSED.fullmatch(name)
         wanted = target.get(in_memory(whole[1])) if whole and not whole[3] else None
         if whole and wanted and wanted.layout == ONE_BY_ONE:
             rows, columns = wanted.shape(DOWN)
             shape = (rows, columns) if whole[2] == "down_proj" else (2 * columns, rows)
-            if adapter.tensors[name].shape == (wanted.count, *shape):
+            if donor.tensors[name].shape == (wanted.count, *shape):
                 found[wanted.key] = replace(wanted, prefix=whole[1], layout=FUSED, called=(), biased=False)
     return found
 
