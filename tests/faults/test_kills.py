@@ -27,7 +27,11 @@ COMMANDS = {
     "alone": [*FAMILY, *BOTH, "output=out-{alpha}", "alpha=[0.5,1]", "max_shard_size=400KB"],
     "sweep": [*FAMILY, *BOTH, *SCORED, "sweep.alphas=[0.5,1]", "stages=[evaluate]"],
     "vector": [*FAMILY[1:], *BOTH, "vector.save=v"],
-}
+    "union": [
+        "target=MODELS/base", "vector.plus=MODELS/other", "vector.minus=MODELS/base", "tokenizer=union",
+        "compat.force=true", *BOTH, "output=out-{alpha}", "alpha=[0.5,1]", "max_shard_size=400KB",
+    ],
+}  # fmt: skip
 
 
 def outcome(work: Path) -> dict[str, str]:
@@ -97,6 +101,17 @@ def enumerate_kills(
     return killed
 
 
+def arguments_of(command: str, place: Path) -> tuple[str, ...]:
+    """Those of a command that begins with nothing; two models with different tokenizers stand in `place`."""
+    (place / "start").mkdir()
+    for name in ("base", "other"):
+        shutil.copytree(POCKET / "target", place / "models" / name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = place / "models/other" / name
+        path.write_text(path.read_text().replace("<|im_end|>", "<|tool|>"))
+    return tuple(argument.replace("MODELS", str(place / "models")) for argument in COMMANDS[command])
+
+
 def middles(told: Sequence[str], kinds: Sequence[str]) -> list[int]:
     """Of the operations of each kind the one in their middle; a kind is a part of their lines."""
     found = [[number for number, line in enumerate(told) if kind in line] for kind in kinds]
@@ -155,21 +170,22 @@ MIDDLES = {
     "merge": ("write {}/out-1.partial/journal.jsonl", "sync {}/out-0.5.partial/model", "rename {}/out-1"),
     "alone": ("write {}/out-1.partial/journal.jsonl", "sync {}/out-0.5.partial/model", "rename {}/out-1"),
     "sweep": ("write {}/cache/samples.sqlite",),
+    "union": ("write {}/out-0.5.partial/model", "write {}/out-1.partial/tokenizer.json", "rename {}/out-1"),
 }
 
 
 @pytest.mark.parametrize("command", MIDDLES)
 def test_a_command_killed_at_some_boundaries(whole, tmp_path, command):
     """The short form of what follows."""
-    (tmp_path / "start").mkdir()
+    arguments = arguments_of(command, tmp_path)
     fault = Fault(tmp_path, tmp_path / "work", action="torn")
     only = tuple(kind.format(tmp_path / "work") for kind in MIDDLES[command])
-    assert enumerate_kills(whole, tmp_path, tmp_path / "start", tuple(COMMANDS[command]), fault, only) == len(only)
+    assert enumerate_kills(whole, tmp_path, tmp_path / "start", arguments, fault, only) == len(only)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_killed_at_every_boundary(whole, tmp_path, command):
-    (tmp_path / "start").mkdir()
+    arguments = arguments_of(command, tmp_path)
     fault = Fault(tmp_path, tmp_path / "work", action="torn")
-    assert enumerate_kills(whole, tmp_path, tmp_path / "start", tuple(COMMANDS[command]), fault) > 30
+    assert enumerate_kills(whole, tmp_path, tmp_path / "start", arguments, fault) > 30

@@ -156,6 +156,40 @@ def test_what_decides_rows_decides_digests(tmp_path):
     assert WeightPoint.from_json(json.loads(json.dumps(asked.to_json()))) == asked
 
 
+def test_every_file_that_decides_tokens_decides_the_plan(tmp_path):
+    pairs.write("bpe", tmp_path)
+    base, other, asked = tmp_path / "base", tmp_path / "other", point(tmp_path)
+    seen = []
+
+    def look():
+        (plan,), *_ = build_plan({tmp_path / "out": asked}, opened(asked)).digests
+        assert plan not in seen
+        seen.append(plan)
+
+    look()
+    for change in (
+        lambda: edit(base / "tokenizer.json", normalizer={"type": "NFC"}),
+        lambda: edit(base / "tokenizer_config.json", padding_side="left"),
+        lambda: edit(base / "special_tokens_map.json", bos_token="<s>"),
+        lambda: edit(base / "config.json", eos_token_id=12),
+        lambda: edit(base / "generation_config.json", eos_token_id=12),
+        lambda: edit(other / "tokenizer_config.json", eos_token="bc"),  # which is a plain token else
+        lambda: edit(other / "special_tokens_map.json", pad_token="cd"),
+        lambda: edit(other / "tokenizer.json", added_tokens=as_special(other, "<tool>")),
+        lambda: edit(other / "config.json", vocab_size=15),  # one row less
+    ):
+        change()
+        look()
+    edit(other / "added_tokens.json", **{"<tool>": 15})
+    (plan,), *_ = build_plan({tmp_path / "out": asked}, opened(asked)).digests
+    assert plan == seen[-1]  # says nothing new: a token of another id is refused
+
+
+def as_special(where, token):
+    listed = json.loads((where / "tokenizer.json").read_text())["added_tokens"]
+    return [one | {"special": one["content"] == token or one["special"]} for one in listed]
+
+
 def test_special_tokens_get_the_ids_that_they_have_in_another_tokenizer(tmp_path):
     pairs.write("of_a_model", tmp_path)
     edit(tmp_path / "base" / "config.json", bos_token_id=12, eos_token_id=[13, 12], text_config={"vocab_size": 14})
