@@ -173,7 +173,7 @@ def check_copies(place: Place) -> Facts:
     import torch
 
     from rvdist.core.point import Term, Vector, WeightPoint
-    from rvdist.evaluate.fleet.bounce import BounceBuffers
+    from rvdist.evaluate.fleet.bounce import BounceBuffers, Straight
     from rvdist.evaluate.fleet.deferred import defer_tensors
     from rvdist.evaluate.fleet.readers import Readers
 
@@ -194,14 +194,15 @@ def check_copies(place: Place) -> Facts:
 
     bounce = BounceBuffers(place.on_card)
 
-    def swap(buffers: BounceBuffers | None, readers: int) -> None:
-        with closing(Readers(point, readers)) as reader:
+    def swap(buffers: BounceBuffers | None, readers: int, arithmetic: str = "cpu") -> None:
+        with closing(Readers(point, readers, device=arithmetic)) as reader:
             for name, tensor in defer_tensors(reader, buffers):
                 parameters[name].copy_(tensor)
             bounce.wait()
 
     ways: dict[str, Callable[[], object]] = {"pageable": partial(swap, None, 1), "pinned": partial(swap, bounce, 1)}
     ways |= {f"readers_{count}": partial(swap, bounce, count) for count in (2, 4, 8, 16)}
+    ways["arithmetic_there"] = partial(swap, Straight(), 1, place.device)
     expected: dict[str, Any] = {}
     found: Facts = {"gb": round(nbytes / 1e9, 2)}
     for way, act in ways.items():

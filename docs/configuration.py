@@ -163,6 +163,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "prefix_caching": "whether texts of one slice share what they begin with, which may change answers",
         "readers": "threads of each rank that read a point at a swap, which changes no answer; null: `cpu_threads` on "
         "CPUs, 4 on GPUs",
+        "arithmetic": "on what the sums of a swap are computed, which changes no answer; cuda: on the engine's GPU, "
+        "by one reader",
         "timeout": "seconds without a word after which an engine at work is replaced; 15 minutes unless given, or 20 "
         "times as long as its slice should take or as its start took",
         "start_timeout": "seconds that an engine may take to start; half an hour and 10 s a GB of weights unless given",

@@ -356,6 +356,7 @@ def _engine_settings(prepared: Prepared, device: str) -> EngineSettings:
         allow_nonfinite=prepared.settings.allow_nonfinite,
         prefix_caching=engine.prefix_caching,
         readers=engine.readers or (engine.cpu_threads if on_cpu else 4),
+        arithmetic=engine.arithmetic,
         args=further_arguments(({"compilation_config": GRAPHS} if graphs else {}) | engine.args),
     )
 

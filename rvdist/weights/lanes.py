@@ -6,7 +6,7 @@ in, combined and copied out, the CPU reads the next chunk into the other. Knows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -31,14 +31,21 @@ class Lane(Protocol):
         """Host memory for one operand or result: 1-d uint8, the same at every call."""
 
     def launch(
-        self, operands: Mapping[str, torch.Tensor], results: int, numel: int, dtype: torch.dtype, compute: Compute
+        self,
+        operands: Mapping[str, torch.Tensor],
+        results: int,
+        numel: int,
+        dtype: torch.dtype,
+        compute: Compute,
+        into: Sequence[torch.Tensor] = (),
     ) -> None:
         """Starts `compute`: it is given the operands on the device, as many results of `numel` elements of `dtype` to
         fill, and says how many elements of each are not finite. An operand that is not in a `buffer` of this lane is
-        no longer needed when this returns."""
+        no longer needed when this returns. Results go `into` memory of the device, where that is given."""
 
     def wait(self) -> tuple[list[torch.Tensor], list[int]]:
-        """The results in host memory, which `launch` fills anew, and how many elements of each are not finite."""
+        """The results, in host memory, which `launch` fills anew, or where they went, and how many elements of each are
+        not finite."""
 
 
 def open_lanes(device: str, buffers: int) -> list[Lane]:
@@ -71,9 +78,15 @@ class HostLane:
         return self._buffers[key]
 
     def launch(
-        self, operands: Mapping[str, torch.Tensor], results: int, numel: int, dtype: torch.dtype, compute: Compute
+        self,
+        operands: Mapping[str, torch.Tensor],
+        results: int,
+        numel: int,
+        dtype: torch.dtype,
+        compute: Compute,
+        into: Sequence[torch.Tensor] = (),
     ) -> None:
-        outs = [part(self.buffer(f"out {k}"), numel, dtype) for k in range(results)]
+        outs = list(into) or [part(self.buffer(f"out {k}"), numel, dtype) for k in range(results)]
         self._done = outs, [int(count) for count in compute(operands, outs, self._scratch)]
 
     def wait(self) -> tuple[list[torch.Tensor], list[int]]:
@@ -111,12 +124,22 @@ class CardLane:
         return self._pinned_memory(key, self.chunk * WIDEST)
 
     def launch(
-        self, operands: Mapping[str, torch.Tensor], results: int, numel: int, dtype: torch.dtype, compute: Compute
+        self,
+        operands: Mapping[str, torch.Tensor],
+        results: int,
+        numel: int,
+        dtype: torch.dtype,
+        compute: Compute,
+        into: Sequence[torch.Tensor] = (),
     ) -> None:
         inbound, arithmetic, outbound = self._streams.inbound, self._streams.compute, self._streams.outbound
+        if into:  # what was done with that memory before
+            arithmetic.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(inbound):
             there = {key: self._copy_in(key, operand) for key, operand in operands.items()}
-            outs = [part(self._on_card(f"out {k}", self.chunk * WIDEST), numel, dtype) for k in range(results)]
+            outs = list(into) or [
+                part(self._on_card(f"out {k}", self.chunk * WIDEST), numel, dtype) for k in range(results)
+            ]
             counts = self._on_card(f"{results} counts", results * 8).view(torch.int64)
             self._arrived.record(inbound)
         with torch.cuda.stream(arithmetic):
@@ -126,7 +149,7 @@ class CardLane:
             self._combined.record(arithmetic)
         with torch.cuda.stream(outbound):
             outbound.wait_event(self._combined)
-            self._results = [
+            self._results = list(into) or [
                 part(self.buffer(f"out {k}"), numel, dtype).copy_(out, non_blocking=True) for k, out in enumerate(outs)
             ]
             self._counts = self._pinned_memory(f"{results} counts", results * 8).view(torch.int64)

@@ -64,7 +64,7 @@ class PointReader:
         assert dtype is not None or self.quantizes or not isinstance(self.base, Scaled), "fp8 is not written here"
         self.nonfinite = [0] * len(points)
         self.spoiled: dict[str, None] = {}  # the tensors that `fill` found to hold such results
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device
         self._sources = sources
         self._layers = layer_count(self.base.tensors)
         used = dict.fromkeys(source for point in points for source in point.sources())
@@ -84,9 +84,12 @@ class PointReader:
         stored = TORCH_DTYPE[spec.dtype]
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
 
-    def chunks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    def chunks(
+        self, name: str, start: int, stop: int, into: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Elements [start, stop) of tensor `name`: (first element, one 1-d tensor a point) for each chunk.
-        The tensors are valid until the next chunk is asked for."""
+        The tensors are valid until the next chunk is asked for; of the only point, they may go `into` one of the
+        device, 1-d and of the output dtype."""
         spec = self.base.tensors[name]
         dtype = self.output_dtype(spec)
         recipes, works, copied = self._prepare(name)
@@ -97,7 +100,8 @@ class PointReader:
             for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
                 operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
                 compute = partial(self._combine, self._place(name, begin), recipes, works, present)
-                lane.launch(operand, len(self.points), end - begin, dtype, compute)
+                outs = [] if into is None else [into[begin - start : end - start]]
+                lane.launch(operand, len(self.points), end - begin, dtype, compute, outs)
                 ahead.append((begin, lane))
                 if len(ahead) == len(self._lanes):
                     yield self._finish(*ahead.popleft(), copied)
@@ -109,40 +113,46 @@ class PointReader:
 
     def fill(self, name: str, start: int, out: torch.Tensor) -> None:
         """Writes as many elements of tensor `name`, from `start` on, of the only point as `out` has: 1-d, of the output
-        dtype and on the CPU."""
+        dtype, and on the CPU or on the reader's device."""
         (point,), stop = self.points, start + out.numel()
-        recipes, works, (copied,) = self._prepare(name)
-        if copied:
+        _, _, (copied,) = self._prepare(name)
+        if copied and self._device == "cpu":
             self._values.operands[point.base].read(name, start, stop, out.view(torch.uint8))
             for begin in range(0, out.numel(), CHUNK):
                 self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
             return
-        lane, row = self._lanes[0], self._row(name)
+        row = self._row(name)
         first, last = start // row * row, -(-stop // row) * row
         if (first, last) != (start, stop):  # a part of a row is computed with the others of it
-            whole = torch.empty(last - first, dtype=out.dtype)
+            whole = torch.empty(last - first, dtype=out.dtype, device=out.device)
             self.fill(name, first, whole)
             out.copy_(whole[start - first : stop - first])
             return
-        cuts = self._cuts(name, start, stop, [vector for _, vector in recipes[0]], min(CHUNK, lane.chunk))
-        for begin, end, present in cuts:
-            operand = self._read([point.base, *_donors(present)], name, begin, end, lane)
-            self._fill(self._place(name, begin), recipes, works, present, operand, out[begin - start : end - start])
+        there, before = out.device.type == self._device, self.nonfinite[0]
+        for begin, (result,) in self.chunks(name, start, stop, out if there else None):
+            if not there:
+                out[begin - start : begin - start + result.numel()].copy_(result)
+        if self.nonfinite[0] > before:
+            self.spoiled.setdefault(name)
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
         """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in
-        one tensor all rows are counted on. Other columns are read only where a source is computed, or the method
-        must see elements in their places."""
+        one tensor all rows are counted on. Other columns are read only where a source is computed, the method must see
+        elements in their places, or the arithmetic is a card's."""
         (point,), width = self.points, self.base.tensors[name].shape[-1]
         recipes, works, (copied,) = self._prepare(name)
         vectors = [vector for _, vector in recipes[0]]
         operands = {source: self._values.operands[source] for source in [point.base, *_donors(vectors)]}
-        if point.method.name != "linear" or any(type(operand) is not Operand for operand in operands.values()):
-            whole = torch.empty(len(rows) * width, dtype=out.dtype)
-            self.fill(name, rows.start * width, whole)
-            out.view(len(rows), len(columns)).copy_(whole.view(len(rows), width)[:, columns.start : columns.stop])
-            return
         lane = self._lanes[0]
+        sought = point.method.name == "linear" and all(type(operand) is Operand for operand in operands.values())
+        if self._device != "cpu" or not sought:
+            at_once, wanted = max(1, lane.chunk // width), out.view(len(rows), len(columns))
+            for begin in range(0, len(rows), at_once):
+                some = rows[begin : begin + at_once]
+                whole = torch.empty(len(some), width, dtype=out.dtype, device=out.device)
+                self.fill(name, some.start * width, whole.view(-1))
+                wanted[begin : begin + len(some)].copy_(whole[:, columns.start : columns.stop])
+            return
         at_once = max(1, min(CHUNK, lane.chunk) // len(columns)) * width
         for begin, end, present in self._cuts(name, rows.start * width, rows.stop * width, vectors, at_once):
             own = range(begin // width, end // width)
@@ -184,7 +194,7 @@ class PointReader:
         recipes = [self._recipe(point, name) for point in self.points]
         stored = [TORCH_DTYPE[self._sources[point.base].tensors[name].dtype] for point in self.points]
         works = [self._work(name, [own, dtype], terms) for own, terms in zip(stored, recipes, strict=True)]
-        if name != self._prepared:
+        if name != self._prepared and self.base.tensors[name].numel:
             for point, method, terms, work in zip(self.points, self._methods, recipes, works, strict=True):
                 if point.method.facts.whole_tensors and terms:
                     base = [point.base] * method.surveys_base
@@ -348,8 +358,11 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
     return len({source for point in points for source in point.sources()}) + len(points)
 
 
-def open_point(point: WeightPoint, look_up: Callable[[str, Rename], Checkpoint] = open_source) -> PointReader:
-    """A reader of one point, in the base's stored dtypes, on the CPU. Raises BadInput where a source cannot be read."""
+def open_point(
+    point: WeightPoint, look_up: Callable[[str, Rename], Checkpoint] = open_source, device: str = "cpu"
+) -> PointReader:
+    """A reader of one point, in the base's stored dtypes. Raises BadInput where a source cannot be read, or there is no
+    such device."""
     sources = {source: look_up(source, rename) for source, rename in point.renames()}
     sources = {name: lay_out(source, sources[point.base]) for name, source in sources.items()}
-    return PointReader([settle(point, sources)], sources)
+    return PointReader([settle(point, sources)], sources, device=device)

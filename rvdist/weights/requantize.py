@@ -43,7 +43,10 @@ class RequantizingReader(PointReader):
     def output_dtype(self, spec: TensorSpec) -> torch.dtype:
         return torch.float32 if spec.name in self._scaled.scales else super().output_dtype(spec)
 
-    def chunks(self, name: str, start: int, stop: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    def chunks(
+        self, name: str, start: int, stop: int, into: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        assert into is None, "nobody fills memory of his own with codes and scales"
         scaled = self._scaled
         owner = scaled.coded.get(name) or scaled.owners.get(name)
         if owner and not any(self._recipe(point, owner) for point in self.points):

@@ -384,6 +384,15 @@ def test_on_what_engines_compute(asked, gpus, build, device):
             config.engine_device(asked, gpus, build)
 
 
+def test_engines_on_cpus_have_no_arithmetic_of_a_card():
+    asked = settings(engine=EngineConfig(device="cpu", arithmetic="cuda"))
+    with pytest.raises(
+        BadInput, match="engine.arithmetic=cuda: engines compute on CPUs here; set engine.arithmetic=cpu"
+    ):
+        config.engine_device(asked, 8, "cpu")
+    assert config.engine_device(settings(engine=EngineConfig(arithmetic="cuda")), 8, "cuda") == "cuda"
+
+
 def test_engines_on_cpus_take_no_gpu_that_is_there():
     asked = settings(engine=EngineConfig(device="cpu"), cluster=ClusterConfig("auto"))
     assert config.engines(asked, [(8, 4)]) == (8, (1.0, 0.0))

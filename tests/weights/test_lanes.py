@@ -1,20 +1,20 @@
 """The lanes, and that chunks come out the same whichever there are. What needs a card runs on a stand-in for it too."""
 
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
 from checkpoints import near, tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput
-from rvdist.core.method import MethodSpec
+from rvdist.core.method import FACTS, MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.weights import lanes as pipeline
 from rvdist.weights.arithmetic import method
 from rvdist.weights.arithmetic.method import Scratch, count_nonfinite, tally_nonfinite, unify_nans
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane, card_chunk, open_lanes
-from rvdist.weights.reader import PointReader, buffers_of
+from rvdist.weights.reader import PointReader, buffers_of, open_point
 
 FUSED = method.fused
 
@@ -70,7 +70,13 @@ class StandIn:
             def wait_event(self, event):
                 log.append((self, "waits for", event))
 
+            def wait_stream(self, stream):
+                log.append((self, "waits for what was begun by", stream))
+
         return Stream()
+
+    def current_stream(self):
+        return "the caller's"
 
     def Event(self, blocking=False):
         stand_in = self
@@ -223,6 +229,47 @@ def test_a_card_gives_the_bytes_of_the_cpu_for_every_method(tmp_path, card, eage
         expected, _, _ = read(points_of(paths, name), paths)
     found, _, _ = read(points_of(paths, name), paths, "cuda")
     assert equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("facts", FACTS, ids=lambda facts: facts.name)
+def test_a_card_fills_memory_with_the_bytes_of_the_cpu(tmp_path, card, eager, dtype, facts, monkeypatch):
+    """On the host or its own, whole or rows or columns, by every method; and names what is not finite."""
+    paths, name = write_family(tmp_path, dtype, nonfinite=True), "model.embed_tokens.weight"
+    vector = Vector(paths["plus"], paths["target"] if facts.one_vector else paths["minus"])
+    method = MethodSpec(facts.name, 0.4 if "density" in facts.parameters else 1.0, 3).without_unused()
+    if facts.low_rank:
+        pytest.skip("its vectors are adapters")
+    if facts.whole_rows:
+        monkeypatch.setattr(pipeline, "CARD_CHUNK", 4096)  # no row is longer
+    asked = WeightPoint(paths["target"], (Term(0.7, vector),), method)
+    with on_the_cpu(), closing(open_point(asked)) as reader:
+        expected = {name: filled(reader, name, spec.shape) for name, spec in reader.base.tensors.items()}
+        columns = filled(reader, name, (80, 20), range(11, 91), range(7, 27))
+        spoiled = set(reader.spoiled)
+    with closing(open_point(asked, device="cuda")) as reader:
+        for own, bits in expected.items():
+            assert torch.equal(filled(reader, own, reader.base.tensors[own].shape), bits), own
+        assert set(reader.spoiled) == spoiled >= {name}
+        assert torch.equal(filled(reader, name, (80, 20), range(11, 91), range(7, 27)), columns)
+        there, size = torch.full((301 * 48,), 7, dtype=dtype, device="cpu" if card else "cuda"), dtype.itemsize
+        for begin, (result,) in reader.chunks(name, 48, 300 * 48, there[48 : 300 * 48]):
+            assert result.data_ptr() == there[begin:].data_ptr()
+        bits = there[48 : 300 * 48].cpu().view(torch.uint8)
+        assert torch.equal(bits, expected[name][48 * size : 300 * 48 * size])
+        assert (there[:48] == 7).all() and (there[300 * 48 :] == 7).all()
+    if card:
+        assert any(what == "waits for what was begun by" and whom == "the caller's" for _, what, whom in card.log)
+
+
+def filled(reader, name, shape, rows=None, columns=None):
+    dtype = reader.output_dtype(reader.base.tensors[name])
+    out = torch.zeros(torch.Size(shape).numel(), dtype=dtype)
+    if rows:
+        reader.fill_columns(name, rows, columns, out)
+    else:
+        reader.fill(name, 0, out)
+    return out.view(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

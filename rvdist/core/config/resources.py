@@ -136,6 +136,8 @@ def engine_device(config: Config, gpus: int, build: str | None) -> str:
             "engine.device=cuda: the cluster has no GPU, or none yet; set cluster.address to one that has, or "
             "cluster.nodes to how many nodes are to come"
         )
+    if chosen == "cpu" and config.engine.arithmetic == "cuda":
+        raise BadInput("engine.arithmetic=cuda: engines compute on CPUs here; set engine.arithmetic=cpu")
     if build is not None and build != chosen:
         reason = f"engine.device={chosen}" if asked != "auto" else f"the cluster has {'GPUs' if gpus else 'no GPU'}"
         ways = {

@@ -24,6 +24,7 @@ CHOICES: dict[str, Collection[str]] = {
     "vector.format": ("peft",),
     "device": ("cpu", "cuda"),
     "engine.device": ("auto", "cpu", "cuda"),
+    "engine.arithmetic": ("cpu", "cuda"),
     "log": ("text", "json"),
     "merge.method": METHODS,
     "search.method": ("racing",),
@@ -169,6 +170,7 @@ class EngineConfig:
     slice_size: int | None = None
     prefix_caching: bool = False
     readers: int | None = None
+    arithmetic: str = "cpu"
     timeout: float | None = None
     start_timeout: float | None = None
     args: dict[str, Any] = field(default_factory=dict)

@@ -107,7 +107,8 @@ class EngineSettings:
     `kv_cache_gib` (GiB a rank, on CPUs zeroed at start: two seconds a GiB). `cpu_threads` counts on CPUs, where a
     thread too many on a busy machine costs far more than one too few. `truncate`: cut prompts that do not fit from
     the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served. `prefix_caching`: texts of one
-    slice share what they begin with. `readers`: threads of a rank that read a point, which changes no answer. `args`:
+    slice share what they begin with. `readers`: threads of a rank that read a point, and
+    `arithmetic`: whether on the `cpu` or, `cuda`, on the card it is summed, neither of which changes an answer. `args`:
     what else vLLM is started with, as `further_arguments` gives it.
     """
 
@@ -124,6 +125,7 @@ class EngineSettings:
     allow_nonfinite: bool = False
     prefix_caching: bool = False
     readers: int = 1
+    arithmetic: str = "cpu"
     args: str = "{}"
 
 
@@ -194,7 +196,7 @@ def identity(settings: EngineSettings, device: str) -> dict[str, Any]:
         raise BadInput("vLLM is not installed, and scoring needs it; install rvdist[cpu] or rvdist[gpu]")
     variables = {"environment": told} if (told := environment()) else {}
     decides = asdict(settings)
-    del decides["readers"]
+    del decides["readers"], decides["arithmetic"]
     if not settings.prefix_caching:
         del decides["prefix_caching"]  # keys are as they were before it could be set
     return {"engine": VERSION, "device": device, **installed, **decides, **variables}

@@ -68,3 +68,13 @@ class BounceBuffers:
             size = max(nbytes, self._nbytes)
             self._memory[self._turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self._on_card)
         return self._memory[self._turn][:nbytes]
+
+
+class Straight(BounceBuffers):
+    """In their place where a reader writes to the card itself."""
+
+    def __init__(self) -> None:
+        super().__init__(on_card=False)
+
+    def copy(self, fill: Callable[[int, torch.Tensor], None], target: torch.Tensor, row: int = 1) -> None:
+        fill(0, target)

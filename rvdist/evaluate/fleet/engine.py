@@ -64,7 +64,8 @@ class Engine:
         self._llm, self._device, self._kind = started.llm, started.device, started.kind
         self.settings = settings
         try:
-            self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors), settings.readers))
+            how = (settings.readers, settings.arithmetic)
+            self._llm.collective_rpc("rvdist_ready", args=(sorted(self._checkpoint.tensors), *how))
         except Failed as error:
             raise Unusable(str(error)) from None
         self._max_len: int = self._llm.llm_engine.model_config.max_model_len

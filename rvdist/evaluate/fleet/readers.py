@@ -24,15 +24,21 @@ _Fill = Callable[[PointReader, int, int], None]  # the elements, or the rows, fr
 
 class Readers:
     """At most `count` readers of `point`, each made when there is something for it, of sources that are looked up once.
-    The bytes are those of one. Raises BadInput where a source cannot be read."""
+    Their arithmetic is the `device`'s; a card's is done for one of them. The bytes are those of one, on the CPU. Raises
+    BadInput where a source cannot be read, or there is no such device."""
 
     def __init__(
-        self, point: WeightPoint, count: int = 1, look_up: Callable[[str, Rename], Checkpoint] = open_source
+        self,
+        point: WeightPoint,
+        count: int = 1,
+        look_up: Callable[[str, Rename], Checkpoint] = open_source,
+        device: str = "cpu",
     ) -> None:
-        self._open = partial(open_point, point, cache(look_up))
+        self._open = partial(open_point, point, cache(look_up), device)
         self._all = [self._open()]
         facts = [point.method.facts for point in self._all[0].points]
-        self._count = 1 if any(one.whole_tensors or one.whole_matrices for one in facts) else count
+        alone = device != "cpu" or any(one.whole_tensors or one.whole_matrices for one in facts)
+        self._count = 1 if alone else count
         self._pool = ThreadPoolExecutor(self._count - 1) if self._count > 1 else None
 
     @property

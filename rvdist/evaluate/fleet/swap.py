@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rvdist.core.point import WeightPoint
-from rvdist.evaluate.fleet.bounce import BounceBuffers
+from rvdist.evaluate.fleet.bounce import BounceBuffers, Straight
 from rvdist.evaluate.fleet.deferred import defer_tensors
 from rvdist.evaluate.fleet.mirror import Tensors, mirror
 from rvdist.evaluate.fleet.private_vllm import (
@@ -52,6 +52,7 @@ class SwapExtension:
     _rvdist_recorded: Recorded
     _rvdist_sources: KeptSources
     _rvdist_readers: int
+    _rvdist_arithmetic: str
     _rvdist_bounce: BounceBuffers | None
     _rvdist_rows: torch.Tensor  # of logits since they were asked for: all of them, and those that give no distribution
 
@@ -65,15 +66,15 @@ class SwapExtension:
         """What vLLM has chosen in this rank."""
         return own_choices(self)
 
-    def rvdist_ready(self, tensors: list[str], readers: int) -> None:
-        """Call once after start on a checkpoint of these tensors; so many threads read points. Raises Failed where vLLM
-        is not as we know it."""
+    def rvdist_ready(self, tensors: list[str], readers: int, arithmetic: str) -> None:
+        """Call once after start on a checkpoint of these tensors; so many threads read points, whose arithmetic is done
+        on the `cpu` or on the card, `cuda`. Raises Failed where vLLM is not as we know it."""
         require_in_rank()
         unname_memory()
         ask_for_amx()
         self._rvdist_tensors, self._rvdist_recorded = tensors, Recorded(self)
-        self._rvdist_sources, self._rvdist_readers = KeptSources(), readers
-        self._rvdist_bounce = None if is_on_cpu() else BounceBuffers()
+        self._rvdist_sources, self._rvdist_readers, self._rvdist_arithmetic = KeptSources(), readers, arithmetic
+        self._rvdist_bounce = None if is_on_cpu() else BounceBuffers() if arithmetic == "cpu" else Straight()
         self._rvdist_rows = watch_logits(self.model_runner)
 
     def rvdist_rows(self) -> list[int]:
@@ -97,7 +98,8 @@ class SwapExtension:
         """
         came: set[str] = set()
         wanted = WeightPoint.from_json(json.loads(point))
-        with closing(Readers(wanted, self._rvdist_readers, self._rvdist_sources.open)) as reader:
+        opened = Readers(wanted, self._rvdist_readers, self._rvdist_sources.open, self._rvdist_arithmetic)
+        with closing(opened) as reader:
             tensors = defer_tensors(reader, self._rvdist_bounce)
             if exchanged:
                 config = self.model_config.hf_text_config

@@ -12,7 +12,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.fleet import readers as several
-from rvdist.evaluate.fleet.bounce import BounceBuffers
+from rvdist.evaluate.fleet.bounce import BounceBuffers, Straight
 from rvdist.evaluate.fleet.deferred import defer_tensors
 from rvdist.evaluate.fleet.readers import Readers
 from rvdist.weights.reader import open_point
@@ -99,8 +99,8 @@ def test_how_many_read_and_by_what_buffers_changes_nothing(count, method, point,
     asked = replace(point, method=method)
     whole = dict(read_point(asked))
     monkeypatch.setattr(several, "CHUNK", 1024)
-    for nbytes in (None, 100, 5000, 1 << 20):
-        bounce, opened = BounceBuffers(False, nbytes) if nbytes else None, []
+    for nbytes in (None, 0, 100, 5000, 1 << 20):
+        bounce, opened = BounceBuffers(False, nbytes) if nbytes else None if nbytes is None else Straight(), []
         monkeypatch.setattr(several, "open_point", lambda *given, to=opened: to.append(open_point(*given)) or to[-1])
         with closing(Readers(asked, count)) as reader:
             found = dict(defer_tensors(reader, bounce))

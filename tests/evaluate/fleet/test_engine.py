@@ -489,4 +489,4 @@ def test_how_weights_are_quantized_is_part_of_a_key() -> None:
 
 
 def test_who_reads_is_no_part_of_a_key() -> None:
-    assert identity(EngineSettings(readers=4), "cpu") == identity(EngineSettings(), "cpu")
+    assert identity(EngineSettings(readers=4, arithmetic="cuda"), "cpu") == identity(EngineSettings(), "cpu")
