@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 
 if TYPE_CHECKING:
     from rvdist.report.findings import Findings
+    from rvdist.weights.interference import Interference
 
 Notes = Mapping[WeightPoint, tuple[str, ...]]  # what whoever reads a result should know, in sentences
 
@@ -75,7 +76,8 @@ class Prepared:
     `settings` are the job's, or follow from its recipe. `sources` are by name, `notes` and `digests` by point.
     `written` is what its merge still has to write, `saved` the vector that it still has to store and how, `published`
     what goes to the Hub by the directory it is in. `arms` are scored, `foreseen` those that a plan is asked of,
-    `examined` are points with one vector each, by its name, and along each of `lines` a text is read."""
+    `examined` are points with one vector each, by its name, and along each of `lines` a text is read. `interference`
+    tells of a point with several vectors how these get into each other's way."""
 
     job: Job
     settings: Config
@@ -89,6 +91,7 @@ class Prepared:
     foreseen: Sequence[Arm]
     examined: Mapping[str, WeightPoint]
     lines: Mapping[str, Sequence[Arm]]
+    interference: Callable[[WeightPoint], Interference]
 
     @property
     def directory(self) -> Path:

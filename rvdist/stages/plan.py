@@ -32,9 +32,7 @@ def print_plan(prepared: Prepared, plan: Plan) -> None:
             )
             prepared.say(f"{directory}: {name_of(point.base)} {terms}")
             if len({term.vector for term in point.active_terms}) > 1 and not prepared.settings.recipe:
-                from rvdist.weights.interference import measure_interference
-
-                for pair in measure_interference(point, prepared.sources).pairs:
+                for pair in prepared.interference(point).pairs:
                     prepared.say(f"  {pair}")
         for point in output.points:
             nbytes, name, shape = matrix_memory(point, prepared.sources, plan.dtype)

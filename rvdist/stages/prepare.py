@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,6 +153,7 @@ def prepare(job: Job, known: Known) -> Prepared:
         foreseen=[replace(arm, point=index.settle(arm.point)) for arm in foreseen if "plan" in stages],
         examined={name: index.settle(point) for name, point in examined.items()},
         lines={name: [replace(arm, point=index.settle(arm.point)) for arm in line] for name, line in lines.items()},
+        interference=partial(known.interference, sources=sources),
     )
 
 

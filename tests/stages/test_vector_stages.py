@@ -15,7 +15,7 @@ from rvdist.core.config import BatchConfig, Config, VectorConfig, WeightedVector
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.stages.jobs import run_stages
-from rvdist.weights import compat
+from rvdist.weights import compat, interference
 from rvdist.weights.checkpoint.bound import settle
 from rvdist.weights.checkpoint.source import open_source
 
@@ -73,7 +73,15 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
     }  # it was drawn, and is a fifth of θ
 
     planned = replace(settings, stages=["plan"], output=str(tmp_path / "out"))
+    sampled, measure = [], interference.measure_interference
+
+    def measure_once(point, sources):
+        sampled.append(point)
+        return measure(point, sources)
+
+    monkeypatch.setattr(interference, "measure_interference", measure_once)
     assert run_stages(planned, tmp_path / "run", []) is None
+    assert len(sampled) == 1, "for its warnings and its pairs"
     said = " ".join(capsys.readouterr().out.split())
     assert "note: vectors[0]: along it the sum goes 0.00 of its way (a sample), since others go against it" in said
     assert (
