@@ -10,9 +10,11 @@ from checkpoints import POCKET, near, write_checkpoint
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from rvdist.core import config
 from rvdist.core.point import Vector
 from rvdist.report.anatomy import anatomy_csv, anatomy_sentences, anatomy_tables
 from rvdist.report.pictures.anatomy import anatomy_plots
+from rvdist.report.pictures.connectivity import connectivity_plot
 from rvdist.weights.anatomy.analyze import analyze
 from rvdist.weights.checkpoint.source import open_source
 
@@ -158,3 +160,11 @@ def test_tables_and_sentences_of_the_pocket_family(pocket):
         "The cosine between “v” and “chat” is −0.006.",
         "Of what either of them changes, both change 84.5 %; of this, 50 % in the same direction.",
     ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_line_that_a_text_is_read_along_is_drawn(count):
+    vectors = [config.WeightedVectorConfig("plus", "minus") for _ in range(count)]
+    found = config.lines(config.Config(target="t", vectors=vectors, analyze=config.AnalyzeConfig(text="f", points=3)))
+    assert set(found) == ({"donors", "target"} if count == 1 else {"vectors"})
+    assert connectivity_plot([(name, (0.0, 0.5, 1.0), (1.0, 2.0, 1.0)) for name in found]).startswith(b"\x89PNG")

@@ -8,7 +8,11 @@ from matplotlib.figure import Figure
 
 from rvdist.report.pictures.drawing import LINES, empty, render
 
-_LABELS = {"donors": "from minus to plus", "target": "from the target along the vector"}
+_LABELS = {
+    "donors": "from minus to plus",
+    "target": "from the target along the vector",
+    "vectors": "from the target along the vectors together",
+}
 
 
 def connectivity_plot(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bytes:
