@@ -44,6 +44,10 @@ class Vocabulary:
         own = {UNION: "the union of all tokenizers", BASE: "the target's"}.get(self.source, f"that of {self.source}")
         return f"the tokenizer is {own}"
 
+    def places(self) -> tuple[str, ...]:
+        """Whatever it names that lies somewhere."""
+        return self.models if self.source in (UNION, BASE) else (*self.models, self.source)
+
     def relocate(self, places: Mapping[str, str]) -> Vocabulary:
         """The same with each model replaced by the place where it was found."""
         rules = tuple(replace(rule, model=places.get(rule.model or "", rule.model)) for rule in self.rules)

@@ -80,7 +80,7 @@ def model_card(
             ("checkpoint", "part", "from", "licence"),
             [
                 row
-                for s in names
+                for s in point.sources()
                 for row in (
                     (
                         names[s],
@@ -108,7 +108,7 @@ def model_card(
         "## Reproduce",
         "Written by rvdist as the weight point below."
         + (f" Its digest, `{digest}`, depends on contents and coefficients, not on names." if digest else ""),
-        f"```json\n{json.dumps(_rename(point.to_json(), names), indent=2)}\n```",
+        f"```json\n{json.dumps(point.relocate(names).to_json(), indent=2)}\n```",
         _versions(versions),
     ]
     return "\n\n".join(sections) + "\n"
@@ -231,8 +231,8 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 
 def _public_names(point: WeightPoint) -> dict[str, str]:
-    """A name for each checkpoint of the point; a counter tells apart directories that end alike."""
-    mentioned = [point.base, *(s for term in point.terms for s in term.vector.sources())]
+    """A name for each checkpoint and tokenizer of the point; a counter tells apart directories that end alike."""
+    mentioned = [*point.sources(), *(point.vocabulary.places() if point.vocabulary else ())]
     names: dict[str, str] = {}
     for source in dict.fromkeys(mentioned):
         name, count = _line(source_name(source)), 2
@@ -271,14 +271,6 @@ def _mask(mask: Mask) -> str:
 
 def _patterns(patterns: Sequence[str]) -> str:
     return " or ".join(f"`{printable(pattern)}`" for pattern in patterns)
-
-
-def _rename(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    terms = []
-    for term in data["terms"]:
-        donors = {key: source and names[source] for key, source in term["vector"].items() if key in ("plus", "minus")}
-        terms.append({**term, "vector": term["vector"] | donors})
-    return {**data, "base": names[data["base"]], "terms": terms}
 
 
 def _line(text: str) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
+from rvdist.core.vocabulary import TokenRule, Vocabulary
 from rvdist.report.card.card import _line, model_card, vector_card
 from rvdist.report.card.metadata import Licence, Result, licence_of
 from rvdist.report.summary import Row
@@ -69,6 +70,11 @@ def test_no_absolute_path_leaves_the_house(tmp_path):
     for word in ("secret", "private", str(tmp_path)):
         assert word not in text
     assert "base_model" not in front_matter(text)
+    by_token = replace(point, vocabulary=Vocabulary(str(home / "words"), tuple(paths), (TokenRule("a", paths[1]),)))
+    text_by_token = card(by_token, sources, [str(by_token.vocabulary)])
+    for word in ("secret", "private", str(tmp_path)):
+        assert word not in text_by_token
+    assert "the tokenizer is that of words" in text_by_token and '"source": "words"' in text_by_token
     assert "θ = target + 1 · (checkpoint-100 − checkpoint-100 (2))" in text
     assert "https&#58;//example.org/a/b.html" in text and "see log.txt" in text
 
