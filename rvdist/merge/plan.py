@@ -169,7 +169,7 @@ def build_plan(
             needs: Counter[tuple[str, str]] = Counter()
             for spec in specs:
                 needs.update(reads[spec.name])
-            grains = _grains(sources[output.points[0].base], layout)
+            grains = _whole_experts(output.points, sources) | _grains(sources[output.points[0].base], layout)
             units = _units(number, file, specs, unit_bytes(layout), whole, grains)
             files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
@@ -321,6 +321,13 @@ def _grains(base: Checkpoint, layout: Layout) -> dict[str, _Grain]:
         found[codes.name] = _Grain(max(1, size))
         found[scale.name] = _Grain(-(-width // columns), rows * columns * base.kind.bits // 8, codes.name)
     return found
+
+
+def _whole_experts(points: Sequence[WeightPoint], sources: Mapping[str, Checkpoint]) -> dict[str, _Grain]:
+    """Tensors of which a source is transposed, by the experts that are put together whole: part of one reads all."""
+    relaid = [one for point in points for name in point.sources() if isinstance(one := sources[name], Relaid)]
+    views = [(one, name, view) for one in relaid for name, view in one.views.items() if not view.joined]
+    return {name: _Grain(one.tensors[name].numel // view.count) for one, name, view in views}
 
 
 def _units(

@@ -270,6 +270,7 @@ class _Relaid(Operand):
         inner = replace(checkpoint.inner, path=checkpoint.path, hub=checkpoint.hub)  # as workers are told them
         self._relaid, self._inner = checkpoint, open_operand(inner)
         self._slab = ("", -1, torch.empty(0))
+        self._held: dict[str, tuple[str, range, torch.Tensor]] = {}  # of weights, and of biases: what was read last
         self._rooms: dict[str, torch.Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
@@ -327,13 +328,15 @@ class _Relaid(Operand):
         rows, columns = source.shape(view.projections[0])
         columns = columns if view.part == "weight" else 1
         out = self._room("slab", several * rows * columns, self.dtype(name))
-        held: tuple[str, range] | None = None  # gate and up may be in the same elements
         for k, projection in enumerate(view.projections):
             holder = source.holder(projection, expert, view.part)
             elements = source.elements(projection, expert, view.part)
-            if held != (holder, elements):
-                room = self._room("read", len(elements), self._inner.dtype(holder)).view(torch.uint8)
-                read, held = self._inner.read(holder, elements.start, elements.stop, room), (holder, elements)
+            held = self._held.get(view.part)
+            if held is None or held[:2] != (holder, elements):  # gate and up may be in the same, also of two tensors
+                room = self._room(view.part, len(elements), self._inner.dtype(holder)).view(torch.uint8)
+                held = holder, elements, self._inner.read(holder, elements.start, elements.stop, room)
+                self._held[view.part] = held
+            read = held[2]
             if source.layout == INTERLEAVED:
                 alternate = read.view(columns, rows, -1)  # gate and up, or down alone
                 part = alternate[..., 1 if projection == UP else 0].T

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import ALPHA, RANK, write_adapter
-from alone import write
+from alone import planned, write
 from checkpoints import load_checkpoint, near, write_checkpoint
 from mixtures import PLAIN, E, Weights, as_fp8, as_int4, canonical, stored, unstored
 from points import read_point
@@ -20,6 +20,8 @@ from points import read_point
 from rvdist.core.config.points import Storage
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.merge import plan as planning
+from rvdist.merge.worker import MergeWorker
 from rvdist.weights import compat
 from rvdist.weights.checkpoint.bound import settle, settle_vector
 from rvdist.weights.checkpoint.difference import Difference
@@ -216,6 +218,32 @@ def test_a_stored_vector_of_gpt_oss_that_lies_out_by_in_is_not_guessed(tmp_path:
         if not mapped:
             with pytest.raises(BadInput, match="stores its experts fused .* where .*target stores them one by one"):
                 compat.check(point, sources)
+
+
+def test_an_expert_that_is_transposed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By workers that take one unit after the other in turn, however small units are to be; gate and up of an
+    interleaved donor for two tensors, too, where one worker has both."""
+    base = canonical(0, True, 64, 32)
+    for donors, target, limits in (
+        ("gate_proj", "interleaved", (1 << 20, 6000, 3500)),
+        ("interleaved", "gate_proj", (1 << 20,)),
+    ):
+        place = tmp_path / target
+        vector = Vector(*(str(put(place, str(seed), near(base, seed), donors, "gpt_oss")) for seed in (1, 2)))
+        for name in vector.sources():
+            (Path(name) / "config.json").write_text('{"model_type": "gpt_oss"}')
+        own = put(place, "target", base, target, "interleaved")
+        for limit in limits:
+            monkeypatch.setattr(planning, "UNIT_BYTES", limit)
+            out = place / str(limit)
+            plan, sources = planned({out: WeightPoint(str(own), (Term(0.5, vector),))})
+            out.mkdir()
+            for file, (header, size) in plan.layouts[0].files.items():
+                (out / file).write_bytes(header + bytes(size - len(header)))
+            workers = [MergeWorker(plan.outputs, sources, None, direct_io=False) for _ in range(2)]
+            turns = zip(cycle(workers), plan.units, strict=False)
+            read = sum(worker.run(unit, (None,)).bytes_read for worker, unit in turns)
+            assert read == sum(source.nbytes for source in sources.values()), (donors, limit)
 
 
 def test_a_difference_stays_one(tmp_path: Path) -> None:
