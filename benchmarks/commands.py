@@ -1,8 +1,10 @@
 """Whole merge commands against mergekit 0.1.5 with its best flags, one after the other, in one run.
 
-    python benchmarks/commands.py NAME [--models TARGET PLUS MINUS] [--rounds 3] [--work DIR] [--cold]
+    python benchmarks/commands.py NAME [--models TARGET PLUS MINUS | --holes] [--rounds 3] [--work DIR] [--cold]
 
-Without `--models` on three checkpoints of Qwen2.5-1.5B's shape, as benchmarks/merge.py makes them. Round by round: the
+Without `--models` on three checkpoints of Qwen2.5-1.5B's shape, as benchmarks/merge.py makes them; with `--holes` on
+three of Qwen2.5-7B's, files of holes, which are read as if a page cache of 46 GB had them and take no disk (outputs do,
+15 GB); mergekit's API, which would hold all of it in memory, is left out then. Round by round: the
 floor (`cat` of the inputs, `cp -r` of the target, `sync`); ours as typed, and with two workers on a Ray that is up;
 mergekit as typed, with asynchronous writes by two threads, with these, two threads of computing and the lazy unpickler,
 and its API in memory with its batched kernels. With `--cold` none of the inputs is in the page cache when a command
@@ -34,6 +36,10 @@ FLAGS = {
     "mergekit, `--async-write --write-threads 2`": ASYNC,
     "mergekit, these and `-j 2 --lazy-unpickle`": (*ASYNC, "-j", "2", "--lazy-unpickle"),
 }
+CONFIG_7B = merge.CONFIG | {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "vocab_size": 152064, "tie_word_embeddings": False,
+}  # fmt: skip
 DD, NOWHERE = "`dd iflag=direct bs=16M`, one file after the other", "rvdist into /dev/null"
 IN_MEMORY = "mergekit's `merge_state_dicts`, files read and written by safetensors"
 _MEMORY = """
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--holes", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rvdist-benchmark")
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -70,9 +77,15 @@ def main() -> None:
     if arguments.models:
         target, plus, minus = arguments.models
     else:
-        target, plus, minus = (work / "sharded" / name for name in ("target", "plus", "minus"))
+        target, plus, minus = (
+            work / ("holes" if arguments.holes else "sharded") / name for name in ("target", "plus", "minus")
+        )
         for seed, place in enumerate((target, plus, minus)):
-            if not place.exists():
+            if place.exists():
+                continue
+            if arguments.holes:
+                shapes.write_checkpoint(place, shapes.QWEN_7B, 4, None, CONFIG_7B)
+            else:
                 shapes.write_checkpoint(place, shapes.QWEN_1_5B, 3, seed, merge.CONFIG)
     files = [file for one in (target, plus, minus) for file in sorted(one.glob("*.safetensors"))]
     inputs = " ".join(map(str, files))
@@ -86,12 +99,14 @@ def main() -> None:
         f"output={out}", f"hydra.run.dir={work}/run",
     ]  # fmt: skip
     commands = {
-        FLOOR: ["sh", "-c", f"cat {inputs} >/dev/null; cp -r {target} {out}; sync"],
+        FLOOR: ["sh", "-c", f"cat {inputs} >/dev/null; cp -r --sparse=never {target} {out}; sync"],
         OURS: ours,
         UP: [*ours, "merge.workers=2"],
         **{name: [str(tool), str(recipe), str(out), "--no-copy-tokenizer", *more] for name, more in FLAGS.items()},
         IN_MEMORY: [str(tool.with_name("python")), "-c", _MEMORY, *map(str, (target, plus, minus, out))],
     }
+    if arguments.holes:
+        del commands[IN_MEMORY]
     if arguments.cold:
         reads = "; ".join(f"dd if={file} of=/dev/null bs=16M iflag=direct" for file in files)
         into_nothing = [f"output={os.devnull}" if one == f"output={out}" else one for one in ours]

@@ -94,6 +94,7 @@ def _mlp(at: str, hidden: int, intermediate: int) -> Shapes:
 
 
 QWEN_1_5B = qwen2(1536, 28, 8960, 256, 151936)
+QWEN_7B = qwen2(3584, 28, 18944, 512, 152064) | {"lm_head.weight": (152064, 3584)}
 LLAMA_70B = llama(8192, 80, 28672, 1024, 128256)
 LLAMA_405B = llama(16384, 126, 53248, 1024, 128256)
 DEEPSEEK_V3 = deepseek_v3()
