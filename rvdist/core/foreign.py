@@ -15,6 +15,7 @@ _DEAREST = 400 << 20  # bytes that what is parsed may take
 _DEEPEST = 64  # levels
 _TOO_DEEP = f"it nests more than {_DEEPEST} levels"
 _WIDE, _CONTINUED = re.compile(rb"[\xf0-\xff]"), bytes(range(0x80, 0xC0))  # bytes of UTF-8
+_WIDE_ESCAPED = re.compile(rb"\\u[dD][89abAB]")  # half of a character
 _SHORT = 64 << 10  # bytes of which little can be made
 _LONGEST_YAML, _MOST_YAML = 256 << 10, 100_000  # bytes; values, once aliases are followed
 
@@ -47,9 +48,10 @@ def parse_line(line: bytes) -> Any:
 def require_light(content: bytes) -> None:
     """Raises ValueError for JSON that takes much memory, once parsed."""
     width = 1 if content.isascii() else 4 if _WIDE.search(content) else 2  # bytes of a character, at most
-    text = width * len(content.translate(None, _CONTINUED))  # whole, and once more in its values
+    escaped = 1 if b"\\u" not in content else 4 if _WIDE_ESCAPED.search(content) else 2
+    text = (width + max(width, escaped)) * len(content.translate(None, _CONTINUED))  # whole, and in its values
     values = 60 * content.count(b",") + 80 * content.count(b"[") + 250 * content.count(b"{")
-    if len(content) + 2 * text + values > _DEAREST:
+    if len(content) + text + values > _DEAREST:
         raise ValueError("reading it would take too much memory")
 
 

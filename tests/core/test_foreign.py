@@ -13,7 +13,7 @@ from checkpoints import tensors, write_checkpoint
 from hostile import outcomes, recipe, refused
 
 from rvdist.core.errors import BadInput, Failed
-from rvdist.core.foreign import parse_yaml
+from rvdist.core.foreign import parse_json, parse_yaml
 from rvdist.evaluate.tasks.local import read
 from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.merge.placement import remember_rate, remembered_rate
@@ -51,6 +51,13 @@ def test_anchors_that_stand_for_little_are_taken() -> None:
     assert parse_yaml(b"a: &x {weight: 1}\nb: *x\nc: [*x, *x]\n") == {
         "a": {"weight": 1}, "b": {"weight": 1}, "c": [{"weight": 1}] * 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("character", [b"\\ud83d\\ude00", "😀".encode()])
+def test_one_wide_character_makes_all_others_of_a_text_wide(character: bytes) -> None:
+    with pytest.raises(ValueError, match="too much memory"):
+        parse_json(b'"' + b"x" * (90 << 20) + character + b'"')
+    assert parse_json(b'"' + b"x" * 100 + character + b'"') == "x" * 100 + "😀"
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
