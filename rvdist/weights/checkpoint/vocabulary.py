@@ -16,7 +16,7 @@ import numpy as np
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.core.vocabulary import BASE, UNION, TokenRule, Vocabulary
-from rvdist.weights.checkpoint.difference import Difference
+from rvdist.weights.checkpoint.difference import Difference, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO, Numbers, Remapped, Rows
@@ -41,6 +41,8 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     vocabulary = point.vocabulary
     assert vocabulary is not None
     models = {name: sources[name] if name in sources else opened(name) for name in vocabulary.models}
+    models = {name: one for name, one in models.items() if not _leaves_rows(one, models[point.base])}
+    vocabulary = replace(vocabulary, models=tuple(models))
     plain = vocabulary.source == BASE and not vocabulary.rules and not vocabulary.multiple
     if plain and not any(has_tokens(one.beside) for one in models.values()):
         return {}  # nothing was compared, as is said of such models
@@ -55,7 +57,7 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     found = {}
     own_rows = {model: _rows_of(built, tokens[model], rows[model]) for model in models}
     maps = {name: _Maps(vocabulary, models, tokens, own_rows, built, name) for name in names}
-    for source in point.sources():
+    for source in filter(models.__contains__, point.sources()):
         one = models[source]
         own = {name: maps[name].rows(source) for name in names}
         new = _remapped(one, own, built if one is base else None, tokens[source])
@@ -201,11 +203,18 @@ def _is_identity(rows: Rows, count: int) -> bool:
     return len(rows.owner) == count and bool((rows.owner == 0).all()) and bool((rows.row == np.arange(count)).all())
 
 
+def _leaves_rows(one: Checkpoint, base: Checkpoint) -> bool:
+    """Whether it is a difference that changes nothing that has a row for each token."""
+    if not isinstance(one, Difference) or needs_base(one) or one is base:
+        return False
+    return one.tensors.keys().isdisjoint(_named_by_token(base))
+
+
 def _require_plain(one: Checkpoint, is_base: bool) -> None:
     if isinstance(one, Difference):
         raise BadInput(
-            f"{one.path}: is {one.kind}, whose rows are those of the ids that it was made with, and tokenizer is set; "
-            "apply it to what it was trained on, and use the result as vector.plus"
+            f"{one.path}: is {one.kind}, whose rows are those of the ids that it was made with, or which needs what it "
+            "was trained on, and tokenizer is set; apply it to that, and use the result as vector.plus"
         )
     if isinstance(one, Stacked) or (is_base and isinstance(one, Scaled)):
         raise BadInput(

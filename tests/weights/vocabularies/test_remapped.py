@@ -464,7 +464,25 @@ def test_no_file_of_another_tokenizer_goes_along(tmp_path):
     assert sorted(map(str, companions(mapped))) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_an_adapter_is_refused(tmp_path):
+def test_an_adapter_of_layers_is_added_beside_models_that_are_merged_by_token(tmp_path):
+    pairs.write("bpe", tmp_path)
+    name = "model.layers.0.mlp.up_proj"
+    parts = {"lora_A": torch.eye(4)[:2], "lora_B": torch.arange(12.0).view(6, 2)}
+    parts = {f"base_model.model.{name}.{part}.weight": values for part, values in parts.items()}
+    write_adapter(tmp_path / "adapter", parts, r=2, lora_alpha=2, rank_pattern={}, alpha_pattern={})
+    given = ("target=base", "tokenizer=union", "cache.dir=c", "compat.force=true")
+    other = "{plus: other, minus: base, alpha: 0.5}"
+    adapters = "{path: adapter, alpha: 1}, {plus: adapter, minus: base, alpha: 1}"
+    for vectors, out in ((other, "plain"), (f"{other}, {adapters}", "more")):
+        done = launch(*given, f"vectors=[{vectors}]", f"output={out}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    plain, more = (load_checkpoint(tmp_path / out) for out in ("plain", "more"))
+    plain[f"{name}.weight"][:, :2] += 2 * torch.arange(12.0).view(6, 2)
+    assert plain.keys() == more.keys() and len(plain[EMBEDDING]) == 17
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in more.items())
+
+
+def test_an_adapter_of_the_embedding_is_refused(tmp_path):
     pairs.write("bpe", tmp_path)
     write_adapter(tmp_path / "adapter", factors())
     with pytest.raises(BadInput, match="is adapter, whose rows are those of the ids"):
