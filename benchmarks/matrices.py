@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import get_context
 
 import torch
 
@@ -47,18 +49,27 @@ def main(rows: int, columns: int) -> None:
     vectors = [torch.randn(rows * columns, generator=generator).bfloat16() for _ in range(2)]
     place = Place("w", rows * columns, shape=(rows, columns), alphas=(1.0, 1.0))
 
-    def chunks() -> Iterator[list[torch.Tensor]]:
-        for begin in range(0, place.numel, AT_ONCE):
-            yield [vector[begin : begin + AT_ONCE].float() for vector in vectors]
+    def chunks(start: int = 0, stop: int = rows * columns) -> Iterator[list[torch.Tensor]]:
+        for begin in range(start, stop, AT_ONCE):
+            yield [vector[begin : min(begin + AT_ONCE, stop)].float() for vector in vectors]
 
-    for name in ("iso_c", "tsv_m"):
+    def row(name: str) -> None:
         method = build(MethodSpec(name))
         assert isinstance(method, Matrices)
-        seconds, nbytes = measured(lambda method=method: method.survey(place, chunks))  # type: ignore[misc]
+        seconds, nbytes = measured(lambda: method.survey(place, chunks))
         told = method.bytes_held(place.shape, 2, 4)
         print(f"| {rows} × {columns} | `{name}` | {seconds:.1f} | {nbytes >> 20} MiB | {told >> 20} MiB |", flush=True)
-    seconds, nbytes = measured(lambda: torch.linalg.svd(vectors[0].float().view(rows, columns), full_matrices=False))
-    print(f"| {rows} × {columns} | one `torch.linalg.svd`, fp32 | {seconds:.1f} | {nbytes >> 20} MiB | |")
+
+    def whole() -> None:
+        seconds, nbytes = measured(lambda: torch.linalg.svd(vectors[0].float().view(rows, columns), False))
+        print(
+            f"| {rows} × {columns} | one `torch.linalg.svd`, fp32 | {seconds:.1f} | {nbytes >> 20} MiB | |", flush=True
+        )
+
+    for work in (partial(row, "iso_c"), partial(row, "tsv_m"), whole):  # each in a process of its own
+        child = get_context("fork").Process(target=work)
+        child.start()
+        child.join()
 
 
 if __name__ == "__main__":

@@ -289,12 +289,18 @@ class PointReader:
         }
 
     def _differences(
-        self, name: str, bases: Sequence[str], terms: Recipe, work: torch.dtype
+        self,
+        name: str,
+        bases: Sequence[str],
+        terms: Recipe,
+        work: torch.dtype,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Iterator[list[torch.Tensor]]:
-        """Streams a whole tensor: for each chunk the base, if it is asked for, and the difference of every term, in
-        working precision, on the CPU."""
-        numel = self.base.tensors[name].numel
-        for begin, end, present in self._cuts(name, 0, numel, [vector for _, vector in terms], AT_ONCE):
+        """Streams a whole tensor, or some elements of it: for each chunk the base, if it is asked for, and the
+        difference of every term, in working precision, on the CPU."""
+        stop = self.base.tensors[name].numel if stop is None else stop
+        for begin, end, present in self._cuts(name, start, stop, [vector for _, vector in terms], AT_ONCE):
             outs = [self._scratch(k, end - begin, work) for k in range(len(bases) + len(terms))]
             for out, base in zip(outs, bases, strict=False):
                 self._values.difference(name, begin, base, None, out)

@@ -18,19 +18,24 @@ from dataclasses import replace
 
 import torch
 
-from rvdist.weights.arithmetic.matrices import LEAST, Factors, elements, fill, spectrum
+from rvdist.weights.arithmetic.matrices import LEAST, Factors, Matrix, factors, fill, held, inverse_root, of_columns
 from rvdist.weights.arithmetic.singular import TsvM
 
 
 class CoreTsvM(TsvM):
     """For any number of vectors of low rank."""
 
-    def kept(self, side: int, count: int) -> int:
-        return side  # all that there are
-
-    def merge(self, out: torch.Tensor, tasks: Sequence[Factors], alphas: Sequence[float]) -> None:
-        left, right = _basis([task.left for task in tasks]), _basis([task.right for task in tasks])
-        self.merge_core(out, tasks, alphas, left, right)
+    def merge(
+        self,
+        out: torch.Tensor,
+        tasks: Matrix,
+        alone: Sequence[Matrix],
+        largest: Sequence[float],
+        alphas: Sequence[float],
+    ) -> None:
+        found = [factors(matrix, most) for matrix, most in zip(alone, largest, strict=True)]
+        left, right = _basis([task.left for task in found]), _basis([task.right for task in found])
+        self.merge_core(out, found, alphas, left, right)
 
     def merge_core(
         self,
@@ -44,12 +49,13 @@ class CoreTsvM(TsvM):
         that space are those outside, seen in the bases."""
         kept = min(left.shape[1], right.shape[1]) // len(tasks)
         cut = [replace(t, left=t.left[:, :kept], values=t.values[:kept], right=t.right[:, :kept]) for t in tasks]
-        super().merge(out, cut, alphas)
+        values = torch.cat([alpha * task.values for alpha, task in zip(alphas, cut, strict=True)])
+        left, right = (_orthogonal(torch.cat(sides, 1)) for sides in ([t.left for t in cut], [t.right for t in cut]))
+        fill(out, left * values, right)
 
     @staticmethod
     def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
-        numel, _, side = elements(shape)
-        return numel * (itemsize + 8) + 6 * side * side * 8
+        return held(shape, itemsize, 3, 1)
 
 
 class CoreIsoC(CoreTsvM):
@@ -80,5 +86,10 @@ def _basis(sides: Sequence[torch.Tensor]) -> torch.Tensor:
     columns = torch.cat(list(sides), 1)
     if not columns.shape[1]:
         return columns
-    sizes, directions = spectrum(columns.T)
+    sizes, directions = of_columns(columns)
     return columns @ (directions / sizes)
+
+
+def _orthogonal(columns: torch.Tensor) -> torch.Tensor:
+    """The matrix with orthonormal columns nearest to this one (k, r), in the directions that it has."""
+    return columns @ inverse_root(*of_columns(columns)) if columns.shape[1] else columns

@@ -13,6 +13,7 @@ the paper's code adds some there; we add nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +21,10 @@ import torch
 from rvdist.weights.arithmetic.matrices import (
     Chunks,
     Matrices,
+    Matrix,
     by_matrices,
-    elements,
-    gather,
-    multiply,
+    held,
+    inverse_root,
     spectrum,
 )
 from rvdist.weights.arithmetic.method import Place
@@ -32,24 +33,26 @@ from rvdist.weights.arithmetic.method import Place
 class IsoC(Matrices):
     """For any number of vectors."""
 
-    def change(self, place: Place, chunks: Chunks) -> torch.Tensor:
-        def weighted_sum(differences: list[torch.Tensor]) -> torch.Tensor:
+    def change(self, place: Place, chunks: Chunks, whole: torch.Tensor) -> None:
+        def weighted_sum(differences: list[torch.Tensor]) -> list[torch.Tensor]:
             total = torch.zeros_like(differences[0])
             for alpha, difference in zip(place.alphas, differences, strict=True):
                 total.add_(difference.mul_(alpha))
-            return total
+            return [total]
 
-        whole = gather(place, chunks, weighted_sum)
-        for matrix in by_matrices(place, whole):
-            if not matrix.isfinite().all():
-                matrix.fill_(torch.nan)  # it has no singular values, and is told of as any such result
+        for number, out in enumerate(by_matrices(place, whole)):
+            matrix = Matrix(place, chunks, number, weighted_sum)
+            (largest,) = matrix.largest()
+            if not math.isfinite(largest):
+                out.fill_(torch.nan)  # it has no singular values, and is told of as any such result
                 continue
-            values, left = spectrum(matrix)
-            mean = values.sum() / matrix.shape[0]
-            multiply((left * (mean / values)) @ left.T, matrix)
-        return whole
+            side, _ = matrix.shape
+            values, left = spectrum(side, (block for _, (block,) in matrix.blocks()), largest)
+            scaled = inverse_root(values, left, float(values.sum()) / side)
+            del left
+            for columns, (block,) in matrix.blocks():
+                out[:, columns] = scaled @ block
 
     @staticmethod
     def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
-        numel, _, side = elements(shape)
-        return numel * itemsize + 6 * side * side * 8
+        return held(shape, itemsize, 3, 1)

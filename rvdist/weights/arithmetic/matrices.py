@@ -1,8 +1,9 @@
 """Methods that see a tensor as a matrix, by its singular values.
 
-A matrix is held whole, in the working precision. It is decomposed by the eigenvalues of its smaller Gram matrix, in
-fp64, which takes a fraction of the time that singular values take. Directions below 10⁻⁶ of the largest singular value
-count as none: fp32 cannot tell them from rounding. A tensor of three or more dimensions is a stack of matrices.
+What is added to a matrix is held whole, in the working precision, and nothing else of its size: a matrix is read in
+panels of columns, as often as it is needed. It is decomposed by the eigenvalues of its smaller Gram matrix, in fp64 and
+in place, which takes a fraction of the time that singular values take. Directions below 10⁻⁶ of the largest singular
+value count as none: fp32 cannot tell them from rounding. A tensor of three or more dimensions is a stack of matrices.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,9 +19,11 @@ import torch
 
 from rvdist.weights.arithmetic.method import Place
 
-Chunks = Callable[[], Iterator[list[torch.Tensor]]]
+Chunks = Callable[..., Iterator[list[torch.Tensor]]]  # of the elements from the first given to before the second
 LEAST = 1e-6  # of the largest singular value: what is smaller is none
-_BLOCK = 1 << 20  # elements of a matrix that are widened at a time
+_PANEL = 16 << 20  # bytes of a matrix, of all that are read together, that are held at a time
+_BLOCK = 1 << 20  # elements of one that are widened at a time
+_SLACK = 64 << 20  # bytes that LAPACK and the allocator keep
 _LOCK = threading.Lock()
 _inside, _before = 0, 1  # how many are in `one_thread`, and torch's threads before the first
 
@@ -39,7 +42,9 @@ class Matrices(ABC):
         self._change = None  # before there is another
         if len(place.shape) > 1 and place.numel:
             with one_thread():
-                self._change = self.change(place, chunks)
+                dtype = next(chunks())[0].dtype
+                self._change = torch.empty(place.numel, dtype=dtype)  # takes memory as it is filled
+                self.change(place, chunks, self._change)
 
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
@@ -53,8 +58,8 @@ class Matrices(ABC):
         total.add_(mean.div_(len(differences)))
 
     @abstractmethod
-    def change(self, place: Place, chunks: Chunks) -> torch.Tensor:
-        """All elements of the change, 1-d, of the working dtype. `place.alphas` are those of the vectors."""
+    def change(self, place: Place, chunks: Chunks, whole: torch.Tensor) -> None:
+        """Fills all elements of the change: 1-d, of the working dtype. `place.alphas` are those of the vectors."""
 
     @staticmethod
     @abstractmethod
@@ -62,16 +67,76 @@ class Matrices(ABC):
         """About how much memory a tensor takes at most, `itemsize` that of the working dtype."""
 
 
-def gather(place: Place, chunks: Chunks, term: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-    """All elements of what `term` makes of each chunk's differences, 1-d."""
-    whole, begin = torch.empty(0), 0
-    for differences in chunks():
-        part = term(differences)
-        if not begin:
-            whole = torch.empty(place.numel, dtype=part.dtype)
-        whole[begin : begin + len(part)] = part
-        begin += len(part)
-    return whole
+class Matrix:
+    """One of the matrices in a tensor's elements, or several of its shape: `terms` makes them of each chunk's
+    differences. k × l with k ≤ l; one with more rows than columns is turned."""
+
+    def __init__(
+        self, place: Place, chunks: Chunks, number: int, terms: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+    ) -> None:
+        self._rows, self._width = place.shape[-2:]
+        self._first, self._chunks, self._terms = number * self._rows * self._width, chunks, terms
+        self._turned = self._rows > self._width
+        self.shape = min(place.shape[-2:]), max(place.shape[-2:])
+
+    def largest(self) -> list[float]:
+        """The largest magnitude in each; NaN where there is one."""
+        found: list[list[torch.Tensor]] = [
+            [one.abs().max() for one in terms] for _, terms in self._read(range(self._rows))
+        ]
+        return [float(torch.stack(each).max()) for each in zip(*found, strict=True)]
+
+    def blocks(self) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        """Some columns of each, (k, w) in fp64, and which they are: the same ones at every call."""
+        side, length = self.shape
+        width = max(1, _BLOCK // side)
+        for panel, begin in self._panels(width):
+            for start in range(0, panel[0].shape[1], width):
+                columns = slice(begin + start, min(begin + start + width, length))
+                yield columns, [one[:, start : start + width].double() for one in panel]
+
+    def _panels(self, multiple: int) -> Iterator[tuple[list[torch.Tensor], int]]:
+        """As many columns of each as are held at a time, in the dtype they come in, and the first one's number."""
+        side, length = self.shape
+        probe = next(self._read(range(1)))[1]
+        at_once = _PANEL // (side * len(probe) * probe[0].itemsize) // multiple * multiple or multiple
+        panel = [torch.empty(0)] * len(probe)
+        for begin in range(0, length, at_once):
+            own = range(begin, min(begin + at_once, length))
+            shape = (len(own), side) if self._turned else (side, len(own))
+            if panel[0].shape != shape:
+                panel = [one.new_empty(shape) for one in probe]
+            rows, columns = (own, range(side)) if self._turned else (range(side), own)
+            for start, terms in self._read(rows):
+                for one, found in zip(terms, panel, strict=True):
+                    _take(found, one, start - rows.start * self._width, self._width, columns)
+            yield [found.T for found in panel] if self._turned else panel, begin
+
+    def _read(self, rows: range) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Streams whole rows: the number of a chunk's first element in the matrix, and the terms."""
+        start, stop = rows.start * self._width, rows.stop * self._width
+        for differences in self._chunks(self._first + start, self._first + stop):
+            terms = self._terms(differences)
+            yield start, terms
+            start += len(terms[0])
+
+
+def _take(panel: torch.Tensor, elements: torch.Tensor, start: int, width: int, columns: range) -> None:
+    """Puts those that stand in these columns into the panel, of 1-d `elements` of rows of this width."""
+    row, column = divmod(start, width)
+    while len(elements):
+        if column or len(elements) < width:
+            taken = min(width - column, len(elements))
+            first, last = max(column, columns.start), min(column + taken, columns.stop)
+            if first < last:
+                own = elements[first - column : last - column]
+                panel[row, first - columns.start : last - columns.start] = own
+        else:
+            count = len(elements) // width
+            taken = count * width
+            panel[row : row + count] = elements[:taken].view(count, width)[:, columns.start : columns.stop]
+        row, column = divmod(row * width + column + taken, width)
+        elements = elements[taken:]
 
 
 def by_matrices(place: Place, whole: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -80,24 +145,39 @@ def by_matrices(place: Place, whole: torch.Tensor) -> Iterator[torch.Tensor]:
         yield matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
-def spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The singular values of a matrix (k, l), k ≤ l, largest first, and the left singular vectors as columns (k, r):
-    fp64, those r that are not none."""
-    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
-    scale = _power(matrix)
-    for columns in _blocks(matrix):
-        wide = matrix[:, columns].double() * scale
+def spectrum(side: int, blocks: Iterable[torch.Tensor], largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The singular values of a matrix (k, l), smallest first, and the left singular vectors as columns (k, r): fp64,
+    those r that are not none. It is given by blocks of its columns, and by its largest magnitude. Takes 24·k² bytes, of
+    which it leaves a third."""
+    gram = torch.zeros(side, side, dtype=torch.float64)
+    scale = _power(largest)
+    for block in blocks:
+        wide = block * scale
         gram.addmm_(wide, wide.T)
-    squares, vectors = torch.linalg.eigh(gram)
-    least = float(squares[-1].clamp(min=0)) * LEAST**2
-    first = int((squares <= least).sum())  # they come smallest first
-    return squares[first:].sqrt().flip(0) / scale, vectors[:, first:].flip(1)
+        del block, wide  # before LAPACK takes its share
+    squares, vectors = torch.empty(side, dtype=torch.float64), gram.T
+    torch.linalg.eigh(vectors, out=(squares, vectors))  # in place, in LAPACK's order
+    least = float(squares[-1].clamp(min=0)) * LEAST**2 if side else 0.0
+    first = int((squares <= least).sum())
+    return squares[first:].sqrt() / scale, vectors[:, first:]
 
 
-def _power(matrix: torch.Tensor) -> float:
+def inverse_root(values: torch.Tensor, vectors: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """factor · (M·Mᵀ)^(−1/2) by what `spectrum` found of M, which it overwrites."""
+    vectors.mul_((factor / values).sqrt())
+    return vectors @ vectors.T
+
+
+def of_columns(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`spectrum` of the transpose of a matrix that is held in fp64, of columns of about length 1."""
+    width = max(1, _BLOCK // max(1, columns.shape[1]))
+    starts = range(0, columns.shape[0], width)
+    return spectrum(columns.shape[1], (columns[start : start + width].T for start in starts), 1.0)
+
+
+def _power(largest: float) -> float:
     """A power of two that brings a matrix so near to 1 that no square of its singular values over- or underflows."""
-    most = max(float(matrix[:, columns].abs().max()) for columns in _blocks(matrix))
-    return 2.0 ** -max(-1000, min(1000, math.frexp(most)[1]))
+    return 2.0 ** -max(-1000, min(1000, math.frexp(largest)[1]))
 
 
 @dataclass(frozen=True)
@@ -109,39 +189,30 @@ class Factors:
     right: torch.Tensor
 
 
-def factors(matrix: torch.Tensor, most: int) -> Factors | None:
-    """At most so many of a matrix's singular values and vectors, those that are not none; None where it is not
-    finite."""
-    if not matrix.isfinite().all():
-        return None
-    values, left = (found[..., :most] for found in spectrum(matrix))
-    right = torch.empty(matrix.shape[1], len(values), dtype=torch.float64)
-    for columns in _blocks(matrix):
-        right[columns] = matrix[:, columns].double().T @ (left / values)
-    return Factors(left.clone(), values, right)  # not a view of all that were found
+def factors(matrix: Matrix, largest: float) -> Factors:
+    """A matrix's singular values and vectors, those that are not none."""
+    side, length = matrix.shape
+    values, left = (found.flip(-1) for found in spectrum(side, (block for _, (block,) in matrix.blocks()), largest))
+    right = torch.empty(length, len(values), dtype=torch.float64)
+    for columns, (block,) in matrix.blocks():
+        right[columns] = block.T @ (left / values)
+    return Factors(left, values, right)
 
 
 def fill(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """out = left @ right.T, rounded once."""
-    for columns in _blocks(out):
-        out[:, columns] = left @ right[columns].T
+    width = max(1, _BLOCK // max(1, out.shape[0]))
+    for begin in range(0, out.shape[1], width):
+        out[:, begin : begin + width] = left @ right[begin : begin + width].T
 
 
-def multiply(left: torch.Tensor, matrix: torch.Tensor) -> None:
-    """matrix = left @ matrix in fp64, rounded once, in place. `left`: (k, k), fp64."""
-    for columns in _blocks(matrix):
-        matrix[:, columns] = left @ matrix[:, columns].double()
-
-
-def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    width = max(1, _BLOCK // max(1, matrix.shape[0]))
-    for begin in range(0, matrix.shape[1], width):
-        yield slice(begin, begin + width)
-
-
-def elements(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Of a tensor of matrices: its elements, those of one matrix, and its smaller side."""
-    return math.prod(shape), shape[-2] * shape[-1], min(shape[-2:])
+def held(shape: Sequence[int], itemsize: int, while_found: int, while_added: int) -> int:
+    """About how many bytes are held at most for a tensor of matrices: so many times fp64's of a square of the smaller
+    side while what is added to a matrix is found, beside what is found of others, and while it is added up."""
+    numel, one, square = math.prod(shape), shape[-2] * shape[-1], min(shape[-2:]) ** 2 * 8
+    panels = min(_PANEL, 2 * one * itemsize) + min(4 * _BLOCK, 4 * one) * 8 + min(_SLACK, 8 * one * itemsize)
+    found = max((numel - one) * itemsize + while_found * square, numel * itemsize + while_added * square)
+    return found + panels
 
 
 @contextmanager

@@ -51,8 +51,9 @@ class Method(Protocol):
     elementwise_sum: bool
     surveys_base: bool
 
-    def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
-        """Looks at a whole tensor before `add` is called for its chunks. Each call of `chunks` streams all of it,
+    def survey(self, place: Place, chunks: Callable[..., Iterator[list[torch.Tensor]]]) -> None:
+        """Looks at a whole tensor before `add` is called for its chunks. Each call of `chunks` streams all of it, or
+        the elements from the first number it is given to before the second,
         one 1-d difference a vector and chunk, valid until the next, with the base before them where `surveys_base`.
         Only called for a method of `whole_tensors` (rvdist/core/method.py)."""
 

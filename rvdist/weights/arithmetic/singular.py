@@ -11,25 +11,26 @@ nearest to U and V, U·(Uᵀ·U)^(−1/2). Then
 
     r = t + U⊥·diag(σ)·V⊥ᵀ
 
-and of a tensor of one dimension r = t + Σ α_k·d_k / K. With every α equal to λ this is the paper's θ_0 + λ·Δ.
-Directions that are none, in d_k or among those of U and V, are left out; the paper's code takes arbitrary ones.
+where V_kᵀ = diag(σ_k)⁻¹·U_kᵀ·d_k is found anew for the columns that are computed, and never held. Of a tensor of one
+dimension r = t + Σ α_k·d_k / K. With every α equal to λ this is the paper's θ_0 + λ·Δ. Directions that are none, in d_k
+or among those of U and V, are left out; the paper's code takes arbitrary ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from rvdist.weights.arithmetic.matrices import (
     Chunks,
-    Factors,
     Matrices,
+    Matrix,
     by_matrices,
-    elements,
-    factors,
-    fill,
-    gather,
+    held,
+    inverse_root,
+    of_columns,
     spectrum,
 )
 from rvdist.weights.arithmetic.method import Place
@@ -38,43 +39,54 @@ from rvdist.weights.arithmetic.method import Place
 class TsvM(Matrices):
     """For any number of vectors."""
 
-    def change(self, place: Place, chunks: Chunks) -> torch.Tensor:
-        count = len(place.alphas)
-        whole = torch.empty(0)
-        found: list[list[Factors | None]] = []  # of every vector, of every matrix of the stack
-        for number in range(count):
-            del whole  # before there is another
-            whole = gather(place, chunks, lambda differences, number=number: differences[number])  # type: ignore[misc]
-            found.append([factors(matrix, self.kept(matrix.shape[0], count)) for matrix in by_matrices(place, whole)])
-        for matrix, tasks in zip(by_matrices(place, whole), zip(*found, strict=True), strict=True):
-            known = [task for task in tasks if task is not None]
-            if len(known) < count:
-                matrix.fill_(torch.nan)  # what is not finite has no singular values, and is told of as any such result
-                continue
-            self.merge(matrix, known, place.alphas)
-        return whole
+    def change(self, place: Place, chunks: Chunks, whole: torch.Tensor) -> None:
+        for number, out in enumerate(by_matrices(place, whole)):
+            tasks = Matrix(place, chunks, number, lambda differences: differences)
+            largest = tasks.largest()
+            if all(map(math.isfinite, largest)):
+                alone = [Matrix(place, chunks, number, lambda d, k=k: [d[k]]) for k in range(len(largest))]  # type: ignore[misc]
+                self.merge(out, tasks, alone, largest, place.alphas)
+            else:
+                out.fill_(torch.nan)  # what is not finite has no singular values, and is told of as any such result
 
-    def kept(self, side: int, count: int) -> int:
-        """How many singular vectors of each task are found."""
-        return side // count
+    def merge(
+        self,
+        out: torch.Tensor,
+        tasks: Matrix,
+        alone: Sequence[Matrix],
+        largest: Sequence[float],
+        alphas: Sequence[float],
+    ) -> None:
+        """Fills `out` with what the tasks' matrices come to: all of them together, each `alone`, and the largest
+        magnitude of each."""
+        side, _ = tasks.shape
+        lefts, sizes = [], []
+        for matrix, most in zip(alone, largest, strict=True):
+            values, vectors = spectrum(side, (block for _, (block,) in matrix.blocks()), most)
+            first = max(0, len(values) - side // len(alone))  # the smallest come first
+            lefts.append(vectors[:, first:].clone())
+            sizes.append(values[first:])
+            del vectors
+        left, values = torch.cat(lefts, 1), torch.cat(sizes)
+        del lefts
+        if not len(values):
+            out.zero_()
+            return
+        ends = [0, *torch.tensor([len(own) for own in sizes]).cumsum(0).tolist()]
 
-    def merge(self, out: torch.Tensor, tasks: Sequence[Factors], alphas: Sequence[float]) -> None:
-        """Fills `out` with what the tasks come to."""
-        values = torch.cat([alpha * task.values for alpha, task in zip(alphas, tasks, strict=True)])
-        left, right = (
-            orthogonal(torch.cat(sides, 1)) for sides in zip(*[(t.left, t.right) for t in tasks], strict=True)
-        )
-        fill(out, left * values, right)
+        def right(differences: Sequence[torch.Tensor]) -> torch.Tensor:
+            """Vᵀ in these columns."""
+            found = torch.empty(len(values), differences[0].shape[1], dtype=torch.float64)
+            for difference, begin, end in zip(differences, ends, ends[1:], strict=False):
+                torch.mm(left[:, begin:end].T, difference, out=found[begin:end])
+            return found.div_(values[:, None])
+
+        way = inverse_root(*spectrum(len(values), (right(blocks) for _, blocks in tasks.blocks()), 1.0))
+        way.mul_(torch.cat([alpha * own for alpha, own in zip(alphas, sizes, strict=True)])[:, None])
+        way = left @ (inverse_root(*of_columns(left)) @ way)
+        for columns, blocks in tasks.blocks():
+            out[:, columns] = way @ right(blocks)
 
     @staticmethod
     def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
-        numel, one, side = elements(shape)
-        return numel * (itemsize + 8) + (numel // one + 6) * side * side * 8 + 2 * one * 8
-
-
-def orthogonal(columns: torch.Tensor) -> torch.Tensor:
-    """The matrix with orthonormal columns nearest to this one (k, r), in the directions that it has."""
-    if not columns.shape[1]:
-        return columns
-    sizes, directions = spectrum(columns.T)
-    return columns @ ((directions / sizes) @ directions.T)
+        return held(shape, itemsize, 5, 2)
