@@ -29,6 +29,7 @@ from rvdist.core.config import VectorConfig
 PREFIX = "base_model.model."
 ADAPTED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj")
 RANK, LORA_ALPHA = 4, 10
+HEAD_MOVES = "adapts model.embed_tokens, and the head of target is its embedding"
 SKIPS = "only tensor names and shapes were compared"  # what is always said of an adapter alone
 LACKS = "lacks .* of the target's tensors"
 
@@ -163,7 +164,7 @@ def adapted_embedding(place: Path) -> Asked:
     asked = adapter(
         place, tensors | {f"{at}A": a, f"{at}B": b}, target_modules=["q_proj", "up_proj", "v_proj", "embed_tokens"]
     )
-    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS]), vector=asked)
+    return ask(place, Right(added(target, change), notes=[SKIPS, LACKS, HEAD_MOVES]), vector=asked)
 
 
 @situation(
@@ -300,17 +301,19 @@ def target_parameters(place: Path) -> Asked:
     "adapters",
     "trainable_token_indices: rows of the embedding that were trained whole",
     "none found",
-    refused=BY_NAME,
+    right="these rows, as peft's merge replaces them",
 )
 def trainable_tokens(place: Path) -> Asked:
-    rows = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(2, HIDDEN)}
-    return refused(
-        place,
-        factors() | rows,
-        "trainable_token_indices|trainable_tokens",
-        "merge_and_unload",
-        trainable_token_indices={"embed_tokens": [3, 4]},
-    )
+    name, rows = "model.embed_tokens", [4, 3]
+    values = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(8)) * 0.1
+    target, tensors = llama(), factors()
+    write(place / "target", target)
+    change = torch.zeros(ROWS, HIDDEN, dtype=torch.float64)
+    change[rows] = values.double() - target[f"{name}.weight"][rows].double()
+    tokens = {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": values}
+    asked = adapter(place, tensors | tokens, trainable_token_indices={"embed_tokens": rows})
+    out = added(target, deltas(tensors) | {f"{name}.weight": change})
+    return ask(place, Right(out, notes=["taken to be", LACKS, HEAD_MOVES]), vector=asked)
 
 
 @situation(
