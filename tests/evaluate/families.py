@@ -146,17 +146,29 @@ def make_family(kind: str, out: Path) -> Family:
     return Family(*paths)
 
 
-def make_deep(out: Path, layers: int) -> Family:
-    """A Llama whose bytes are nearly all in its many layers, of 3 M parameters each."""
+SMOL = {  # SmolLM2-135M, with 30 layers
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def make_deep(out: Path, layers: int, **shape: int) -> Family:
+    """A Llama whose bytes are nearly all in its many layers, of 3 M parameters each; or of another shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    known = {
+        "vocab_size": 70,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     config = LlamaConfig(
-        vocab_size=70,
-        hidden_size=512,
-        intermediate_size=1408,
+        **(known | shape),
         num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=1,

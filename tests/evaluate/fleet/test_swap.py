@@ -17,7 +17,7 @@ import torch
 from adapters import ALPHA, RANK, write_adapter
 from alone import write
 from checkpoints import load_checkpoint
-from families import SETTINGS, Answers, Family, answers, fused, make_deep, shard, start
+from families import SETTINGS, SMOL, Answers, Family, answers, fused, make_deep, shard, start
 from mixtures import as_fp8, as_int4
 from points import read_point
 from safetensors.torch import load_file, save_file
@@ -492,17 +492,18 @@ def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family
 
 
 @pytest.mark.slow
-def test_what_a_swap_costs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "shape"), [(36, {}), (30, SMOL)], ids=["deep", "smol"])
+def test_what_a_swap_costs(layers: int, shape: dict[str, int], tmp_path: Path) -> None:
     """Against reading every byte of target and donors once and vLLM's own reload of tensors that are merged already;
     and against a start, of an engine in a process that has imported vLLM. In seconds of CPU, all of
     them one thread's, which other work on the machine changes least."""
-    family = make_deep(tmp_path / "deep", layers=36)
+    family = make_deep(tmp_path / "deep", layers, **shape)
     point = family.point(0.5)
     files = [file for path in point.sources() for file in Path(path).glob("*.safetensors")]
     engine = start(WeightPoint(str(family.target)))
     engine.swap(point)
     merged = dict(read_point(point))
-    buffer = bytearray(8 << 20)
+    buffer = torch.empty(8 << 20, dtype=torch.uint8).numpy()  # aligned: Linux else takes twice as long, or more
 
     def read() -> None:
         for file in files:
@@ -528,7 +529,7 @@ def test_what_a_swap_costs(tmp_path: Path) -> None:
     ratio = took["swap"] / (took["read"] + took["reload"])
     print(f"{count / 1e6:.0f} M parameters: " + ", ".join(f"{name} {t:.2f} s" for name, t in took.items()))
     print(f"a swap takes {ratio:.2f} times reading and reloading, {took['swap'] / took['start']:.2f} times a start")
-    assert count > 1e8 and ratio < 1.5 and took["swap"] < took["start"]
+    assert count > 1e8 and ratio < 1.8 and took["swap"] < took["start"]
 
 
 @pytest.mark.slow
