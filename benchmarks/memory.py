@@ -1,12 +1,13 @@
 """That memory does not grow with the model: merges of sparse checkpoints into /dev/null.
 
-    python benchmarks/memory.py [--work DIR] [--layouts]
+    python benchmarks/memory.py [--work DIR] [--layouts | --vocabularies]
 
 Makes target, plus and minus of Llama-70B's shape (141 GB each) out of holes, which take no disk, and merges them with
 two workers into /dev/null; then plans, without reading tensors, merges of Llama-405B's and DeepSeek-V3's shapes for a
 cluster of 8 nodes. With --layouts, instead: layers of gpt-oss-120b's, Qwen3-235B's and DeepSeek-V3's experts, whose
-donors store them otherwise than the target. Peak anonymous memory (file-backed pages not counted) goes to
-benchmarks/README.md.
+donors store them otherwise than the target. With --vocabularies: an embedding and a head of 152,064 rows of 8,192, of
+models that have each token at another id, and a fifth of them not at all, padded. Peak anonymous memory (file-backed
+pages not counted) goes to benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -35,12 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rvdist-memory")
     parser.add_argument("--layouts", action="store_true")
+    parser.add_argument("--vocabularies", action="store_true")
     given = parser.parse_args()
     work: Path = given.work
     shutil.rmtree(work, ignore_errors=True)
     imports = int(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout)
     if given.layouts:
         across_layouts(work, imports)
+        return
+    if given.vocabularies:
+        across_vocabularies(work, imports)
         return
     rows = []
     for name, shape, shards, stages in (
@@ -115,6 +121,31 @@ def across_layouts(work: Path, imports: int) -> None:
     lines = [f"| {' | '.join(head)} |", "|---" * 7 + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     print("\n".join(lines))
     write_table("memory.py, layouts", lines)
+
+
+def across_vocabularies(work: Path, imports: int) -> None:
+    """A merge by token of embeddings and heads as wide as 70B's, in another order each."""
+    rows, width, chance, sources = 152_064, 8192, random.Random(0), {}
+    shape = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (rows, width)) | {
+        "model.norm.weight": (width,)
+    }
+    for part, left in (("target", 0), ("plus", 1), ("minus", 1)):
+        sources[part] = work / "vocabularies" / part
+        nbytes = shapes.write_checkpoint(sources[part], shape, 1, None, {"model_type": "llama", "vocab_size": rows})
+        tokens = [f"t{number}" for number in range(left * rows // 5, left * rows // 5 + rows)]
+        chance.shuffle(tokens)
+        model = {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []}
+        (sources[part] / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    more = ["merge.workers=2", "tokenizer={source: union, pad_to_multiple_of: 128}"]
+    subprocess.run([*command_of(sources, work, "merge"), *more], check=True)
+    shutil.rmtree(work / "vocabularies")
+    lines = [
+        "| rows | sparse checkpoints | anonymous, a worker | driver above its imports | rate |",
+        "|---|---|---|---|---|",
+        f"| {rows:,} × {width:,} | {nbytes / 1e9:.1f} GB × 3 | {' | '.join(measured(work, imports))} |",
+    ]
+    print("\n".join(lines))
+    write_table("memory.py, vocabularies", lines)
 
 
 if __name__ == "__main__":
