@@ -12,7 +12,7 @@ from typing import Any
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tied import is_tied
-from rvdist.weights.checkpoint.tokens import read_object
+from rvdist.weights.checkpoint.tokens import token_ids
 from rvdist.weights.configurations import compare_configs as differences
 
 Finding = tuple[list[str], list[str]]  # exceptions, refusals
@@ -65,20 +65,6 @@ def compare_tokenizers(base: Path, donor: Path) -> Finding:
     if ours != theirs:
         return [f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], []
     return [], []
-
-
-def token_ids(path: Path) -> dict[str, int] | None:
-    """token → id from tokenizer.json, or vocab.json, with added tokens; None where there is neither."""
-    if (path / "tokenizer.json").exists():
-        tokenizer = read_object(path / "tokenizer.json")
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        return dict(vocabulary) | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
-    if (path / "vocab.json").exists():
-        added = read_object(path / "added_tokens.json") if (path / "added_tokens.json").exists() else {}
-        return read_object(path / "vocab.json") | added
-    return None
 
 
 def judge_parts(stack: Stacked) -> Finding:

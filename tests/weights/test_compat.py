@@ -109,6 +109,26 @@ def test_a_different_tokenizer_is_refused_and_force_overrides(family):
         check(paths)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer.json", {"model": []}, "has no vocab"),
+        ("tokenizer.json", {"model": {"vocab": [1, ["a", 0.0]]}}, "has an entry that is no"),
+        ("tokenizer.json", {"model": {"vocab": {"a": [0]}}}, r"token 'a' has id \[0\], which is no row"),
+        ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": {"a": 1}}, "its added_tokens are no list"),
+        ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [{"content": []}]}, "an entry without content"),
+        ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [{"content": "a"}]}, "token 'a' has id None"),
+        ("vocab.json", {"a": "b"}, "token 'a' has id 'b'"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_sentence(family, file, content, reason):
+    paths = family()
+    (paths["plus"] / "tokenizer.json").unlink()
+    (paths["plus"] / file).write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=f"plus/{file}: .*{reason}"):
+        check(paths)
+
+
 def test_added_tokens_and_missing_tokenizers_are_noted(family):
     paths = family()
     edit(paths["plus"] / "tokenizer.json", added_tokens=[{"id": 2, "content": "<eos>"}, {"id": 3, "content": "<x>"}])

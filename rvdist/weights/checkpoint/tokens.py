@@ -111,28 +111,15 @@ def read_tokens(where: Path) -> Tokens:
         )
     content, config, legacy, digest = _read(where)
     model = content.get("model")
-    listed = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(listed, list):  # Unigram: [[token, score], …]
-        if not all(isinstance(one, list) and one and isinstance(one[0], str) for one in listed):
-            raise BadInput(f"{path}: its vocab has an entry that is no [token, score]; take the model's own")
-        ids: dict[str, Any] = {one[0]: number for number, one in enumerate(listed)}
-        if len(ids) < len(listed):
-            raise BadInput(f"{path}: its vocab has a token twice, so that it has no one id; take the model's own")
-    elif isinstance(listed, dict):
-        ids = dict(listed)
-    else:
-        raise BadInput(f"{path}: has no vocab; take the model's own")
+    ids = _of_model(path, content)
+    if isinstance(listed := model.get("vocab") if isinstance(model, dict) else None, list) and len(ids) < len(listed):
+        raise BadInput(f"{path}: its vocab has a token twice, so that it has no one id; take the model's own")
     own, added = len(ids), dict[str, Added]()
     merges = model.get("merges") if isinstance(model, dict) else None
     for count, what in ((own, "tokens"), (len(merges) if isinstance(merges, list) else 0, "merges")):
         if count > _MOST:
             raise BadInput(f"{path}: has {count:,} {what}, more than the {_MOST:,} that are read; take the model's own")
-    entries = content.get("added_tokens") or []
-    if not isinstance(entries, list):
-        raise BadInput(f"{path}: its added_tokens are no list; take the model's own")
-    for one in entries:
-        if not isinstance(one, dict) or not isinstance(one.get("content"), str) or not one["content"]:
-            raise BadInput(f"{path}: its added_tokens have an entry without content; take the model's own")
+    for one in _added_entries(path, content):
         token, number = one["content"], one.get("id")
         if token in added or ids.get(token, number) != number:
             raise BadInput(f"{path}: gives token {token!r} two ids; {_SAVE_AGAIN}")
@@ -154,6 +141,45 @@ def read_tokens(where: Path) -> Tokens:
     kind = model.get("type") if isinstance(model, dict) else None
     in_order = tuple(sorted(added.values(), key=lambda one: ids[one.content]))
     return Tokens(where, ids, in_order, own, str(kind), digest)
+
+
+def token_ids(where: Path) -> dict[str, int] | None:
+    """token → id of a directory's tokenizer.json, or of its vocab.json, with added tokens; None where there is neither.
+    Raises BadInput for ids that are no numbers."""
+    if (path := where / FILE).exists():
+        content = read_object(path)
+        ids = _of_model(path, content) | {one["content"]: one.get("id") for one in _added_entries(path, content)}
+    elif (path := where / "vocab.json").exists():
+        ids = read_object(path) | (read_object(where / _ADDED) if (where / _ADDED).exists() else {})
+    else:
+        return None
+    for token, number in ids.items():
+        _require_id(path, token, number)
+    return ids
+
+
+def _of_model(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the model's own tokens, whatever they are. Raises BadInput."""
+    model = content.get("model")
+    listed = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(listed, dict):
+        return dict(listed)
+    if not isinstance(listed, list):
+        raise BadInput(f"{path}: has no vocab; take the model's own")
+    if not all(isinstance(one, list) and one and isinstance(one[0], str) for one in listed):  # Unigram's
+        raise BadInput(f"{path}: its vocab has an entry that is no [token, score]; take the model's own")
+    return {one[0]: number for number, one in enumerate(listed)}
+
+
+def _added_entries(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens, each with its content. Raises BadInput."""
+    entries = content.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise BadInput(f"{path}: its added_tokens are no list; take the model's own")
+    for one in entries:
+        if not isinstance(one, dict) or not isinstance(one.get("content"), str) or not one["content"]:
+            raise BadInput(f"{path}: its added_tokens have an entry without content; take the model's own")
+    return entries
 
 
 def strip(tokens: Tokens, limit: int) -> Tokens:
@@ -265,14 +291,16 @@ def _strip(where: Path, content: dict[str, Any], limit: int) -> None:
 def _require_ids(path: Path, ids: Mapping[str, Any]) -> None:
     owner: dict[int, str] = {}
     for token, number in ids.items():
-        if type(number) is not int or not 0 <= number < _LAST:
-            raise BadInput(
-                f"{path}: token {token!r} has id {number!r}, which is no row of a model; take the model's own"
-            )
+        _require_id(path, token, number)
         if owner.setdefault(number, token) != token:
             raise BadInput(
                 f"{path}: tokens {owner[number]!r} and {token!r} both have id {number}; take the model's own"
             )
+
+
+def _require_id(path: Path, token: str, number: object) -> None:
+    if type(number) is not int or not 0 <= number < _LAST:
+        raise BadInput(f"{path}: token {token!r} has id {number!r}, which is no row of a model; take the model's own")
 
 
 def _require_known(path: Path, config: Mapping[str, Any], ids: Mapping[str, int]) -> None:
