@@ -175,8 +175,9 @@ def build_plan(
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
     kept = {point.base: sources[point.base] for directory, point in written.items() if not discards(directory)}
     beside = {base: digest_beside(source) for base, source in kept.items()}
+    stored = [form.dtype, *["allow_nonfinite"] * form.allow_nonfinite]  # so that nobody takes it for a finite one
     digests = tuple(
-        tuple(_digest(point, layout, sources, [form.dtype, beside.get(point.base)]) for point in output.points)
+        tuple(_digest(point, layout, sources, [*stored, beside.get(point.base)]) for point in output.points)
         for output, layout in zip(outputs, layouts, strict=True)
     )
     return Plan(tuple(outputs), form.dtype, tuple(layouts), digests, tuple(files))
@@ -231,7 +232,7 @@ def _reads(
 
 def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint], beside: list[str | None]) -> str:
     """Names what would be written: the point, its sources by their stamps and by their configurations, which say how
-    tensors lie; the files and how they are cut; what is written `beside` them."""
+    tensors lie; the files and how they are cut; how they are stored and what is written `beside` them."""
     configs = {source: sources[source].config for source in point.sources()}
     stamps = {source: [astuple(stamp) for stamp in sources[source].stamps.values()] for source in point.sources()}
     files = [(name, header.hex(), size) for name, (header, size) in layout.files.items()]

@@ -30,7 +30,7 @@ def group_alike(jobs: Sequence[Prepared]) -> list[list[Prepared]]:
     for one in jobs:
         settings = one.settings
         merge = asdict(settings.merge) | dict.fromkeys(("method", "density", "seed"))  # these are the points' own
-        stored = (astuple(settings.output_format), settings.overwrite, settings.allow_nonfinite)
+        stored = (astuple(settings.output_format), settings.overwrite)
         renamed = [pair for point in one.written.values() for pair in point.renames() if pair[1]]
         laid_out = [(name, layout) for name, source in one.sources.items() if (layout := layout_of(source))]
         remapped = [(name, made_of) for name, source in one.sources.items() if (made_of := map_of(source))]

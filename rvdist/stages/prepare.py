@@ -222,8 +222,8 @@ class _Index:
             first = self._laid_out.setdefault(source, laid_out)
             if layout_of(first) != layout_of(laid_out) or (layout_of(first) and source in bases | {point.base}):
                 raise BadInput(
-                    f"{source}: is wanted as it is, and in another layout of experts for {point.base}, or in two; "
-                    "run what wants it so by itself"
+                    f"{source}: is wanted as it is, and in another layout, or with other rows, for {point.base}, or in "
+                    "two; run what wants it so by itself"
                 )
             self.sources[source] = first
 

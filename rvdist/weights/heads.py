@@ -28,12 +28,13 @@ def check_tied_head(
         return
     _require_one_matrix(base, donor, coefficient)
     for embedding in filter(is_embedding, base.tensors):
-        names, moves = heads_of(embedding), coefficient(embedding)
-        if moves != coefficient(names[0]):
-            _require_both(base, mask, embedding, names)
+        likeliest, *others = heads_of(embedding)
+        names, moves = [likeliest, *(name for name in others if name in donor.tensors)], coefficient(embedding)
+        _require_both(base, mask, embedding, [name for name in names if coefficient(name) != moves])
+        if moves != coefficient(likeliest):
             if embedding in donor.tensors:
                 does = "moves" if moves else "stays"
-                yield f"{names[0]} {does} with {embedding}: the head of {base.path.name} {_BOTH}"
+                yield f"{likeliest} {does} with {embedding}: the head of {base.path.name} {_BOTH}"
         elif embedding in donor.tensors and moves and is_adapter(donor):
             adapted = f"{donor.path.name} adapts {embedding.removesuffix('.weight')}"
             yield f"{adapted}, and the head of {base.path.name} {_BOTH}: it moves too, as where peft merges"
@@ -42,9 +43,10 @@ def check_tied_head(
 def _require_both(base: Checkpoint, mask: Mask, embedding: str, heads: Sequence[str]) -> None:
     for key, patterns in (("include", mask.include), ("exclude", mask.exclude)):
         for pattern in patterns:
-            if not re.fullmatch(pattern, embedding) and any(re.fullmatch(pattern, head) for head in heads):
+            named = [head for head in heads if re.fullmatch(pattern, head)]
+            if named and not re.fullmatch(pattern, embedding):
                 raise BadInput(
-                    f"mask.{key}: {pattern!r} matches {heads[0]} and not {embedding}, and the head of {base.path} "
+                    f"mask.{key}: {pattern!r} matches {named[0]} and not {embedding}, and the head of {base.path} "
                     f"{_BOTH}, so that both move or neither; match {embedding} too, or neither"
                 )
 

@@ -197,6 +197,23 @@ def test_a_config_that_is_put_right_is_merged_anew(tmp_path):
     assert "already exists; choose another output" in said and "complete" not in said
 
 
+def test_an_output_that_may_be_infinite_is_none_that_must_be_finite(tmp_path):
+    """Finished with allow_nonfinite=true it is complete for that alone."""
+    for name, value in (("target", 60000.0), ("plus", 9000.0), ("minus", 0.0)):
+        write_checkpoint(tmp_path / name, {"w": torch.full((8,), value).half()})
+    asked = ("target=target", "vector.plus=plus", "vector.minus=minus", "output=out", "compat.force=true")
+
+    def run(*more: str) -> tuple[int, str]:
+        done = launch(*asked, *more, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("allow_nonfinite=true")[0] == 0 and load_checkpoint(tmp_path / "out")["w"].isinf().all()
+    status, said = run("allow_nonfinite=true")
+    assert status == 0 and "already complete" in said
+    status, said = run()
+    assert status == 2 and "already exists; choose another output" in said and "complete" not in said
+
+
 def test_which_rank_saved_which_file_names_what_they_hold(tmp_path):
     """Its name alone says where in a tensor the rows of a file lie."""
     files = [tmp_path / f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)]

@@ -62,6 +62,34 @@ def test_where_a_mask_means_one_of_the_two_it_is_told_what_the_other_does(tmp_pa
         assert [one.partition(":")[0] for one in said(point) if HEAD in one] == ([note] if note else [])
 
 
+@pytest.mark.parametrize(
+    ("mask", "refused"),
+    [
+        ({"exclude": (r"language_model\.lm_head\.weight",)}, True),
+        ({"include": (".*norm.*", r"language_model\.lm_head.*")}, True),
+        ({"exclude": (".*lm_head.*",)}, True),
+        ({"include": (".*embed_tokens.*", "language_model.lm_head.*")}, False),
+        ({"include": (".*embed_tokens.*", "lm_head.*")}, False),
+        ({"exclude": ("language_model.lm_head.*", ".*embed_tokens.*")}, False),
+        ({"include": (r"language_model\.model\.l.*",)}, False),
+    ],
+)
+def test_a_head_is_named_as_untied_donors_name_theirs(tmp_path, mask, refused):
+    base = tensors(0)
+    for name, seed in (("target", 0), ("plus", 1), ("minus", 2)):
+        own = near(base, seed) if seed else base
+        nested = {f"language_model.{at}" if "model" in at else at: tensor for at, tensor in own.items()}
+        heads = {"language_model.lm_head.weight": own[EMBEDDING] + 0.01} if seed else {}
+        config = {"model_type": "tiny", "hidden_size": 48, "tie_word_embeddings": not seed}
+        write_checkpoint(tmp_path / name, nested | heads, config=config)
+    point = masked(shifted({name: tmp_path / name for name in ("target", "plus", "minus")}), **mask)
+    if refused:
+        with pytest.raises(BadInput, match="lm_head.weight and not language_model.model.embed_tokens.weight"):
+            said(point)
+    else:
+        assert said(point)
+
+
 def test_beside_a_head_of_its_own_a_mask_may_name_either(tmp_path):
     base = tensors(0)
     for name, seed in (("target", 0), ("plus", 1), ("minus", 2)):

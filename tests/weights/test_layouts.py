@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import RANK, write_adapter
 from checkpoints import launch, load_checkpoint, near, write_checkpoint
 from mixtures import BIASED, CALLED, PLAIN, E, Weights, canonical, stored
 
@@ -115,6 +116,22 @@ def test_a_donor_that_two_targets_want_laid_out_otherwise_is_refused(tmp_path: P
     for asked in (points, points[::-1], [points[0], own], [own, points[0]]):
         job = Job(Config(target=asked[0].base, stages=["merge"], output="out"), None, "", Timing())
         with pytest.raises(BadInput, match="another layout"):
+            _Index(job, job.settings, Known()).add(asked)
+
+
+def test_an_adapter_of_square_experts_that_two_targets_want_otherwise_is_refused(tmp_path: Path) -> None:
+    """What the first target decides of it is not what the second is compared with."""
+    count, size, name = 3, 16, "model.layers.0.mlp.experts.down_proj"
+    for kind in ("mixtral", "gpt_oss"):
+        own = {name: torch.ones(count, size, size), "model.norm.weight": torch.ones(size)}
+        write_checkpoint(tmp_path / kind, own, config={"model_type": kind})
+    at = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+    pair = {at.format("A"): torch.ones(count * RANK, size), at.format("B"): torch.ones(size, count * RANK)}
+    adapter = str(write_adapter(tmp_path / "adapter", pair, target_parameters=["experts.down_proj"]))
+    points = [WeightPoint(str(tmp_path / kind), (Term(0.5, Vector(adapter)),)) for kind in ("mixtral", "gpt_oss")]
+    for asked in (points, points[::-1]):
+        job = Job(Config(target=asked[0].base, stages=["merge"], output="out"), None, "", Timing())
+        with pytest.raises(BadInput, match="in another layout"):
             _Index(job, job.settings, Known()).add(asked)
 
 

@@ -232,10 +232,11 @@ class BatchConfig:
 @dataclass(frozen=True)
 class OutputFormat:
     """How a checkpoint is stored: `dtype` of its floating-point tensors, as safetensors names it, and `max_shard_size`
-    of its files in bytes. None keeps the base's own."""
+    of its files in bytes. None keeps the base's own. `allow_nonfinite`: its values may be infinite or not a number."""
 
     dtype: str | None = None
     max_shard_size: int | None = None
+    allow_nonfinite: bool = False
 
 
 @dataclass
@@ -289,8 +290,9 @@ class Config:
 
     @property
     def output_format(self) -> OutputFormat:
-        """`dtype` and `max_shard_size`."""
-        return OutputFormat(DTYPES[self.dtype] if self.dtype else None, size(self.max_shard_size, "max_shard_size"))
+        """`dtype`, `max_shard_size` and `allow_nonfinite`."""
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        return OutputFormat(dtype, size(self.max_shard_size, "max_shard_size"), self.allow_nonfinite)
 
     @property
     def matrix_memory(self) -> int:
