@@ -57,7 +57,7 @@ def main(rows: int, columns: int) -> None:
         method = build(MethodSpec(name))
         assert isinstance(method, Matrices)
         seconds, nbytes = measured(lambda: method.survey(place, chunks))
-        told = method.bytes_held(place.shape, 2, 4)
+        told = method.bytes_held(place.shape, 0, 4)
         print(f"| {rows} × {columns} | `{name}` | {seconds:.1f} | {nbytes >> 20} MiB | {told >> 20} MiB |", flush=True)
 
     def whole() -> None:

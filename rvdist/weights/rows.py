@@ -56,7 +56,10 @@ def matrix_memory(
         used = [point.base, *(source for vector in changing for source in vector.sources())]
         stored = [sources[source].tensors[name].dtype for source in used] + [dtype] * bool(dtype)
         wide = any(ITEMSIZE[one] > 2 for one in stored if one)
-        nbytes = method.bytes_held(spec.shape, len(changing), 8 if wide else 4)
+        forms = [own.forms.get(name) for own in map(sources.get, used[1:]) if isinstance(own, Difference)]
+        ranks = [form.left.shape[-1] // form.count for form in forms if isinstance(form, LowRank)]
+        rank = sum(min(rank, *spec.shape[-2:]) for rank in ranks)
+        nbytes = method.bytes_held(spec.shape, rank, 8 if wide else 4)
         most = max(most, (nbytes, name, spec.shape))
     return most
 

@@ -86,7 +86,7 @@ class Deferred(torch.Tensor):
             return target.is_meta
         out = target.view(-1).as_subclass(torch.Tensor)
         if self._bounce:
-            row = self.shape[-1] if self.dim() > 1 else 1
+            row = max(1, self.shape[-1]) if self.dim() > 1 else 1
             self._bounce.copy(lambda start, part: self._fill(self._start + start, part), out, row)
         elif target.device.type == "cpu":
             self._fill(self._start, out)

@@ -54,8 +54,9 @@ class CoreTsvM(TsvM):
         fill(out, left * values, right)
 
     @staticmethod
-    def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
-        return held(shape, itemsize, 3, 1)
+    def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
+        factors_and_bases = rank * (7 * min(shape[-2:]) + 4 * max(shape[-2:])) * 8
+        return held(shape, itemsize, 3, 1) + factors_and_bases
 
 
 class CoreIsoC(CoreTsvM):

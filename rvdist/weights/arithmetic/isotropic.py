@@ -54,5 +54,5 @@ class IsoC(Matrices):
                 out[:, columns] = scaled @ block
 
     @staticmethod
-    def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
+    def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
         return held(shape, itemsize, 3, 1)

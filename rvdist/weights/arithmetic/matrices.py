@@ -63,8 +63,9 @@ class Matrices(ABC):
 
     @staticmethod
     @abstractmethod
-    def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
-        """About how much memory a tensor takes at most, `itemsize` that of the working dtype."""
+    def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
+        """About how much memory a tensor takes at most, `itemsize` that of the working dtype, and `rank` that of all
+        vectors together which are stored as factors."""
 
 
 class Matrix:

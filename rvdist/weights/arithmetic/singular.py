@@ -88,5 +88,5 @@ class TsvM(Matrices):
             out[:, columns] = way @ right(blocks)
 
     @staticmethod
-    def bytes_held(shape: Sequence[int], vectors: int, itemsize: int) -> int:
+    def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
         return held(shape, itemsize, 5, 2)

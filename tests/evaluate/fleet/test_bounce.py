@@ -86,7 +86,7 @@ def test_no_buffer_is_filled_before_it_has_been_copied(numel, nbytes, row):
 
 @pytest.fixture
 def point(tmp_path):
-    base = tensors(0)
+    base = tensors(0) | {"no_rows": torch.empty(0, 48).bfloat16(), "no_columns": torch.empty(5, 0).bfloat16()}
     weights = {"target": base, "plus": near(base, 1), "minus": near(base, 2)}
     paths = {name: str(write_checkpoint(tmp_path / name, own)) for name, own in weights.items()}
     return WeightPoint(paths["target"], (Term(0.5, Vector(paths["plus"], paths["minus"])),))
