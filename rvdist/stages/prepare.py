@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rvdist.core import cluster, config
-from rvdist.core.config import Config
+from rvdist.core.config import Config, OutputFormat
 from rvdist.core.errors import BadInput
 from rvdist.core.method import LINEAR
 from rvdist.core.point import Rename, Term, Vector, WeightPoint
@@ -25,7 +25,7 @@ from rvdist.weights.checkpoint.bound import settle, settle_vector
 from rvdist.weights.checkpoint.difference import is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
-from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
+from rvdist.weights.checkpoint.journal import is_complete
 from rvdist.weights.checkpoint.layouts import lay_out, layout_of
 from rvdist.weights.checkpoint.remapped import map_of
 from rvdist.weights.checkpoint.source import open_source
@@ -48,7 +48,7 @@ class Known:
     """What the jobs of a command find out or do once for all of them: who writes what, run directories that are begun
     and notes told of them, sources by name and renaming, and whether a point's vectors may be applied, whatever α."""
 
-    promised: dict[Path, WeightPoint] = field(default_factory=dict)
+    promised: dict[Path, tuple[WeightPoint, OutputFormat]] = field(default_factory=dict)
     repositories: dict[Path, str] = field(default_factory=dict)
     begun: set[Path] = field(default_factory=set)
     told: set[tuple[Path, str]] = field(default_factory=set)
@@ -122,12 +122,12 @@ def prepare(job: Job, known: Known) -> Prepared:
             companions(sources[written[output].base])
     saved = None
     if stored and vector:
-        from rvdist.weights.store import is_complete
+        from rvdist.weights.store import is_saved
 
         require_no_source(settings, [stored.directory], sources)
         with job.timing.phase("digest"):
             digested = config.cache_directory(settings) / "digests"
-            complete = is_complete(vector, sources, stored.directory, stored.storage, digested)
+            complete = is_saved(vector, sources, stored.directory, stored.storage, digested)
         if complete and not settings.overwrite:
             job.say(f"{stored.directory}: already complete")
         else:
@@ -139,7 +139,7 @@ def prepare(job: Job, known: Known) -> Prepared:
         with job.timing.phase("digest"):
             digests = _digests(settings, sources, index.notes)
     if "merge" in stages:
-        known.promised |= written
+        known.promised |= {output: (point, settings.output_format) for output, point in written.items()}
     return Prepared(
         job=job,
         settings=settings,
@@ -295,7 +295,8 @@ def _to_write(
     """What of the outputs is still to be written: not what an earlier run of the same plan has finished, nor what
     another job has promised."""
     plan = build_plan(outputs, sources, settings.output_format)
-    done = _finished_before(job, settings, plan) | _promised_by_others(outputs, known.promised)
+    asked = {output: (point, settings.output_format) for output, point in outputs.items()}
+    done = _finished_before(job, settings, plan) | _promised_by_others(asked, known.promised)
     return {output: point for output, point in outputs.items() if output not in done}
 
 
@@ -304,14 +305,15 @@ def _finished_before(job: Job, settings: Config, plan: Plan) -> set[Path]:
     finished = set()
     for output, digests in zip(plan.outputs, plan.digests, strict=True):
         for directory, digest in zip(output.directories, digests, strict=True):
-            manifest = directory / MANIFEST
-            if not settings.overwrite and manifest.exists() and Manifest.read(directory).plan == digest:
+            if not settings.overwrite and is_complete(directory, digest):
                 job.say(f"{directory}: already complete")
                 finished.add(directory)
     return finished
 
 
-def _promised_by_others(written: Mapping[Path, WeightPoint], promised: Mapping[Path, WeightPoint]) -> set[Path]:
+def _promised_by_others(
+    written: Mapping[Path, tuple[WeightPoint, OutputFormat]], promised: Mapping[Path, tuple[WeightPoint, OutputFormat]]
+) -> set[Path]:
     shared = {output for output in written if output in promised and not discards(output)}
     for output in shared:
         if written[output] != promised[output]:

@@ -31,7 +31,7 @@ from rvdist.weights.checkpoint.difference import BLOCK, is_adapter, needs_base
 from rvdist.weights.checkpoint.digest import checkpoint_digest, digest_beside
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
-from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
+from rvdist.weights.checkpoint.journal import is_complete
 from rvdist.weights.checkpoint.staging import Staging, carry_over, write_index
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSIONS, as_vector, part_names
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
@@ -78,7 +78,7 @@ def save(
     """
     asked = _ask([sources[source] for source in vector.sources()], storage, digests)
     donors = asked.donors
-    if not overwrite and _holds(output, asked):
+    if not overwrite and is_complete(output, asked.plan):
         say(f"{output}: already complete")
         return
     staging = Staging(output, asked.plan, overwrite, key)
@@ -147,16 +147,12 @@ def _describe(
     return 0
 
 
-def is_complete(
+def is_saved(
     vector: Vector, sources: Mapping[str, Checkpoint], output: Path, storage: Storage, digests: Path | None = None
 ) -> bool:
     """Whether `save` has written this vector there before. Writes nothing but `digests`. Raises BadInput for donors of
     which there is nothing to save."""
-    return _holds(output, _ask([sources[source] for source in vector.sources()], storage, digests))
-
-
-def _holds(output: Path, asked: _Asked) -> bool:
-    return (output / MANIFEST).exists() and Manifest.read(output).plan == asked.plan
+    return is_complete(output, _ask([sources[source] for source in vector.sources()], storage, digests).plan)
 
 
 @dataclass(frozen=True)

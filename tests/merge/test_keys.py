@@ -163,7 +163,7 @@ def test_what_stands_in_files_names_a_stored_vector(family):
     def is_named(storage: Storage = EXACT) -> bool:
         vector = Vector(str(family / "plus"), str(family / "minus"))
         sources = {source: open_source(source) for source in vector.sources()}
-        return store.is_complete(vector, sources, family / "vector", storage)
+        return store.is_saved(vector, sources, family / "vector", storage)
 
     assert is_named() and not any(map(is_named, (Storage("BF16"), Storage(rank=2), Storage(density=0.5))))
     for what, (source, file, said) in VECTORS.items():
@@ -212,6 +212,31 @@ def test_an_output_that_may_be_infinite_is_none_that_must_be_finite(tmp_path):
     assert status == 0 and "already complete" in said
     status, said = run()
     assert status == 2 and "already exists; choose another output" in said and "complete" not in said
+
+
+def test_an_output_or_a_vector_that_lost_a_file_is_not_complete(family):
+    asked = ("target=target", "vector.plus=plus", "vector.minus=minus", "stages=[merge]", "output=out", "vector.save=v")
+
+    def run() -> tuple[int, str]:
+        done = launch(*asked, cwd=family)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run()[0] == 0
+    for file in (family / "out/model.safetensors", next((family / "v").glob("*.safetensors"))):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        status, said = run()
+        assert status == 2 and f"{file.parent}: already exists; choose another" in said, said
+        file.write_bytes(whole)
+    status, said = run()
+    assert status == 0 and said.count("already complete") == 2
+
+
+def test_jobs_that_write_one_output_otherwise_are_refused(family):
+    """In another dtype: the second was left out without a word."""
+    asked = ("-m", "target=target", "vector.plus=plus", "vector.minus=minus", "stages=[merge]", "output=out")
+    done = launch(*asked, "dtype=null,float32", "hydra.sweep.dir=sweep", cwd=family)
+    assert done.returncode == 1 and "several jobs would write" in done.stderr, done.stderr
 
 
 def test_which_rank_saved_which_file_names_what_they_hold(tmp_path):

@@ -176,3 +176,15 @@ class Manifest:
             return cls(str(content["plan"]), ranges, str(content.get("seal", "")))
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{path}: is damaged; merge again") from None
+
+
+def is_complete(directory: Path, plan: str) -> bool:
+    """Whether this plan was carried out there, and every weight file is still as long as it was written; its bytes are
+    not read. Raises BadInput where the manifest is damaged."""
+    if not (directory / MANIFEST).exists():
+        return False
+    manifest, sizes = Manifest.read(directory), dict[str, int]()
+    for written in manifest.ranges:
+        sizes[written.file] = max(sizes.get(written.file, 0), written.start + written.nbytes)
+    files = ((directory / file, size) for file, size in sizes.items())
+    return manifest.plan == plan and all(path.is_file() and path.stat().st_size == size for path, size in files)
