@@ -22,7 +22,7 @@ import ray_workers
 from checkpoints import POCKET, write_family
 from guarantees import COLLECTED, cases, claims
 
-_SHARES = {"heavy": 2, "fast": 2}  # of which `make test` runs some beside each other
+_SHARES = {"heavy": 2, "fast": 3}  # of which `make test` runs some beside each other
 _STATUS = pytest.StashKey[int]()
 _WITHOUT = Path(__file__).with_name("without")
 _SHARED = {"ray_local", "families", "nodes"}  # a Ray or engines in the process of the tests

@@ -275,7 +275,8 @@ def test_a_multirun_over_alpha(place):
 def test_help_and_the_composed_configuration(place):
     shown = launch("--help", cwd=place)
     assert shown.returncode == 0 and "benchmarks: none, pa" in shown.stdout and "search: none, racing" in shown.stdout
-    assert "method: dare, linear, ties" in shown.stdout and "density: 1.0" in shown.stdout
+    assert "method: core_space, core_space_iso, dare, iso_c, linear, ties, tsv_m" in shown.stdout
+    assert "density: 1.0" in shown.stdout
     composed = launch("experiment=demo", "--cfg", "job", cwd=place)
     assert composed.returncode == 0 and "pocket_sums" in composed.stdout
 

@@ -211,6 +211,7 @@ def _find_cluster() -> str:
         raise BadInput(
             f"cluster.address=auto: this machine belongs to several Ray clusters ({', '.join(addresses)}); name one"
         )
+    _require_listener(addresses[0], "cluster.address")  # asking for a token takes 40 s where nobody answers
     if _MODE not in os.environ:
         _settled = True
         if private_ray.takes_token(addresses[0]):
