@@ -35,8 +35,9 @@ def by_value(request):
 
 
 class Fake:
-    """Answers at once, but for what `faults` say of a point, of a slice's begin or of a start: what happens there, and
-    how many times. What happened is counted in files of the directory `seen`, which all engines share."""
+    """Answers at once, but for what `faults` say of a point, of a slice's begin (at any point, or at that of so many
+    terms) or of a start: what happens there, and how many times. What happened is counted in files of the directory
+    `seen`, which all engines share."""
 
     def __init__(self, base, settings):
         self.seen, self.faults = settings
@@ -77,6 +78,7 @@ class Fake:
         if piece.point == OTHER:
             self._happen("swap")
         self._happen(f"at{piece.parts[0].begin}")
+        self._happen(f"at{piece.parts[0].begin}-of-{len(piece.point.terms)}")
         text = f"{len(piece.point.terms)} "
         return Answered(tuple(Completion(text + one.prompt, "stop", 3, 2) for one in requests), 0, 0.01), 0.0
 
@@ -136,7 +138,7 @@ def test_a_fleet_that_is_stopped_holds_nothing_of_rays(ray_local, tmp_path):
 
 
 def test_a_slice_on_which_two_engines_raise_is_named_after_all_else_is_answered(ray_local, tmp_path):
-    fleet, kept = Fleet("base", (str(tmp_path), {"at8": ("raise", 2)}), 2, cpus=0.1, actor=Fake), {}
+    fleet, kept = Fleet("base", (str(tmp_path), {"at8-of-0": ("raise", 2)}), 2, cpus=0.1, actor=Fake), {}
     with pytest.raises(Failed, match=r"2 engines failed on each .*: t 8 to 11; the last of t 8: .*out of memory"):
         fleet.answer(
             SLICES, REQUESTS, lambda came: kept.update({piece: found.answers for piece, found in came.items()})
