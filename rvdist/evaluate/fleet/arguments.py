@@ -107,9 +107,9 @@ class EngineSettings:
     `kv_cache_gib` (GiB a rank, on CPUs zeroed at start: two seconds a GiB). `cpu_threads` counts on CPUs, where a
     thread too many on a busy machine costs far more than one too few. `truncate`: cut prompts that do not fit from
     the left, not raise. `allow_nonfinite`: weights that are infinite or NaN are served. `prefix_caching`: texts of one
-    slice share what they begin with. `readers`: threads of a rank that read a point, and
-    `arithmetic`: whether on the `cpu` or, `cuda`, on the card it is summed, neither of which changes an answer. `args`:
-    what else vLLM is started with, as `further_arguments` gives it.
+    slice share what they begin with. So many `readers`, threads of a rank, read a point; its `arithmetic` is the
+    `cpu`'s or, `cuda`, the card's; neither changes an answer. `args`: what else vLLM is started with, as
+    `further_arguments` gives it.
     """
 
     tensor_parallel_size: int = 1

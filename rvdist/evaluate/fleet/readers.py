@@ -81,10 +81,11 @@ class Readers:
 
     def _share(self, numel: int, row: int, part: _Fill) -> None:
         """Has each reader do whole rows of what `numel` elements there are, at least a chunk of them."""
-        count = max(1, min(self._count, numel // CHUNK, numel // max(1, row)))
+        rows = numel // max(1, row)
+        count = max(1, min(self._count, numel // CHUNK, rows))
         while len(self._all) < count:
             self._all.append(self._open())
-        cuts = [numel // row * k // count * row for k in range(count)] + [numel] if count > 1 else [0, numel]
+        cuts = [rows * k // count * row for k in range(count)] + [numel]
         others = [self._pool.submit(part, self._all[k], cuts[k], cuts[k + 1]) for k in range(1, count) if self._pool]
         try:
             part(self._all[0], cuts[0], cuts[1])

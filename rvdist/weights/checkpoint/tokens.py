@@ -17,10 +17,7 @@ from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import parse_object, read_small
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_SPECIAL_MAP, _ADDED = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-)  # read too, by transformers
+_SPECIAL_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"  # transformers reads these too
 _BYTES, _SMALL = 48 << 20, 4 << 20  # of what has a vocabulary, of other files; the largest have 33 and 1.2 MB
 _VALUES = 3 << 20  # of JSON: tokens, and two of each merge; the largest have 1.4 million
 _MOST = 1 << 20  # tokens, or merges; the largest tokenizers have 0.9 million
