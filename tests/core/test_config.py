@@ -384,13 +384,14 @@ def test_on_what_engines_compute(asked, gpus, build, device):
             config.engine_device(asked, gpus, build)
 
 
-def test_engines_on_cpus_have_no_arithmetic_of_a_card():
-    asked = settings(engine=EngineConfig(device="cpu", arithmetic="cuda"))
-    with pytest.raises(
-        BadInput, match="engine.arithmetic=cuda: engines compute on CPUs here; set engine.arithmetic=cpu"
-    ):
-        config.engine_device(asked, 8, "cpu")
-    assert config.engine_device(settings(engine=EngineConfig(arithmetic="cuda")), 8, "cuda") == "cuda"
+@pytest.mark.parametrize(
+    ("key", "value", "way"),
+    [("arithmetic", "cuda", "set engine.arithmetic=cpu"), ("accelerator_type", "H100", "leave it")],
+)
+def test_engines_on_cpus_have_nothing_of_a_card(key, value, way):
+    with pytest.raises(BadInput, match=f"engine.{key}={value}: engines compute on CPUs here; {way}"):
+        config.engine_device(settings(engine=EngineConfig(device="cpu", **{key: value})), 8, "cpu")
+    assert config.engine_device(settings(engine=EngineConfig(**{key: value})), 8, "cuda") == "cuda"
 
 
 def test_engines_on_cpus_take_no_gpu_that_is_there():

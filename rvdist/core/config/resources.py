@@ -138,6 +138,8 @@ def engine_device(config: Config, gpus: int, build: str | None) -> str:
         )
     if chosen == "cpu" and config.engine.arithmetic == "cuda":
         raise BadInput("engine.arithmetic=cuda: engines compute on CPUs here; set engine.arithmetic=cpu")
+    if chosen == "cpu" and (kind := config.engine.accelerator_type):
+        raise BadInput(f"engine.accelerator_type={kind}: engines compute on CPUs here; leave it out")
     if build is not None and build != chosen:
         reason = f"engine.device={chosen}" if asked != "auto" else f"the cluster has {'GPUs' if gpus else 'no GPU'}"
         ways = {
