@@ -233,10 +233,15 @@ def test_an_output_or_a_vector_that_lost_a_file_is_not_complete(family):
 
 
 def test_jobs_that_write_one_output_otherwise_are_refused(family):
-    """In another dtype: the second was left out without a word."""
-    asked = ("-m", "target=target", "vector.plus=plus", "vector.minus=minus", "stages=[merge]", "output=out")
-    done = launch(*asked, "dtype=null,float32", "hydra.sweep.dir=sweep", cwd=family)
-    assert done.returncode == 1 and "several jobs would write" in done.stderr, done.stderr
+    """In another dtype: the second was left out without a word. Also where a link spells it in another way; what would
+    be the same is written once."""
+    (family / "link").symlink_to(family)
+    asked = ("-m", "target=target", "vector.plus=plus", "vector.minus=minus", "stages=[merge]", "hydra.sweep.dir=sweep")
+    for number, spelled in enumerate(("output=out0", "output=out1,link/out1")):
+        done = launch(*asked, spelled, "dtype=null,float32", cwd=family)
+        assert done.returncode == 1 and f"would write {family}/{'link/' * number}out{number};" in done.stderr
+    done = launch(*asked, "output=out2,link/out2", cwd=family)
+    assert done.returncode == 0 and (family / "out2/model.safetensors").exists(), done.stderr
 
 
 def test_which_rank_saved_which_file_names_what_they_hold(tmp_path):
