@@ -19,6 +19,7 @@ from rvdist.weights.arithmetic.method import (
     Place,
     Scratch,
     combine,
+    combine_files,
     count_nonfinite,
     unify_nans,
     working_dtype,
@@ -73,11 +74,12 @@ class PointReader:
         self._lanes = lanes or open_lanes(device, buffers_of(points))
         self._scratch = Scratch(CHUNK)
         self._prepared = ""  # the tensor that the methods saw last
+        self._bytes_read = 0  # by compiled loops
 
     @property
     def bytes_read(self) -> int:
         """Of all sources so far."""
-        return self._values.bytes_read
+        return self._values.bytes_read + self._bytes_read
 
     def output_dtype(self, spec: TensorSpec) -> torch.dtype:
         """The dtype that a tensor of the base is computed to."""
@@ -115,11 +117,13 @@ class PointReader:
         """Writes as many elements of tensor `name`, from `start` on, of the only point as `out` has: 1-d, of the output
         dtype, and on the CPU or on the reader's device."""
         (point,), stop = self.points, start + out.numel()
-        _, _, (copied,) = self._prepare(name)
+        (recipe,), (work,), (copied,) = self._prepare(name)
         if copied and self._device == "cpu":
             self._values.operands[point.base].read(name, start, stop, out.view(torch.uint8))
             for begin in range(0, out.numel(), CHUNK):
                 self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
+            return
+        if recipe and work == torch.float32 and self._fill_from_files(name, start, recipe, out):
             return
         row = self._row(name)
         first, last = start // row * row, -(-stop // row) * row
@@ -134,6 +138,27 @@ class PointReader:
                 out[begin - start : begin - start + result.numel()].copy_(result)
         if self.nonfinite[0] > before:
             self.spoiled.setdefault(name)
+
+    def _fill_from_files(self, name: str, start: int, recipe: Recipe, out: torch.Tensor) -> bool:
+        """`fill` where all tensors are bf16, lie in files as they are, and can be read as they are summed. Whether it
+        was done."""
+        (point,), (method,) = self.points, self._methods
+        sources = list(dict.fromkeys([point.base, *_donors(vector for _, vector in recipe)]))
+        operands = [self._values.operands[source] for source in sources]
+        if self._device != "cpu" or any(operand.dtype(name) != torch.bfloat16 for operand in operands):
+            return False
+        files = [file for operand in operands if (file := operand.file(name, start, start + out.numel()))]
+        if len(files) < len(sources) or any(vector.minus is None for _, vector in recipe):
+            return False
+        terms = [(alpha, sources.index(v.plus), sources.index(v.minus or "")) for alpha, v in recipe]
+        count = combine_files(method, files, terms, out, self._scratch)
+        if count is None:
+            return False
+        self._bytes_read += len(files) * out.nbytes
+        self._note(name, count)
+        if count:
+            unify_nans(out)
+        return True
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
         """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in

@@ -32,6 +32,12 @@ class Operand:
         BadInput where a file cannot be used, Failed where the Hub does not answer."""
         return self._files.read(self._tensors[name], begin, end, buffer)
 
+    def file(self, name: str, begin: int, end: int) -> tuple[int, int] | None:
+        """The descriptor of the file in which elements [begin, end) of a tensor lie as they are, and the byte where
+        they begin; None where they lie otherwise. Raises as `read` does."""
+        spec = self._tensors[name]
+        return self._files.locate(spec, begin) if type(self) is Operand and end <= spec.numel else None
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that elements of a tensor are read in."""
         return TORCH_DTYPE[self._tensors[name].dtype]

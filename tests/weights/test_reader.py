@@ -1,12 +1,15 @@
+from contextlib import closing
 from pathlib import Path
 
+import pytest
 import torch
-from checkpoints import load_checkpoint
+from checkpoints import load_checkpoint, write_checkpoint
 from points import read_point
 
+from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.reader import CHUNK, PointReader
+from rvdist.weights.reader import CHUNK, PointReader, open_point
 
 
 def test_a_point_streams_as_whole_tensors_would_be_computed(family):
@@ -48,3 +51,46 @@ def test_alpha_zero_reads_the_base_alone_and_equals_it(family):
     ((_, (chunk,)),) = reader.chunks("model.norm.weight", 0, 48)
     assert torch.equal(chunk, load_checkpoint(Path(paths["target"]))["model.norm.weight"])
     assert reader.bytes_read == 48 * 2
+
+
+NUMEL = 3 * (2 * CHUNK // 3 + 4115)
+
+
+def sum_of_every_bit_pattern(place: Path, donors: int, rows: int = 0) -> WeightPoint:
+    """Of vectors that share a donor, each with another number at a place; the last donor may have fewer rows."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    paths = []
+    for k in range(donors + 1):
+        shuffled = torch.cat([patterns[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(k))]] * 9)
+        tensor = shuffled[:NUMEL].view(-1, 3)
+        tensor = tensor[:rows].clone() if rows and k == donors else tensor
+        paths.append(str(write_checkpoint(place / str(k), {"one.weight": tensor, "same.weight": tensor[:5].clone()})))
+    target, first, *others = paths
+    return WeightPoint(target, tuple(Term(0.3 * (k + 1), Vector(first, one)) for k, one in enumerate(others)))
+
+
+@pytest.mark.parametrize(("donors", "rows"), [(2, 0), (4, 0), (2, 70_001)], ids=["one", "several", "fewer rows"])
+def test_what_is_summed_as_it_is_read_is_what_chunks_are(tmp_path, donors, rows):
+    point = sum_of_every_bit_pattern(tmp_path, donors, rows)
+    name, numel = "one.weight", NUMEL
+    with closing(open_point(point)) as reader, closing(open_point(point)) as other:
+        for start, stop in ((0, numel), (7, numel - 1), (CHUNK, CHUNK + 1), (5, 5)):
+            found, wanted = torch.zeros(stop - start).bfloat16(), torch.zeros(stop - start).bfloat16()
+            reader.fill(name, start, found)
+            for begin, (chunk,) in other.chunks(name, start, stop):
+                wanted[begin - start : begin - start + len(chunk)] = chunk
+            assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+            assert reader.nonfinite == other.nonfinite and reader.bytes_read == other.bytes_read
+            at_once = stop - start if not rows or stop <= 3 * rows else 0
+            assert reader._bytes_read >= (donors + 1) * 2 * at_once, "a compiled loop read it"
+        assert reader.nonfinite[0] > 0 and name in reader.spoiled
+
+
+def test_a_file_that_ends_too_early_while_it_is_summed_is_named(tmp_path):
+    point = sum_of_every_bit_pattern(tmp_path, 2)
+    with closing(open_point(point)) as reader:
+        file = Path(point.terms[0].vector.plus) / "model.safetensors"
+        with open(file, "r+b") as stream:
+            stream.truncate(file.stat().st_size // 2)
+        with pytest.raises(BadInput, match=rf"{file}: ends inside tensor one.weight"):
+            reader.fill("one.weight", 0, torch.empty(2 * CHUNK).bfloat16())

@@ -69,12 +69,12 @@ class Scratch:
     fault for each 4 KiB, which is more than the arithmetic."""
 
     def __init__(self, numel: int, device: str = "cpu") -> None:
-        self._numel, self._device = numel, device
+        self.numel, self._device = numel, device
         self._buffers: list[torch.Tensor] = []
 
     def __call__(self, place: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         while len(self._buffers) <= place:
-            self._buffers.append(torch.empty(self._numel * 8, dtype=torch.uint8, device=self._device))
+            self._buffers.append(torch.empty(self.numel * 8, dtype=torch.uint8, device=self._device))
         return self._buffers[place][: numel * dtype.itemsize].view(dtype)
 
 
@@ -138,6 +138,23 @@ def combine(
     method.add(total, [alpha for alpha, _, _ in differences], taken, place or Place("", n))
     out.copy_(total)
     return _count(out, scratch)
+
+
+def combine_files(
+    method: Method,
+    files: Sequence[tuple[int, int]],
+    differences: Sequence[tuple[float, int, int]],
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> int | None:
+    """What `combine` does in fp32, of bf16 tensors that are read meanwhile: `files` are the base's and those of plus
+    and minus of each difference, which has their places; each is a descriptor and the byte where it begins. None where
+    that cannot be done: they are to be read and combined then."""
+    if not (fused and method.elementwise_sum and fused.applies([out])):
+        return None
+    size = min(scratch.numel, 1 << (4 * scratch.numel // len(files)).bit_length() - 1)
+    buffers = scratch(0, len(files) * size, torch.bfloat16).view(len(files), size)
+    return fused.linear_of_files(files, differences, out, buffers)
 
 
 def _count(out: torch.Tensor, scratch: Scratch) -> Count:

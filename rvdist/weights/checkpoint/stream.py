@@ -64,6 +64,14 @@ class TensorFiles:
         self.bytes_read += view.numel()
         return view.view(dtype)
 
+    def locate(self, spec: TensorSpec, start: int) -> tuple[int, int] | None:
+        """The descriptor of a tensor's file, and the byte where its element `start` is; None where it is in pieces, or
+        read by ranges. Raises as `read` does."""
+        if isinstance(spec, Assembled) or (self._ranges and spec.file in self._ranges.files):
+            return None
+        with self._explain_errors(spec):
+            return self._descriptor(spec.file), spec.offset + start * TORCH_DTYPE[spec.dtype].itemsize
+
     def read_columns(self, spec: TensorSpec, rows: range, columns: range, buffer: torch.Tensor) -> torch.Tensor:
         """The same of some columns of some rows, and of no others. Of several matrices all rows are counted on."""
         dtype, width = TORCH_DTYPE[spec.dtype], spec.shape[-1]
