@@ -625,7 +625,7 @@ def target_is_here(place: Path) -> Asked:
 
 @situation(
     "mistakes", "a RAY_TMPDIR whose name is too long for the sockets of Ray", "verl-project/verl#1120",
-    refused="says to set a shorter one",
+    refused="says to set a shorter one", heavy=True,
 )  # fmt: skip
 def long_temporary_directory(place: Path) -> Asked:
     plain(place)

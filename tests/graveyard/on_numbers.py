@@ -261,7 +261,7 @@ def mxfp4(place: Path) -> Asked:
 
 def alone(number: int) -> MergeConfig:
     """Settings of its own: what fails on the way is not merged together with others."""
-    return MergeConfig(workers=1, threads=1 + number)
+    return MergeConfig(threads=1 + number)
 
 
 def spoiled(place: Path, roles: tuple[str, ...], name: str, value: float) -> None:

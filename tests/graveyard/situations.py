@@ -90,7 +90,7 @@ class Asked:
 @dataclass(frozen=True)
 class Situation:
     """`what` it is; the public `report` it is taken from, as OWNER/REPO#NUMBER or an address; what we do: `right` or
-    `refused` say how. `todo`: why it does not come out so yet; `slow`: it needs an engine."""
+    `refused` say how. `todo`: why it does not come out so yet; `slow`: it needs an engine; `heavy`: Ray."""
 
     name: str
     group: str
@@ -101,19 +101,20 @@ class Situation:
     build: Callable[[Path], Asked]
     todo: str = ""
     slow: bool = False
+    heavy: bool = False
 
 
 SITUATIONS: list[Situation] = []
 
 
 def situation(
-    group: str, what: str, report: str, *, right: str = "", refused: str = "", todo: str = "", slow: bool = False
+    group: str, what: str, report: str, *, right: str = "", refused: str = "", **more: Any
 ) -> Callable[[Callable[[Path], Asked]], Callable[[Path], Asked]]:
     """Enters a builder, whose name is the situation's."""
     assert bool(right) != bool(refused), "either right or refused"
 
     def enter(build: Callable[[Path], Asked]) -> Callable[[Path], Asked]:
-        SITUATIONS.append(Situation(build.__name__, group, what, report, right, refused, build, todo, slow))
+        SITUATIONS.append(Situation(build.__name__, group, what, report, right, refused, build, **more))
         return build
 
     return enter

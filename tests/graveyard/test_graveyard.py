@@ -27,9 +27,7 @@ def wanted(request: pytest.FixtureRequest) -> list[Situation]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_local: None
-) -> Iterator[dict[str, Outcome]]:
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
     root = tmp_path_factory.mktemp("graveyard")
     yield run(wanted(request), root)
     shutil.rmtree(root, ignore_errors=True)
@@ -37,6 +35,7 @@ def outcomes(
 
 def marked(situation: Situation) -> object:
     marks = [pytest.mark.xfail(reason=situation.todo, strict=True)] if situation.todo else []
+    marks += [pytest.mark.heavy] if situation.heavy else []
     return pytest.param(situation, id=situation.name, marks=marks)
 
 
