@@ -87,7 +87,7 @@ def tiny_llama(place, seed, base=None):
 def test_transformers_loads_what_is_written_and_sees_the_same_numbers(tmp_path):
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-    pytest.importorskip("accelerate", reason="transformers loads fp8 by it")
+    pytest.importorskip("accelerate", reason="accelerate, by which transformers loads fp8, is not installed")
     paths = {role: tiny_llama(tmp_path / role, seed) for seed, role in enumerate(("target", "plus", "minus"))}
     weights = load_checkpoint(paths["target"])
     config = json.loads((paths["target"] / "config.json").read_text())
