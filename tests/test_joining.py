@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from checkpoints import POCKET
 
@@ -60,14 +61,7 @@ def started(place):
 
 
 def command(place, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "rvdist.launch", *MERGE, "overwrite=true", *arguments],
-        env=asked(place),
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return forked.run("rvdist.launch", [*MERGE, "overwrite=true", *arguments], place, asked(place), timeout=240)
 
 
 @pytest.mark.heavy

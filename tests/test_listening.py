@@ -74,7 +74,7 @@ print(json.dumps([ray.get(ray.remote(lambda: 7).remote()), os.environ.get("RAY_A
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("before", ["none", "one that others read"])
+@pytest.mark.parametrize("before", ["none", pytest.param("one that others read", marks=pytest.mark.slow)])
 def test_the_token_of_a_ray_of_our_own_is_its_user_s_alone(before: str, tmp_path: Path) -> None:
     file = tmp_path / ".ray" / "auth_token"
     if before != "none":
@@ -88,6 +88,20 @@ def test_the_token_of_a_ray_of_our_own_is_its_user_s_alone(before: str, tmp_path
     assert json.loads(done.stdout.splitlines()[-1]) == [7, "token"], done.stderr
     assert file.stat().st_mode & 0o777 == 0o600 and len(file.read_text()) == 64
     assert not [name for name in os.listdir(file.parent) if name != file.name and "token" in name]
+
+
+def test_what_others_could_read_of_our_own_token_they_cannot_any_more(tmp_path, monkeypatch) -> None:
+    from rvdist.core import cluster
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text(TOKEN)
+    file.chmod(0o644)
+    cluster._guard_token("local")
+    assert file.stat().st_mode & 0o777 == 0o600 and file.read_text() == TOKEN
 
 
 JOINING = """

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import pytest
 
 from rvdist.core import standing
@@ -127,8 +127,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def rvdist(*arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "rvdist.launch", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd)
+    done = forked.run("rvdist.launch", arguments, cwd or Path.cwd(), os.environ, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -150,6 +149,16 @@ def processes(place: Path) -> dict[int, str]:
             if f"RAY_TMPDIR={place}\0".encode() in (process / "environ").read_bytes():
                 found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
     return {pid: command for pid, command in found.items() if pid != os.getpid()}
+
+
+def abandoned(names: set[str]) -> set[str]:
+    """Those of shared memory that are there and that no process has: others come and go meanwhile."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            mapped = (process / "maps").read_text()
+            opened = {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
+            names = {name for name in names if f"/dev/shm/{name}" not in opened and f"/dev/shm/{name}\n" not in mapped}
+    return {name for name in names if Path("/dev/shm", name).exists()}
 
 
 def is_all_gone(place: Path) -> bool:
@@ -185,14 +194,10 @@ def test_a_ray_stays_up_between_commands_and_leaves_nothing(places, place):
         phases = json.loads((place / "run/timing.json").read_text())["phases"]
         assert "ray_init" in phases and "worker_start" in phases
         assert [pid for pid, command in processes(places).items() if "raylet/raylet" in command] == raylets
-    status, _, errors = rvdist(*merge[:3], "alpha=1", "output=alone", "hydra.run.dir=run", cwd=place)
-    phases = json.loads((place / "run/timing.json").read_text())["phases"]
-    assert (status, errors) == (0, "") and "ray_init" not in phases  # so little joins none
-    assert (place / "alone/model.safetensors").read_bytes() == (place / "out-1/model.safetensors").read_bytes()
 
     assert rvdist("down") == (0, "Ray is down\n", "")
     assert is_all_gone(places) and not list((places / "up").iterdir())
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert not abandoned(set(os.listdir("/dev/shm")) - shared)
     assert rvdist("down") == (0, "Ray is not up: nothing to end\n", "")
 
 

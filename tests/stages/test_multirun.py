@@ -8,11 +8,12 @@ from checkpoints import POCKET, launch
 
 pytestmark = pytest.mark.heavy
 
+LIMIT = 8
 SCORING = (
     "experiment=demo",
     f"vector.plus={POCKET / 'grpo'}",
     f"vector.minus={POCKET / 'sft'}",
-    "benchmarks.limit=24",
+    f"benchmarks.limit={LIMIT}",
     "sweep.alphas=null",
     "output=null",
     "engine.count=1",
@@ -48,7 +49,7 @@ def test_one_fleet_for_all_jobs_and_a_failure_that_loses_no_other(place):
     points = {row["point"] for job in jobs for row in json.loads(summary(place / "sweep" / job))}
     fleet = json.loads((place / "sweep/3/timing.json").read_text())["fleet"]
     assert len(points) == 6 and (fleet["engines"], fleet["swaps"]) == (1, 5)
-    requests = (24 + 4 * 24 + 24) * 6
+    requests = (1 + 4 + 1) * LIMIT * 6
     assert (fleet["requests"], fleet["cached"]) == (requests, 0), "every point once, the baselines too"
     alone = launch(*SCORING, "target=two", "alpha=0.5", "cache.dir=cache", "hydra.run.dir=alone", cwd=place)
     assert alone.returncode == 0, alone.stderr

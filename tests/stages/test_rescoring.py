@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import datasets
+import forked
 import pytest
 import torch
 from checkpoints import POCKET, launch
@@ -104,21 +105,30 @@ def logged(place):
     return log_samples(Transformers(POCKET / "target"), tasks, place / "logged", **settings)
 
 
-def rescored(place, replay, into, *arguments):
-    done = launch(
-        *("engine=replay", f"engine.replay={replay}", f"target={POCKET / 'target'}", f"benchmarks.limit={LIMIT}"),
-        *(f"benchmarks.tasks={TASKS}", f"benchmarks.include_path={place}/tasks", "cache.dir=cache"),
-        *(f"hydra.run.dir={into}", *arguments),
-        cwd=place,
-        PYTHONPATH=os.pathsep.join(filter(None, [str(place / "without"), os.environ.get("PYTHONPATH")])),
-    )
-    assert done.returncode == 0, done.stderr
-    return place / into
+@pytest.fixture(scope="module")
+def rescored(place):
+    """`rescored(replay, into)`: the command, where vLLM cannot be imported."""
+    path = os.pathsep.join(filter(None, [str(place / "without"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    line = forked.serve(forked.MODULES, environment)
+
+    def score(replay, into):
+        arguments = (
+            *("engine=replay", f"engine.replay={replay}", f"target={POCKET / 'target'}", f"benchmarks.limit={LIMIT}"),
+            *(f"benchmarks.tasks={TASKS}", f"benchmarks.include_path={place}/tasks", "cache.dir=cache"),
+            f"hydra.run.dir={into}",
+        )
+        done = forked.ask(line, "rvdist.launch", arguments, place, environment, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return place / into
+
+    yield score
+    line.close()
 
 
 @pytest.fixture(scope="module")
-def run(place, logged):
-    return rescored(place, "logged", "run")
+def run(rescored, logged):
+    return rescored("logged", "run")
 
 
 def test_code_of_tasks_that_the_user_named_is_said_once(run):
@@ -165,8 +175,8 @@ def test_what_is_written_opens_in_lm_evals_own_tools(run, tmp_path):
     assert json.loads(Path(written).read_text())["results"] == results["results"]
 
 
-def test_our_run_scores_as_it_did_and_nothing_is_cached(place, run):
-    again = rescored(place, "run", "again")
+def test_our_run_scores_as_it_did_and_nothing_is_cached(place, rescored, run):
+    again = rescored("run", "again")
     assert (again / "summary.json").read_bytes() == (run / "summary.json").read_bytes()
     assert (again / "samples/baseline.jsonl").read_bytes() == (run / "samples/baseline.jsonl").read_bytes()
     assert not (place / "cache" / "samples.sqlite").exists()
