@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import forked
 import pytest
@@ -138,33 +136,32 @@ def test_another_alpha_asks_only_what_is_new(run):
     assert {row["alpha"] for row in json.loads((place / "more/summary.json").read_text())} == {0, *ALPHAS, 0.75}
 
 
+STANDING = """
+import time
+from rvdist.evaluate.cache import SampleCache
+write = SampleCache.write
+def stand(self, kept):
+    if kept := list(kept):
+        write(self, kept)
+        print("written", flush=True)
+        time.sleep(600)
+SampleCache.write = stand
+from rvdist.launch import main
+main()
+"""
+
+
 def test_a_killed_run_resumes_with_all_that_it_answered(run):
     place, _ = run
     arguments = (f"sweep.alphas={ALPHAS}", "output=null", "cache.dir=killed", "hydra.run.dir=killed_run", ONE)
-    command = [sys.executable, "-m", "rvdist.launch", *SCORING, *arguments]
-    process = subprocess.Popen(command, cwd=place, env={**os.environ, **forked.ray()})
-    deadline = time.monotonic() + 300
-    while answered_slices(place / "killed") < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = answered_requests(place / "killed")
+    command = [sys.executable, "-c", STANDING, *SCORING, *arguments]
+    environment = {**os.environ, **forked.ray()}
+    with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert "written\n" in process.stdout
+        process.kill()
+    with sqlite3.connect(place / "killed/samples.sqlite") as cache:
+        (before,) = cache.execute("SELECT sum(json_array_length(answers)) FROM slices").fetchone()
     assert 0 < before < 4 * REQUESTS
     fleet = score_again(place, ALPHAS, "killed", "resumed")
     assert (fleet["requests"], fleet["cached"]) == (4 * REQUESTS - before, before)
     assert (place / "resumed/summary.json").read_bytes() == (place / "run/summary.json").read_bytes()
-
-
-def answered_slices(cache):
-    return query(cache, "SELECT count(*) FROM slices")
-
-
-def answered_requests(cache):
-    return query(cache, "SELECT sum(json_array_length(answers)) FROM slices")
-
-
-def query(cache, question):
-    try:
-        return sqlite3.connect(cache / "samples.sqlite").execute(question).fetchone()[0]
-    except sqlite3.OperationalError:  # not there yet
-        return 0

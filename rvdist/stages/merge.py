@@ -16,7 +16,6 @@ from rvdist.merge.plan import Plan, build_plan
 from rvdist.report.card.metadata import Result, licence_of
 from rvdist.stages.job import Notes, Prepared, versions
 from rvdist.stages.warm import Warm
-from rvdist.weights.checkpoint.bound import bound
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.layouts import layout_of
@@ -152,8 +151,7 @@ def save_vector(prepared: Prepared) -> None:
 
     assert prepared.saved is not None
     saved, vector = prepared.saved
-    sources = dict(prepared.sources)
-    nbytes = sources[bound(vector, sources).plus].nbytes  # an adapter's of what it replaces may be more
+    nbytes = prepared.sources[vector.plus].nbytes
     with prepared.timing.phase("vector"), Bar("vector", nbytes, prepared.job.log) as bar:
         save(
             vector,

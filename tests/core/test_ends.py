@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoints import SCORING, launch
 
-from rvdist.core import cluster
+from rvdist.core import cluster, ends
 from rvdist.core.ends import KEPT
 from rvdist.core.errors import Failed
 
@@ -143,20 +143,43 @@ time.sleep(60)
 
 @pytest.mark.heavy
 def test_a_part_of_ray_that_stands_still_ends_the_command():
-    """And one that stands still for a moment does not."""
     with subprocess.Popen([sys.executable, "-c", WATCHED], stdout=-1, stderr=-1, text=True) as running:
         vital = int(running.stdout.readline())
-        for _ in range(2):
-            os.kill(vital, signal.SIGSTOP)
-            time.sleep(0.6)
-            os.kill(vital, signal.SIGCONT)
-            time.sleep(0.5)
-        assert running.poll() is None
         os.kill(vital, signal.SIGSTOP)
         _, errors = running.communicate(timeout=30)
     assert running.returncode == 1
     assert errors == f"the Ray cluster is lost: its raylet (process {vital}) has been stopped for 1 s; {KEPT} 1\n"
     assert not Path(f"/proc/{vital}").exists()
+
+
+def test_a_part_of_ray_that_stands_still_for_a_moment_ends_nothing(monkeypatch):
+    """Nor two moments; nor one of all of us, as a terminal may stop all: of what passes between looks a second
+    counts."""
+
+    def look(seconds, stopped):
+        monkeypatch.setattr(ends, "_is_stopped", lambda pid: stopped)
+        monkeypatch.setattr("rvdist.core.ends.time.monotonic", lambda: now[0])
+        now[0] += seconds
+        watch._look_for_stopped()
+        monkeypatch.undo()
+
+    now, lost = [0.0], []
+    watch = ends.Watch(lambda *told: None)
+    watch._looked, watch._vital, watch._is_ours_to_miss, watch._lose = (
+        0.0,
+        {0: (1, "raylet")},
+        lambda: True,
+        lost.append,
+    )
+    for stopped in (True, False, True):
+        for _ in range(99):
+            look(0.1, stopped)
+    look(3600.0, False)
+    look(3600.0, True)
+    assert not lost
+    for _ in range(99):
+        look(0.1, True)
+    assert lost[0] == "raylet (process 1) has been stopped for 10 s"
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ _journal = Staging.journal
 
 class Recording(crew.WorkerActor):
     """A worker that keeps a record, takes at least `pace` seconds for a unit, and does the first only once as many
-    as the job says are `together`."""
+    as the job says are `together`; the first `hold` units of all are done, the others once there is a file `go`."""
 
     def hello(self, needs: Any, probes: Any) -> Any:
         import ray
@@ -41,8 +41,12 @@ class Recording(crew.WorkerActor):
 
     def run(self, unit: Any, claims: Any) -> Any:
         line = json.dumps([self._node, os.getpid(), unit.file, unit.start]) + "\n"
-        with open(Path(OPTIONS["log"]) / "units.jsonl", "a") as record:
+        with open(Path(OPTIONS["log"]) / "units.jsonl", "a+") as record:
             record.write(line)
+            record.seek(0)
+            number = len(record.readlines())
+        while number > OPTIONS["hold"] and not (Path(OPTIONS["log"]) / "go").exists():
+            time.sleep(0.02)
         time.sleep(OPTIONS["pace"])
         while not self._met and self._present() < OPTIONS["together"]:
             time.sleep(0.05)

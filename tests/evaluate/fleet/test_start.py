@@ -13,10 +13,11 @@ from rvdist.evaluate.fleet.failures import Starts
 from rvdist.evaluate.fleet.start import alone_on, explain_refusal
 
 
-def start_on(cards, times):
+def start_on(cards, times, met):
+    """Waits there for the other one, if it is to come meanwhile."""
     with alone_on(cards):
         begin = time.monotonic()
-        time.sleep(0.3)
+        met.wait(60) if met else time.sleep(0.3)
         times.put((begin, time.monotonic()))
 
 
@@ -27,10 +28,11 @@ def test_engines_that_share_a_card_start_one_after_the_other(cards, together, tm
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     context = multiprocessing.get_context("fork")
     times = context.Queue()
-    starts = [context.Process(target=start_on, args=(of.split(",") if of else [], times)) for of in cards]
+    met = context.Barrier(2) if together else None
+    starts = [context.Process(target=start_on, args=(of.split(",") if of else [], times, met)) for of in cards]
     for start in starts:
         start.start()
-    (_, first), (second, _) = sorted(times.get() for _ in starts)
+    (_, first), (second, _) = sorted(times.get(timeout=60) for _ in starts)
     for start in starts:
         start.join()
     assert (second < first) == together

@@ -59,7 +59,7 @@ def boxes(mark):
 
 def gone(mark):
     """Whether those processes are gone, at the latest after a moment."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while boxes(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not boxes(mark)
@@ -82,7 +82,7 @@ def nothing_is_left():
 def attempt(mode, code, test="assert f() == 'escaped'", limits=LIMITS):
     began = time.monotonic()
     (verdict,) = run([Program("", textwrap.dedent(code), test, "f")], limits, mode=mode)
-    assert verdict.mode == mode and time.monotonic() - began < limits.wall_seconds + 6
+    assert verdict.mode == mode and time.monotonic() - began < limits.wall_seconds + 60
     return verdict
 
 
@@ -351,7 +351,7 @@ def test_a_killed_caller_leaves_nothing(mode):
     )
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while len(boxes(wall)) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(boxes(wall)) == 3

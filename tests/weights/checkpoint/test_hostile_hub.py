@@ -41,7 +41,7 @@ def impatient(monkeypatch, hub):  # noqa: F811
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     hub.stopped.set()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
 
 
