@@ -96,8 +96,8 @@ MEANINGS: dict[type, dict[str, str]] = {
     config.WeightedVectorConfig: {"alpha": "of this vector, times `alpha`"},
     config.MergeConfig: {
         "workers": "in all, evenly on the nodes; null: one for each core or share of a GPU, at most 16 a node, and "
-        "one a GiB written; where 16 GiB at most are read and written on this machine's cores, they are threads of the "
-        "command's own process, and no Ray is started",
+        "one a GiB written; where 64 GiB at most are read and written on this machine's cores, they are threads of the "
+        "command's own process, which starts no Ray and joins none; a number has them on Ray",
         "threads": "cores of each worker",
         "gpus_per_worker": "the share of a GPU that each worker takes (device=cuda)",
         "timeout": "seconds without an answer after which a worker is ended and another does its work",
@@ -173,7 +173,8 @@ MEANINGS: dict[type, dict[str, str]] = {
     },
     config.ClusterConfig: {
         "address": "local: one of this machine that ends with the run (in a Ray job: the job's); auto, `host:port` or "
-        "`ray://host:port`: one that runs",
+        "`ray://host:port`: one that runs, whose cores, or GPUs, are asked for, of a cluster of one machine, too; with "
+        "local, one that `rvdist up` began is joined by what needs Ray",
         "nodes": "wait for so many; of a plan without a cluster: so many like this machine",
         "timeout": "seconds to wait for nodes, workers and engines",
     },

@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker("heavy")
+    items.sort(key=lambda item: part(item) == "shared")  # last: commands after them would find their Ray's environment
     if wanted := config.getoption("part"):
         wanted, _, share = wanted.partition("-")
         mine = [item for item in items if part(item) == wanted]

@@ -25,6 +25,7 @@ from rvdist.weights.checkpoint.staging import discards
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
+_ARITHMETIC = 1  # raise it with any change to the bytes that sources come to: nobody goes on with what was begun before
 _MOST_UNITS = 4096
 
 
@@ -247,7 +248,7 @@ def _digest(point: WeightPoint, layout: Layout, sources: Mapping[str, Checkpoint
     blocks |= {f"{name} vocabulary": source.made_of for name, source in remapped.items()}
     if _keeps_scales(base := sources[point.base], layout) and base.power_of_two:
         blocks["scales"] = "powers of two"
-    how = [files, unit_bytes(layout), blocks]
+    how = [files, unit_bytes(layout), blocks, _ARITHMETIC]
     made_of = json.dumps([point.to_json(), stamps, configs, *how, *beside], sort_keys=True)
     return hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
 

@@ -16,6 +16,7 @@ from rvdist.merge.plan import Plan, build_plan
 from rvdist.report.card.metadata import Result, licence_of
 from rvdist.stages.job import Notes, Prepared, versions
 from rvdist.stages.warm import Warm
+from rvdist.weights.checkpoint.bound import bound
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.key import owner_key
 from rvdist.weights.checkpoint.layouts import layout_of
@@ -151,7 +152,8 @@ def save_vector(prepared: Prepared) -> None:
 
     assert prepared.saved is not None
     saved, vector = prepared.saved
-    nbytes = prepared.sources[vector.plus].nbytes
+    sources = dict(prepared.sources)
+    nbytes = sources[bound(vector, sources).plus].nbytes  # an adapter's of what it replaces may be more
     with prepared.timing.phase("vector"), Bar("vector", nbytes, prepared.job.log) as bar:
         save(
             vector,

@@ -139,7 +139,7 @@ def prepare(job: Job, known: Known) -> Prepared:
         with job.timing.phase("digest"):
             digests = _digests(settings, sources, index.notes)
     if "merge" in stages:
-        known.promised |= {output: (point, settings.output_format) for output, point in written.items()}
+        known.promised |= {output.resolve(): (point, settings.output_format) for output, point in written.items()}
     return Prepared(
         job=job,
         settings=settings,
@@ -314,9 +314,9 @@ def _finished_before(job: Job, settings: Config, plan: Plan) -> set[Path]:
 def _promised_by_others(
     written: Mapping[Path, tuple[WeightPoint, OutputFormat]], promised: Mapping[Path, tuple[WeightPoint, OutputFormat]]
 ) -> set[Path]:
-    shared = {output for output in written if output in promised and not discards(output)}
+    shared = {output for output in written if output.resolve() in promised and not discards(output)}
     for output in shared:
-        if written[output] != promised[output]:
+        if written[output] != promised[output.resolve()]:
             raise BadInput(f"output: several jobs would write {output}; put {config.PLACEHOLDERS} into it")
     return shared
 

@@ -194,6 +194,10 @@ def test_a_ray_stays_up_between_commands_and_leaves_nothing(places, place):
         phases = json.loads((place / "run/timing.json").read_text())["phases"]
         assert "ray_init" in phases and "worker_start" in phases
         assert [pid for pid, command in processes(places).items() if "raylet/raylet" in command] == raylets
+    status, _, errors = rvdist(*merge[:3], "alpha=1", "output=alone", "hydra.run.dir=run", cwd=place)
+    phases = json.loads((place / "run/timing.json").read_text())["phases"]
+    assert (status, errors) == (0, "") and "ray_init" not in phases  # so little joins none
+    assert (place / "alone/model.safetensors").read_bytes() == (place / "out-1/model.safetensors").read_bytes()
 
     assert rvdist("down") == (0, "Ray is down\n", "")
     assert is_all_gone(places) and not list((places / "up").iterdir())

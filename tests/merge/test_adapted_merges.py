@@ -1,6 +1,7 @@
 """Merges with adapters against whole tensors in fp64: under masks and methods, of quantised targets, gone on with."""
 
 import hashlib
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from adapters import ALPHA, RANK, differences, factors, write_adapter
 from alone import planned, write
-from checkpoints import load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 from fp8 import BLOCK, dequantized, quantized, write_fp8, written_back
 from mixtures import as_int4
 from whole_tensors import dare, ties
@@ -57,6 +58,16 @@ def is_rounded(found: torch.Tensor, exact: torch.Tensor) -> bool:
     ulp = 2.0**-7 if found.dtype == torch.bfloat16 else 2.0**-22
     close = torch.allclose(found.double(), exact, rtol=ulp, atol=1e-9)
     return close and bool((found != rounded).double().mean() < 1e-3)
+
+
+def test_a_vector_of_what_an_adapter_replaces_is_all_there_is_to_do(tmp_path):
+    """More was done than there was: the bytes of stored rows, not of what they come to, counted."""
+    base = tensors(0)
+    write_checkpoint(tmp_path / "base", base)
+    write_dora(tmp_path / "adapter", base, 3, (300, 4, 17))
+    done = launch("vector.plus=adapter", "vector.minus=base", "vector.save=stored", cwd=tmp_path)
+    said = re.findall(r"vector: (.+) of (.+) in .*", done.stdout + done.stderr)
+    assert said and said[-1][0] == said[-1][1], said
 
 
 MASKS = {

@@ -100,7 +100,7 @@ def test_what_is_not_finite_is_refused_and_nothing_is_left(family, tmp_path):
 
 
 def test_when_a_merge_is_done_without_ray():
-    alone, small, large = Config(), 16 << 30, (16 << 30) + 1
+    alone, small, large = Config(), 64 << 30, (64 << 30) + 1
     assert merges_alone(alone, small) and not merges_alone(alone, large)
     for asked in (
         Config(merge=MergeConfig(workers=1)),

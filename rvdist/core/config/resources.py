@@ -10,7 +10,7 @@ from rvdist.core.config.schema import Config
 from rvdist.core.errors import BadInput
 
 _MOST_WORKERS, _BYTES_EACH = 16, 1 << 30  # of a node, and that a worker writes at least
-_ALONE = 16 << 30  # bytes moved on one machine, for which Ray takes longer to start than its workers save
+_ALONE = 64 << 30  # bytes moved on one machine, for which Ray takes longer to start than its workers save
 _SLICES = {"cpu": 256, "cuda": 1024}  # a card answers many more at once than a few cores
 _START, _SLOWEST = 1800.0, 1e8  # seconds for a start, and bytes a second of weights at least
 
