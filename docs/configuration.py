@@ -96,8 +96,8 @@ MEANINGS: dict[type, dict[str, str]] = {
     config.WeightedVectorConfig: {"alpha": "of this vector, times `alpha`"},
     config.MergeConfig: {
         "workers": "in all, evenly on the nodes; null: one for each core or share of a GPU, at most 16 a node, and "
-        "one a GiB written; where 64 GiB at most are read and written on this machine's cores, they are threads of the "
-        "command's own process, which starts no Ray and joins none; a number has them on Ray",
+        "one a GiB written; where 64 GiB at most are read and written on this machine's cores, they are the "
+        "command's own and need no Ray; a number has them on Ray",
         "threads": "cores of each worker",
         "gpus_per_worker": "the share of a GPU that each worker takes (device=cuda)",
         "timeout": "seconds without an answer after which a worker is ended and another does its work",

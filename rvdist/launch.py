@@ -110,7 +110,7 @@ def _up_or_down(what: str) -> NoReturn:
     from rvdist.core import upkeep
 
     try:
-        print(upkeep.up() if what == "up" else upkeep.down())
+        print(upkeep.up("rvdist.merge.ready") if what == "up" else upkeep.down())
     except (BadInput, Failed) as error:
         print(f"rvdist: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -69,6 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Commands of heavy tests share a Ray; those of slow ones start one each, as commands do."""
+    forked.settings()  # before any test has its own
     forked.is_ray_shared = part(item) == "heavy" and not item.get_closest_marker("slow")
 
 

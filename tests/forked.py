@@ -37,14 +37,14 @@ is_ray_shared = False
 
 
 @cache
-def _settings() -> dict[str, str]:
+def settings() -> dict[str, str]:
     """Of the processes that fork."""
     return dict(os.environ)
 
 
 @cache
 def _server(light: bool) -> socket.socket:
-    return serve(LIGHT if light else MODULES, _settings())
+    return serve(LIGHT if light else MODULES, settings())
 
 
 def serve(modules: Sequence[str], environment: Mapping[str, str]) -> socket.socket:
@@ -60,7 +60,7 @@ def serve(modules: Sequence[str], environment: Mapping[str, str]) -> socket.sock
 def ray() -> dict[str, str]:
     """What makes a command join the one Ray, which is started for the first and ends with this process."""
     command = [sys.executable, str(Path(__file__).with_name("hold_ray.py"))]
-    held = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_settings(), text=True)
+    held = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=settings(), text=True)
     assert held.stdout
     address = held.stdout.readline().strip()
     assert address, "no Ray could be started"
@@ -71,7 +71,7 @@ def run(
     module: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments…` in `cwd`, and what it printed."""
-    other = {key for key, _ in _settings().items() ^ environment.items()}
+    other = {key for key, _ in settings().items() ^ environment.items()}
     if any(key.startswith(_BY_ANY) for key in other):
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -349,6 +349,11 @@ def _require_listener(address: str, named: str) -> None:
         raise BadInput(f"{named}={address}: no Ray cluster can be reached there ({error})") from None
 
 
+def own_files() -> str:
+    """The directory of a Ray that this process started, closed to others, which goes with it; empty without one."""
+    return _session.own if _session else ""
+
+
 def is_connected() -> bool:
     """Whether this process is connected to a cluster."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())

@@ -97,6 +97,11 @@ class SessionDirectory:
             del os.environ[MARK]
 
     @property
+    def own(self) -> str:
+        """Where what is ours stands beside what Ray has."""
+        return str(self._path)
+
+    @property
     def path(self) -> str:
         """What Ray is given."""
         return str(self._path / _INNER)

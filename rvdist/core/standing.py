@@ -43,14 +43,15 @@ _OURS = (
 
 @dataclass(frozen=True)
 class Standing:
-    """A Ray that is up: the process that holds it and where its GCS is; and of what began it the versions, the digests
-    of what its environment decides by, and the cores."""
+    """A Ray that is up: the process that holds it and where its GCS is; of what began it the versions, the digests of
+    what its environment decides by, and the cores; and the socket of a process that is kept beside it, if one is."""
 
     pid: int
     address: str
     versions: dict[str, str]
     environment: dict[str, str]
     cores: list[int]
+    beside: str = ""
 
     @classmethod
     def here(cls, address: str) -> Standing:
@@ -106,6 +107,12 @@ def find() -> tuple[Standing | None, str]:
             "started (`rvdist down` and `rvdist up` make them alike)"
         )
     return standing, ""
+
+
+def beside() -> str:
+    """The socket of the process that is kept beside the Ray that is up, if this process may join it."""
+    standing, _ = find()
+    return standing.beside if standing else ""
 
 
 def holder() -> int | None:
@@ -189,7 +196,7 @@ def _read(state: IO[bytes]) -> Standing | None:
     """None where it does not say yet, or makes no sense."""
     with suppress(ValueError, TypeError, RecursionError):
         found = Standing(**parse_json(state.read(_MOST)))
-        kinds = (int, str, dict, dict, list)
+        kinds = (int, str, dict, dict, list, str)
         if all(type(value) is kind for value, kind in zip(vars(found).values(), kinds, strict=True)):
             return found
     return None

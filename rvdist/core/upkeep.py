@@ -1,7 +1,7 @@
 """`rvdist up` and `rvdist down`: a Ray of this machine that stays up between commands, and its end.
 
 A process of its own holds it, as a command holds its own Ray: it ends with that process, whatever ends it, and leaves
-nothing. Commands find it by rvdist.core.standing.
+nothing. Beside it runs a process of which those fork that merge. Commands find it by rvdist.core.standing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,11 +24,11 @@ from rvdist.core.errors import BadInput, Failed
 _PATIENCE = 20.0  # seconds for its end
 
 
-def up() -> str:
-    """Begins it, and returns what to say when it is up. Raises BadInput and Failed."""
+def up(beside: str) -> str:
+    """Begins it, with this module beside it, and returns what to say when it is up. Raises BadInput and Failed."""
     if (pid := standing.holder()) is not None:
         return f"Ray is up already (process {pid}); `rvdist down` ends it"
-    command = [sys.executable, "-m", "rvdist.core.upkeep"]
+    command = [sys.executable, "-m", "rvdist.core.upkeep", beside]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=-1, stderr=subprocess.DEVNULL, start_new_session=True, text=True
     ) as holding:
@@ -80,6 +81,7 @@ def main() -> None:
     os.chdir("/")  # stands in nobody's way
     session.last_word = ""
     state: IO[bytes] | None = None
+    kept: subprocess.Popen[bytes] | None = None
 
     def forget(sentence: str = "", status: int = 1) -> None:
         if state is not None and status == 1:  # of a signal, there is an end to come
@@ -95,7 +97,10 @@ def main() -> None:
         cores = cluster.connect("local", fresh=True).cpus
         import ray
 
-        standing.tell(state, replace(here, address=ray.get_runtime_context().gcs_address))
+        path = ""
+        if directory := cluster.own_files():
+            kept, path = _keep_beside(sys.argv[1], directory)
+        standing.tell(state, replace(here, address=ray.get_runtime_context().gcs_address, beside=path))
         _say(
             "up", f"Ray is up, on {cores} cores (process {os.getpid()}); commands of this user's find it by themselves"
         )
@@ -107,9 +112,30 @@ def main() -> None:
         _say("refused", str(error))
     except Failed as error:
         _say("failed", str(error))
+    if kept is not None:
+        kept.kill()
+        kept.wait()
     cluster.disconnect()
     forget()
     leave(watch.status or 0)
+
+
+def _keep_beside(module: str, directory: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Runs a module that is given the number of a listening socket, whose path is returned too, and that ends with its
+    standard input; or as Ray's processes do, where this one is killed."""
+    path = os.path.join(directory, "beside")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(64)
+        kept = subprocess.Popen(
+            [sys.executable, "-m", module, str(listening.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+            env={**os.environ, session.MARK: directory},
+        )
+    return kept, path
 
 
 def _say(kind: str, sentence: str) -> None:

@@ -17,10 +17,10 @@ from rvdist.weights.checkpoint.staging import Probe
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How many workers, whether they are threads of the driver's process (`alone`), and what each is: its CPU threads,
-    its device (`cpu` or `cuda`), the share of a GPU it takes, whether it writes past the page cache where it can, how
-    many seconds the cluster has to find room for all of them, and the first of them to begin, and after how many
-    without an answer one at work is replaced."""
+    """How many workers, whether they need no Ray (`alone`), behind which socket some are `ready`, and what each is: its
+    CPU threads, its device (`cpu` or `cuda`), the share of a GPU it takes, whether it writes past the page cache where
+    it can, how many seconds the cluster has to find room for all of them, and the first of them to begin, and after how
+    many without an answer one at work is replaced."""
 
     workers: int
     threads: int = 1
@@ -30,6 +30,7 @@ class WorkerSettings:
     timeout: float = 120.0
     silence: float = 900.0
     alone: bool = False
+    ready: str = ""
 
 
 @dataclass(frozen=True)

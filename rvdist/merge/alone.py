@@ -1,4 +1,5 @@
-"""The workers of one merge as threads of this process, where Ray would take longer to start than they save.
+"""The workers of one merge without Ray, where that would take longer to start than they save: threads of this process,
+each with a worker of its own, or one that `rvdist up` has ready, so that this process need not import what it does.
 
 Worker, plan, bytes and journal are those of a crew; nobody takes the place of a worker that fails.
 """
@@ -9,17 +10,22 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rvdist.core.errors import BadInput
 from rvdist.merge import accounts
 from rvdist.merge.accounts import Accounts, MergeStats, Wrote, place_of, unsynced_bytes
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.plan import Plan
+from rvdist.merge.ready import ReadyWorker, cpu_seconds
 from rvdist.merge.roster import Roster
-from rvdist.merge.worker import MergeWorker
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.staging import Staging
+
+if TYPE_CHECKING:
+    from rvdist.merge.worker import MergeWorker
 
 _HERE = "this process"
 
@@ -39,7 +45,9 @@ class Alone:
     ) -> None:
         self._accounts = Accounts(plan, stagings, allow_nonfinite, stats, progress)
         self._stats, self._progress = stats, progress
-        self._sources, self._dtype, self._settings = sources, plan.dtype, settings
+        # Processes that are there already stand in other directories than this one
+        self._sources = {name: replace(one, path=one.path.absolute()) for name, one in sources.items()}
+        self._dtype, self._settings = plan.dtype, settings
         self._count = max(1, min(settings.workers, len(plan.units)))
         self._roster = Roster(plan)
         self._lock = threading.Lock()  # of the roster and the accounts
@@ -60,13 +68,20 @@ class Alone:
                 self._over = True  # the others end after the unit that they are at
             for one in done:
                 one.result()
-        self._stats.cpu_seconds += sum(os.times()[:2]) - before
+        self._stats.cpu_seconds += sum(os.times()[:2]) - before + cpu_seconds(workers)
 
-    def _worker(self) -> MergeWorker:
+    def _begin(self) -> MergeWorker | ReadyWorker:
         settings = self._settings
-        worker = MergeWorker(
-            self._accounts.partial, self._sources, self._dtype, settings.threads, settings.device, settings.direct_io
-        )
+        made_of = self._accounts.partial, self._sources, self._dtype, settings.threads, settings.device
+        if settings.ready:
+            with suppress(OSError):  # it has ended
+                return ReadyWorker(settings.ready, *made_of, settings.direct_io)
+        from rvdist.merge.worker import MergeWorker  # which imports torch
+
+        return MergeWorker(*made_of, settings.direct_io)
+
+    def _worker(self) -> MergeWorker | ReadyWorker:
+        worker = self._begin()
         for probe in self._accounts.probes:
             if not worker.sees(probe):
                 raise BadInput(f"{probe.path.parent}: was taken away while it was written; run again")
@@ -76,7 +91,7 @@ class Alone:
                 raise BadInput(f"{path}: it changed or was truncated, or cannot be seen; run again when it is whole")
         return worker
 
-    def _work(self, worker: MergeWorker) -> None:
+    def _work(self, worker: MergeWorker | ReadyWorker) -> None:
         """One thread's share: unit after unit, until none is left."""
         wrote: list[Wrote] = []
         while not self._over:
@@ -94,7 +109,7 @@ class Alone:
         if not self._over:
             self._keep(worker, wrote)
 
-    def _keep(self, worker: MergeWorker, wrote: list[Wrote]) -> None:
+    def _keep(self, worker: MergeWorker | ReadyWorker, wrote: list[Wrote]) -> None:
         """Makes durable what was written, and journals it."""
         worker.sync()
         with self._lock:

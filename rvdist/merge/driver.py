@@ -11,6 +11,7 @@ from rvdist.core.point import WeightPoint
 from rvdist.core.regular import allow_many_files
 from rvdist.merge.accounts import MergeStats
 from rvdist.merge.actor import WorkerSettings
+from rvdist.merge.alone import Alone
 from rvdist.merge.crew import Crew
 from rvdist.merge.plan import Plan
 from rvdist.weights.checkpoint.directory import Checkpoint
@@ -31,7 +32,7 @@ def merge(
     progress: Callable[[int], None] = lambda nbytes: None,
     say: Callable[[str], None] = print,
 ) -> MergeStats:
-    """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected, or in this process
+    """Writes every point of `plan` as a checkpoint, on a Ray cluster that is already connected, or without one
     where `settings` say so. Outputs under /dev/null are computed and digested, and not kept.
 
     `cards` are the READMEs of the points; `key` seals the journals, and only what it has sealed is gone on from;
@@ -47,8 +48,6 @@ def merge(
     stagings = _stage(plan, overwrite, key, say)
     try:
         if settings.alone:
-            from rvdist.merge.alone import Alone  # which imports torch
-
             Alone(plan, stagings, sources, settings, allow_nonfinite, stats, progress).run()
         else:
             Crew(plan, stagings, sources, settings, allow_nonfinite, stats, progress, say).run()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from rvdist.core import cluster, config
+from rvdist.core import cluster, config, standing
 from rvdist.core.point import WeightPoint
 from rvdist.core.progress import Bar
 from rvdist.merge.placement import rates, remember_rate
@@ -88,6 +88,7 @@ def merge_together(jobs: Sequence[Prepared], cards: Mapping[WeightPoint, str], w
                 timeout=settings.cluster.timeout,
                 silence=settings.merge.timeout,
                 alone=alone,
+                ready=standing.beside() if alone else "",
             ),
             overwrite=settings.overwrite,
             allow_nonfinite=settings.allow_nonfinite,

@@ -60,7 +60,7 @@ def _print_placement(prepared: Prepared, plan: Plan) -> None:
         rows.append((share.name, str(share.workers), str(share.files), *cells))
     print_table(head, rows, prepared.job.console)
     if config.merges_alone(prepared.settings, plan.bytes_read + plan.bytes_written) and not cluster.is_given():
-        prepared.say("workers are threads of the command's own process: for so few bytes no Ray is started")
+        prepared.say("workers are the command's own: for so few bytes no Ray is started")
     if rate := remembered_rate(rates(prepared.cache), device):
         seconds = max(share.bytes_moved / share.workers for share in shares) / rate.bytes_per_second
         prepared.say(

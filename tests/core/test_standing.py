@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -194,9 +195,12 @@ def test_a_ray_stays_up_between_commands_and_leaves_nothing(places, place):
         phases = json.loads((place / "run/timing.json").read_text())["phases"]
         assert "ray_init" in phases and "worker_start" in phases
         assert [pid for pid, command in processes(places).items() if "raylet/raylet" in command] == raylets
-    status, _, errors = rvdist(*merge[:3], "alpha=1", "output=alone", "hydra.run.dir=run", cwd=place)
-    phases = json.loads((place / "run/timing.json").read_text())["phases"]
-    assert (status, errors) == (0, "") and "ray_init" not in phases  # so little joins none
+    alone = [sys.executable, "-m", "rvdist.launch", *merge[:3], "alpha=1", "output=alone", "hydra.run.dir=run"]
+    done = subprocess.run(alone, cwd=place, capture_output=True, text=True)
+    timing = json.loads((place / "run/timing.json").read_text())
+    assert (done.returncode, done.stderr) == (0, "") and "ray_init" not in timing["phases"]  # so little joins none
+    memory = timing["peak_anonymous_bytes"]
+    assert memory["driver"] < memory["worker"]  # a process that was ready has what the command has not imported
     assert (place / "alone/model.safetensors").read_bytes() == (place / "out-1/model.safetensors").read_bytes()
 
     assert rvdist("down") == (0, "Ray is down\n", "")
