@@ -82,13 +82,19 @@ def start_vllm(base: str, checkpoint: Checkpoint, settings: EngineSettings) -> S
         arguments = vllm_arguments(str(directory), settings, on_cpu)
         if unknown := arguments.keys() - {field.name for field in fields(EngineArgs)}:
             raise BadInput(f"engine.args: vLLM {versions()['vllm']} knows no argument {min(unknown)}; leave it out")
+        quantization = json.loads(settings.args).get("quantization")
         try:
             with alone_on([] if on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")):
                 llm = LLM(**arguments, chat_template=_TEMPLATE)
         except (TypeError, ValueError) as error:
             raise explain_refusal(str(error).replace(str(directory), base), base, settings) from None
-    model, asked = llm.llm_engine.model_config, json.loads(settings.args).get("quantization")
-    if model.quantization != asked or getattr(model.hf_config, "quantization_config", None):
+        except RuntimeError as error:
+            if not on_cpu or not quantization:
+                raise
+            lacks = f"vLLM's CPU build lacks what it takes for {base} ({reason(error, 300)})"
+            raise BadInput(f"engine.args: quantization={quantization!r}: {lacks}; leave it out, or use GPUs") from None
+    model = llm.llm_engine.model_config
+    if model.quantization != quantization or getattr(model.hf_config, "quantization_config", None):
         raise BadInput(f"{base}: {_QUANTIZED}")
     return Started(llm, "cpu", "") if on_cpu else Started(llm, "cuda", torch.cuda.get_device_name(0))
 

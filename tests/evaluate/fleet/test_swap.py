@@ -23,6 +23,7 @@ from points import read_point
 from safetensors.torch import load_file, save_file
 
 from rvdist.core.config.points import Storage
+from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.timing import anonymous_bytes
@@ -219,6 +220,15 @@ def test_weights_that_vllm_quantizes_are_those_of_a_fresh_engine(families: dict[
     assert found[0.0].texts != found[0.5].texts != found[-1.0].texts
     engine.swap(family.point(0.0))
     assert answers(engine) == found[0.0]
+
+
+def test_what_the_cpu_build_cannot_quantize_is_said(families: dict[str, Family]) -> None:
+    """It lacks an operation that experts need."""
+    settings = dataclasses.replace(SETTINGS, args=further_arguments({"quantization": "fp8_per_channel"}))
+    with pytest.raises(
+        BadInput, match=r"quantization='fp8_per_channel': vLLM's CPU build lacks .* leave it out, or use"
+    ):
+        start(WeightPoint(str(families["moe"].target)), settings)
 
 
 def test_a_donor_is_a_point_too(engine: Engine, family: Family) -> None:
