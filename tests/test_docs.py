@@ -206,19 +206,21 @@ def test_every_key_in_the_text_exists(composed):
 
 @pytest.mark.heavy
 def test_every_setting_in_the_text_can_be_typed(composed):
-    known, typed, refused = composed([]), 0, []
+    known, typed, refused = composed([]), set(), []
     for page in PAGES:
         for number, line in read(page)[1]:
             for setting in re.findall(r"`([a-z_.]+=[^`]+)`", line):
                 if setting.partition("=")[0].partition(".")[0] not in known or re.search(r"…|=[A-Z]+$", setting):
                     continue
-                typed += 1
+                if setting in typed:
+                    continue
+                typed.add(setting)
                 try:
                     composed(re.split(r" (?=[a-z_.]+=)", setting))
                 except Exception as error:
                     refused.append(f"{page.name}:{number}: {setting}: {str(error).splitlines()[0]}")
     assert not refused, "\n".join(refused)
-    assert typed > 60
+    assert len(typed) > 40
 
 
 def anchors(page: Path) -> set[str]:

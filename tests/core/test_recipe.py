@@ -425,7 +425,7 @@ def test_a_real_merge_of_a_recipe(here, tmp_path, expected):
 def test_the_command_writes_what_mergekit_does(here, expected, tmp_path):
     """All recorded recipes as one plan; dtype and base are the recipe's."""
     files = ",".join(f"'{HERE / name}.yml'" for name in [*EXACT, STACKED])
-    places = (f"output={tmp_path}/{{recipe}}", f"hydra.sweep.dir={tmp_path}/run", "merge.workers=1")
+    places = (f"output={tmp_path}/{{recipe}}", f"hydra.sweep.dir={tmp_path}/run")
     done = launch("-m", f"recipe={files}", *places, cwd=here)
     assert done.returncode == 0, done.stderr
     assert len(EXACT) >= 8

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +66,43 @@ def asked(engine: Engine, point: WeightPoint) -> Any:
         return None
 
 
-def traces(family: Family, out: Path, seeds: Sequence[int], settings: EngineSettings = _SETTINGS) -> list[str]:
-    """What is wrong on an engine that is taken through the points in the order of each seed."""
+@dataclass(frozen=True)
+class Alone:
+    """Good points and bad ones, and what engines that see one point say at it."""
+
+    good: list[WeightPoint]
+    bad: list[WeightPoint]
+    said: dict[WeightPoint, Any]
+
+
+def ask_alone(family: Family, out: Path, settings: EngineSettings = _SETTINGS) -> Alone:
     good, bad = points(family, out)
     home = WeightPoint(str(family.target))
-    alone = {point: asked(start(home, settings), point) for point in [*good, *bad]}
-    wrong = [f"{point} has no score" for point in good if alone[point] is None]
-    wrong += [f"{point} has a score" for point in bad[-len(_SPOILED) :] if alone[point] is not None]
-    engine = start(home, settings)
+    return Alone(good, bad, {point: asked(start(home, settings), point) for point in [*good, *bad]})
+
+
+def traces(family: Family, alone: Alone, seeds: Sequence[int], settings: EngineSettings = _SETTINGS) -> list[str]:
+    """What is wrong on an engine that is taken through the points in the order of each seed."""
+    good, bad, said = alone.good, alone.bad, alone.said
+    wrong = [f"{point} has no score" for point in good if said[point] is None]
+    wrong += [f"{point} has a score" for point in bad[-len(_SPOILED) :] if said[point] is not None]
+    engine = start(WeightPoint(str(family.target)), settings)
     for seed in seeds:
         order = [*good, *bad]
         random.Random(seed).shuffle(order)
         wrong += [
             f"seed {seed}: {point} after {order[: order.index(point)]}"
             for point in order
-            if asked(engine, point) != alone[point]
+            if asked(engine, point) != said[point]
         ]
     return wrong
 
 
 if __name__ == "__main__":
     _, mode, kind, place, *seeds = sys.argv
-    found = traces(
-        make_family(kind, Path(place)),
-        Path(place) / "bad",
-        list(map(int, seeds)),
-        dataclasses.replace(_SETTINGS, enforce_eager=mode == "eager"),
-    )
+    family = make_family(kind, Path(place))
+    settings = dataclasses.replace(_SETTINGS, enforce_eager=mode == "eager")
+    found = traces(family, ask_alone(family, Path(place) / "bad", settings), list(map(int, seeds)), settings)
     print(*found, sep="\n")
     sys.stdout.flush()
     os._exit(len(found) > 0)

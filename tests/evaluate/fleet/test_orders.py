@@ -8,21 +8,26 @@ from pathlib import Path
 
 import pytest
 from families import Family
-from orders import traces
+from orders import Alone, ask_alone, traces
 
 from rvdist.evaluate.fleet import swap
 
 
-def test_every_order_gives_the_same_answers(families: dict[str, Family], tmp_path: Path) -> None:
-    assert traces(families["tied"], tmp_path, range(3)) == []
+@pytest.fixture(scope="module")
+def alone(families: dict[str, Family], tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return ask_alone(families["tied"], tmp_path_factory.mktemp("orders"))
+
+
+def test_every_order_gives_the_same_answers(families: dict[str, Family], alone: Alone) -> None:
+    assert traces(families["tied"], alone, range(3)) == []
 
 
 def test_without_clearing_the_caches_points_do_leave_traces(
-    families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    families: dict[str, Family], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the test above would notice."""
     monkeypatch.setattr(swap, "clear_caches", lambda caches: None)
-    assert traces(families["tied"], tmp_path, range(1)) != []
+    assert traces(families["tied"], alone, range(1)) != []
 
 
 @pytest.mark.slow
