@@ -17,10 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tables import write_table
 
 from rvdist.core import cluster
@@ -96,13 +97,16 @@ def suite_of(folder: Path, each: int) -> Suite:
     return Suite.load([f"t{number}" for number in range(TASKS)], folder, chat=False)
 
 
-def cpu_of(pool: Scorers) -> float:
-    """Seconds of CPU of its processes."""
-    spent = 0
-    for process in pool._processes:
-        fields = Path(f"/proc/{process._process.pid}/stat").read_text().rpartition(")")[2].split()
-        spent += int(fields[11]) + int(fields[12])
-    return spent / os.sysconf("SC_CLK_TCK")
+def cpu_of(pool: Scorers | None) -> dict[str, float]:
+    """Seconds of CPU so far: of the driver, of processes that score, of the engines, of all else that Ray started."""
+    scoring = {process._process.pid for process in pool._processes} if pool else set[int]()
+    spent = {"driver": time.process_time(), "scoring": 0.0, "engines": 0.0, "ray": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            name = " ".join(process.cmdline())
+            kind = "scoring" if process.pid in scoring else "engines" if "ray::Instant" in name else "ray"
+            spent[kind] += sum(process.cpu_times()[:2])
+    return spent
 
 
 def through(fleet: Fleet, asking: Asking, size: int, cached: bool, scored: str) -> str:
@@ -129,13 +133,13 @@ def through(fleet: Fleet, asking: Asking, size: int, cached: bool, scored: str) 
             blank = {task: [Completion("", "stop", 9, 9)] * len(asked) for task, asked in asking.requests.items()}
             for _ in range(max(1, len(pool._processes))):
                 pool.score(asking, arms[next(iter(arms))], "digest", blank, 0)
-        before = cpu_of(pool) if pool else 0.0
-        began, used = time.perf_counter(), time.process_time()
+        before, began = cpu_of(pool), time.perf_counter()
         found = answer(asking, points, answering, Timing(), Log(), complete)
         answered = time.perf_counter() - began
+        if pool:
+            pool.take_part()
         records = sum(len(one.result()[1]) for one in futures)
-        wall, cpu = time.perf_counter() - began, time.process_time() - used
-        beside = cpu_of(pool) - before if pool else 0.0
+        wall, after = time.perf_counter() - began, cpu_of(pool)
         processes = len(pool._processes) if pool else 0
     count = sum(len(one.answers) for one in found.answers.values())
     assert count == len(points) * sum(map(len, asking.requests.values())) and records == (count if scored else 0)
@@ -144,10 +148,8 @@ def through(fleet: Fleet, asking: Asking, size: int, cached: bool, scored: str) 
         "here": ", scored in a thread of the driver's",
         "beside": f", scored in {processes} process{'es' if processes > 1 else ''}",
     }[scored]
-    cells = [
-        how, f"{count:,}", f"{wall:.1f}", f"{count / wall:,.0f}", f"{wall - answered:.1f}", f"{cpu:.1f}",
-        f"{count / cpu:,.0f}", f"{beside:.1f}" if processes else "",
-    ]  # fmt: skip
+    cells = [how, f"{count:,}", f"{wall:.1f}", f"{count / wall:,.0f}", f"{wall - answered:.1f}"]
+    cells += [f"{1e6 * (after[kind] - before[kind]) / count:.1f}" for kind in before]
     print("|", " | ".join(cells), "|", flush=True)
     return f"| {' | '.join(cells)} |"
 
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=2**18)
     parser.add_argument("--size", type=int, default=256)
     given = parser.parse_args()
+    load = os.getloadavg()[0]
     cluster.connect("local")
     began = time.perf_counter()
     fleet = Fleet("base", None, given.engines, cpus=1 / 64, actor=Instant)
@@ -178,11 +181,12 @@ def main() -> None:
     fleet.stop()
     ray.shutdown()
     text = [
-        f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores.",
+        f"{given.engines} engines, slices of {given.size}, {POINTS} points, {os.cpu_count()} cores at a load of "
+        f"{load:.0f} before.",
         "",
-        "| answers | how many | s | answers/s | of it after the last answer, s | s of the driver's CPU | "
-        "answers a second of it | s of CPU of scoring's processes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| answers | how many | s | answers/s | of it after the last answer, s | µs of CPU an answer: driver | "
+        "processes that score | engines | Ray's own |",
+        "|---|---|---|---|---|---|---|---|---|",
         *lines,
     ]
     print("\n".join(text))

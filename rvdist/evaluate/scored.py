@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -38,6 +39,14 @@ def _each(filtered: Sequence[Any]) -> list[Any]:
     return [one for own in filtered for one in (own if isinstance(own, list) else [own])]
 
 
+@cache
+def _pooling() -> tuple[frozenset[Any], Any]:
+    """How lm-eval puts perplexities together, and bits per byte."""
+    from lm_eval.api.registry import get_aggregation
+
+    return frozenset(map(get_aggregation, ("perplexity", "weighted_perplexity"))), get_aggregation("bits_per_byte")
+
+
 def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """The numbers of one sample whose means say something, given how lm-eval puts each metric `together`; and of those
     that are pooled, what each counts.
@@ -48,13 +57,11 @@ def _numbers(together: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[dic
     word. `bits_per_byte` is of the document alone, too, which counts by its bytes, so that the mean is lm-eval's. What
     else comes as more than a number (F1, MCC, BLEU, …) has no value for one sample and is left out.
     """
-    from lm_eval.api.registry import get_aggregation
-
-    logarithms = {get_aggregation("perplexity"), get_aggregation("weighted_perplexity")}
+    logarithms, bits_per_byte = _pooling()
     numbers, weights = {}, {}
     for metric in entry["metrics"]:
         value, how = entry[metric], together.get(metric)
-        if how in logarithms or how is get_aggregation("bits_per_byte"):
+        if how in logarithms or how is bits_per_byte:
             logprob, count = value if isinstance(value, tuple) else (value, 1)
             name = LOGARITHM + metric if how in logarithms else metric
             numbers[name] = -logprob / count / math.log(2) if count else 0.0

@@ -45,10 +45,10 @@ class Scorers:
 
     def __init__(self, answers: int) -> None:
         count = min(_MOST, max(1, len(os.sched_getaffinity(0)) // 2)) if answers >= _WORTH else 0
-        self._threads = ThreadPoolExecutor(max(1, count))
+        self._threads = ThreadPoolExecutor(count + 1)
         self._alone = threading.Lock()  # lm-eval's tasks are for one thread at a time
         self._processes = [_Process() for _ in range(count)]
-        self._idle = SimpleQueue[_Process]()
+        self._idle = SimpleQueue[_Process | None]()  # None: this one
         for process in self._processes:
             self._idle.put(process)
         self._over = False
@@ -70,19 +70,27 @@ class Scorers:
         for process in self._processes:
             process.begin(asking)
 
+    def take_part(self) -> None:
+        """Scores in this process beside the others from now on: nothing else is to be done in it."""
+        if self._processes:
+            self._idle.put(None)
+
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """Calls it beside, soon; it may `score`."""
         return self._threads.submit(function, *args)
 
     def score(self, asking: Asking, arm: Arm, digest: str, answers: Answers, seed: int) -> Scored:
         """What the suite's own `score` returns, to the bit."""
-        if self._processes:
-            process = self._idle.get()
-            try:
-                if scored := process.score(asking, arm, digest, answers, seed):
-                    return scored
-            finally:
-                self._idle.put(process)
+        if not self._processes:
+            return self._score_here(asking, arm, digest, answers, seed)
+        process = self._idle.get()
+        try:
+            scored = process and process.score(asking, arm, digest, answers, seed)
+            return scored or self._score_here(asking, arm, digest, answers, seed)
+        finally:
+            self._idle.put(process)
+
+    def _score_here(self, asking: Asking, arm: Arm, digest: str, answers: Answers, seed: int) -> Scored:
         with self._alone:
             if self._over:
                 raise RuntimeError("it is over")

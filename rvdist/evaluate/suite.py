@@ -23,7 +23,13 @@ from rvdist.evaluate.sandbox import sandbox
 from rvdist.evaluate.scored import LOGARITHM, as_record, in_format
 from rvdist.evaluate.tasks import catalogue
 from rvdist.evaluate.tasks.humaneval import verdicts
-from rvdist.evaluate.tasks.private_lm_eval import Built, build, built_before, templates_compiled_once
+from rvdist.evaluate.tasks.private_lm_eval import (
+    Built,
+    build,
+    built_before,
+    hashed_before,
+    templates_compiled_once,
+)
 from rvdist.evaluate.templates import apply_template
 from rvdist.evaluate.transcript import document_hash
 
@@ -56,7 +62,8 @@ class Suite:
     """Loaded tasks and how they are asked. `load` makes one. `loaded` is lm-eval's TaskDict; `limit` and `chat` are as
     `load` takes them; `walls` are the sandbox's, if answers are programs; `lacking` says why names were left out. By
     task, `chosen` are the documents that `restrict` named, and `primary` is the filter whose score counts. `made_of` is
-    what `load` was given; `_built` are lm-eval's requests by task, as they were last built, and for which tokenizer."""
+    what `load` was given; `_built` are lm-eval's requests by task, as they were last built, and for which tokenizer;
+    `_hashes` are those of their documents."""
 
     loaded: Mapping[str, Any]
     limit: int | None
@@ -67,6 +74,7 @@ class Suite:
     primary: Mapping[str, str] = field(default_factory=dict)
     made_of: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     _built: list[tuple[Any, dict[str, Built]]] = field(default_factory=list, init=False, compare=False, repr=False)
+    _hashes: dict[int, str] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def load(
@@ -147,6 +155,7 @@ class Suite:
     def _instances(self, tokenizer: Any) -> Iterator[tuple[str, list[Any]]]:
         """Each task with its requests as lm-eval has them."""
         self._built.clear()
+        self._hashes.clear()
         self._reseed()
         model, built = _lm(tokenizer, {}), dict[str, Built]()
         for name, task in self.tasks.items():
@@ -188,7 +197,12 @@ class Suite:
             assert len(came) == len(requests[task]) == sum(one.repeats for one in built[task].instances)
             left = iter(came)
             given |= {id(one): deque(islice(left, one.repeats)) for one in built[task].instances}
-        with verdicts.allow_code(self.walls), templates_compiled_once(), built_before(self.tasks, built):
+        with (
+            verdicts.allow_code(self.walls),
+            templates_compiled_once(),
+            built_before(self.tasks, built),
+            hashed_before(self._hashes),
+        ):
             results = evaluate(
                 lm=_lm(tokenizer, given),
                 task_dict=self.loaded,

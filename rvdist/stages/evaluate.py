@@ -170,6 +170,7 @@ class Evaluator:
 
             for asking in sorted(arms, key=lambda asking: (asking.serving, asking.tensors)):  # a fleet after the other
                 answered[asking] = self.answer(asking, arms[asking], partial(complete, asking))
+            scorers.take_part()
             if last:
                 self._warm.finish()
             for scoring in scorings:

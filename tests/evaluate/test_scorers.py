@@ -20,6 +20,7 @@ from rvdist.evaluate.request import Completion, Generate, Loglikelihood
 from rvdist.evaluate.scorers import Scorers
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
+from rvdist.evaluate.transcript import document_hash
 
 ARMS = [Arm(f"alpha={k}", WeightPoint("t"), alpha=float(k)) for k in range(3)]
 COUNTING = """
@@ -125,6 +126,21 @@ def test_documents_are_read_once_for_all_arms(tmp_path, monkeypatch):
     assert first == second and [record.metrics["acc"] for record in first] == [1.0] * 4
 
 
+def test_documents_are_hashed_once_for_all_arms_as_lm_eval_hashes_them(tmp_path, monkeypatch):
+    from lm_eval import evaluator
+
+    suite = counting_task(tmp_path)
+    asking, tasks = asking_of(suite), suite.tasks
+    _, first = suite.score(ARMS[0], "d", asking.tokenizer, asking.requests, answers_of(asking, ARMS[0]), 0)
+    assert [record.doc for record in first] == [document_hash(doc) for doc in tasks["counted"].eval_docs]
+    hash_text = evaluator.hash_string
+    monkeypatch.setattr(evaluator, "json", None)  # nothing is written again
+    _, second = suite.score(ARMS[0], "d", asking.tokenizer, asking.requests, answers_of(asking, ARMS[0]), 0)
+    assert first == second and all(type(record.doc) is str for record in second)
+    monkeypatch.undo()
+    assert evaluator.json is json and evaluator.hash_string is hash_text
+
+
 @pytest.fixture
 def in_a_process(monkeypatch):
     monkeypatch.setattr(module, "_WORTH", 0)
@@ -144,6 +160,16 @@ def test_a_process_scores_to_the_bit_what_is_scored_here_and_another_one_is_not_
         assert score_all(asking, scorers) == expected
         pid = scorers._processes[0]._process.pid
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_when_nothing_else_is_to_be_done_here_arms_are_scored_here_too(in_a_process, tmp_path):
+    asking = asking_of(counting_task(tmp_path))
+    with Scorers(1) as scorers:
+        busy = scorers._idle.get()
+        scorers.take_part()
+        assert score_all(asking, scorers) == here(asking)
+        scorers._idle.put(busy)
+        assert not busy._serves, "it was not asked"
 
 
 def test_a_process_that_would_ask_otherwise_is_not_used(in_a_process, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 from rvdist.core.private import Library
@@ -22,6 +23,8 @@ NEEDED = (
     "lm_eval.api.task:Task.build_all_requests",
     "lm_eval.api.task:Task.doc_iterator",
     "lm_eval.api.instance:Instance(filtered_resps)",
+    "lm_eval.evaluator:json.dumps",
+    "lm_eval.evaluator:hash_string(string)",
 )
 
 
@@ -90,6 +93,32 @@ def built_before(tasks: Mapping[str, Any], built: Mapping[str, Built]) -> Iterat
     finally:
         for task in tasks.values():
             del task.build_all_requests, task.doc_iterator
+
+
+class _Hash(str):
+    """Of a document that was hashed before, in the place of its text."""
+
+
+@contextmanager
+def hashed_before(hashes: dict[int, str]) -> Iterator[None]:
+    """A patch while tasks score: lm-eval writes every document as indented JSON anew for every arm, to hash it.
+    `hashes` keeps those of documents by their ids, as long as they live. Other texts, whose hashes no record has, get
+    none."""
+    from lm_eval import evaluator
+
+    library, hash_text = evaluator.json, evaluator.hash_string
+
+    def dumps(document: Any, **how: Any) -> str:
+        if id(document) not in hashes:
+            hashes[id(document)] = hash_text(library.dumps(document, **how))
+        return _Hash(hashes[id(document)])
+
+    evaluator.json = SimpleNamespace(dumps=dumps)
+    evaluator.hash_string = lambda text: str(text) if type(text) is _Hash else ""
+    try:
+        yield
+    finally:
+        evaluator.json, evaluator.hash_string = library, hash_text
 
 
 def _go_through(documents: Sequence[tuple[int, Any]], **_: Any) -> Iterator[tuple[int, Any]]:
