@@ -38,6 +38,11 @@ class Facts:
     low_rank: bool = False
     one_vector: bool = False
 
+    @property
+    def by_element(self) -> bool:
+        """Whether an element of the result needs no others of the sources, and not its place."""
+        return not self.whole_tensors and "seed" not in self.parameters
+
 
 def _mergekit(name: str, drops: str, adds: str) -> str:
     return (

@@ -162,14 +162,14 @@ class PointReader:
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
         """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in
-        one tensor all rows are counted on. Other columns are read only where a source is computed, the method must see
-        elements in their places, or the arithmetic is a card's."""
+        one tensor all rows are counted on. Other columns are read only where a source is computed, the method needs
+        other elements or their places, or the arithmetic is a card's."""
         (point,), width = self.points, self.base.tensors[name].shape[-1]
         recipes, works, (copied,) = self._prepare(name)
         vectors = [vector for _, vector in recipes[0]]
         operands = {source: self._values.operands[source] for source in [point.base, *_donors(vectors)]}
         lane = self._lanes[0]
-        sought = point.method.name == "linear" and all(type(operand) is Operand for operand in operands.values())
+        sought = point.method.facts.by_element and all(type(operand) is Operand for operand in operands.values())
         if self._device != "cpu" or not sought:
             at_once, wanted = max(1, lane.chunk // width), out.view(len(rows), len(columns))
             for begin in range(0, len(rows), at_once):

@@ -4,7 +4,9 @@ from contextlib import closing, contextmanager
 
 import pytest
 import torch
+from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
+from points import read_point
 
 from rvdist.core.errors import BadInput
 from rvdist.core.method import FACTS, MethodSpec
@@ -258,6 +260,24 @@ def test_a_card_fills_memory_with_the_bytes_of_the_cpu(tmp_path, card, eager, dt
         assert (there[:48] == 7).all() and (there[300 * 48 :] == 7).all()
     if card:
         assert any(what == "waits for what was begun by" and whom == "the caller's" for _, what, whom in card.log)
+
+
+@pytest.mark.parametrize("name", ["linear", *(one.name for one in FACTS if one.whole_matrices)])
+def test_a_card_merges_adapters_to_the_bytes_of_the_cpu(tmp_path, card, eager, name):
+    """By methods that see matrices, which look at their factors on the CPU; whole, and the columns of an engine's
+    rank."""
+    target = str(write_checkpoint(tmp_path / "target", tensors(0)))
+    adapters = [str(write_adapter(tmp_path / f"adapter{k}", factors(k))) for k in (1, 2)]
+    asked = WeightPoint(target, tuple(Term(0.5, Vector(path)) for path in adapters), MethodSpec(name))
+    embedding = "model.embed_tokens.weight"
+    with on_the_cpu():
+        expected = dict(read_point(asked))
+    with closing(open_point(asked, device="cuda")) as reader:
+        for own, tensor in expected.items():
+            assert torch.equal(filled(reader, own, tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)), own
+        part = filled(reader, embedding, (80, 20), range(11, 91), range(7, 27)).view(torch.bfloat16)
+    assert torch.equal(part.view(80, 20), expected[embedding][11:91, 7:27])
+    assert not torch.equal(expected[embedding], tensors(0)[embedding])
 
 
 def filled(reader, name, shape, rows=None, columns=None):

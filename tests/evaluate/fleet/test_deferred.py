@@ -8,13 +8,19 @@ import torch
 from checkpoints import near, tensors, write_checkpoint
 from points import read_point
 
-from rvdist.core.method import MethodSpec
+from rvdist.core.method import FACTS, MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.evaluate.fleet.deferred import Deferred, defer_tensors
 from rvdist.weights.reader import open_point
 
 NAME, ROWS, COLUMNS = "model.embed_tokens.weight", 301, 48
-METHODS = [MethodSpec(), MethodSpec("ties", 0.3), MethodSpec("della_linear", 0.5, 3), MethodSpec("iso_c")]
+METHODS = [
+    MethodSpec(),
+    MethodSpec("ties", 0.3),
+    MethodSpec("della_linear", 0.5, 3),
+    MethodSpec("iso_c"),
+    MethodSpec("ram"),
+]
 
 
 @pytest.fixture
@@ -99,9 +105,14 @@ def test_columns_are_those_of_the_whole(alpha, method, point):
     assert (fused[:5] == 7).all() and (fused[5 + ROWS : 400] == 7).all() and (fused[550:] == 7).all()
 
 
-def test_of_a_shard_of_columns_only_those_are_read(reader):
-    memory(ROWS, 7).copy_(one_of(reader).narrow(1, 3, 7))
-    assert reader.bytes_read == 3 * ROWS * 7 * 2
+@pytest.mark.parametrize("name", [one.name for one in FACTS if not one.whole_tensors])
+def test_of_a_shard_of_columns_only_those_are_read(name, point):
+    """By methods that need neither other elements nor the places of theirs."""
+    asked = replace(point, method=MethodSpec(name, 0.5 if name.startswith("dare") else 1.0).without_unused())
+    whole = dict(read_point(asked))[NAME]
+    with closing(open_point(asked)) as reader:
+        assert torch.equal(memory(ROWS, 7).copy_(one_of(reader).narrow(1, 3, 7)), whole[:, 3:10])
+        assert reader.bytes_read == 3 * ROWS * (COLUMNS if name.startswith("dare") else 7) * 2
 
 
 def test_columns_of_several_matrices_in_one_tensor(tmp_path):
