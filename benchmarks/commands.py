@@ -5,11 +5,11 @@
 Without `--models` on three checkpoints of Qwen2.5-1.5B's shape, as benchmarks/merge.py makes them; with `--holes` on
 three of Qwen2.5-7B's, files of holes, which are read as if a page cache of 46 GB had them and take no disk (outputs do,
 15 GB); mergekit's API, which would hold all of it in memory, is left out then. Round by round: the
-floor (`cat` of the inputs, `cp -r` of the target, `sync`); ours as typed, and with two workers on a Ray that is up;
-mergekit as typed, with asynchronous writes by two threads, with these, two threads of computing and the lazy unpickler,
-and its API in memory with its batched kernels. With `--cold` none of the inputs is in the page cache when a command
-begins, and two rows more show what the disk gives: `dd` with direct reads, and ours into /dev/null. Medians go to
-benchmarks/README.md, under "commands.py, NAME".
+floor (`cat` of the inputs, `cp -r` of the target, `sync`); ours as typed, the same after `rvdist up`, and then with two
+workers on its Ray; mergekit as typed, with asynchronous writes by two threads, with these, two threads of computing and
+the lazy unpickler, and its API in memory with its batched kernels. With `--cold` no input is in the page cache when a
+command begins, and two rows more show what the disk gives: `dd` with direct reads, and ours into /dev/null.
+Medians go to benchmarks/README.md, under "commands.py, NAME".
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import merge
 import shapes
 
-FLOOR, OURS, UP = "floor: cat, cp -r, sync", "rvdist", "rvdist, `merge.workers=2`, on a Ray that is up"
+FLOOR, OURS = "floor: cat, cp -r, sync", "rvdist"
+UP, ON_RAY = "rvdist, after `rvdist up`", "rvdist, `merge.workers=2`, on a Ray that is up"
 ASYNC = ("--async-write", "--write-threads", "2")
 FLAGS = {
     "mergekit": (),
@@ -102,7 +103,8 @@ def main() -> None:
     commands = {
         FLOOR: ["sh", "-c", f"cat {inputs} >/dev/null; cp -r --sparse=never {target} {out}; sync"],
         OURS: ours,
-        UP: [*ours, "merge.workers=2"],
+        UP: ours,
+        ON_RAY: [*ours, "merge.workers=2"],
         **{name: [str(tool), str(recipe), str(out), "--no-copy-tokenizer", *more] for name, more in FLAGS.items()},
         IN_MEMORY: [str(tool.with_name("python")), "-c", _MEMORY, *map(str, (target, plus, minus, out))],
     }
@@ -122,12 +124,12 @@ def main() -> None:
             os.sync()
             if arguments.cold:
                 evict(files)
-            if name == UP:
+            if name in (UP, ON_RAY):
                 subprocess.run([*door, "up"], check=True, stdout=subprocess.DEVNULL)
             try:
                 runs[name].append(merge.measure(command))
             finally:
-                if name == UP:
+                if name in (UP, ON_RAY):
                     subprocess.run([*door, "down"], check=True, stdout=subprocess.DEVNULL)
             print(f"round {len(runs[name])}: {name}: {runs[name][-1].wall:.1f} s", flush=True)
     subprocess.run(["sh", "-c", f"rm -rf {out}*"], check=True)
