@@ -222,6 +222,7 @@ def test_weights_that_vllm_quantizes_are_those_of_a_fresh_engine(families: dict[
     assert answers(engine) == found[0.0]
 
 
+@pytest.mark.slow  # where an engine could not start before it, vLLM's group for experts is gone
 def test_what_the_cpu_build_cannot_quantize_is_said(families: dict[str, Family]) -> None:
     """It lacks an operation that experts need."""
     settings = dataclasses.replace(SETTINGS, args=further_arguments({"quantization": "fp8_per_channel"}))
