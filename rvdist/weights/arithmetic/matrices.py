@@ -22,7 +22,7 @@ from rvdist.weights.arithmetic.method import Place
 Chunks = Callable[..., Iterator[list[torch.Tensor]]]  # of the elements from the first given to before the second
 LEAST = 1e-6  # of the largest singular value: what is smaller is none
 _PANEL = 16 << 20  # bytes of a matrix, of all that are read together, that are held at a time
-_BLOCK = 1 << 19  # elements of one that are widened at a time
+_BLOCK = 1 << 20  # elements of one that are widened at a time
 _SLACK = 64 << 20  # bytes that LAPACK and the allocator keep
 _LOCK = threading.Lock()
 _inside, _before = 0, 1  # how many are in `one_thread`, and torch's threads before the first

@@ -223,29 +223,6 @@ def test_directions_that_tasks_share_count_once():
     assert not change(MethodSpec("tsv_m"), [np.zeros((5, 7))], (1,), (5, 7)).any()
 
 
-@pytest.mark.parametrize("orders", [1, 5])
-@pytest.mark.parametrize("shape", [(64, 200), (200, 64), (61, 61), (1, 40)])
-def test_two_tasks_are_as_exact_as_more(shape, orders):
-    """Theirs are made orthogonal by blocks: of random directions, of which those of little size are rounded most."""
-    vectors = [with_spectrum(np.logspace(0, -orders, min(shape)), shape, seed) for seed in (3, 4)]
-    found, wanted = (
-        what(vectors, (0.5, -0.3)) for what in (lambda *asked: change(MethodSpec("tsv_m"), *asked, shape), tsv_m)
-    )
-    assert abs(found - wanted).max() <= 1e-10 * abs(wanted).max()
-
-
-def test_two_tasks_that_share_some_directions():
-    """Of unlike sizes and ranks, down to what is none: as three, of which one adds nothing, come to."""
-    generator = np.random.default_rng(6)
-    p, q = (np.linalg.qr(generator.standard_normal((side, side)))[0] for side in (64, 200))
-    sizes = np.logspace(0, -5, 10)
-    first, second = (p[:, k : k + 10] * sizes @ q[:, k : k + 10].T for k in (0, 5))
-    for one in (second, second[:, ::-1].copy(), 1e-3 * first, np.zeros((64, 200))):
-        found = change(MethodSpec("tsv_m"), [first, one], (1, -0.5), (64, 200))
-        three = change(MethodSpec("tsv_m"), [first, one, np.zeros((64, 200))], (1, -0.5, 1), (64, 200))
-        assert abs(found - three).max() <= 1e-7
-
-
 @pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
 def test_other_dimensions(spec):
     """One: the mean of the terms. Three: each matrix by itself."""
