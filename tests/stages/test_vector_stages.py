@@ -195,7 +195,7 @@ def test_the_command_stores_applies_and_says_what_is_wrong(family, tmp_path):
 
 
 def test_peft_merges_to_what_we_read(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = pytest.importorskip("peft", reason="peft cannot be imported")
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)

@@ -115,7 +115,7 @@ def test_an_adapter_of_an_embedding_says_that_the_head_moves(tmp_path):
 def test_lora_of_a_tied_embedding_is_what_peft_merges(tmp_path, tying):
     """With ensure_weight_tying peft 0.21 adds the product twice, to the embedding and to the head that it is: what it
     stores for both is refused."""
-    peft = pytest.importorskip("peft", reason="peft, whose own merge is what is right here, is not installed")
+    peft = pytest.importorskip("peft", reason="peft, whose own merge is what is right here, cannot be imported")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ def donors(place):
 
 def test_peft_loads_it(tmp_path):
     """With full ranks minus and the adapter are plus."""
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = pytest.importorskip("peft", reason="peft cannot be imported")
     from transformers import AutoModelForCausalLM
 
     paths = donors(tmp_path)

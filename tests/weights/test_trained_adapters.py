@@ -57,7 +57,7 @@ def base_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def train(place: Path, model: torch.nn.Module, **settings: object) -> None:
     """Saves `model` as base, what peft makes of it as adapter, with everything that it trains moved, and merged."""
-    peft = pytest.importorskip("peft", reason="peft, whose own merge is what is right here, is not installed")
+    peft = pytest.importorskip("peft", reason="peft, whose own merge is what is right here, cannot be imported")
     model.save_pretrained(place / "base")
     chosen = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"]} | settings
     adapted = peft.get_peft_model(model, peft.LoraConfig(**chosen))
