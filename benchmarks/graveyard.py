@@ -41,7 +41,6 @@ from judge import companions, differing  # noqa: E402
 from runner import Outcome, run  # noqa: E402
 from situations import Asked, Refused, Right, Situation  # noqa: E402
 
-from rvdist import cluster  # noqa: E402
 from rvdist.core.errors import BadInput  # noqa: E402
 
 SITUATION = {situation.name: situation for situation in SITUATIONS}
@@ -276,9 +275,7 @@ def main() -> None:
     wanted = [s for s in SITUATIONS if not s.slow and (not arguments.only or s.name in arguments.only)]
     work = Path(tempfile.mkdtemp(prefix="graveyard-"))
     (work / "ours").mkdir()
-    cluster.connect("local", namespace="graveyard")
     outcomes = run(wanted, work / "ours")
-    cluster.disconnect()
     cells = {
         name: {"rvdist": (ours(SITUATION[name], outcome), "")}
         for name, outcome in outcomes.items()
