@@ -7,7 +7,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # The parts of the tests, and the commands they start, compile no module that another has compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-FAST := fast-1 fast-2 fast-3
+FAST := fast-3 fast-1 fast-2
 PARTS := heavy-1 heavy-2 shared $(FAST)
 
 .PHONY: demo test $(PARTS:%=test-%) test-fast test-slow lint audit pocket real clean
