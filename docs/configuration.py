@@ -100,7 +100,7 @@ MEANINGS: dict[type, dict[str, str]] = {
         "command's own and need no Ray; a number has them on Ray",
         "threads": "cores of each worker",
         "gpus_per_worker": "the share of a GPU that each worker takes (device=cuda)",
-        "timeout": "seconds without an answer after which a worker is ended and another does its work",
+        "timeout": "seconds without an answer after which a worker is ended and, on Ray, another does its work",
         "direct_io": "write past the page cache where the file system can",
         "method": "how several vectors are combined (docs/methods.md)",
         "density": f"{_methods_with('density')}: the share of each vector that is kept",

@@ -75,7 +75,7 @@ class Alone:
         made_of = self._accounts.partial, self._sources, self._dtype, settings.threads, settings.device
         if settings.ready:
             with suppress(OSError):  # it has ended
-                return ReadyWorker(settings.ready, *made_of, settings.direct_io)
+                return ReadyWorker(settings.ready, *made_of, settings.direct_io, silence=settings.silence)
         from rvdist.merge.worker import MergeWorker  # which imports torch
 
         return MergeWorker(*made_of, settings.direct_io)

@@ -31,9 +31,10 @@ _PATIENCE = 30.0  # seconds for a worker to begin: its process may be stopped
 
 class ReadyWorker:
     """A `MergeWorker` in such a process, behind the socket at `path`. Raises OSError where there is none, Failed where
-    it ends before its time, and what it raises itself."""
+    it ends before its time or does not answer for `silence` seconds, which ends it, and what it raises itself."""
 
-    def __init__(self, path: str, *made_of: Any) -> None:
+    def __init__(self, path: str, *made_of: Any, silence: float = 900.0) -> None:
+        self._silence = silence
         with socket.socket(socket.AF_UNIX) as made:
             made.connect(path)
             if not _is_own(made):
@@ -43,7 +44,7 @@ class ReadyWorker:
         try:
             if not self._connection.poll(_PATIENCE):
                 raise TimeoutError(errno.ETIMEDOUT, "does not answer", path)
-            self._connection.recv()  # EOFError where it has ended
+            self._pid = self._connection.recv()  # EOFError where it has ended
             self._ask("__init__", *made_of)
         except EOFError:
             self.close()
@@ -72,6 +73,13 @@ class ReadyWorker:
     def _ask(self, what: str, *given: Any) -> Any:
         try:
             self._connection.send((what, given))
+            if not self._connection.poll(self._silence):
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)  # it must not write when it goes on
+                raise Failed(
+                    f"a merge worker's process did not answer for {self._silence:g} s (merge.timeout) and was ended; "
+                    "what is done is kept, and the same command goes on from there"
+                )
             answer, error = self._connection.recv()
         except (EOFError, OSError):
             raise Failed(
@@ -111,7 +119,7 @@ def _serve(connection: Connection, kind: type[Any]) -> None:
     """Has one of this kind do what it is asked, until nobody asks."""
     worker: Any = None
     with suppress(EOFError, OSError):
-        connection.send("ready")
+        connection.send(os.getpid())
         while True:
             what, given = connection.recv()
             answer: Any = None
