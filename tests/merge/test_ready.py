@@ -22,7 +22,6 @@ from rvdist.core.point import WeightPoint
 from rvdist.merge import accounts
 from rvdist.merge import plan as planning
 from rvdist.merge import ready as processes
-from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.plan import Output
 from rvdist.merge.ready import ReadyWorker
 from rvdist.weights.checkpoint.source import open_source
@@ -59,11 +58,8 @@ def run(monkeypatch: pytest.MonkeyPatch):
     settings = test_alone.WorkerSettings
     monkeypatch.setattr(planning, "UNIT_BYTES", 1000)
 
-    def merge(paths, outputs, workers=1, path="", silence=900.0, **options):
-        def made(count: int, alone: bool) -> WorkerSettings:
-            return settings(count, alone=alone, ready=path, silence=silence)
-
-        monkeypatch.setattr(test_alone, "WorkerSettings", made)
+    def merge(paths, outputs, workers=1, path="", **options):
+        monkeypatch.setattr(test_alone, "WorkerSettings", lambda count, alone: settings(count, alone=True, ready=path))
         return test_alone.run(paths, outputs, workers, **options)
 
     return merge
@@ -113,7 +109,9 @@ def test_one_that_is_killed_ends_the_merge_which_goes_on(family, one, run, tmp_p
 
 def test_one_that_is_stopped_is_ended_and_the_merge_goes_on(family, one, run, tmp_path, monkeypatch):
     monkeypatch.setattr(accounts, "SYNC_BYTES", 1)  # every unit
-    (path, pid), paths, told, stopped = one, family(), [], []
+    (path, pid), paths, told, stopped, made = one, family(), [], [], []
+    begin = ReadyWorker.__init__
+    monkeypatch.setattr(ReadyWorker, "__init__", lambda self, *given, **more: made.append(self) or begin(self, *given))
     run(paths, {0.5: tmp_path / "right"})
 
     def stop(nbytes: int) -> None:
@@ -122,9 +120,11 @@ def test_one_that_is_stopped_is_ended_and_the_merge_goes_on(family, one, run, tm
             for child in children(pid):
                 stopped.append(os.pidfd_open(child))
                 os.kill(child, signal.SIGSTOP)
+            for worker in made:
+                worker._silence = 1.0
 
     with pytest.raises(Failed, match="did not answer for 1 s"):
-        run(paths, {0.5: tmp_path / "out"}, 1, path, 1.0, key=b"key", progress=stop)
+        run(paths, {0.5: tmp_path / "out"}, 1, path, key=b"key", progress=stop)
     for descriptor in stopped:  # it will not write when it goes on
         assert select.select([descriptor], [], [], 60)[0]
         os.close(descriptor)
