@@ -259,7 +259,9 @@ class _Index:
 
     def _interference(self, point: WeightPoint) -> list[str]:
         """What to say of vectors that are simply added and get into each other's way."""
-        several = len({term.vector for term in point.active_terms}) > 1
+        terms = point.active_terms
+        repeated = len({(term.vector, term.mask) for term in terms}) < len(terms)
+        several = repeated or len({term.vector for term in terms}) > 1
         if self._settings.recipe or not several or point.method.name not in ("linear", "dare"):
             return []
         return self._known.interference(self.settle(point), self.sources).warnings()

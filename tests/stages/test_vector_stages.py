@@ -89,6 +89,22 @@ def test_vectors_are_looked_at_without_a_cluster(family, tmp_path, monkeypatch, 
     )
 
 
+@pytest.mark.parametrize(("alphas", "along"), [((1.0, 1.0), "2.00"), ((1.0, -0.9), "0.10")])
+def test_one_vector_given_twice_is_told_of_where_it_means_the_same_weights(alphas, along, family, tmp_path, capsys):
+    paths = {name: str(path) for name, path in family().items()}
+    for masks in ({}, {}), ({"exclude": [".*mlp.*"]}, {"include": [".*mlp.*"]}):
+        vectors = [
+            WeightedVectorConfig(paths["plus"], paths["minus"], alpha=alpha, mask=config.MaskConfig(**mask))
+            for alpha, mask in zip(alphas, masks, strict=True)
+        ]
+        settings = Config(target=paths["target"], vectors=vectors, stages=["plan"], output=str(tmp_path / "out"))
+        settings = replace(settings, cache=config.CacheConfig(str(tmp_path / "cache")))
+        (run := tmp_path / f"run{len(masks[0])}").mkdir()
+        assert run_stages(settings, run, []) is None
+        said = " ".join(capsys.readouterr().out.split())
+        assert (f"vectors[0]: along it the sum goes {along} of its way" in said) != bool(masks[0]), said
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
