@@ -74,8 +74,9 @@ class Alone:
         settings = self._settings
         made_of = self._accounts.partial, self._sources, self._dtype, settings.threads, settings.device
         if settings.ready:
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):
                 return ReadyWorker(settings.ready, *made_of, settings.direct_io, silence=settings.silence)
+            self._settings = replace(settings, ready="")  # it has ended, or is stopped: none waits for it again
         from rvdist.merge.worker import MergeWorker  # which imports torch
 
         return MergeWorker(*made_of, settings.direct_io)

@@ -36,7 +36,9 @@ class ReadyWorker:
     def __init__(self, path: str, *made_of: Any, silence: float = 900.0) -> None:
         self._silence = silence
         with socket.socket(socket.AF_UNIX) as made:
+            made.settimeout(_PATIENCE)  # where too many wait already, too
             made.connect(path)
+            made.settimeout(None)
             if not _is_own(made):
                 raise PermissionError(1, "another user's", path)
             self._connection = Connection(made.detach())

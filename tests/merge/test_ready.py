@@ -146,6 +146,19 @@ def test_where_none_is_threads_merge(family, run, tmp_path, monkeypatch):
     assert digests(tmp_path / "right") == digests(tmp_path / "a") == digests(tmp_path / "b") == digests(tmp_path / "c")
 
 
+def test_one_that_is_stopped_is_waited_for_once(family, run, tmp_path, monkeypatch):
+    paths, path, began = family(), tmp_path / "socket", []
+    monkeypatch.setattr(processes, "_PATIENCE", 0.1)
+    real = ReadyWorker.__init__
+    monkeypatch.setattr(ReadyWorker, "__init__", lambda self, *given, **more: began.append(1) or real(self, *given))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(0)  # room for one
+        run(paths, {0.5: tmp_path / "a"}, 3, str(path))
+        run(paths, {0.5: tmp_path / "b"}, 3, str(path))  # so many wait that nobody can connect
+    assert len(began) == 2 and digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
 def test_they_end_with_whoever_keeps_them(family, tmp_path):
     path = tmp_path / "socket"
     with kept(path) as process:
