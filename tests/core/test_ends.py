@@ -186,6 +186,7 @@ def test_a_part_of_ray_that_stands_still_for_a_moment_ends_nothing(monkeypatch):
 def test_a_gcs_that_is_killed_while_ray_starts_ends_the_command(place):
     """Ray itself would wait for a minute and then end the process with words of its own."""
     arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "output=out"]
+    arguments.append("merge.workers=1")  # on Ray, which so small a merge else does not start
     command = [sys.executable, "-m", "rvdist.launch", *arguments]
     running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: "gcs_server" in descendants(running.pid))
@@ -216,6 +217,7 @@ def threads(pid):
 def test_a_signal_while_ray_starts_ends_in_our_sentence_alone(place, sent, status, sentence, thread):
     """Before its processes are there, and as its core begins in ours, which takes the signals then."""
     arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "output=out"]
+    arguments.append("merge.workers=1")  # on Ray, which so small a merge else does not start
     command = [sys.executable, "-m", "rvdist.launch", *arguments]
     running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while thread not in threads(running.pid):
