@@ -19,11 +19,11 @@ class Facts:
     `made_by`: FILE.NAME, a class or function below `rvdist/weights/arithmetic/` that takes `parameters` and `options`
     by keyword. `parameters`: which of `density` and `seed` it has a use for; `options`: its other numbers, and their
     defaults. `whole_tensors`: all of a tensor must be seen before any of it can be computed, so that no unit holds a
-    part of one. `whole_rows`: its chunks are whole rows of the last dimension. `whole_matrices`: a worker holds all of
-    a tensor, one point's at a time. `low_rank`: its vectors are of low rank, of adapters or so stored. `one_vector`: it
-    goes from the base to one other model. `formula`: r as docs/methods.md has it; empty where only a recipe chooses the
-    method, else `merge.method` may name it. `sentence`: what a card says, with {density} and {seed} filled in; empty
-    where the terms are simply added.
+    part of one. `whole_rows`: its chunks are whole rows of the last dimension. `whole_matrices`: a worker holds what is
+    added to a matrix, one point's at a time. `low_rank`: its vectors are of low rank, of adapters or so stored.
+    `one_vector`: it goes from the base to one other model. `formula`: r as docs/methods.md has it; empty where only a
+    recipe chooses the method, else `merge.method` may name it. `sentence`: what a card says, with {density} and {seed}
+    filled in; empty where the terms are simply added.
     """
 
     name: str

@@ -161,7 +161,8 @@ def build_plan(
     layouts = [laid_out[output.points[0].base] for output in outputs]
     files: list[OutputFile] = []
     for number, (output, layout) in enumerate(zip(outputs, layouts, strict=True)):
-        whole = any(point.method.facts.whole_tensors for point in output.points)
+        by_matrix = _matrices(output.points, sources, layout)
+        whole = not by_matrix and any(point.method.facts.whole_tensors for point in output.points)
         reads = _reads(output.points, layout, sources)
         by_file: dict[str, list[TensorSpec]] = {file: [] for file in layout.files}
         for spec in layout.tensors.values():
@@ -171,6 +172,7 @@ def build_plan(
             for spec in specs:
                 needs.update(reads[spec.name])
             grains = _whole_experts(output.points, sources) | _grains(sources[output.points[0].base], layout)
+            grains |= by_matrix
             units = _units(number, file, specs, unit_bytes(layout), whole, grains)
             files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
@@ -330,6 +332,16 @@ def _whole_experts(points: Sequence[WeightPoint], sources: Mapping[str, Checkpoi
     relaid = [one for point in points for name in point.sources() if isinstance(one := sources[name], Relaid)]
     views = [(one, name, view) for one in relaid for name, view in one.views.items() if not view.joined]
     return {name: _Grain(one.tensors[name].numel // view.count) for one, name, view in views}
+
+
+def _matrices(points: Sequence[WeightPoint], sources: Mapping[str, Checkpoint], layout: Layout) -> dict[str, _Grain]:
+    """The tensors of points whose method sees matrices, by these: what is added to one is computed whole. None where
+    scales come with their tensors."""
+    base = sources[points[0].base]
+    if not all(point.method.facts.whole_matrices for point in points) or _keeps_scales(base, layout):
+        return {}
+    specs = [spec for spec in base.tensors.values() if spec.numel and spec.is_floating_point and len(spec.shape) > 1]
+    return {spec.name: _Grain(spec.shape[-2] * spec.shape[-1]) for spec in specs}
 
 
 def _units(

@@ -38,7 +38,7 @@ def print_plan(prepared: Prepared, plan: Plan) -> None:
             nbytes, name, shape = matrix_memory(point, prepared.sources, plan.dtype)
             if nbytes:
                 sides = " × ".join(map(str, shape))
-                prepared.say(f"  a worker takes {nbytes / 2**20:,.1f} MiB for tensor {name} ({sides}), held whole")
+                prepared.say(f"  a worker takes {nbytes / 2**20:,.1f} MiB for a matrix of tensor {name} ({sides})")
         prepared.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
     prepared.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
     if plan.outputs:

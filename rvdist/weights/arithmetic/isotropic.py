@@ -22,7 +22,6 @@ from rvdist.weights.arithmetic.matrices import (
     Chunks,
     Matrices,
     Matrix,
-    by_matrices,
     held,
     inverse_root,
     spectrum,
@@ -33,25 +32,24 @@ from rvdist.weights.arithmetic.method import Place
 class IsoC(Matrices):
     """For any number of vectors."""
 
-    def change(self, place: Place, chunks: Chunks, whole: torch.Tensor) -> None:
+    def change(self, place: Place, chunks: Chunks, number: int, out: torch.Tensor) -> None:
         def weighted_sum(differences: list[torch.Tensor]) -> list[torch.Tensor]:
             total = torch.zeros_like(differences[0])
             for alpha, difference in zip(place.alphas, differences, strict=True):
                 total.add_(difference.mul_(alpha))
             return [total]
 
-        for number, out in enumerate(by_matrices(place, whole)):
-            matrix = Matrix(place, chunks, number, weighted_sum)
-            (largest,) = matrix.largest()
-            if not math.isfinite(largest):
-                out.fill_(torch.nan)  # it has no singular values, and is told of as any such result
-                continue
-            side, _ = matrix.shape
-            values, left = spectrum(side, (block for _, (block,) in matrix.blocks()), largest)
-            scaled = inverse_root(values, left, float(values.sum()) / side)
-            del left
-            for columns, (block,) in matrix.blocks():
-                out[:, columns] = scaled @ block
+        matrix = Matrix(place, chunks, number, weighted_sum)
+        (largest,) = matrix.largest()
+        if not math.isfinite(largest):
+            out.fill_(torch.nan)  # it has no singular values, and is told of as any such result
+            return
+        side, _ = matrix.shape
+        values, left = spectrum(side, (block for _, (block,) in matrix.blocks()), largest)
+        scaled = inverse_root(values, left, float(values.sum()) / side)
+        del left
+        for columns, (block,) in matrix.blocks():
+            out[:, columns] = scaled @ block
 
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:

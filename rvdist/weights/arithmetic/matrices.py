@@ -3,7 +3,8 @@
 What is added to a matrix is held whole, in the working precision, and nothing else of its size: a matrix is read in
 panels of columns, as often as it is needed. It is decomposed by the eigenvalues of its smaller Gram matrix, in fp64 and
 in place, which takes a fraction of the time that singular values take. Directions below 10⁻⁶ of the largest singular
-value count as none: fp32 cannot tell them from rounding. A tensor of three or more dimensions is a stack of matrices.
+value count as none: fp32 cannot tell them from rounding. A tensor of three or more dimensions is a stack of matrices,
+each by itself and one at a time.
 """
 
 from __future__ import annotations
@@ -36,30 +37,47 @@ class Matrices(ABC):
     surveys_base = False
 
     def __init__(self) -> None:
-        self._change: torch.Tensor | None = None
+        self._asked: tuple[Place, Chunks] | None = None
+        self._held = -1, torch.empty(0)  # a matrix's number, and what is added to it
 
     def survey(self, place: Place, chunks: Chunks) -> None:
-        self._change = None  # before there is another
-        if len(place.shape) > 1 and place.numel:
-            with one_thread():
-                dtype = next(chunks())[0].dtype
-                self._change = torch.empty(place.numel, dtype=dtype)  # takes memory as it is filled
-                self.change(place, chunks, self._change)
+        """Looks at nothing: a matrix is, when the first of its elements is asked for."""
+        self._asked = (place, chunks) if len(place.shape) > 1 and place.numel else None
+        self._held = -1, torch.empty(0)
 
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
     ) -> None:
-        if self._change is not None:
-            total.add_(self._change[place.start : place.start + len(total)].to(total.device))
+        if self._asked is not None:
+            size, at, end = math.prod(place.shape[-2:]), place.start, place.start + len(total)
+            while at < end:
+                number, offset = divmod(at, size)
+                count = min(end - at, size - offset)
+                own = self._change_of(number, total.dtype)[offset : offset + count]
+                total[at - place.start :][:count].add_(own.to(total.device))
+                at += count
             return
         mean = torch.zeros_like(total)
         for alpha, difference in zip(alphas, differences, strict=True):
             mean.add_(difference.mul_(alpha))
         total.add_(mean.div_(len(differences)))
 
+    def _change_of(self, number: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to a matrix, 1-d; kept until another is asked for."""
+        if self._held[0] != number:
+            assert self._asked, "there was no survey"
+            place, chunks = self._asked
+            self._held = -1, torch.empty(0)  # before there is another
+            matrix = torch.empty(place.shape[-2:], dtype=dtype)  # takes memory as it is filled
+            with one_thread():
+                self.change(place, chunks, number, matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
+            self._held = number, matrix.view(-1)
+        return self._held[1]
+
     @abstractmethod
-    def change(self, place: Place, chunks: Chunks, whole: torch.Tensor) -> None:
-        """Fills all elements of the change: 1-d, of the working dtype. `place.alphas` are those of the vectors."""
+    def change(self, place: Place, chunks: Chunks, number: int, out: torch.Tensor) -> None:
+        """Fills what is added to a matrix, (k, l) with k ≤ l: of one with more rows than columns, turned.
+        `place.alphas` are those of the vectors."""
 
     @staticmethod
     @abstractmethod
@@ -140,12 +158,6 @@ def _take(panel: torch.Tensor, elements: torch.Tensor, start: int, width: int, c
         elements = elements[taken:]
 
 
-def by_matrices(place: Place, whole: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of the matrices in a tensor's elements, (k, l) with k ≤ l: of one with more rows than columns, turned."""
-    for matrix in whole.view(-1, *place.shape[-2:]):
-        yield matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-
-
 def spectrum(side: int, blocks: Iterable[torch.Tensor], largest: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The singular values of a matrix (k, l), smallest first, and the left singular vectors as columns (k, r): fp64,
     those r that are not none. It is given by blocks of its columns, and by its largest magnitude. Takes 24·k² bytes, of
@@ -208,12 +220,11 @@ def fill(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def held(shape: Sequence[int], itemsize: int, while_found: int, while_added: int) -> int:
-    """About how many bytes are held at most for a tensor of matrices: so many times fp64's of a square of the smaller
-    side while what is added to a matrix is found, beside what is found of others, and while it is added up."""
-    numel, one, square = math.prod(shape), shape[-2] * shape[-1], min(shape[-2:]) ** 2 * 8
+    """About how many bytes are held at most for a matrix: so many times fp64's of a square of the smaller side while
+    what is added is found, and beside that while it is added up."""
+    one, square = shape[-2] * shape[-1], min(shape[-2:]) ** 2 * 8
     panels = min(_PANEL, 2 * one * itemsize) + min(4 * _BLOCK, 4 * one) * 8 + min(_SLACK, 8 * one * itemsize)
-    found = max((numel - one) * itemsize + while_found * square, numel * itemsize + while_added * square)
-    return found + panels
+    return max(while_found * square, one * itemsize + while_added * square) + panels
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from rvdist.weights.arithmetic.matrices import (
     Chunks,
     Matrices,
     Matrix,
-    by_matrices,
     held,
     inverse_root,
     of_columns,
@@ -39,15 +38,14 @@ from rvdist.weights.arithmetic.method import Place
 class TsvM(Matrices):
     """For any number of vectors."""
 
-    def change(self, place: Place, chunks: Chunks, whole: torch.Tensor) -> None:
-        for number, out in enumerate(by_matrices(place, whole)):
-            tasks = Matrix(place, chunks, number, lambda differences: differences)
-            largest = tasks.largest()
-            if all(map(math.isfinite, largest)):
-                alone = [Matrix(place, chunks, number, lambda d, k=k: [d[k]]) for k in range(len(largest))]  # type: ignore[misc]
-                self.merge(out, tasks, alone, largest, place.alphas)
-            else:
-                out.fill_(torch.nan)  # what is not finite has no singular values, and is told of as any such result
+    def change(self, place: Place, chunks: Chunks, number: int, out: torch.Tensor) -> None:
+        tasks = Matrix(place, chunks, number, lambda differences: differences)
+        largest = tasks.largest()
+        if not all(map(math.isfinite, largest)):
+            out.fill_(torch.nan)  # what is not finite has no singular values, and is told of as any such result
+            return
+        alone = [Matrix(place, chunks, number, lambda d, k=k: [d[k]]) for k in range(len(largest))]  # type: ignore[misc]
+        self.merge(out, tasks, alone, largest, place.alphas)
 
     def merge(
         self,

@@ -1,5 +1,6 @@
 """Methods that see matrices, against the papers' formulas in numpy's fp64 on whole tensors; by reader and merges."""
 
+import math
 import threading
 from collections import defaultdict
 from dataclasses import replace
@@ -30,6 +31,7 @@ from rvdist.weights.reader import PointReader
 
 METHODS = [MethodSpec("iso_c"), MethodSpec("tsv_m")]
 
+STACK = "model.layers.1.mlp.experts.gate_up_proj"
 CORE = [MethodSpec("core_space"), MethodSpec("core_space_iso")]
 
 
@@ -109,13 +111,15 @@ def test_panels_do_not_matter(spec, shape, monkeypatch):
         assert np.array_equal(change(spec, vectors, (0.5, -0.3), shape, chunk), found)
 
 
-def memory_taken(method, vectors, shape):
-    """Bytes at most while a method looks at these vectors, beside what was there before."""
-    numel = vectors[0].numel()
+def memory_taken(method, vectors, shape, end=1):
+    """Bytes at most while a method computes elements up to `end` from these vectors, beside what was there before."""
+    numel, size = math.prod(shape), vectors[0].numel()
+    repeated = [vector.repeat(1 + (numel > size)) for vector in vectors]  # of a stack one matrix is given
 
     def chunks(start=0, stop=numel):
         for begin in range(start, stop, 1 << 17):
-            yield [vector[begin : min(begin + (1 << 17), stop)].float() for vector in vectors]
+            first, count = begin % size, min(1 << 17, stop - begin)
+            yield [vector[first : first + count].float() for vector in repeated]
 
     change(MethodSpec("tsv_m"), [np.eye(300, 400)] * 2, (1, 1), (300, 400))  # what LAPACK keeps is there
     before, over = anonymous_bytes(), threading.Event()
@@ -127,7 +131,11 @@ def memory_taken(method, vectors, shape):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    method.survey(Place("w", numel, shape=shape, alphas=(1.0,) * len(vectors)), chunks)
+    place = Place("w", numel, shape=shape, alphas=(1.0,) * len(vectors))
+    method.survey(place, chunks)
+    for start in range(0, end, 1 << 17):
+        total = torch.zeros(min(1 << 17, end - start))
+        method.add(total, place.alphas, [torch.zeros_like(total)] * len(vectors), replace(place, start=start))
     over.set()
     watcher.join()
     return max(seen) - before
@@ -139,6 +147,15 @@ def test_no_matrix_is_held_beside_what_is_added(spec):
     method, shape = build(spec), (512, 8192)
     vectors = [torch.randn(512 * 8192, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
     assert memory_taken(method, vectors, shape) <= method.bytes_held(shape, 0, 4) <= 144 << 20
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_of_a_stack_one_matrix_is_held(spec):
+    """What is added to all of these experts has 80 MiB."""
+    method, shape = build(spec), (40, 128, 4096)
+    vectors = [torch.randn(128 * 4096, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
+    taken = memory_taken(method, vectors, shape, math.prod(shape))
+    assert taken <= method.bytes_held(shape, 0, 4) == method.bytes_held(shape[1:], 0, 4) <= 40 << 20
 
 
 def test_factors_of_high_rank_are_counted():
@@ -259,8 +276,8 @@ def test_threads_do_not_matter(spec):
 
 @pytest.fixture
 def point(tmp_path):
-    """`point(spec)`: two vectors, one of which leaves a layer out."""
-    base = tensors(0)
+    """`point(spec)`: two vectors, one of which leaves a layer out; of matrices, and a stack of these."""
+    base = tensors(0) | {STACK: torch.randn(5, 20, 30, generator=torch.Generator().manual_seed(3)).bfloat16()}
     paths = [str(write_checkpoint(tmp_path / f"donor{k}", near(base, 10 + k), 1 + k)) for k in range(2)]
     target = str(write_checkpoint(tmp_path / "target", near(base, 20), 2))
     minus = str(write_checkpoint(tmp_path / "minus", base))
@@ -288,6 +305,8 @@ def test_merges_do_not_depend_on_workers_units_or_chunks(spec, point, tmp_path, 
         outs = [tmp_path / f"{name}-{workers}" for name in ("once", "twice")]
         plan = build_plan(dict(zip(outs, (asked, doubled), strict=True)), sources)
         assert len(plan.outputs) == 2
+        cuts = [part.start for unit in plan.units for part in unit.segments if part.tensor == STACK]
+        assert cuts == ([0] if workers == 1 else [0, 2400]) * 2, "between matrices"
         merge(plan, sources, defaultdict(str), WorkerSettings(workers, alone=True))
         for out, one in zip(outs, (asked, doubled), strict=True):
             found = dict(read_point(WeightPoint(str(out))))
@@ -342,7 +361,7 @@ def test_a_matrix_that_takes_too_much_is_refused(spec, point):
     assert name == "model.embed_tokens.weight" and shape == (301, 48)
     assert rows.matrix_memory(asked, sources, "F32")[0] > nbytes > 301 * 48 * 4
     rows.require_memory(asked, sources, nbytes)
-    with pytest.raises(BadInput, match=rf"target: {spec.name} holds tensor .*\(301 × 48\) whole.*merge.memory is"):
+    with pytest.raises(BadInput, match=rf"target: {spec.name} holds what .* of tensor .*\(301 × 48\).*merge.memory is"):
         rows.require_memory(asked, sources, nbytes - 1)
     masked = replace(asked, terms=tuple(replace(t, mask=Mask(exclude=(".*embed.*",))) for t in asked.terms))
     rows.require_memory(masked, sources, nbytes - 1)
