@@ -188,6 +188,45 @@ def test_other_schemes_are_refused_by_name(tmp_path, change, said):
     assert str(path) in str(caught.value) and "convert it to bfloat16" in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
+def test_weights_that_are_turned_or_thinned_beside_their_codes_are_refused(tmp_path, key):
+    path = write_compressed(tmp_path / "target", plain(0), SCHEMES["int4 packed, a scale a group"])
+    config = json.loads((path / "config.json").read_text())
+    for said in ({}, None, {"format": "dense"} if key == "sparsity_config" else {}):
+        (path / "config.json").write_text(with_said(config, {key: said}))
+        open_source(str(path))
+    for said in ({"config_groups": {"u": {"type": "hadamard"}}}, {"format": "sparse-24-bitmask"}):
+        (path / "config.json").write_text(with_said(config, {key: said}))
+        with pytest.raises(BadInput, match=key):
+            open_source(str(path))
+
+
+def with_said(config: dict, more: dict) -> str:
+    return json.dumps(config | {"quantization_config": config["quantization_config"] | more})
+
+
+def test_scales_of_activations_stay_with_the_codes_whatever_donors_have(tmp_path):
+    own = {f"model.layers.0.self_attn.{name}": torch.tensor([0.0371]) for name in ("k_scale", "v_scale", "input_scale")}
+    base, paths = plain(0), {}
+    for k, role in enumerate(("target", "plus", "minus")):
+        weights = near(base, k) | {name: value + k for name, value in own.items()}
+        paths[role] = write_compressed(tmp_path / role, weights, SCHEMES["fp8, a scale a row"])
+    write({tmp_path / "out": shifted(paths)})
+    write({tmp_path / "bf16": shifted(paths)}, dtype="BF16")
+    found, wide = load_checkpoint(tmp_path / "out"), load_checkpoint(tmp_path / "bf16")
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    assert wide.keys() == base.keys()
+
+
+def test_integers_with_scales_that_no_config_explains_are_refused(tmp_path):
+    path = write_compressed(tmp_path / "target", plain(0), SCHEMES["int8, a scale a row"])
+    config = json.loads((path / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="weight_scale"):
+        open_source(str(path))
+
+
 def test_another_block_is_another_plan(tmp_path):
     paths = family(tmp_path, SCHEMES["fp8, a scale a row"])
     sources = {name: open_source(name) for name in shifted(paths).sources()}

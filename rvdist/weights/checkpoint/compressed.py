@@ -6,6 +6,7 @@ Facts: the package's quant_args.py (strategies), compressors/pack_quantized (the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ _KINDS = {
     ("int-quantized", "int", 8): INT8, ("naive-quantized", "int", 8): INT8,
     ("pack-quantized", "int", 4): PACKED4, ("pack-quantized", "int", 8): PACKED8,
 }  # fmt: skip
+_OF_ACTIVATIONS = re.compile(r"(.*\.)?(input|output|q|k|v)_(scale|zero_point|global_scale)")
 
 
 def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
@@ -34,7 +36,11 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
         stem = name.removesuffix(suffix)
         scale = checkpoint.tensors.get(f"{stem}.weight_scale")
         if stem == name or scale is None:
-            if name.endswith((".weight_packed", ".weight_zero_point", ".weight_g_idx")) or spec.dtype.startswith("F8"):
+            if _OF_ACTIVATIONS.fullmatch(name):
+                beside[name] = tensors.pop(name)
+            elif name.endswith((".weight_packed", ".weight_zero_point", ".weight_g_idx")) or spec.dtype.startswith(
+                "F8"
+            ):
                 _refuse(checkpoint, f"has {name} ({spec.dtype}), which its scheme does not explain")
             continue
         for other in ("weight_zero_point", "weight_g_idx"):
@@ -71,6 +77,9 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
 
 def _scheme(checkpoint: Checkpoint, said: Mapping[str, Any]) -> tuple[Kind, tuple[int, int]]:
     """What its codes are, and how many rows and columns share a scale; 0: all."""
+    for key in ("transform_config", "sparsity_config"):
+        if said.get(key) and said[key] != {"format": "dense"}:
+            _refuse(checkpoint, f"has weights that stand for others, as the {key} of its config says")
     groups = said.get("config_groups")
     listed = list(groups.values()) if isinstance(groups, dict) else []
     schemes = [

@@ -122,6 +122,8 @@ def as_scaled(checkpoint: Checkpoint) -> Checkpoint:
             scales[name] = _scale(checkpoint, spec, block)
         elif _PACKED.fullmatch(name) and not spec.is_floating_point:
             _refuse(checkpoint, f"is quantised: tensor {name} holds packed integers")
+        elif f"{name}_scale" in checkpoint.tensors and not spec.is_floating_point:
+            _refuse(checkpoint, f"is quantised: tensor {name} ({spec.dtype}) has the scales {name}_scale")
         elif name + _SUFFIX in checkpoint.tensors:
             _refuse(checkpoint, f"has the scales {name}{_SUFFIX}, and {name} is {spec.dtype}, not fp8")
     if not scales:
