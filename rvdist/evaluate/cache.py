@@ -16,7 +16,6 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,7 +71,7 @@ def slice_keys(
                 [
                     part.task,
                     tasks[part.task],
-                    [[type(one).__name__, *astuple(one)] for one in requests[part.task][part.begin : part.end]],
+                    [[type(one).__name__, *vars(one).values()] for one in requests[part.task][part.begin : part.end]],
                 ]
                 for part in piece.parts
             ]

@@ -26,6 +26,7 @@ REQUESTS = {
     "sums": [Generate(f"{k} + {k} =", 8, ("\n",)) for k in range(5)],
     "choice": [Choice(f"is it {k}?", answer) for k in range(3) for answer in (" yes", " no")],
 }
+KEYS = ["20e201dbe863df5581ed98a7e3dc729f", "925599d74db9dcaae10e9df3bbcd994c", "da98f79c36e72e4b0d4d76832460b787"]
 DIGESTS = {POINT: "d0", OTHER: "d1"}
 VERSIONS = {"sums": "1.0", "choice": "2.0", "more": "1.0"}
 ENGINE = identity(EngineSettings(), "some processor")
@@ -38,6 +39,12 @@ SCORES = Answered((Loglikelihood(-0.1234567890123456789, True, 2), Loglikelihood
 def keys(requests=REQUESTS, digests=DIGESTS, versions=VERSIONS, engine=ENGINE, size=2):
     slices = [piece for point in digests for piece in cut(point, requests, size)]
     return set(slice_keys(slices, requests, digests, versions, engine).values())
+
+
+def test_keys_are_those_of_before():
+    """An earlier version's answers are found, of every kind of request."""
+    asked = {"sums": REQUESTS["sums"][:1], "choice": REQUESTS["choice"][:1], "more": [Rolling("text")]}
+    assert sorted(keys(asked, {POINT: "d0"}, engine={"engine": "e"}, size=1)) == KEYS
 
 
 def test_what_was_written_is_read_to_the_bit(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from rvdist.core.point import WeightPoint
 from rvdist.evaluate.fleet.actor import EngineActor
 from rvdist.evaluate.fleet.failures import Failures
 from rvdist.evaluate.fleet.forecast import Forecast
-from rvdist.evaluate.fleet.schedule import Schedule, Slice
+from rvdist.evaluate.fleet.schedule import Part, Schedule, Slice
 from rvdist.evaluate.fleet.seats import PAUSES, Seat, Seats, cause, explain
 from rvdist.evaluate.fleet.status import EngineStatus, FleetStats, Status
 from rvdist.evaluate.request import Answered, Completion, Progress, Refused, Request, Unusable
@@ -69,6 +70,8 @@ class Fleet:
         self.stats = FleetStats()
         self._begin = self._created  # of the present call of `answer`
         self._reads_ahead: bool = getattr(actor, "reads_ahead", False)
+        self._left: Counter[tuple[Part, ...]] = Counter()  # slices to answer, by what they ask
+        self._asked: dict[tuple[Part, ...], Any] = {}  # where that is, by Ray's reference
         self.seats = Seats(
             lambda number: actor_class.options(**(self._place(number, kind) if over_nodes else own)).remote(
                 base, settings
@@ -113,6 +116,7 @@ class Fleet:
         slices = list(slices)
         schedule, forecast = Schedule(slices, self._home), Forecast(slices, requests)
         answers: dict[Slice, Answered] = {}
+        self._left, self._asked = Counter(piece.parts for piece in slices), {}
         running: dict[Any, tuple[Seat, Slice]] = {}
         came: dict[Slice, Answered] = {}
         self._begin = time.monotonic()
@@ -162,6 +166,9 @@ class Fleet:
                 forecast.finish(piece, answered, time.monotonic())
                 self._begin_held(seat, schedule, forecast, running)
                 self._count(seat, answered, swap)
+                self._left[piece.parts] -= 1
+                if not self._left[piece.parts]:  # nobody is asked that again
+                    self._asked.pop(piece.parts, None)
                 answers[piece] = answered
                 came[piece] = answered
             now = time.monotonic()
@@ -170,6 +177,7 @@ class Fleet:
                     del running[late]
                     forecast.drop(piece)
                     self._fail(seat, schedule, set(), TimeoutError(_LATE), piece)
+        self._asked = {}
         for seat in self.seats:
             self._outlive(seat)
         if schedule.lethal:
@@ -179,6 +187,7 @@ class Fleet:
     def stop(self) -> None:
         """Ends every engine."""
         self.seats.stop()
+        self._asked = {}
         for group in self._groups.values():
             from ray.util.placement_group import remove_placement_group
 
@@ -246,9 +255,17 @@ class Fleet:
         seat.sent.add(piece.parts)
         after = schedule.after(seat.number) if self._reads_ahead else None
         if after is None or after.parts in seat.sent:
-            return seat.actor.answer.remote(piece, piece.take(requests))
+            return seat.actor.answer.remote(piece, self._ask(piece, requests))
         seat.sent.add(after.parts)
-        return seat.actor.answer.remote(piece, piece.take(requests), after.take(requests))
+        return seat.actor.answer.remote(piece, self._ask(piece, requests), self._ask(after, requests))
+
+    def _ask(self, piece: Slice, requests: Mapping[str, Sequence[Request]]) -> Any:
+        """A slice's requests, where every engine finds them: they are sent once to each node, for all points."""
+        import ray
+
+        if piece.parts not in self._asked:
+            self._asked[piece.parts] = ray.put(tuple(piece.take(requests)))  # of a list Ray packs one by one
+        return self._asked[piece.parts]
 
     def _begin_held(
         self, seat: Seat, schedule: Schedule, forecast: Forecast, running: dict[Any, tuple[Seat, Slice]]

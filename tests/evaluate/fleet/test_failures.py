@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -108,6 +109,17 @@ def alive(tmp_path):
         if not there or time.monotonic() > deadline:
             return there
         time.sleep(0.1)
+
+
+def test_requests_are_sent_once_for_all_points_and_not_kept(ray_local, tmp_path, monkeypatch):
+    sent, put = [], ray.put
+    monkeypatch.setattr(ray, "put", lambda asked: sent.append(asked) or put(asked))
+    answered, fleet = run(tmp_path, {})
+    assert answered == UNDISTURBED
+    assert sorted(sent, key=lambda asked: REQUESTS["t"].index(asked[0])) == [
+        tuple(piece.take(REQUESTS)) for piece in SLICES[:10]
+    ]
+    assert fleet._asked == {}
 
 
 @pytest.mark.parametrize(
