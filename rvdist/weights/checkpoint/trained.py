@@ -170,7 +170,7 @@ def _names(said: Mapping[str, Any]) -> dict[str, str]:
     metadata, paths = said.get("state_dict_metadata"), said.get("planner_data")
     if not isinstance(metadata, dict) or not metadata or len(metadata) > MAX_TENSORS:
         raise ValueError("it lists no tensors")
-    names: dict[str, str] = {}
+    ways: dict[str, tuple[str, ...]] = {}
     for saved, about in metadata.items():
         if not isinstance(about, Made) or not about.of.endswith(".TensorStorageMetadata"):
             continue
@@ -178,10 +178,15 @@ def _names(said: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError("it has a tensor without a name, or with a name beyond measure")
         saved.encode()
         way = paths.get(saved) if isinstance(paths, dict) else None
-        way = way if isinstance(way, tuple) and all(isinstance(part, str) for part in way) else (saved,)
-        names[saved] = ".".join(way) if len(way) == 1 or way[0] not in _MODEL else "\0" + ".".join(way[1:])
-    if any(name.startswith("\0") for name in names.values()):  # the rest is an optimizer's
-        names = {saved: name[1:] for saved, name in names.items() if name.startswith("\0")}
+        known = isinstance(way, tuple) and way and all(isinstance(part, str | int) for part in way)
+        ways[saved] = tuple(map(str, way or ())) if known else (saved,)
+    for depth in range(2):  # below the first, where that has names of tensors: else it is a tree of modules
+        of_model = {saved: way[1:] for saved, way in ways.items() if len(way) > 1 and way[0] in _MODEL}
+        if of_model and (depth == 0 or any("." in way[-1] for way in of_model.values())):
+            ways = of_model
+    if any(len(way) == 1 and "." in way[0] for way in ways.values()):  # the model's stand beside parts, as torchtitan's
+        ways = {saved: way for saved, way in ways.items() if len(way) == 1}
+    names = {saved: ".".join(way) for saved, way in ways.items()}
     if not names:
         raise ValueError("it lists no tensors")
     if len({*names.values()}) < len(names):

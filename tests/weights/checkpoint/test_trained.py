@@ -221,6 +221,25 @@ def test_strided_shards_are_refused_with_what_converts_them(tmp_path):
         open_source(str(saved["strided"]))
 
 
+def test_the_model_is_found_in_whatever_a_training_saved_beside_it(tmp_path):
+    from torch.distributed import checkpoint as dcp
+
+    model = {"model.a.weight": torch.rand(3, 5), "lm_head.weight": torch.rand(4, 3)}
+    body, head = model.values()
+    state = {name: {"exp_avg": torch.rand(2), "step": torch.tensor(7.0)} for name in model}
+    optimizer = {"state": state, "param_groups": [{"lr": torch.tensor(0.1), "params": list(model)}]}
+    saved = {
+        "as torch's recipe": {"app": {"model": model, "optim": optimizer}},
+        "as torchtitan": model | {"optimizer": optimizer, "train_state": {"step": torch.tensor(7)}},
+        "flat": model,
+        "in parts": {"model": model, "optimizer": optimizer, "epoch": torch.tensor(3)},
+        "by modules": {"module": {"model": {"a": {"weight": body}}, "lm_head": {"weight": head}}},
+    }
+    for name, parts in saved.items():
+        dcp.save(parts, checkpoint_id=tmp_path / name, no_dist=True)
+        assert_same(read_all(tmp_path / name), model)
+
+
 def test_a_directory_of_checkpoints_wants_one_of_them_named(tmp_path):
     for step in (50, 100, 1000):
         write_checkpoint(tmp_path / f"checkpoint-{step}", near(tensors(0), step))
