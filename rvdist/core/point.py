@@ -159,6 +159,13 @@ class WeightPoint:
         other."""
         return replace(self, terms=self.active_terms, method=self.method if self.active_terms else LINEAR)
 
+    @property
+    def unchanged(self) -> WeightPoint:
+        """The base; where there is a vocabulary, with the tokens of the point."""
+        if self.vocabulary is None:
+            return WeightPoint(self.base)
+        return replace(self, terms=tuple(replace(term, alpha=0.0) for term in self.terms), method=LINEAR)
+
     def recipe(self, name: str, layers: int, has: Callable[[str], bool]) -> list[tuple[float, Vector]]:
         """(α·m, v) of every term that changes the floating-point tensor `name` of a base with so many `layers`;
         `has` says whether a source has that tensor."""

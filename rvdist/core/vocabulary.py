@@ -52,7 +52,8 @@ class Vocabulary:
         """The same with each model replaced by the place where it was found."""
         rules = tuple(replace(rule, model=places.get(rule.model or "", rule.model)) for rule in self.rules)
         models = tuple(places.get(model, model) for model in self.models)
-        return replace(self, source=places.get(self.source, self.source), models=models, rules=rules)
+        source = self.source if self.source in (UNION, BASE) else places.get(self.source, self.source)
+        return replace(self, source=source, models=models, rules=rules)
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold, and `from_json` reads."""

@@ -89,12 +89,13 @@ class Batch:
         alone = replace(asked, batch=[], vector=VectorConfig(), vectors=[], output=None, stages=self._scored)
         for name, (target, own) in zip(_apart(name_of(target) for target in made), made.items(), strict=True):
             self._arms |= (arms := _arms(own))
+            baseline = next((point.unchanged for point in arms), WeightPoint(target))
             self._scorers[target] = replace(
                 self._job,
                 settings=replace(alone, target=target),
                 directory=self._job.directory / name,
                 asked=asked,
-                arms=[Arm(config.BASELINE, WeightPoint(target), alpha=0.0), *arms.values()],
+                arms=[Arm(config.BASELINE, baseline, alpha=0.0), *arms.values()],
             )
         return list(self._scorers.values())
 

@@ -30,6 +30,7 @@ from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
 from rvdist.stages.job import Prepared
 from rvdist.stages.score import Known, Scoring, score, score_arm
+from rvdist.stages.tokens import Bases
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.hub import download_weights
@@ -48,6 +49,7 @@ class Evaluator:
         self._recordings: dict[Path, Recording] = {}
         self._blind: dict[Path, list[str]] = {}  # nodes that do not see a directory of the Hub's cache
         self._named: set[Path] = set()  # directories with tasks whose code runs
+        self._bases = Bases(warm)
 
     def join(self, prepared: Prepared) -> Scoring:
         """Makes ready what the job's arms are asked; what is asked already is shared. Raises BadInput for tasks that
@@ -57,7 +59,7 @@ class Evaluator:
         asked = [asdict(part) for part in (settings.benchmarks, settings.engine, settings.cache)]
         askings: dict[str, Asking] = {}
         for arm in prepared.arms:
-            source = prepared.sources[arm.point.base]
+            source = self._bases.of(prepared, arm.point)
             serving = serving_digest(source.path, prepared.cache / "digests")
             tensors = json.dumps(sorted([spec.name, spec.dtype, spec.shape] for spec in source.tensors.values()))
             prompt = settings.prompts[arm.prompt]
@@ -238,7 +240,9 @@ class Evaluator:
         for source in {one.path: one for own, name, one in everything if name not in own.places}.values():
             if source.hub:
                 download_weights(source)
-        source = prepared.sources[arm.point.base]
+        source = self._bases.of(prepared, arm.point)
+        if arm.point.vocabulary:
+            base = str(source.path.absolute())
         return self._warm.fleet(*self._needed_fleet(prepared, source, base, asking.serving, asking.tensors))
 
     def _needed_fleet(
@@ -285,7 +289,7 @@ class Evaluator:
         scoring, arm = arms[0]
         prepared, fleet = scoring.prepared, collected.fleet
         if fleet is not None and prepared.settings.engine.replay is None:
-            nbytes = prepared.sources[arm.point.base].nbytes
+            nbytes = self._bases.of(prepared, arm.point).nbytes
             tokens, seconds = fleet.stats.prompt_tokens + fleet.stats.tokens, fleet.stats.generate
             kind, lengths = scoring.engine["device"], mean_lengths(collected.answers)
             Memory.read(prepared.cache).remember(prepared.cache, kind, nbytes, tokens, seconds, lengths)

@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from rvdist.weights.interference import Interference
 
 
-_OWN_TOKENS = (
-    "what is scored or looked at in place has the tokens of its target, so with tokenizer write the output first "
-    "(stages=[merge]) and name that as a target"
-)
+_WRITE = "write the output first (stages=[merge]), and name that where a checkpoint is asked for"
 
 
 @dataclass
@@ -107,9 +104,8 @@ def prepare(job: Job, known: Known) -> Prepared:
         vector = index.add_vector(stored, asked) if stored and "merge" in stages else None
         index.add([*asked.values(), *(arm.point for arm in foreseen), *examined.values(), *on_lines])
         outputs = {output: index.settle(point) for output, point in asked.items()}
-        in_place = [*(arm.point for arm in foreseen), *examined.values(), *on_lines]
-        if any(index.settle(point).vocabulary for point in in_place):
-            raise BadInput(f"tokenizer: is set; {_OWN_TOKENS}")
+        if any(index.settle(point).vocabulary for point in on_lines):
+            raise BadInput(f"tokenizer: is set, and analyze.text reads donors with their own tokens; {_WRITE}")
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
     with job.timing.phase("plan"):
@@ -241,7 +237,7 @@ class _Index:
             wanted = new.get(name, own)
             self.sources[name] = self._became.setdefault(name, wanted)
             if map_of(self.sources[name]) != map_of(wanted):
-                raise BadInput(f"{name}: is wanted with the tokens of two vocabularies; {_OWN_TOKENS}")
+                raise BadInput(f"{name}: is wanted with different tokens, its own or those of a merge; {_WRITE}")
 
     def add_vector(self, saved: config.Saved, outputs: Collection[Path]) -> Vector:
         """The vector to be stored, named by what it is computed from."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvdist.core.errors import Failed
@@ -55,6 +56,9 @@ class Scoring:
     def locate(self, arm: Arm) -> WeightPoint:
         """The point with paths that hold wherever an engine runs."""
         own = {name: str(one.path.absolute()) for name, one in self.prepared.sources.items()}
+        if arm.point.vocabulary:
+            named = {name: Path(name).expanduser() for name in arm.point.vocabulary.places()}
+            own = {name: str(path.absolute()) for name, path in named.items() if path.is_dir()} | own
         return arm.point.relocate(own | dict(self.places))
 
     def digest(self, arm: Arm) -> str:

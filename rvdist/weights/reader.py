@@ -32,6 +32,7 @@ from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
+from rvdist.weights.checkpoint.vocabulary import Open, remap
 from rvdist.weights.lanes import CHUNK, Lane, open_lanes
 from rvdist.weights.operand import tell_nonfinite
 from rvdist.weights.stored import Operand
@@ -390,10 +391,15 @@ def buffers_of(points: Sequence[WeightPoint]) -> int:
 
 
 def open_point(
-    point: WeightPoint, look_up: Callable[[str, Rename], Checkpoint] = open_source, device: str = "cpu"
+    point: WeightPoint,
+    look_up: Callable[[str, Rename], Checkpoint] = open_source,
+    device: str = "cpu",
+    remap: Callable[[WeightPoint, Mapping[str, Checkpoint], Open], Mapping[str, Checkpoint]] = remap,
 ) -> PointReader:
     """A reader of one point, in the base's stored dtypes. Raises BadInput where a source cannot be read, or there is no
     such device."""
     sources = {source: look_up(source, rename) for source, rename in point.renames()}
     sources = {name: lay_out(source, sources[point.base]) for name, source in sources.items()}
+    if point.vocabulary:
+        sources |= remap(point, sources, lambda source: look_up(source, ()))
     return PointReader([settle(point, sources)], sources, device=device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rvdist.core.point import Mask, Term, Vector, WeightPoint, layer_of
+from rvdist.core.vocabulary import Vocabulary
 
 POINT = WeightPoint(
     "t", (Term(0.5, Vector("p", "m"), Mask(("a.*",), (r".*bias",), ((0, 3),))), Term(-1.0, Vector("q", "m")))
@@ -89,3 +90,11 @@ def test_a_density_stands_beside_each_term_of_the_recipe_even_where_a_coefficien
     made = WeightPoint("base", (gone, kept))
     assert [vector.plus for _, vector in made.recipe("layers.0.x", 1, lambda source: True)] == ["b"]
     assert made.densities("layers.0.x", 1, lambda source: True) == (0.25,)
+
+
+def test_a_vocabulary_s_own_words_are_no_models():
+    """Though models may be called as they are."""
+    models = {"base": "/a", "union": "/b"}
+    for own in models:
+        assert Vocabulary(own, tuple(models)).relocate(models) == Vocabulary(own, ("/a", "/b"))
+    assert Vocabulary("other", ("base",)).relocate(models | {"other": "/c"}).source == "/c"

@@ -241,7 +241,7 @@ def arms(config: Config, recipe: WeightPoint | None = None) -> list[Arm]:
     if config.arms:
         listed = [_entry_arm(config, entry, number) for number, entry in enumerate(config.arms)]
     else:
-        listed = [Arm(BASELINE, WeightPoint(config.target), alpha=0.0)]
+        listed = [Arm(BASELINE, (recipe or point(config, 1.0)).unchanged, alpha=0.0)]
     listed += [Arm(RECIPE, recipe)] if recipe else []
     has_vector = bool(point(config, 1.0).terms)
     if searched and not has_vector:
@@ -276,7 +276,7 @@ def _entry_arm(config: Config, entry: ArmConfig, number: int) -> Arm:
         return Arm(entry.name, WeightPoint(entry.weights), entry.prompt, alpha)
     (alpha,) = alphas(entry.alpha, f"{key}.alpha")
     if alpha == 0.0:
-        return Arm(entry.name, WeightPoint(config.target), entry.prompt, 0.0)
+        return Arm(entry.name, point(config, 1.0).unchanged, entry.prompt, 0.0)
     if entry.vector is not None:
         config = replace(config, vector=VectorConfig(**vars(entry.vector)), vectors=[])
     scaled = point(config, alpha)
@@ -312,7 +312,7 @@ def candidates(config: Config) -> list[Arm]:
     raced = []
     for choice in choices:
         if not any(choice):
-            raced.append(Arm(BASELINE, WeightPoint(config.target), alpha=0.0))
+            raced.append(Arm(BASELINE, point(config, 1.0).unchanged, alpha=0.0))
         elif search.groups:
             raced.append(Arm(f"alpha={','.join(map(alpha_text, choice))}", _grouped_point(config, choice)))
         else:

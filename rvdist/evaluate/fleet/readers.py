@@ -6,7 +6,7 @@ Knows nothing of vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
 
@@ -16,6 +16,7 @@ from rvdist.core.point import Rename, WeightPoint
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.vocabulary import Open, remap
 from rvdist.weights.lanes import CHUNK
 from rvdist.weights.reader import PointReader, open_point
 
@@ -33,8 +34,9 @@ class Readers:
         count: int = 1,
         look_up: Callable[[str, Rename], Checkpoint] = open_source,
         device: str = "cpu",
+        remap: Callable[[WeightPoint, Mapping[str, Checkpoint], Open], Mapping[str, Checkpoint]] = remap,
     ) -> None:
-        self._open = partial(open_point, point, cache(look_up), device)
+        self._open = partial(open_point, point, cache(look_up), device, remap)
         self._all = [self._open()]
         facts = [point.method.facts for point in self._all[0].points]
         alone = device != "cpu" or any(one.whole_tensors or one.whole_matrices for one in facts)

@@ -98,7 +98,8 @@ class SwapExtension:
         """
         came: set[str] = set()
         wanted = WeightPoint.from_json(json.loads(point))
-        opened = Readers(wanted, self._rvdist_readers, self._rvdist_sources.open, self._rvdist_arithmetic)
+        kept = self._rvdist_sources
+        opened = Readers(wanted, self._rvdist_readers, kept.open, self._rvdist_arithmetic, kept.remap)
         with closing(opened) as reader:
             tensors = defer_tensors(reader, self._rvdist_bounce)
             if exchanged:

@@ -6,7 +6,7 @@ Source: mergekit 0.1.5, whose rules these are (docs/recipes.md). Reads tokenizer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,13 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     assert vocabulary is not None
     models = {name: sources[name] if name in sources else opened(name) for name in vocabulary.models}
     models = {name: one for name, one in models.items() if not _leaves_rows(one, models[point.base])}
-    vocabulary = replace(vocabulary, models=tuple(models))
+    first: dict[tuple[Path, Collection[str]], str] = {}  # a model under several names is one
+    called = {
+        name: first.setdefault((one.path.absolute(), frozenset(one.tensors)), name) for name, one in models.items()
+    }
+    vocabulary = vocabulary.relocate(called)
+    vocabulary = replace(vocabulary, models=tuple(name for name in models if called[name] == name))
+    models = {name: models[name] for name in vocabulary.models}
     plain = vocabulary.source == BASE and not vocabulary.rules and not vocabulary.multiple
     if plain and not any(has_tokens(one.beside) for one in models.values()):
         return {}  # nothing was compared, as is said of such models
@@ -57,10 +63,11 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     found = {}
     own_rows = {model: _rows_of(built, tokens[model], rows[model]) for model in models}
     maps = {name: _Maps(vocabulary, models, tokens, own_rows, built, name) for name in names}
-    for source in filter(models.__contains__, point.sources()):
-        one = models[source]
-        own = {name: maps[name].rows(source) for name in names}
-        new = _remapped(one, own, built if one is base else None, tokens[source])
+    for source in filter(called.__contains__, point.sources()):
+        model = called[source]
+        one = models[model]
+        own = {name: maps[name].rows(model) for name in names}
+        new = _remapped(one, own, built if one is base else None, tokens[model])
         remade = one is base and (built.limit is not None or built.added or built.where != base.beside)
         if remade or not all(_is_identity(rows, one.tensors[name].shape[0]) for name, rows in new.rows.items()):
             found[source] = new

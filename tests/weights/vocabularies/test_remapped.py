@@ -120,6 +120,21 @@ def test_on_ray_and_in_this_process_the_bytes_are_the_same(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+def test_a_model_by_two_names_counts_once(tmp_path):
+    pairs.write("means", tmp_path)
+    named = point(tmp_path, others=("one", "two", "three"))
+    again = str(tmp_path) + "//one"
+    vector = named.terms[1].vector
+    twice = replace(
+        named,
+        terms=(*named.terms, Term(0.5, replace(vector, plus=again))),
+        vocabulary=replace(named.vocabulary, models=(*named.vocabulary.models, again)),
+    )
+    once, both = opened(named), opened(twice)
+    assert all(both[source].digest == once[source].digest for source in once)
+    assert both[again].digest == once[str(tmp_path / "one")].digest
+
+
 def test_where_all_have_the_tokens_nothing_is_another(tmp_path):
     pairs.write("bpe", tmp_path)
     shutil.copytree(tmp_path / "base", tmp_path / "twin")
@@ -246,14 +261,40 @@ def test_jobs_with_different_tokenizers_are_different_outputs(tmp_path):
     assert done.returncode == 1 and "several jobs would write" in done.stderr
 
 
+def test_a_vector_is_measured_by_token(tmp_path):
+    pairs.write("bpe", tmp_path)
+    given = ("target=base", "vector.plus=other", "vector.minus=base", "tokenizer=union", "cache.dir=c")
+    more = ("compat.force=true", "alpha=1", "output=out", "stages=[merge,analyze]", "hydra.run.dir=run")
+    done = launch(*given, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name, written = "model.embed_tokens.weight", load_checkpoint(tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    own = AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab()
+    base, v = load_checkpoint(tmp_path / "base")[name], torch.zeros_like(written[name])
+    for token, row in own.items():  # what the base lacks it has as the other does
+        v[ids[token]] = written[name][ids[token]] - base[row]
+    (tensor,) = [
+        one for one in json.loads((tmp_path / "run" / "anatomy.json").read_text())["tensors"] if one["name"] == name
+    ]
+    found = tensor["vectors"]["vector"]
+    assert (tensor["elements"], found["zeros"]) == (v.numel(), (v == 0).float().mean().double())
+    assert found["norm"] == pytest.approx(v.double().norm().item(), rel=1e-12)
+
+
 GIVEN = ("target=base", "vector.plus=other", "vector.minus=base", "tokenizer=union", "cache.dir=c", "compat.force=true")
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("output=out", "benchmarks=pocket"), "has the tokens of its target"),
-        (("output=out", "stages=[merge,analyze]"), "has the tokens of its target"),
+        (
+            ("stages=[analyze]", "analyze.text=text"),
+            "analyze.text reads donors with their own tokens; write the output",
+        ),
+        (
+            ("benchmarks=pocket", "arms=[{name: a, weights: base}, {name: b, alpha: 1}]"),
+            "base: is wanted with different tokens, its own or those of a merge; write the output first",
+        ),
         (("vector.save=v",), "vector.save stores a vector with the tokens of its donors"),
         (("output=out", "tokenizer=nowhere"), "nowhere"),
         (("output=out", "tokenizer='{a'"), "tokenizer: is not YAML"),

@@ -12,11 +12,14 @@ import yaml
 from checkpoints import launch, load_checkpoint
 from transformers import AutoTokenizer
 
+from rvdist.core.point import WeightPoint
 from rvdist.core.recipe import read_recipe
+from rvdist.weights.checkpoint.kept import KeptSources
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.vocabulary import remap
 from rvdist.weights.operand import open_operand
+from rvdist.weights.reader import open_point
 
 EXPECTED = json.loads((Path(__file__).parent / "expected.json").read_text())
 ROWS = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -70,6 +73,22 @@ def test_ids_equal_mergekit_s_permutations(name, here):
             if (row := expected["ids"][model][number]) >= 0 and not (token in rules and rules[token].force):
                 found = number if rows is None else int(rows.row[number]) if rows.owner[number] == 0 else None
                 assert found == row, (model, token)
+
+
+@pytest.mark.parametrize("name", pairs.PAIRS)
+def test_an_engine_reads_what_mergekit_writes(name, here, monkeypatch):
+    """It is told the point as JSON, and finds out by itself whose rows are whose."""
+    point = write(name, here)
+    places = {source: str(here / source) for source in point.vocabulary.places() if (here / source).is_dir()}
+    told = WeightPoint.from_json(json.loads(json.dumps(point.relocate(places).to_json())))
+    monkeypatch.chdir("/")
+    kept = KeptSources()
+    for _ in range(2):
+        with closing(open_point(told, kept.open, remap=kept.remap)) as reader:
+            for tensor, rows in EXPECTED[name]["merged"].items():
+                out = torch.empty(reader.base.tensors[tensor].numel)
+                reader.fill(tensor, 0, out)
+                assert out.view(reader.base.tensors[tensor].shape).tolist() == rows, tensor
 
 
 @pytest.mark.parametrize("name", pairs.PAIRS)
