@@ -30,6 +30,7 @@ from rvdist.weights.remapped_rows import RemappedOperand
 from rvdist.weights.stored import Operand
 
 _CHUNK = 256 * 1024  # elements
+_SCALES = 128 * 1024  # that are held, or those of a row of blocks
 _ROWS = 32  # of a matrix that are transposed at a time
 
 
@@ -174,12 +175,12 @@ class _Computed(Operand):
 
 
 class Dequantized(Operand):
-    """The tensors of a checkpoint some of which are quantised: of one tensor at a time it keeps the scales."""
+    """The tensors of a checkpoint some of which are quantised: of one tensor at a time it keeps some scales."""
 
     def __init__(self, checkpoint: Scaled) -> None:
         super().__init__(checkpoint)
         self._scaled = checkpoint
-        self._scale = ("", np.empty(0, np.float32))
+        self._scale = "", 0, np.empty((0, 0), np.float32)  # of rows of blocks from which one on
         self._expert = ("", 0, torch.empty(0, dtype=torch.bfloat16))
 
     def read(self, name: str, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -254,10 +255,21 @@ class Dequantized(Operand):
         return unpack(raw, bits, begin - first * several, end - begin)
 
     def _dequantize(self, name: str, codes: Codes, begin: int, out: Floats) -> None:
-        if self._scale[0] != name:
-            self._scale = name, self._whole(self._scaled.scales[name]).numpy()
-        scaled = self._scaled
-        dequantize(codes, self._scale[1], scaled.block_of(name), self._tensors[name].shape, begin, out, scaled.kind)
+        shape, block, scales = self._tensors[name].shape, self._scaled.block_of(name), self._scaled.scales[name]
+        (height, width), (rows, columns) = shape[-2:], block
+        across, bands = -(-width // columns), -(-height // rows)  # of blocks in one matrix
+        at, end, several = begin, begin + len(out), max(1, _SCALES // across)
+        while at < end:
+            matrix, row = divmod(at // width, height)
+            first = (matrix * bands + row // rows) // several * several
+            last = min(first + several, scales.numel // across)
+            if self._scale[:2] != (name, first):
+                held = self.raw(scales, first * across, last * across).float().view(-1, across)
+                self._scale = name, first, held.numpy()
+            stop = min(end, (last // bands * height + last % bands * rows) * width)
+            part = slice(at - begin, stop - begin)
+            dequantize(codes[part], self._scale[2], block, shape, at, out[part], self._scaled.kind, first)
+            at = stop
 
 
 class _Relaid(Operand):

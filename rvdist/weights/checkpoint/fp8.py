@@ -195,9 +195,11 @@ def dequantize(
     begin: int,
     out: Floats,
     kind: Kind = FP8,
+    above: int = 0,
 ) -> None:
     """Fills `out`, 1-d, with the elements of a tensor of this shape from the flat index `begin`: one fp32
-    multiplication each, whatever the range. `codes` are theirs, `scale` is all of the tensor's."""
+    multiplication each, whatever the range. `codes` are theirs, `scale` is the tensor's, without those of so many rows
+    of blocks `above`."""
     np.take(kind.values, codes, out=out, mode="clip")
     (height, width), (rows, columns) = shape[-2:], block
     scale = scale.reshape(-1, -(-width // columns))
@@ -207,7 +209,7 @@ def dequantize(
         matrix, row = divmod(begin // width, height)
         band = row // rows
         stop = min(end, (matrix * height + min(height, (band + 1) * rows)) * width)
-        across = np.repeat(scale[matrix * bands + band], columns)[:width]
+        across = np.repeat(scale[matrix * bands + band - above], columns)[:width]
         _scale_rows(out[begin - first : stop - first], across, begin % width)
         begin = stop
 

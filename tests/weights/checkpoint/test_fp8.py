@@ -8,9 +8,11 @@ from checkpoints import near, tensors, write_checkpoint
 from fp8 import E4M3, dequantized, quantize, quantized, spread, write_fp8
 
 from rvdist.core.errors import BadInput
-from rvdist.weights import compat
+from rvdist.core.timing import anonymous_bytes
+from rvdist.weights import compat, operand
 from rvdist.weights.checkpoint.fp8 import FP8 as KIND
 from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
+from rvdist.weights.checkpoint.header import build_header
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
 
@@ -19,10 +21,10 @@ BLOCK = (32, 20)
 
 def read(path, name, chunk):
     source = open_source(str(path))
-    operand, numel = open_operand(source), source.tensors[name].numel
+    reading, numel = open_operand(source), source.tensors[name].numel
     cuts = [(begin, min(begin + chunk, numel)) for begin in range(0, numel, chunk)]
-    parts = [operand.read(name, b, e, torch.empty(8 * (e - b), dtype=torch.uint8)).clone() for b, e in cuts]
-    assert sum(e - b for b, e in cuts) <= operand.bytes_read
+    parts = [reading.read(name, b, e, torch.empty(8 * (e - b), dtype=torch.uint8)).clone() for b, e in cuts]
+    assert sum(e - b for b, e in cuts) <= reading.bytes_read
     return torch.cat(parts).view(source.tensors[name].shape)
 
 
@@ -39,17 +41,34 @@ def test_the_value_of_every_code():
     [((131, 48), (128, 128)), ((131, 48), BLOCK), ((96, 40), BLOCK), ((7, 300), (1, 128)), ((3, 50, 30), BLOCK),
      ((5, 1), (2, 2)), ((0, 8), (4, 4))],
 )  # fmt: skip
-def test_an_element_is_its_code_times_the_scale_of_its_block(tmp_path, shape, block, dtype):
+def test_an_element_is_its_code_times_the_scale_of_its_block(tmp_path, monkeypatch, shape, block, dtype):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     codes, scale = quantize(matrix, block)
     scale = scale.to(dtype)
     write_fp8(tmp_path / "m", {"any.name": codes, "any.name_scale_inv": scale, "norm": torch.ones(3)}, block)
     exact = codes.float() * spread(scale.float(), codes.shape, block)
-    for chunk in (1 << 20, 1000, 37):
+    for chunk, held in ((1 << 20, 1 << 20), (1000, 7), (37, 1 << 20), (1 << 20, 1)):
+        monkeypatch.setattr(operand, "_SCALES", held)
         if matrix.numel():
             assert torch.equal(read(tmp_path / "m", "any.name", chunk), exact)
     assert torch.equal(read(tmp_path / "m", "norm", 2), torch.ones(3))
     assert open_source(str(tmp_path / "m")).tensors.keys() == {"any.name", "norm"}
+
+
+def test_few_scales_of_a_stack_are_held(tmp_path):
+    """All of these have 128 MiB."""
+    shapes = {"experts": ("F8_E4M3", (64, 1024, 1024)), "experts_scale_inv": ("F32", (64, 1024, 512))}
+    header, placed = build_header([(name, *spec) for name, spec in shapes.items()], "m", {"format": "pt"})
+    path = write_fp8(tmp_path / "m", {"norm": torch.ones(3)}, (1, 2))
+    with open(path / "model.safetensors", "wb") as opened:
+        opened.write(header)
+        opened.truncate(placed[-1].offset + placed[-1].nbytes)  # of holes
+    reading, room = open_operand(open_source(str(path))), torch.ones(8 << 18, dtype=torch.uint8)
+    before = anonymous_bytes()
+    for begin in (0, 1 << 25, (1 << 26) - (1 << 18)):
+        assert not reading.read("experts", begin, begin + (1 << 18), room).any()
+    assert anonymous_bytes() - before < 16 << 20
+    assert reading.bytes_read <= 3 * ((1 << 18) + 2 * 4 * (1 << 17))
 
 
 def test_scales_may_be_in_another_file(tmp_path):
