@@ -1,4 +1,4 @@
-"""A tensor with less: as two factors of its truncated SVD, or as its largest elements. Tensors in, tensors out."""
+"""A matrix with less: as two factors of its truncated SVD. Tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -34,15 +34,6 @@ def rank_within(matrix: torch.Tensor, error: float) -> int:
             return len(squares)
         rank *= 2
     return 0
-
-
-def largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The indices, ascending, of the `count` elements of largest magnitude; of equal ones the first."""
-    magnitude = values.abs()
-    least = magnitude.kthvalue(values.numel() - count + 1).values
-    kept = magnitude > least
-    kept[(magnitude == least).nonzero()[: count - int(kept.sum()), 0]] = True
-    return kept.nonzero()[:, 0]
 
 
 def _svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

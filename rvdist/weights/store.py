@@ -1,7 +1,7 @@
 """Stores v itself: exactly, rounded, as factors of a truncated SVD, or as its largest elements; or as a LoRA adapter.
 Where the donors agree, nothing is stored.
 
-Streams, and holds one tensor whole where it is stored as factors or as its largest elements. The error is measured on
+Streams, and holds one matrix whole where it is stored as factors. The error is measured on
 what was written, as whoever applies the vector will read it. Knows donors and files, nothing of targets, Ray or points.
 """
 
@@ -25,6 +25,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector
 from rvdist.weights import peft
 from rvdist.weights.arithmetic.method import torch_threads
+from rvdist.weights.arithmetic.ties import kth_and_rank, magnitudes
 from rvdist.weights.checkpoint.adapter import CONFIG, WEIGHTS, as_adapter
 from rvdist.weights.checkpoint.bound import bind
 from rvdist.weights.checkpoint.difference import BLOCK, is_adapter, needs_base
@@ -38,7 +39,7 @@ from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.measured import Differences, as_lines, measure, summarise, work_of
 from rvdist.weights.operand import open_operand
 from rvdist.weights.packed import bits, has_places, locate, packed_bytes
-from rvdist.weights.reduce import factors, largest, rank_within
+from rvdist.weights.reduce import factors, rank_within
 from rvdist.weights.values import Values
 from rvdist.weights.writer import Writer
 
@@ -302,39 +303,54 @@ def _digest(donors: Sequence[Checkpoint], storage: Storage, files: Mapping[str, 
 def _write(tensor: _Stored, storage: Storage, differences: Differences, writer: Writer) -> None:
     dtypes = [TORCH_DTYPE[part.dtype] for part in tensor.parts]
     if tensor.form == "dense":
-        writer.write(tensor.parts[0], (taken.to(dtypes[0]) for _, taken in differences(tensor.name)))
-        return
-    if tensor.form == peft.LEFT_OUT:
-        return
-    if tensor.form == "packed":
+        writer.write(tensor.parts, ([taken.to(dtypes[0])] for _, taken in differences(tensor.name)))
+    elif tensor.form == "packed":
         _write_packed(tensor, differences, writer)
-        return
-    whole = differences.whole(tensor.name)
-    writer.require_finite(tensor.name, whole)
-    if tensor.form == "low_rank":
-        pieces = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
-    else:
-        indices = largest(whole, tensor.parts[0].numel)
-        pieces = (indices, whole[indices])
-    for part, dtype, piece in zip(tensor.parts, dtypes, pieces, strict=True):
-        writer.write(part, iter([piece.to(dtype).reshape(-1)]))
+    elif tensor.form == "sparse":
+        _write_sparse(tensor, differences, writer)
+    elif tensor.form == "low_rank":
+        whole = differences.whole(tensor.name)
+        writer.require_finite(tensor.name, whole)
+        sides = factors(whole.view(tensor.shape), tensor.parts[0].shape[1])
+        writer.write(tensor.parts, iter([[side.to(dtypes[0]).reshape(-1) for side in sides]]))
 
 
 def _write_packed(tensor: _Stored, differences: Differences, writer: Writer) -> None:
-    """The values as they come; then where they are, which is held meanwhile: at most a bit for each element."""
+    """The values and where they are as they come; how many there are in each block is held meanwhile."""
     starts, where, values = tensor.parts
-    held: list[torch.Tensor] = []
-    counts = [np.zeros(1, np.int64)]
+    counts = np.zeros(starts.numel, np.int64)
 
-    def chunks() -> Iterator[torch.Tensor]:
-        for _, taken in differences(tensor.name):
+    def chunks() -> Iterator[Sequence[torch.Tensor]]:
+        for begin, taken in differences(tensor.name):
             stored = taken.to(TORCH_DTYPE[values.dtype])
             writer.require_finite(tensor.name, stored)
             filled, places, own = locate(bits(stored), where.dtype == "U16")
-            held.append(torch.from_numpy(places))
-            counts.append(own)
-            yield stored[torch.from_numpy(filled)]
+            counts[1 + begin // BLOCK :][: len(own)] = own
+            yield torch.from_numpy(places), stored[torch.from_numpy(filled)]
 
-    writer.write(values, chunks())
-    writer.write(where, (places for places in held if len(places)))
-    writer.write(starts, iter([torch.from_numpy(np.concatenate(counts).cumsum())]))
+    writer.write((where, values), chunks())
+    writer.write((starts,), iter([[torch.from_numpy(counts.cumsum())]]))
+
+
+def _write_sparse(tensor: _Stored, differences: Differences, writer: Writer) -> None:
+    """The elements of largest magnitude, and their indices; of equal ones the first. By passes over the tensor."""
+    indices, values = (TORCH_DTYPE[part.dtype] for part in tensor.parts)
+
+    def finite() -> Iterator[list[torch.Tensor]]:
+        for _, taken in differences(tensor.name):
+            writer.require_finite(tensor.name, taken)
+            yield [taken]
+
+    ((least, same),) = kth_and_rank(finite, tensor.parts[0].numel)
+
+    def chunks() -> Iterator[Sequence[torch.Tensor]]:
+        left = same
+        for begin, taken in differences(tensor.name):
+            found = magnitudes(taken)
+            kept = found > least
+            equal = (found == least).nonzero()[:left, 0]
+            kept[equal], left = True, left - len(equal)
+            at = kept.nonzero()[:, 0]
+            yield (at + begin).to(indices), taken[at].to(values)
+
+    writer.write(tensor.parts, chunks())

@@ -49,20 +49,25 @@ class Writer:
                 "sound copy, or store it in a wider vector.dtype"
             )
 
-    def write(self, part: TensorSpec, chunks: Iterator[torch.Tensor]) -> None:
-        """Writes the elements of a part, which come in its dtype, 1-d and in order. Raises BadInput, Failed."""
-        digest, offset = xxhash.xxh3_128(), part.offset
-        for chunk in chunks:
-            self.require_finite(part.name, chunk)
-            data = chunk.view(torch.uint8).numpy().data
-            try:
-                self._file(part.file).write(data, offset)
-            except OSError as error:
-                raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
-            digest.update(data)
-            offset += data.nbytes
-        if part.nbytes:
-            self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
+    def write(self, parts: Sequence[TensorSpec], chunks: Iterator[Sequence[torch.Tensor]]) -> None:
+        """Writes the elements of parts, of which some of each come at a time, in its dtype, 1-d and in order. Raises
+        BadInput, Failed."""
+        digests, offsets = [xxhash.xxh3_128() for _ in parts], [part.offset for part in parts]
+        for pieces in chunks:
+            for k, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+                if not piece.numel():
+                    continue
+                self.require_finite(part.name, piece)
+                data = piece.view(torch.uint8).numpy().data
+                try:
+                    self._file(part.file).write(data, offsets[k])
+                except OSError as error:
+                    raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
+                digests[k].update(data)
+                offsets[k] += data.nbytes
+        for part, digest in zip(parts, digests, strict=True):
+            if part.nbytes:
+                self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
         if sum(written.nbytes for written in self._pending) > _SYNC_BYTES:
             self.sync()
 

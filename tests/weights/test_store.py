@@ -11,6 +11,7 @@ import torch
 from adapters import close, differences, factors, write_adapter
 from checkpoints import load_checkpoint, write_checkpoint
 from fp8 import dequantized, quantized, write_fp8
+from peaks import peak_while
 from points import read_point
 
 from rvdist.core.errors import BadInput, Failed
@@ -20,7 +21,7 @@ from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.verify import verify
-from rvdist.weights import reduce
+from rvdist.weights import measured, reduce
 from rvdist.weights import store as storing
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.operand import open_operand
@@ -169,8 +170,9 @@ def test_large_matrices_have_only_their_largest_singular_values_computed(monkeyp
     assert (matrix - one[0] @ one[1]).norm() == pytest.approx(float(best), rel=1e-3)
 
 
-@pytest.mark.parametrize("density", [0.1, 1.0])
-def test_a_sparse_vector_keeps_the_largest(family, tmp_path, density):
+@pytest.mark.parametrize(("density", "chunk"), [(0.1, 1 << 17), (0.1, 1000), (1.0, 1 << 17)])
+def test_a_sparse_vector_keeps_the_largest(family, tmp_path, monkeypatch, density, chunk):
+    monkeypatch.setattr(measured, "AT_ONCE", chunk)
     paths = family()
     said, exact, found = store(paths, tmp_path / "v", Storage(density=density)), wide(paths), load(tmp_path / "v")
     for name, v in exact.items():
@@ -181,6 +183,16 @@ def test_a_sparse_vector_keeps_the_largest(family, tmp_path, density):
         assert torch.equal(found[name].double().view(-1), reference), name
     assert said["exact"] is (density == 1.0)
     assert said["relative_error"] == pytest.approx(relative_error(found, exact), rel=1e-9)
+
+
+def test_of_a_stack_that_is_stored_sparse_little_is_held(tmp_path):
+    """All of it has 64 MiB in working precision."""
+    stack = torch.randn(16, 1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    paths = {
+        name: write_checkpoint(tmp_path / name, {"experts": factor * stack}, config={"model_type": "tiny"})
+        for name, factor in (("plus", 1.5), ("minus", 1.0))
+    }
+    assert peak_while(lambda: store(paths, tmp_path / "v", Storage(density=0.01))) < 40 << 20
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -249,11 +261,11 @@ def test_an_interrupted_save_goes_on(family, tmp_path, monkeypatch):
     written = []
     real = storing.Writer.write
 
-    def failing(self, part, chunks):
-        if len(written) == 8:
+    def failing(self, parts, chunks):
+        if len(written) >= 8:
             raise Failed("the disk is full")
-        written.append(part.name)
-        real(self, part, chunks)
+        written.extend(part.name for part in parts)
+        real(self, parts, chunks)
         self.sync()
 
     monkeypatch.setattr(storing.Writer, "write", failing)
@@ -263,13 +275,13 @@ def test_an_interrupted_save_goes_on(family, tmp_path, monkeypatch):
     first = list(written)
     written.clear()
 
-    def counting(self, part, chunks):
-        written.append(part.name)
-        real(self, part, chunks)
+    def counting(self, parts, chunks):
+        written.extend(part.name for part in parts)
+        real(self, parts, chunks)
 
     monkeypatch.setattr(storing.Writer, "write", counting)
     said = store(paths, tmp_path / "v", Storage(rank=4))
-    assert not set(first[:-1]) & set(written) and not (tmp_path / "v.partial").exists()
+    assert not set(first) & set(written) and not (tmp_path / "v.partial").exists()
     assert said == json.loads((tmp_path / "whole" / "vector.json").read_text())
     assert same(tmp_path / "v", tmp_path / "whole")
 

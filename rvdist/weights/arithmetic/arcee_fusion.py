@@ -37,13 +37,13 @@ class ArceeFusion:
 
     def survey(self, place: Place, chunks: Callable[[], Iterator[list[torch.Tensor]]]) -> None:
         """Raises ValueError where there is more than one vector."""
-        rows = []
+        at, self._divergence = 0, torch.empty(place.numel // place.width)  # pieces would leave holes between chunks
         for base, *differences in chunks():
             (difference,) = differences
             model = (base + difference).view(-1, place.width).double().softmax(-1) + _LITTLE
             own = base.view(-1, place.width).double().softmax(-1) + _LITTLE
-            rows.append((model * (model / own).log()).sum(-1).clamp_(min=0).float())
-        self._divergence = torch.cat(rows)
+            self._divergence[at : at + len(own)] = (model * (model / own).log()).sum(-1).clamp_(min=0)
+            at += len(own)
 
         def importances() -> Iterator[list[torch.Tensor]]:
             at = 0

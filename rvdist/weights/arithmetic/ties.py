@@ -71,8 +71,13 @@ def of_bits(bits: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def kth_largest(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int | Sequence[int]) -> list[int]:
-    """The `kth` largest magnitude of each vector, or of each its own, exactly, in the memory of one histogram a vector:
-    each pass over the differences counts the next bits of those that share the bits known so far."""
+    """The `kth` largest magnitude of each vector, or of each its own, exactly, as integers."""
+    return [bits for bits, _ in kth_and_rank(chunks, kth)]
+
+
+def kth_and_rank(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int | Sequence[int]) -> list[tuple[int, int]]:
+    """The same, and which it is of those that are equal, from 1. In the memory of one histogram a vector: each pass
+    over the differences counts the next bits of those that share the bits known so far."""
     first = next(chunks())
     known, rank = [0] * len(first), [kth] * len(first) if isinstance(kth, int) else list(kth)
     *_, starts = _BITS[first[0].dtype]
@@ -90,4 +95,4 @@ def kth_largest(chunks: Callable[[], Iterator[list[torch.Tensor]]], kth: int | S
             bits = int((at_least >= rank[k]).sum()) - 1
             rank[k] -= int(at_least[bits] - count[bits])
             known[k] = known[k] << (above - start) | bits
-    return known
+    return list(zip(known, rank, strict=True))

@@ -1,7 +1,6 @@
 """Methods that see matrices, against the papers' formulas in numpy's fp64 on whole tensors; by reader and merges."""
 
 import math
-import threading
 from collections import defaultdict
 from dataclasses import replace
 
@@ -10,13 +9,13 @@ import pytest
 import torch
 from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
+from peaks import peak_while
 from points import read_point
 
 from rvdist.core.config import Config, MergeConfig
 from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
-from rvdist.core.timing import anonymous_bytes
 from rvdist.merge import plan as planning
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
@@ -122,23 +121,15 @@ def memory_taken(method, vectors, shape, end=1):
             yield [vector[first : first + count].float() for vector in repeated]
 
     change(MethodSpec("tsv_m"), [np.eye(300, 400)] * 2, (1, 1), (300, 400))  # what LAPACK keeps is there
-    before, over = anonymous_bytes(), threading.Event()
-    seen = [before]
-
-    def watch():
-        while not over.wait(0.005):
-            seen.append(anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     place = Place("w", numel, shape=shape, alphas=(1.0,) * len(vectors))
-    method.survey(place, chunks)
-    for start in range(0, end, 1 << 17):
-        total = torch.zeros(min(1 << 17, end - start))
-        method.add(total, place.alphas, [torch.zeros_like(total)] * len(vectors), replace(place, start=start))
-    over.set()
-    watcher.join()
-    return max(seen) - before
+
+    def work():
+        method.survey(place, chunks)
+        for start in range(0, end, 1 << 17):
+            total = torch.zeros(min(1 << 17, end - start))
+            method.add(total, place.alphas, [torch.zeros_like(total)] * len(vectors), replace(place, start=start))
+
+    return peak_while(work)
 
 
 @pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)

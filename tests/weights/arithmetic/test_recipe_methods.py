@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import whole_tensors as whole
+from peaks import peak_while
 
 from rvdist.core.method import MethodSpec
 from rvdist.weights.arithmetic.method import Place, combine
@@ -150,3 +151,19 @@ def test_each_vector_of_della_has_its_own_density():
 def test_too_many_vectors_are_refused(name):
     with pytest.raises(ValueError, match="not|unpack"):
         by_chunks(MethodSpec(name), BASE, VECTORS, WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["ties", "arcee_fusion"])
+def test_a_survey_leaves_nothing_of_a_stack(name):
+    """Of 64 MiB, in 128 chunks: nor holes in memory, which small pieces would leave that outlive a chunk."""
+    method, place = build(MethodSpec(name, 0.5)), Place("w", 1 << 24, shape=(32, 512, 1024))
+    part = torch.randn(1 << 17, generator=torch.Generator().manual_seed(0))
+
+    def chunks():
+        for k in range(128):
+            yield [part * scale for scale in (1 + k / 128, 0.01)[1 - method.surveys_base :]]
+
+    method.survey(
+        replace(place, numel=1 << 17, shape=(128, 1024)), lambda: iter([[part, part][: 1 + method.surveys_base]])
+    )
+    assert peak_while(lambda: method.survey(place, chunks)) < 32 << 20
