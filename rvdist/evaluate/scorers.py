@@ -6,6 +6,7 @@ here is not used. What a process cannot score is scored here, an arm at a time. 
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rvdist.core.point import Arm
 from rvdist.core.record import Record
@@ -35,6 +36,7 @@ Answers = Mapping[str, Sequence[Answer]]  # by task
 _WORTH = 100_000  # answers: scoring them takes as long as a process takes to load its tasks
 _MOST = 4  # processes
 _TOGETHER = 2000  # records at once: while they are read here, nothing else is done
+_PIPE = 1 << 20  # bytes: after each read, a thread that has nothing to wait for keeps Python's lock for 5 ms
 _DEATH_SIGNAL = 1  # of prctl: a process ends with the thread that started it
 
 _SERVE = "import sys; sys.path[:] = sys.argv[1:]; from rvdist.evaluate.scorers import serve; serve()"
@@ -121,6 +123,9 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        assert self._process.stdout
+        with suppress(OSError):  # where users may have only so much
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
         self._serves: dict[Asking, bool | None] = {}  # None: it has not said yet
         self._numbers: dict[Asking, int] = {}
 
@@ -166,8 +171,7 @@ class _Process:
     def _say(self, what: object) -> bool:
         assert self._process.stdin
         try:
-            self._process.stdin.write(pickle.dumps(what))
-            self._process.stdin.flush()
+            _write(self._process.stdin, pickle.dumps(what))
         except (OSError, ValueError, pickle.PicklingError, TypeError, AttributeError):
             return False
         return True
@@ -176,7 +180,7 @@ class _Process:
         assert self._process.stdout
         try:
             with _keeping_garbage():
-                return pickle.load(self._process.stdout)
+                return _read(self._process.stdout)
         except Exception:  # it is gone, or says what cannot be read
             self.end()
             return None
@@ -201,14 +205,10 @@ def serve() -> None:
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # whatever a task prints
 
-        def say(what: object) -> None:
-            out.write(pickle.dumps(what))
-            out.flush()
-
         served: dict[int, tuple[Suite, Any, dict[str, Any]]] = {}
         while True:
             try:
-                kind, number, *asked = pickle.load(sys.stdin.buffer)
+                kind, number, *asked = _read(sys.stdin.buffer)
             except EOFError:
                 return
             try:
@@ -217,20 +217,30 @@ def serve() -> None:
                 if kind == "load":
                     served[number] = suite, _, requests = _load(*asked)
                     gc.freeze()
-                    say(_identity(suite, requests))
+                    _write(out, pickle.dumps(_identity(suite, requests)))
                     continue
                 gc.disable()
                 arm, digest, answers, seed = asked
                 suite, tokenizer, requests = served[number]
                 results, records = suite.score(arm, digest, tokenizer, requests, answers, seed)
                 parts = [pickle.dumps(records[k : k + _TOGETHER]) for k in range(0, len(records), _TOGETHER)]
-                say((results, len(records)))
+                parts.insert(0, pickle.dumps((results, len(records))))
             except Exception:  # whoever asked scores it himself, and meets it there
-                say(None)
-                continue
+                parts = [pickle.dumps(None)]
             for part in parts:
-                out.write(part)
-            out.flush()
+                _write(out, part)
+
+
+def _write(pipe: IO[bytes], said: bytes) -> None:
+    """Says something, its length first."""
+    pipe.write(len(said).to_bytes(8, "little"))
+    pipe.write(said)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> Any:
+    """What is said next, read whole before any of it is made an object. Raises EOFError at the end."""
+    return pickle.loads(pipe.read(int.from_bytes(pipe.read(8), "little")))
 
 
 def _load(
