@@ -367,11 +367,9 @@ def is_given() -> bool:
 
 def disconnect() -> None:
     """Leaves the cluster, and ends it where `connect` started it."""
-    import ray
-
     global _leaving, _settled
     _leaving = True
-    ray.shutdown()
+    private_ray.shut_down()
     if _settled:
         os.environ.pop(_MODE, None)
         _settled = False

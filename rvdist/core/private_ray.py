@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -44,6 +46,7 @@ NEEDED = (
     "ray._private.node:Node.gcs_address",
 )
 _PATIENCE = 90.0  # seconds for a raylet of our own to register
+_FAREWELL = 10.0, 30.0  # seconds for Ray to end by itself, and after that
 hear: Callable[[str], None] | None = None  # is told what Ray says of workers that died
 
 
@@ -74,20 +77,20 @@ def start_awaited() -> Iterator[None]:
 
     ask = services.get_node
 
-    def wait(*given: Any) -> Any:
+    def ask_on(*given: Any) -> Any:
         until = time.monotonic() + _PATIENCE
         while True:
             answer: Future[Any] = Future()
             threading.Thread(target=_settle, args=(answer, ask, given), daemon=True).start()
             while not answer.done():
-                if not _children("raylet"):
+                if not _children("raylet", alive=True):
                     raise ChildProcessError("its raylet ended while it started")
                 time.sleep(0.02)
             if not isinstance(answer.exception(), RuntimeError) or time.monotonic() > until:
                 return answer.result()
             time.sleep(0.1)
 
-    services.get_node = wait
+    services.get_node = ask_on
     try:
         yield
     finally:
@@ -223,19 +226,37 @@ def starting(since: frozenset[int]) -> Vital | None:
 
 
 def gcs_servers() -> frozenset[int]:
-    """Those that are children of this process, and not dead."""
+    """Those that are children of this process, dead ones too: one may die before anybody has seen it."""
     return _children("gcs_server")
 
 
-def _children(name: str) -> frozenset[int]:
+def _children(name: str, alive: bool = False) -> frozenset[int]:
     found = set()
     for children in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
             for pid in children.read_text().split():
                 status = Path(f"/proc/{pid}/stat").read_text()
-                if f"({name}) " in status and f"({name}) Z" not in status:
+                if f"({name}) " in status and not (alive and f"({name}) Z" in status):
                     found.add(int(pid))
     return frozenset(found)
+
+
+def shut_down() -> None:
+    """Leaves the cluster, and ends it where this process started it. A process of Ray's that stands still answers
+    nobody, and Ray waits for it without end: one of our own is killed then, and another's is left to itself."""
+    import ray
+
+    connected, over = vital(), Future[None]()
+    threading.Thread(target=_settle, args=(over, ray.shutdown, ()), daemon=True).start()
+    if wait([over], _FAREWELL[0]).not_done and connected is not None and connected.gcs is None:
+        for pid, _ in connected.processes:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    wait([over], _FAREWELL[1])
+    if over.done():
+        over.result()
+    else:
+        atexit.unregister(ray.shutdown)  # it would wait as well
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import select
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from checkpoints import SCORING, launch
 
-from rvdist.core import cluster, ends
+from rvdist.core import cluster, ends, private_ray
 from rvdist.core.ends import KEPT
 from rvdist.core.errors import Failed
 
@@ -50,12 +52,16 @@ def wait_for(condition, seconds=240):
 )
 def test_a_sweep_ends_with_our_sentence_and_goes_on(place, victim, status, sentence):
     arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", *SCORING]
-    arguments += ["sweep.alphas=[0.5,1,2]", "hydra.run.dir=run"]
+    arguments += ["sweep.alphas=[0.5,1,2,3,4,5]", "engine.slice_size=8", "hydra.run.dir=run"]
     command = [sys.executable, "-m", "rvdist.launch", *arguments]
     running = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (place / "cache/samples.sqlite").exists() and (place / "run/log.jsonl").exists())
     began = time.monotonic()
     what, _, stopped = (victim or "").partition(" ")
+    if stopped:  # so that nothing is done before Ray is lost, and it is still needed then
+        wait_for(lambda: has_answers(place / "cache/samples.sqlite"))
+        os.kill(engine_below(running.pid), signal.SIGSTOP)
+        began = time.monotonic()
     if what:
         os.kill(descendants(running.pid)[what], signal.SIGSTOP if stopped else signal.SIGKILL)
     else:
@@ -130,7 +136,7 @@ def engine_below(driver):
 
 WATCHED = """
 import subprocess, sys, time
-from rvdist.core import cluster, ends
+from rvdist.core import cluster, ends, private_ray
 from rvdist.core.private_ray import Vital
 vital = subprocess.Popen(["sleep", "600"])
 cluster.vital = lambda: Vital(((vital.pid, "raylet"),), None)
@@ -197,6 +203,43 @@ def test_a_gcs_that_is_killed_while_ray_starts_ends_the_command(place):
     assert re.fullmatch(rf"rvdist: the Ray cluster is lost: its GCS \(process \d+\) ended; {KEPT}\n", errors), errors
     again = launch(*arguments, cwd=place)
     assert again.returncode == 0, again.stderr
+
+
+def test_a_gcs_that_died_before_it_was_seen_is_missed(tmp_path):
+    """Imports may hold up who looks, and a GCS of ours live for less than that."""
+    before = private_ray.gcs_servers()
+    shutil.copy("/bin/true", tmp_path / "gcs_server")
+    with subprocess.Popen([tmp_path / "gcs_server"]) as gcs:
+        os.waitid(os.P_PID, gcs.pid, os.WEXITED | os.WNOWAIT)
+        assert private_ray.starting(before) == private_ray.Vital(((gcs.pid, "GCS"),), None)
+        alive = os.pidfd_open(gcs.pid)
+        assert select.select([alive], [], [], 0)[0]
+        os.close(alive)
+
+
+STANDING_STILL_AT_THE_END = """
+import os, signal
+from rvdist import launch
+from rvdist.core import private_ray
+
+def stop_and_shut_down(then=private_ray.shut_down):
+    (gcs,) = private_ray.gcs_servers()
+    os.kill(gcs, signal.SIGSTOP)
+    then()
+
+private_ray.shut_down = stop_and_shut_down
+launch.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_that_stands_still_when_all_is_done_is_killed(place):
+    """Ray would wait for it without end."""
+    arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "output=out"]
+    command = [sys.executable, "-c", STANDING_STILL_AT_THE_END, *arguments, "merge.workers=1"]
+    ended = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert (place / "out/model.safetensors").exists()
 
 
 def threads(pid):

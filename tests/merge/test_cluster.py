@@ -65,8 +65,9 @@ def family(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def right(family, ray_local, tmp_path_factory):
-    """The digests of a merge by one worker on one node that nothing disturbed."""
+def right(family, tmp_path_factory):
+    """The digests of a merge without Ray, whose settings in the environment would keep other nodes out, that nothing
+    disturbed."""
     from rvdist.core.point import Term, Vector, WeightPoint
     from rvdist.merge.actor import WorkerSettings
     from rvdist.merge.plan import build_plan
@@ -75,7 +76,7 @@ def right(family, ray_local, tmp_path_factory):
     vector = Vector(family["plus"], family["minus"])
     points = {out / name: WeightPoint(family[name], (Term(1.0, vector),)) for name in ("target", "single")}
     sources = {source: open_source(source) for point in points.values() for source in point.sources()}
-    driver.merge(build_plan(points, sources), sources, defaultdict(str), WorkerSettings(1))
+    driver.merge(build_plan(points, sources), sources, defaultdict(str), WorkerSettings(1, alone=True))
     return {path.name: digests(path) for path in points}
 
 
