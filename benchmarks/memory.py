@@ -1,13 +1,14 @@
 """That memory does not grow with the model: merges of sparse checkpoints into /dev/null.
 
-    python benchmarks/memory.py [--work DIR] [--layouts | --vocabularies]
+    python benchmarks/memory.py [--work DIR] [--layouts | --vocabularies | --stacks]
 
 Makes target, plus and minus of Llama-70B's shape (141 GB each) out of holes, which take no disk, and merges them with
 two workers into /dev/null; then plans, without reading tensors, merges of Llama-405B's and DeepSeek-V3's shapes for a
 cluster of 8 nodes. With --layouts, instead: layers of gpt-oss-120b's, Qwen3-235B's and DeepSeek-V3's experts, whose
 donors store them otherwise than the target. With --vocabularies: an embedding and a head of 152,064 rows of 8,192, of
-models that have each token at another id, and a fifth of them not at all, padded. Peak anonymous memory (file-backed
-pages not counted) goes to benchmarks/README.md.
+models that have each token at another id, and a fifth of them not at all, padded. With --stacks: one fused tensor of
+320 experts, of random weights, by methods that look at all of it. Peak anonymous memory (file-backed pages not counted)
+goes to benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from tables import write_table
 
@@ -38,9 +43,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "rvdist-memory")
     parser.add_argument("--layouts", action="store_true")
     parser.add_argument("--vocabularies", action="store_true")
+    parser.add_argument("--stacks", action="store_true")
     given = parser.parse_args()
     work: Path = given.work
     shutil.rmtree(work, ignore_errors=True)
+    if given.stacks:
+        across_stacks(work)
+        return
     imports = int(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout)
     if given.layouts:
         across_layouts(work, imports)
@@ -146,6 +155,66 @@ def across_vocabularies(work: Path, imports: int) -> None:
     ]
     print("\n".join(lines))
     write_table("memory.py, vocabularies", lines)
+
+
+def across_stacks(work: Path) -> None:
+    """A reader of one fused tensor, by methods that look at all of it; what sees matrices, at the first eight."""
+    name, shape = "model.layers.0.mlp.experts.gate_up_proj", (320, 1024, 1024)
+    for seed, part in enumerate(("target", "plus", "minus", "other")):
+        nbytes = shapes.write_checkpoint(work / part, {name: shape}, 1, seed, {})
+    lines = ["| method | of the tensor | CPU s | memory |", "|---|---|---|---|"]
+    for method in ("linear", "ties", "slerp", "breadcrumbs", "sce", "karcher", "ramplus_tl", "arcee_fusion", "della"):
+        lines.append(_in_a_process(work, name, method, 320 * 1024 * 1024, "all"))
+    for method in ("iso_c", "tsv_m"):
+        lines.append(_in_a_process(work, name, method, 8 * 1024 * 1024, "8 matrices"))
+    shutil.rmtree(work)
+    print(f"{nbytes >> 20} MiB", *lines, sep="\n")
+    write_table("memory.py, stacks", lines)
+
+
+def _in_a_process(work: Path, name: str, method: str, stop: int, share: str) -> str:
+    """A row of the table."""
+    context = get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_read, args=(queue, work, name, method, stop))
+    child.start()
+    seconds, nbytes = queue.get()
+    child.join()
+    return f"| `{method}` | {share} | {seconds:.0f} | {nbytes / 2**20:.0f} MiB |"
+
+
+def _read(queue: Any, work: Path, name: str, method: str, stop: int) -> None:
+    """Sends seconds of CPU, and anonymous bytes at most beside what there was."""
+    import torch
+
+    from rvdist.core.method import MethodSpec
+    from rvdist.core.point import Term, Vector, WeightPoint
+    from rvdist.core.timing import anonymous_bytes
+    from rvdist.weights.arithmetic.method import warm_up
+    from rvdist.weights.checkpoint.source import open_source
+    from rvdist.weights.reader import PointReader
+
+    torch.set_num_threads(1)
+    warm_up()
+    spec = MethodSpec(method)
+    vectors = [Vector(str(work / part), str(work / "minus")) for part in ("plus", "other")[: 2 - spec.facts.one_vector]]
+    spec = MethodSpec(method, density=0.5) if "density" in spec.facts.parameters else spec
+    point = WeightPoint(str(work / "target"), tuple(Term(0.5, vector) for vector in vectors), spec)
+    sources = {source: open_source(source) for source in point.sources()}
+    before, over = anonymous_bytes(), threading.Event()
+    seen, began = [before], time.process_time()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in PointReader([point], sources).chunks(name, 0, stop):
+        pass
+    over.set()
+    watcher.join()
+    queue.put((time.process_time() - began, max(seen) - before))
 
 
 if __name__ == "__main__":
