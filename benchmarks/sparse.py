@@ -2,8 +2,9 @@
 
     python benchmarks/sparse.py [--elements N] [--place DIRECTORY]
 
-Made of random bf16 checkpoints of which a share of elements is equal. Seconds are processor time of one thread that
-reads a point and computes it, from the page cache; nothing is written meanwhile. The best of five.
+Made of random bf16 checkpoints of which a share of elements is equal; beside them the pocket family's donors. Seconds
+are processor time of one thread that reads a point and computes it, from the page cache; nothing is written meanwhile.
+The best of five.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rvdist.weights.reader import open_point
 from rvdist.weights.store import save
 
 SHARES = (0.0, 0.7, 0.9, 0.99)
+POCKET = Path(__file__).resolve().parent.parent / "rvdist" / "pocket"
 
 
 def write_donors(place: Path, share: float, numel: int) -> dict[str, str]:
@@ -67,24 +69,29 @@ def main() -> None:
     print("equal elements   file / checkpoint   bytes read / from donors   seconds / from donors   form")
     for share in SHARES:
         with tempfile.TemporaryDirectory(dir=arguments.place) as name:
-            place = Path(name)
-            paths = write_donors(place, share, arguments.elements)
-            donors = Vector(paths["plus"], paths["minus"])
-            sources = {source: open_source(source) for source in donors.sources()}
-            save(donors, sources, place / "v", Storage(), say=lambda text: None)
-            stored = sum(file.stat().st_size for file in (place / "v").glob("*.safetensors"))
-            whole = (place / "plus" / "model.safetensors").stat().st_size
-            opened = open_source(str(place / "v"))
-            assert isinstance(opened, Difference)
-            forms = {type(form).__name__ for form in opened.forms.values()}
-            (slow, much), (fast, little) = (
-                cost(paths["target"], donors),
-                cost(paths["target"], Vector(str(place / "v"))),
-            )
-            print(
-                f"{share:14.0%}   {stored / whole:17.3f}   {little / much:24.3f}   {fast / slow:21.2f}   "
-                f"{' '.join(sorted(forms)).lower()}"
-            )
+            show(f"{share:.0%}", write_donors(Path(name), share, arguments.elements))
+    show(
+        "pocket family", {"target": str(POCKET / "target"), "plus": str(POCKET / "grpo"), "minus": str(POCKET / "sft")}
+    )
+
+
+def show(name: str, paths: dict[str, str]) -> None:
+    """A row of the table."""
+    donors = Vector(paths["plus"], paths["minus"])
+    sources = {source: open_source(source) for source in donors.sources()}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "v"
+        save(donors, sources, place, Storage(), say=lambda text: None)
+        stored = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+        whole = sum(file.stat().st_size for file in Path(paths["plus"]).glob("*.safetensors"))
+        opened = open_source(str(place))
+        assert isinstance(opened, Difference)
+        forms = {type(form).__name__ for form in opened.forms.values()}
+        (slow, much), (fast, little) = cost(paths["target"], donors), cost(paths["target"], Vector(str(place)))
+    print(
+        f"{name:>14}   {stored / whole:17.3f}   {little / much:24.3f}   {fast / slow:21.2f}   "
+        f"{' '.join(sorted(forms)).lower()}"
+    )
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def spread(where: Bits, counts: NDArray[np.int64], values: Bits, first: int, lim
     the tensor. Otherwise `out` holds nothing of use."""
     from rvdist.weights.arithmetic import unpack  # only packed tensors need a compiler
 
-    out[:] = 0
-    kernel = unpack.places if where.dtype == np.uint16 else unpack.bits
-    return bool(kernel(where, counts, values, first, limit, out))
+    if where.dtype == np.uint16:
+        return bool(unpack.places(where, counts, values, first, limit, out))
+    if lacking := -len(where) % 8:
+        where = np.concatenate([where, np.zeros(lacking, np.uint8)])
+    return bool(unpack.bits(where.view("<u8"), counts, values, first, limit, out))
