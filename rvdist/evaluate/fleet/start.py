@@ -34,7 +34,10 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 
 _TEMPLATE = "{{ messages[0]['content'] }}"  # vLLM renders one when it starts: not a stranger's, which may never end
 _NO_ROOM = re.compile("is less than (desired GPU memory utilization|the engine's budget)")
-_QUANTIZED = "is quantized, and weights are only swapped exactly when they are not"
+_QUANTIZED = (
+    "is quantized, and weights are only swapped exactly when they are not; write it plain by a merge with "
+    "dtype=bfloat16, and score that"
+)
 
 
 @dataclass(frozen=True)
