@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -47,7 +49,7 @@ class Scorers:
 
     def __init__(self, answers: int) -> None:
         count = min(_MOST, max(1, len(os.sched_getaffinity(0)) // 2)) if answers >= _WORTH else 0
-        self._threads = ThreadPoolExecutor(count + 1)
+        self._threads = ThreadPoolExecutor(2 * count + 1)  # of a process one asks while another reads
         self._alone = threading.Lock()  # lm-eval's tasks are for one thread at a time
         self._processes = [_Process() for _ in range(count)]
         self._idle = SimpleQueue[_Process | None]()  # None: this one
@@ -86,11 +88,13 @@ class Scorers:
         if not self._processes:
             return self._score_here(asking, arm, digest, answers, seed)
         process = self._idle.get()
-        try:
-            scored = process and process.score(asking, arm, digest, answers, seed)
+        if process is not None:
+            scored = process.score(asking, arm, digest, answers, seed, partial(self._idle.put, process))
             return scored or self._score_here(asking, arm, digest, answers, seed)
+        try:
+            return self._score_here(asking, arm, digest, answers, seed)
         finally:
-            self._idle.put(process)
+            self._idle.put(None)
 
     def _score_here(self, asking: Asking, arm: Arm, digest: str, answers: Answers, seed: int) -> Scored:
         with self._alone:
@@ -114,7 +118,7 @@ def _keeping_garbage() -> Iterator[None]:
 
 
 class _Process:
-    """One of them, for one thread at a time."""
+    """One of them. One thread at a time asks it, while another may still read what it answered before."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -126,35 +130,55 @@ class _Process:
         assert self._process.stdout
         with suppress(OSError):  # where users may have only so much
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
-        self._serves: dict[Asking, bool | None] = {}  # None: it has not said yet
+        self._loads = deque[Asking]()  # of which it has not said yet whether they are the same there
+        self._serves: dict[Asking, bool] = {}
         self._numbers: dict[Asking, int] = {}
+        self._reading = threading.Lock()
 
     def begin(self, asking: Asking) -> None:
         """Has it load what is asked."""
-        if asking in self._serves:
+        if asking in self._numbers:
             return
         suite, name = asking.suite, getattr(asking.tokenizer, "name_or_path", "")
         number = self._numbers[asking] = len(self._numbers)
         known = suite.made_of is not None and Path(name).is_dir()
-        loads = known and self._say(("load", number, suite.made_of, suite.chosen, name, suite.chat))
-        self._serves[asking] = None if loads else False
+        if known and self._say(("load", number, suite.made_of, suite.chosen, name, suite.chat)):
+            self._loads.append(asking)
+        else:
+            self._serves[asking] = False
 
-    def score(self, asking: Asking, arm: Arm, digest: str, answers: Answers, seed: int) -> Scored | None:
-        """None where it cannot, or is gone."""
-        self.begin(asking)
-        if self._serves[asking] is None:
-            self._serves[asking] = self._hear() == _identity(asking.suite, asking.requests)
-        asked = ("score", self._numbers[asking], arm, digest, dict(answers), seed)
-        if not self._serves[asking] or not self._say(asked):
-            return None
-        results, left = self._hear() or (None, 0)
-        records: list[Record] = []
-        while left:
-            if not (some := self._hear()):
+    def score(
+        self, asking: Asking, arm: Arm, digest: str, answers: Answers, seed: int, let_ask: Callable[[], None]
+    ) -> Scored | None:
+        """None where it cannot, or is gone. Calls `let_ask` once, as soon as another thread may ask: it goes on to
+        another arm while this one's records are read."""
+        with ExitStack() as asking_it:
+            asking_it.callback(let_ask)
+            self.begin(asking)
+            if not self._learn(asking) or not self._ask(asking, arm, digest, answers, seed):
                 return None
-            records += some
-            left -= len(some)
+            with self._reading:
+                results, left = self._hear() or (None, 0)
+                asking_it.close()
+                records: list[Record] = []
+                while left:
+                    if not (some := self._hear()):
+                        return None
+                    records += some
+                    left -= len(some)
         return None if results is None else (results, records)
+
+    def _learn(self, asking: Asking) -> bool:
+        """Whether it asks the same there."""
+        if self._loads:
+            with self._reading:
+                while self._loads:
+                    loaded = self._loads.popleft()
+                    self._serves[loaded] = self._hear() == _identity(loaded.suite, loaded.requests)
+        return self._serves[asking]
+
+    def _ask(self, asking: Asking, arm: Arm, digest: str, answers: Answers, seed: int) -> bool:
+        return self._say(("score", self._numbers[asking], arm, digest, dict(answers), seed))
 
     def end(self) -> None:
         self._process.kill()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +170,7 @@ def test_when_nothing_else_is_to_be_done_here_arms_are_scored_here_too(in_a_proc
         scorers.take_part()
         assert score_all(asking, scorers) == here(asking)
         scorers._idle.put(busy)
-        assert not busy._serves, "it was not asked"
+        assert not busy._numbers, "it was not asked"
 
 
 def test_a_process_that_would_ask_otherwise_is_not_used(in_a_process, tmp_path):
@@ -180,6 +181,42 @@ def test_a_process_that_would_ask_otherwise_is_not_used(in_a_process, tmp_path):
         scored = score_all(asking, scorers)
         assert [records for _, records in scored] == [records for _, records in expected]  # results show the code
         assert scorers._processes[0]._serves == {asking: False}
+
+
+def test_a_process_is_expected_to_load_several_and_scores_each(in_a_process):
+    askings = [asking_of(Suite.load(["pocket_sums"], limit=limit)) for limit in (3, 5, 7)]
+    expected = [here(asking) for asking in askings]
+    with Scorers(1) as scorers:
+        for asking in askings:
+            scorers.expect(asking)
+        assert [score_all(asking, scorers) for asking in askings] == expected
+        assert list(scorers._processes[0]._serves.values()) == [True] * 3
+
+
+def test_a_process_scores_on_while_what_it_scored_is_read(in_a_process, monkeypatch):
+    """It is asked for an arm before the records of the last one are read."""
+    asking = asking_of(Suite.load(["pocket_sums"], limit=20))
+    expected = here(asking)
+    monkeypatch.setattr(module, "_TOGETHER", 5)
+    asked = threading.Event()
+    read, ask = module._read, module._Process._ask
+
+    def read_late(pipe):
+        if isinstance(heard := read(pipe), list):  # records
+            assert asked.wait(60)
+        return heard
+
+    def note(*given):
+        arms.append(None)
+        if len(arms) == 2:
+            asked.set()
+        return ask(*given)
+
+    arms = []
+    monkeypatch.setattr(module, "_read", read_late)
+    monkeypatch.setattr(module._Process, "_ask", note)
+    with Scorers(1) as scorers:
+        assert score_all(asking, scorers) == expected
 
 
 def test_few_answers_are_scored_here(tmp_path):
