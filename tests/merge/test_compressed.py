@@ -192,7 +192,8 @@ def test_other_schemes_are_refused_by_name(tmp_path, change, said):
 def test_weights_that_are_turned_or_thinned_beside_their_codes_are_refused(tmp_path, key):
     path = write_compressed(tmp_path / "target", plain(0), SCHEMES["int4 packed, a scale a group"])
     config = json.loads((path / "config.json").read_text())
-    for said in ({}, None, {"format": "dense"} if key == "sparsity_config" else {}):
+    dense = {"format": "dense", "global_sparsity": 0.14, "ignore": [], "sparsity_structure": "unstructured"}
+    for said in ({}, None, dense if key == "sparsity_config" else {}):
         (path / "config.json").write_text(with_said(config, {key: said}))
         open_source(str(path))
     for said in ({"config_groups": {"u": {"type": "hadamard"}}}, {"format": "sparse-24-bitmask"}):

@@ -77,8 +77,10 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
 
 def _scheme(checkpoint: Checkpoint, said: Mapping[str, Any]) -> tuple[Kind, tuple[int, int]]:
     """What its codes are, and how many rows and columns share a scale; 0: all."""
-    for key in ("transform_config", "sparsity_config"):
-        if said.get(key) and said[key] != {"format": "dense"}:
+    sparsity = said.get("sparsity_config")
+    is_dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"  # which says how many zeros there are
+    for key, stands in (("transform_config", False), ("sparsity_config", is_dense)):
+        if said.get(key) and not stands:
             _refuse(checkpoint, f"has weights that stand for others, as the {key} of its config says")
     groups = said.get("config_groups")
     listed = list(groups.values()) if isinstance(groups, dict) else []
