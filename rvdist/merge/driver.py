@@ -76,14 +76,18 @@ def merge(
 def _stage(plan: Plan, overwrite: bool, key: bytes, say: Callable[[str], None]) -> list[list[Staging | None]]:
     """The staging of every output (None where it is discarded) with all of its room; nothing new where one fails."""
     stagings: list[list[Staging | None]] = []
+    ranges: list[set[tuple[str, int, int]]] = [set() for _ in plan.outputs]
+    for unit in plan.units:
+        ranges[unit.output].add((unit.file, unit.start, unit.nbytes))
     try:
-        for output, layout, digests in zip(plan.outputs, plan.layouts, plan.digests, strict=True):
+        for output, layout, digests, own in zip(plan.outputs, plan.layouts, plan.digests, ranges, strict=True):
             staged: list[Staging | None] = []
             stagings.append(staged)
             for directory, digest in zip(output.directories, digests, strict=True):
                 staged.append(None if discards(directory) else Staging(directory, digest, overwrite, key))
                 if (staging := staged[-1]) is None:
                     continue
+                staging.keep(own)
                 for name, (header, size) in layout.files.items():
                     staging.allocate(name, header, size)
                 if staging.restarted:

@@ -1,14 +1,20 @@
 from collections import defaultdict
+from dataclasses import replace
 
+import alone
 import pytest
 import torch
-from checkpoints import tensors, write_checkpoint
+from checkpoints import near, tensors, write_checkpoint
+from points import shifted
 
 from rvdist.core.config import OutputFormat
+from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.merge import driver
 from rvdist.merge import plan as planning
 from rvdist.merge.plan import build_plan
 from rvdist.weights.checkpoint.directory import open_checkpoint
+from rvdist.weights.checkpoint.journal import Written
 
 
 def planned(tmp_path, shards=1, **options):
@@ -64,3 +70,24 @@ def test_output_dtype_changes_floating_point_tensors_alone(tmp_path):
     plan = build_plan({tmp_path / "o": WeightPoint("t")}, {"t": base}, OutputFormat("F32"))
     dtypes = {spec.name: spec.dtype for spec in plan.layouts[0].tensors.values()}
     assert dtypes.pop("ids") == "I64" and set(dtypes.values()) == {"F32"}
+
+
+def test_what_was_begun_in_other_units_is_claimed_only_where_they_are_alike(tmp_path, monkeypatch):
+    """As by a version that computed a stack of matrices as one unit: a manifest speaks of every byte once."""
+    base = {"experts": torch.randn(3, 8, 9), "w": torch.randn(8, 9)}
+    paths = {
+        name: write_checkpoint(tmp_path / name, near(base, k)) for k, name in enumerate(("target", "plus", "minus"))
+    }
+    point = replace(shifted(paths), method=MethodSpec("iso_c"))
+    monkeypatch.setattr(planning, "UNIT_BYTES", 300)
+    now, _ = alone.planned({tmp_path / "out": point})
+    monkeypatch.setattr(planning, "_matrices", lambda *given: {})
+    before, _ = alone.planned({tmp_path / "out": point})
+    assert (len(before.units), len(now.units)) == (2, 4) and before.digests == now.digests
+    ((staging,),) = driver._stage(before, False, b"", print)
+    staging.journal(Written(unit.file, unit.start, unit.nbytes, "ab") for unit in before.units)
+    staging.release()
+    ((staging,),) = driver._stage(now, False, b"", print)
+    both = {(unit.file, unit.start, unit.nbytes) for unit in now.units} & {*staging.claims}
+    assert {*staging.claims} == both and len(both) == 1
+    staging.release()

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,11 @@ class Staging:
             os.close(self._lock)
             self.handle.close()
             raise
+        self._written = dict(self.claims)
+
+    def keep(self, ranges: Container[tuple[str, int, int]]) -> None:
+        """Forgets the claims of other ranges, (file, start, nbytes): of a version that cut files otherwise."""
+        self.claims = {key: written for key, written in self.claims.items() if key in ranges}
         self._written = dict(self.claims)
 
     def _require_ours(self) -> None:
