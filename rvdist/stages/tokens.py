@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import xxhash
+
 from rvdist.core.cluster import blind_nodes
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
@@ -14,9 +16,13 @@ from rvdist.merge.plan import build_plan
 from rvdist.stages.job import Prepared
 from rvdist.stages.merge import are_merged_alone, merge_together
 from rvdist.stages.warm import Warm
+from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.journal import is_complete
+from rvdist.weights.checkpoint.fp8 import without_quantization
+from rvdist.weights.checkpoint.journal import MANIFEST, is_complete
+from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import companions
 
 _CARD = "The base of a merge by token, with the tokens of the merge: what engines start on. It may be deleted.\n"
 
@@ -46,7 +52,9 @@ def _write(prepared: Prepared, point: WeightPoint, warm: Warm) -> Checkpoint:
     plan = build_plan({Path(): unchanged}, prepared.sources, settings.output_format)
     directory = (prepared.cache / "tokens" / plan.digests[0][0]).absolute()
     nodes = warm.resources().nodes  # while Ray is imported, it cannot be asked anything
-    if not is_complete(directory, plan.digests[0][0]):
+    if directory.exists():
+        require_as_written(directory, plan.digests[0][0], prepared.sources[point.base])
+    else:
         one = replace(prepared, settings=settings, written={directory: unchanged})
         merge_together([one], {unchanged: _CARD}, warm, are_merged_alone([one]))
     if len(nodes) > 1 and (blind := blind_nodes(directory / "config.json")):
@@ -55,3 +63,22 @@ def _write(prepared: Prepared, point: WeightPoint, warm: Warm) -> Checkpoint:
             "that all nodes share"
         )
     return open_source(str(directory))
+
+
+def require_as_written(directory: Path, plan: str, base: Checkpoint) -> None:
+    """Raises BadInput where somebody has changed what this plan wrote there. Weights count by their size, for engines
+    get others before they answer; what stands beside them says what is asked, and how."""
+    if is_complete(directory, plan):
+        written = open_source(str(directory))
+        if _beside(written) == _beside(base) and written.config == without_quantization(base.config):
+            return
+    raise BadInput(f"{directory}: is not as it was written; delete it, and it is written again")
+
+
+def _beside(checkpoint: Checkpoint) -> dict[str, str]:
+    """Digests of what stands beside its weights, or is written there, but for its config."""
+    files = {str(name): file_digest(path) for name, path in companions(checkpoint).items()}
+    if isinstance(checkpoint, Remapped):
+        anew = checkpoint.written_beside()
+        files |= {name: xxhash.xxh3_128_hexdigest(text.encode()) for name, text in anew.items()}
+    return {name: digest for name, digest in files.items() if name not in ("config.json", MANIFEST)}

@@ -6,6 +6,14 @@ import pytest
 from checkpoints import POCKET, launch
 from moved import move
 
+from rvdist.core.errors import BadInput
+from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.vocabulary import Vocabulary
+from rvdist.stages.tokens import require_as_written
+from rvdist.weights.checkpoint.journal import Manifest
+from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.vocabulary import remap
+
 SCORING = (
     *("benchmarks.tasks=[pocket_sums,pocket_choice]", "benchmarks.limit=8", "sweep.alphas=null"),
     *("engine.count=1", "engine.kv_cache_gib=0.125", "cluster.nodes=1"),
@@ -34,3 +42,37 @@ def test_scores_in_place_are_those_of_what_is_written(tmp_path):
         assert (start / file).read_bytes() == (tmp_path / "out-0" / file).read_bytes()
     done = launch(*union, *SCORING, "hydra.run.dir=again", cwd=tmp_path)
     assert "no engine is needed" in done.stdout, done.stderr
+    (start / "tokenizer.json").write_bytes((POCKET / "target" / "tokenizer.json").read_bytes())
+    done = launch(*union, *SCORING, "hydra.run.dir=changed", cwd=tmp_path)
+    assert done.returncode == 2 and f"{start}: is not as it was written; delete it" in done.stderr
+
+
+def test_what_engines_start_on_is_as_it_was_written_or_refused(tmp_path):
+    names = [
+        str(POCKET / "target"),
+        *(str(move(POCKET / name, tmp_path / name, f"<{name}>")) for name in ("grpo", "sft")),
+    ]
+    given = (f"target={names[0]}", f"vector.plus={names[1]}", f"vector.minus={names[2]}", "tokenizer=union")
+    done = launch(*given, "alpha=0", "output=out", "cache.dir=cache", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    point = WeightPoint(names[0], (Term(0.0, Vector(*names[1:])),), vocabulary=Vocabulary("union", tuple(names)))
+    base = remap(point, {name: open_source(name) for name in names}, open_source)[names[0]]
+    out = tmp_path / "out"
+    plan = Manifest.read(out).plan
+    require_as_written(out, plan, base)
+    other = {"tokenizer.json": '"5":', "config.json": "rms_norm_eps", "chat_template.jinja": "User"}
+    for name, old in other.items():
+        whole = (out / name).read_text()
+        (out / name).write_text(whole.replace(old, old.swapcase() if name != "tokenizer.json" else '"5 ":'))
+        assert (out / name).read_text() != whole
+        with pytest.raises(BadInput, match="is not as it was written; delete it"):
+            require_as_written(out, plan, base)
+        (out / name).write_text(whole)
+    (out / "special_tokens_map.json").write_text("{}")
+    with pytest.raises(BadInput, match="is not as it was written; delete it"):
+        require_as_written(out, plan, base)
+    (out / "special_tokens_map.json").unlink()
+    require_as_written(out, plan, base)
+    (out / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match="is not as it was written; delete it"):
+        require_as_written(out, plan, base)
