@@ -184,6 +184,12 @@ def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, ex
     shape = other.tensors[spec.name].shape
     only_rows = len(shape) > 0 and shape[1:] == spec.shape[1:] and extra_rows is not None
     if shape != spec.shape and not (only_rows and extra_rows):
+        if only_rows and is_adapter(one) and spec.shape[0] > shape[0]:
+            raise BadInput(
+                f"{one.path}: has {spec.shape[0]:,} rows of {spec.name}, {spec.shape[0] - shape[0]:,} more than "
+                f"{other.path}; with its tokenizer.json beside it tokenizer=union gives the output these too, or merge "
+                "it into its base with peft's merge_and_unload and use the result as vector.plus"
+            )
         way_out = "; compat.extra_rows=keep changes the rows that all have, and keeps the target's others"
         raise BadInput(
             f"{other.path}: tensor {spec.name} has shape {list(shape)} where {one.path} has {list(spec.shape)}; "

@@ -23,6 +23,7 @@ class RemappedOperand(Operand):
         super().__init__(checkpoint)
         self._maps, self._lenders = checkpoint.rows, lenders
         self._padding: dict[str, torch.Tensor] = {}
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     @property
     def bytes_read(self) -> int:
@@ -46,7 +47,7 @@ class RemappedOperand(Operand):
             part, at = out[start - begin : last - begin], start - first * width
             if owner >= 0:
                 at += row * width
-                self._lenders[owner].read(name, at, at + len(part), part.view(torch.uint8))
+                self._borrow(self._lenders[owner], name, at, part)
             elif owner == ZERO:
                 part.zero_()
             elif owner == MEAN:
@@ -54,6 +55,15 @@ class RemappedOperand(Operand):
             else:
                 part.copy_(self._pad(name).repeat(stop - first)[at : at + len(part)])
         return out
+
+    def _borrow(self, lender: Operand, name: str, at: int, out: torch.Tensor) -> None:
+        """Elements that a lender may store in another dtype: then they are rounded once."""
+        if lender.dtype(name) == out.dtype:
+            lender.read(name, at, at + len(out), out.view(torch.uint8))
+            return
+        if len(self._room) < 8 * len(out):
+            self._room = torch.empty(8 * len(out), dtype=torch.uint8)
+        out.copy_(lender.read(name, at, at + len(out), self._room))
 
     def _width(self, name: str) -> int:
         return self._tensors[name].numel // self._tensors[name].shape[0]

@@ -269,7 +269,7 @@ def lora_bias(place: Path) -> Asked:
     refused=BY_NAME,
 )
 def resized_embeddings(place: Path) -> Asked:
-    whole = {f"{PREFIX}model.embed_tokens.weight": torch.zeros(ROWS + 2, HIDDEN)}
+    whole = {f"{PREFIX}{name}.weight": torch.zeros(ROWS + 2, HIDDEN) for name in ("model.embed_tokens", "lm_head")}
     return refused(place, factors() | whole, "model.embed_tokens.weight", "merge_and_unload")
 
 

@@ -22,7 +22,7 @@ SCORING = (
 
 def samples(run, arm):
     lines = (run / "samples" / f"{arm}.jsonl").read_text().splitlines()
-    return [json.loads(line) | {"arm": None, "alpha": None} for line in lines]
+    return [json.loads(line) | {"arm": None, "alpha": None, "point": None} for line in lines]
 
 
 @pytest.mark.slow

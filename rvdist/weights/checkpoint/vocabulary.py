@@ -16,7 +16,7 @@ import numpy as np
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.core.vocabulary import BASE, UNION, TokenRule, Vocabulary
-from rvdist.weights.checkpoint.difference import Difference, needs_base
+from rvdist.weights.checkpoint.difference import Difference, Whole, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO, Numbers, Remapped, Rows
@@ -32,10 +32,11 @@ _IDS = re.compile(r".*_token_(?:ids?|index)")
 _LAYER = re.compile(r"(?:.+\.)?\d+\..+")
 _VOCABULARY = re.compile(r"(?!type_).+_vocab_size.*|vocab_size_.+")  # of other tokens than the embedding's
 _PARTS = ("text_config", "llm_config", "language_config")
+_APPLY = "apply it to that, and use the result as vector.plus"
 _UNKNOWN = "and it is not known whether these are the tokenizer's tokens; leave tokenizer out"
 
 
-def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -> dict[str, Remapped]:
+def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -> dict[str, Checkpoint]:
     """The point's sources whose rows are to be others than they have, by name: none where all have the tokens that are
     asked for at the same ids. `opened` gives a model that is no source. Raises BadInput."""
     vocabulary = point.vocabulary
@@ -53,19 +54,32 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     if plain and not any(has_tokens(one.beside) for one in models.values()):
         return {}  # nothing was compared, as is said of such models
     base = models[point.base]
+    names = _named_by_token(base)
+    adapters = {name: one for name, one in models.items() if isinstance(one, Difference)}
+    models |= {name: _rows_of_adapter(one, names) for name, one in adapters.items()}
     for one in models.values():
         _require_plain(one, one is base)
-    names = _named_by_token(base)
     rows = {model: _row_count(one, names) for model, one in models.items()}
     tokens = {model: read_tokens(one.beside) for model, one in models.items()}
     tokens[point.base] = strip(tokens[point.base], rows[point.base])
     built = _tokenizer(vocabulary, tokens, rows, opened)
-    found = {}
+    found: dict[str, Checkpoint] = {}
     own_rows = {model: _rows_of(built, tokens[model], rows[model]) for model in models}
+    for name, one in adapters.items():
+        if any(rule.force for rule in vocabulary.rules) or not np.array_equal(
+            own_rows[name], np.arange(len(built.ids))
+        ):
+            raise BadInput(
+                f"{one.path}: is an adapter with rows for tokens, and in the output some ids are of others, or a rule "
+                f"has force; {_APPLY}"
+            )
     maps = {name: _Maps(vocabulary, models, tokens, own_rows, built, name) for name in names}
     for source in filter(called.__contains__, point.sources()):
         model = called[source]
         one = models[model]
+        if model in adapters:  # it says what rows become, of the ids that they have: a difference from the base's
+            found[source] = _cut(adapters[model], names, len(built.ids))
+            continue
         own = {name: maps[name].rows(model) for name in names}
         new = _remapped(one, own, built if one is base else None, tokens[model])
         remade = one is base and (built.limit is not None or built.added or built.where != base.beside)
@@ -163,23 +177,13 @@ class _Maps:
         self._owner[number], self._row[number] = k, row
 
     def rows(self, model: str) -> tuple[Rows, tuple[Checkpoint, ...]]:
-        """Those of a model, and the checkpoints among which they are. Raises BadInput for a row of another dtype."""
+        """Those of a model, and the checkpoints among which they are."""
         k = self._names.index(model)
         own = self._has[k] & ~self._force
         owner = np.full(self._padded, PADDING, np.int32)
         row = np.zeros(self._padded, np.int32)
         owner[: self._count] = np.where(own, k, self._owner)
         row[: self._count] = np.where(own, self._own[k], self._row)
-        dtype = self._lenders[k].tensors[self._tensor].dtype
-        for other, lender in enumerate(self._lenders):
-            theirs = lender.tensors[self._tensor].dtype
-            if theirs != dtype and (owner == other).any():
-                number = int(np.flatnonzero(owner == other)[0])
-                token = next(token for token, id_ in self._built.ids.items() if id_ == number)
-                raise BadInput(
-                    f"{self._lenders[k].path}: would take the row of token {token!r} in {self._tensor} from "
-                    f"{lender.path}, which stores it as {theirs} where this has {dtype}; store them in one dtype"
-                )
         return Rows(owner, row, tuple(self._means)), self._lenders
 
 
@@ -217,12 +221,25 @@ def _leaves_rows(one: Checkpoint, base: Checkpoint) -> bool:
     return one.tensors.keys().isdisjoint(_named_by_token(base))
 
 
-def _require_plain(one: Checkpoint, is_base: bool) -> None:
-    if isinstance(one, Difference):
+def _rows_of_adapter(one: Difference, names: Sequence[str]) -> Checkpoint:
+    """The rows for tokens that an adapter stores whole. Raises BadInput for any other."""
+    values = {name: form.values for name in names if isinstance(form := one.forms.get(name), Whole)}
+    if not values or len(values) < sum(name in one.forms for name in names):
         raise BadInput(
             f"{one.path}: is {one.kind}, whose rows are those of the ids that it was made with, or which needs what it "
-            "was trained on, and tokenizer is set; apply it to that, and use the result as vector.plus"
+            f"was trained on, and tokenizer is set; {_APPLY}"
         )
+    tensors = {name: replace(spec, name=name) for name, spec in values.items()}
+    return Checkpoint(one.path, tensors, one.metadata, one.stamps, one.hub)
+
+
+def _cut(one: Difference, names: Sequence[str], count: int) -> Difference:
+    """Without rows that no token has."""
+    own = {name: one.tensors[name] for name in names}
+    return replace(one, tensors=one.tensors | {n: replace(t, shape=(count, *t.shape[1:])) for n, t in own.items()})
+
+
+def _require_plain(one: Checkpoint, is_base: bool) -> None:
     if isinstance(one, Stacked) or (is_base and isinstance(one, Scaled)):
         raise BadInput(
             f"{one.path}: is quantised or a recipe of layers, and tokenizer is set; write it as a plain one first"
@@ -257,6 +274,8 @@ def _row_count(one: Checkpoint, names: Sequence[str]) -> int:
                 f"{one.path}: has no {name}, of which the target has a row for each token; store both with a head of "
                 "their own, or both without"
             )
+        if not one.tensors[name].is_floating_point:
+            raise BadInput(f"{one.path}: tensor {name} is stored as {one.tensors[name].dtype}; store it as bf16")
         if isinstance(one, Scaled) and name in one.scales:
             raise BadInput(f"{one.path}: tensor {name} is quantised, and its rows are asked for; store it as bf16")
     held = [one.tensors[name].shape[0] for name in names]

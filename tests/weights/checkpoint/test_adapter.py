@@ -95,7 +95,7 @@ def test_configs_that_are_refused(tmp_path, config, reason):
         ({A: torch.zeros(4, 48).to(torch.float8_e4m3fn)}, "is stored as F8_E4M3"),
         ({f"base_model.model.{Q}.lora_B.bias": torch.zeros(48)}, "is no factor of a product"),
         ({f"base_model.model.{Q}.lora_magnitude_vector": torch.zeros(48)}, "is no factor of a product"),
-        ({"base_model.model.lm_head.weight": torch.zeros(9, 9)}, "lm_head.weight is no factor"),
+        ({"base_model.model.model.norm.weight": torch.zeros(9)}, "norm.weight is no factor"),
         ({"base_model.model.lm_head.base_layer.weight": torch.zeros(9, 9)}, "is no factor"),
         ({"../../etc/passwd.lora_A.weight": torch.zeros(4, 4)}, "does not begin with base_model.model."),
         ({f"base_model.model.{Q}.lora_embedding_A": torch.zeros(4, 4)}, "lora_embedding_A and lora_embedding_B belong"),

@@ -47,8 +47,12 @@ def opened(asked):
 
 def as_bf16(where):
     for model in where.iterdir():
-        tensors = {name: t.bfloat16() for name, t in load_file(model / "model.safetensors").items()}
-        save_file(tensors, model / "model.safetensors")
+        as_bf16_of(model)
+
+
+def as_bf16_of(model):
+    tensors = {name: t.bfloat16() for name, t in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors")
 
 
 def edit(path, **changed):
@@ -315,11 +319,6 @@ def untied(where):
     save_file({k: t for k, t in tensors.items() if k != "lm_head.weight"}, where / "other" / "model.safetensors")
 
 
-def another_dtype(where):
-    tensors = load_file(where / "other" / "model.safetensors")
-    save_file({name: t.bfloat16() for name, t in tensors.items()}, where / "other" / "model.safetensors")
-
-
 def hole(where):
     content = json.loads((where / "base" / "tokenizer.json").read_text())
     del content["model"]["vocab"]["b"]
@@ -348,7 +347,6 @@ def of_bytes(where):
         (with_model(merges=5, vocab={"a": 0, "b": 99}), "its merges are no pairs of tokens"),
         (with_model(vocab={f"{k}": k for k in range(2**20 + 1)}), "has 1,048,577 tokens, more than the 1,048,576"),
         (untied, "has no lm_head.weight"),
-        (another_dtype, "from .*, which stores it as BF16 where this has F32; store them in one dtype"),
         (hole, "has 17 tokens and none of id 1, though there are higher ones"),
         (of_bytes, "tensor model.token_embedder.weight has as many rows as the vocabulary"),
         (lambda where: edit(where / "other" / "config.json", vocab_size=999), "has vocab_size=999, and .* has 16 rows"),
@@ -521,6 +519,72 @@ def test_an_adapter_of_layers_is_added_beside_models_that_are_merged_by_token(tm
     plain[f"{name}.weight"][:, :2] += 2 * torch.arange(12.0).view(6, 2)
     assert plain.keys() == more.keys() and len(plain[EMBEDDING]) == 17
     assert all(torch.equal(tensor, plain[key]) for key, tensor in more.items())
+
+
+def write_with_new_tokens(where, tokens=("<new>",), rows=None):
+    """An adapter of the pair's base, beside whose factors are an embedding and a head with rows for new tokens."""
+    up = "base_model.model.model.layers.0.mlp.up_proj"
+    parts = {f"{up}.lora_A.weight": torch.eye(4)[:2], f"{up}.lora_B.weight": torch.arange(12.0).view(6, 2)}
+    whole = torch.arange(4.0 * (rows or 13 + len(tokens))).view(-1, 4)
+    parts |= {f"base_model.model.{EMBEDDING}": whole / 3, "base_model.model.lm_head.weight": whole / 7}
+    write_adapter(where / "adapter", parts, r=2, lora_alpha=2, rank_pattern={}, alpha_pattern={})
+    tokenizer = Tokenizer.from_file(str(where / "base" / "tokenizer.json"))
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save(str(where / "adapter" / "tokenizer.json"))
+    return whole
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_an_adapter_brings_the_rows_of_its_new_tokens(tmp_path, halves):
+    pairs.write("bpe", tmp_path)
+    if halves:
+        as_bf16(tmp_path)
+    whole = write_with_new_tokens(tmp_path, ("<new>", "<more>"), rows=24)[:15]
+    base = load_checkpoint(tmp_path / "base")
+    done = launch(
+        *("target=base", "vector.path=adapter", "alpha=[0,0.5,1]", "output=out-{alpha}", "tokenizer=union"),
+        "cache.dir=c",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for alpha in (0.0, 0.5, 1.0):
+        out = tmp_path / f"out-{alpha:g}"
+        written = load_checkpoint(out)
+        for name, trained in ((EMBEDDING, whole / 3), ("lm_head.weight", whole / 7)):
+            own = torch.cat([base[name], trained[13:].to(base[name].dtype)]).double()
+            assert torch.equal(written[name], (own + alpha * (trained - own)).to(base[name].dtype)), (alpha, name)
+        ids = AutoTokenizer.from_pretrained(out).get_vocab()
+        assert (ids["<new>"], ids["<more>"]) == (13, 14)
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == 15
+
+
+def test_an_adapter_whose_tokens_have_other_ids_is_refused(tmp_path):
+    pairs.write("bpe", tmp_path)
+    write_with_new_tokens(tmp_path)
+    opened(point(tmp_path, others=("adapter",)))
+    with pytest.raises(BadInput, match="in the output some ids are of others, or a rule has force"):
+        opened(point(tmp_path, others=("adapter", "other")))
+    with pytest.raises(BadInput, match="in the output some ids are of others, or a rule has force"):
+        opened(point(tmp_path, others=("adapter",), rules=[TokenRule("ab", str(tmp_path / "base"), force=True)]))
+    (tmp_path / "adapter" / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match="adapter: has no tokenizer.json"):
+        opened(point(tmp_path, others=("adapter",)))
+
+
+def test_a_row_of_another_dtype_is_rounded_once(tmp_path):
+    pairs.write("bpe", tmp_path)
+    exact = load_file(tmp_path / "other" / "model.safetensors")
+    exact[EMBEDDING] = torch.randn(exact[EMBEDDING].shape, generator=torch.Generator().manual_seed(0))
+    save_file(exact, tmp_path / "other" / "model.safetensors")
+    as_bf16_of(tmp_path / "base")
+    base = opened(point(tmp_path))[str(tmp_path / "base")]
+    spec, own = base.tensors[EMBEDDING], read_tokens(tmp_path / "base").ids
+    with closing(open_operand(base)) as operand:
+        rows = operand.read(EMBEDDING, 0, spec.numel, torch.empty(8 * spec.numel, dtype=torch.uint8)).view(spec.shape)
+    borrowed = {token: row for token, row in read_tokens(tmp_path / "other").ids.items() if token not in own}
+    assert borrowed
+    for token, row in borrowed.items():
+        assert torch.equal(rows[base.tokenizer.ids[token]], exact[EMBEDDING][row].bfloat16())
 
 
 def test_an_adapter_of_the_embedding_is_refused(tmp_path):
