@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
@@ -112,6 +111,8 @@ def alive(tmp_path):
 
 
 def test_requests_are_sent_once_for_all_points_and_not_kept(ray_local, tmp_path, monkeypatch):
+    import ray
+
     sent, put = [], ray.put
     monkeypatch.setattr(ray, "put", lambda asked: sent.append(asked) or put(asked))
     answered, fleet = run(tmp_path, {})
