@@ -21,6 +21,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector, WeightPoint, layer_count
 from rvdist.weights.architecture import Finding, compare_configs, compare_tokenizers, judge_parts
 from rvdist.weights.checkpoint import mxfp4
+from rvdist.weights.checkpoint.adapter import EMBEDDING
 from rvdist.weights.checkpoint.bound import bind
 from rvdist.weights.checkpoint.difference import Difference, is_adapter, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint
@@ -184,7 +185,7 @@ def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, ex
     shape = other.tensors[spec.name].shape
     only_rows = len(shape) > 0 and shape[1:] == spec.shape[1:] and extra_rows is not None
     if shape != spec.shape and not (only_rows and extra_rows):
-        if only_rows and is_adapter(one) and spec.shape[0] > shape[0]:
+        if only_rows and is_adapter(one) and EMBEDDING.fullmatch(spec.name) and spec.shape[0] > shape[0]:
             raise BadInput(
                 f"{one.path}: has {spec.shape[0]:,} rows of {spec.name}, {spec.shape[0] - shape[0]:,} more than "
                 f"{other.path}; with its tokenizer.json beside it tokenizer=union gives the output these too, or merge "

@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(?:\.weight)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
-_EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.weight")
+EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.weight")
 _BIAS = re.compile(r"(.+)\.lora_B\.bias")
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:\.post\d+)?")  # no .dev, which may be either side of a change
 _FLOATS = ("F16", "BF16", "F32")
@@ -214,7 +214,7 @@ def _trained(own: str, config: Mapping[str, Any]) -> str | None:
         return name
     if own == name and config.get("ensure_weight_tying") and config.get("modules_to_save") and is_head(name):
         return name  # stored beside the embedding that it is
-    if own == name and _EMBEDDING.fullmatch(name):
+    if own == name and EMBEDDING.fullmatch(name):
         return name  # peft stores both whole where rows were added before training, and puts them in place again
     return name if config.get("bias", "none") != "none" and name.endswith(".bias") else None
 
