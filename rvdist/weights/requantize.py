@@ -36,7 +36,7 @@ class RequantizingReader(PointReader):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._surveyed: tuple[str, list[tuple[bool, float]]] = "", []
+        self._surveyed: tuple[str, int, list[tuple[bool, float]]] = "", 0, []
         self._experts: tuple[str, int, list[tuple[Codes, Codes]]] = "", 0, []
         self._found: dict[tuple[str, int], list[torch.Tensor]] = {}  # scales of rows of blocks, by their first element
 
@@ -157,10 +157,10 @@ class RequantizingReader(PointReader):
 
     def _bands(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, list[tuple[Codes, torch.Tensor]]]]:
         """The rows of blocks in which elements [start, stop) of a tensor are, some at a time: first and last element,
-        and codes and scales at each point. Of a tensor with one scale, rows."""
+        and codes and scales at each point. Of a matrix with one scale, rows."""
         (height, width), (rows, _) = self._scaled.tensors[name].shape[-2:], self._scaled.block_of(name)
-        surveyed = self._survey(name) if self._scaled.block == (0, 0) else None
-        step = 1 if surveyed else rows
+        single = self._scaled.block == (0, 0)
+        step = 1 if single else rows
         most = max(1, _AT_ONCE // (step * width)) * step
         at = start
         while at < stop:
@@ -169,7 +169,7 @@ class RequantizingReader(PointReader):
             until = min(height, row + most, -(-(stop - matrix * height * width) // width))
             until = min(height, -(-until // step) * step)
             begin, end = (matrix * height + row) * width, (matrix * height + until) * width
-            results = self._band(name, begin, end, surveyed)
+            results = self._band(name, begin, end, self._survey(name, matrix) if single else None)
             if row % rows == 0:
                 self._remember(name, begin, width * rows, [scales for _, scales in results])
             yield begin, end, results
@@ -183,21 +183,21 @@ class RequantizingReader(PointReader):
         while len(self._found) > max(1000, _MOST_SCALES // (size + 1000)):
             del self._found[next(iter(self._found))]
 
-    def _survey(self, name: str) -> list[tuple[bool, float]]:
-        """Of a tensor with one scale, at each point: whether anything differs, and the largest element."""
-        if self._surveyed[0] != name:
-            height, width = self._scaled.tensors[name].shape
+    def _survey(self, name: str, matrix: int) -> list[tuple[bool, float]]:
+        """Of a matrix with one scale, at each point: whether anything differs, and the largest element."""
+        if self._surveyed[:2] != (name, matrix):
+            height, width = self._scaled.tensors[name].shape[-2:]
             found = [(False, 0.0)] * len(self.points)
             step = max(1, _AT_ONCE // width)
-            for row in range(0, height, step):
-                begin, end = row * width, min(height, row + step) * width
+            for row in range(matrix * height, (matrix + 1) * height, step):
+                begin, end = row * width, min((matrix + 1) * height, row + step) * width
                 parts = zip(found, self._computed(name, begin, end), self._stored(name, begin, end), strict=True)
                 found = [
                     (touched or bool((values != before).any()), max(largest, float(np.abs(values).max())))
                     for (touched, largest), values, (_, _, before) in parts
                 ]
-            self._surveyed = name, found
-        return self._surveyed[1]
+            self._surveyed = name, matrix, found
+        return self._surveyed[2]
 
     def _band(
         self, name: str, begin: int, end: int, surveyed: list[tuple[bool, float]] | None

@@ -1,8 +1,11 @@
 """A checkpoint of fp8 matrices with a scale for each block: element (i, j) is fp8 · scale[i // rows, j // columns].
 
 As DeepSeek-V3 is stored: X in F8_E4M3, X_scale_inv beside it, the size of a block in config.json
-(`quantization_config.weight_block_size`). Every other quantisation is refused here, so that whatever else reads an
-opened source meets only numbers it can add.
+(`quantization_config.weight_block_size`). Where that has none a matrix has one scale, X_scale_inv as Mistral 3 or
+X_scale as AutoFP8 stores it; scales of activations may stand beside. Every other quantisation is refused here, so that
+whatever else reads an opened source meets only numbers it can add.
+
+Facts: transformers' integrations/finegrained_fp8.py, vLLM's quantization/fp8.py.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 
-QUANTIZATION = "quantization_config"
-_SUFFIX = "_scale_inv"
+QUANTIZATION, METHOD = "quantization_config", "fp8"
+_SUFFIX, _OF_TENSORS = "_scale_inv", "_scale"
 _SCALES = ("F32", "BF16", "F16")
+_OF_ACTIVATIONS = re.compile(r"(.+)[._](?:activation|input|output)_scale|(?:.*\.)?(?:q|k|v|kv)_scale")
 _PACKED = re.compile(r"(.+\.)?(qweight|qzeros|weight_packed)")
 _WAY_OUT = "convert it to bfloat16 first, or take the revision that it was quantised from"
 
@@ -113,26 +117,31 @@ def as_scaled(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its fp8 tensors and their scales put together; itself where it has none. Raises BadInput for
     fp8 that is scaled otherwise, and for every other quantisation."""
     quantization = quantization_of(checkpoint.config)
-    if (method := quantization.get("quant_method", "fp8")) != "fp8":
+    if (method := quantization.get("quant_method", METHOD)) != METHOD:
         _refuse(checkpoint, f"is quantised by {method}")
     block: Any = quantization.get("weight_block_size")
+    if block is None and "quant_method" in quantization:
+        block = 0, 0
+    suffixes = (_SUFFIX, _OF_TENSORS) if block == (0, 0) else (_SUFFIX,)
     scales = {}
     for name, spec in checkpoint.tensors.items():
+        found = [scale for suffix in suffixes if (scale := checkpoint.tensors.get(name + suffix))]
         if spec.dtype.startswith("F8"):
-            scales[name] = _scale(checkpoint, spec, block)
+            scales[name] = _scale(checkpoint, spec, found, block)
         elif _PACKED.fullmatch(name) and not spec.is_floating_point:
             _refuse(checkpoint, f"is quantised: tensor {name} holds packed integers")
         elif f"{name}_scale" in checkpoint.tensors and not spec.is_floating_point:
             _refuse(checkpoint, f"is quantised: tensor {name} ({spec.dtype}) has the scales {name}_scale")
-        elif name + _SUFFIX in checkpoint.tensors:
-            _refuse(checkpoint, f"has the scales {name}{_SUFFIX}, and {name} is {spec.dtype}, not fp8")
+        elif found:
+            _refuse(checkpoint, f"has the scales {found[0].name}, and {name} is {spec.dtype}, not fp8")
     if not scales:
         return checkpoint
     own = {scale.name for scale in scales.values()}
     tensors = {name: spec for name, spec in checkpoint.tensors.items() if name not in own}
+    beside = {name: tensors.pop(name) for name in list(tensors) if _scales_activations(tensors[name], scales)}
     return Scaled(
         checkpoint.path, tensors, checkpoint.metadata, checkpoint.stamps, checkpoint.hub, scales, tuple(block),
-        companions=checkpoint.companions,
+        companions_of_codes=beside, companions=checkpoint.companions,
     )  # fmt: skip
 
 
@@ -152,24 +161,43 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scale(checkpoint: Checkpoint, spec: TensorSpec, block: Any) -> TensorSpec:
-    scale = checkpoint.tensors.get(spec.name + _SUFFIX)
-    if scale is None or spec.dtype != "F8_E4M3":
-        _refuse(checkpoint, f"stores tensor {spec.name} as {spec.dtype} without the block scales {spec.name}{_SUFFIX}")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+def _scale(checkpoint: Checkpoint, spec: TensorSpec, found: list[TensorSpec], block: Any) -> TensorSpec:
+    """Of the tensors that are called as its scales are, the only one, which must be that."""
+    each = "tensor" if block == (0, 0) else "block"
+    if not found or spec.dtype != "F8_E4M3":
+        _refuse(checkpoint, f"stores tensor {spec.name} as {spec.dtype} without the {each} scales {spec.name}{_SUFFIX}")
+    if len(found) > 1:
+        _refuse(checkpoint, f"has both {found[0].name} and {found[1].name}")
+    (scale,) = found
+    if block == (0, 0):
+        alone = [(), (1,)] if len(spec.shape) == 2 else []
+        fits = len(spec.shape) > 1 and scale.shape in [*alone, (*spec.shape[:-2], 1, 1)]
+        blocks = "whole matrices (config.json has no weight_block_size)"
+    elif isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
+        counts = tuple(-(-n // size) for n, size in zip(spec.shape[-2:], block, strict=False))
+        fits = len(spec.shape) > 1 and scale.shape == (*spec.shape[:-2], *counts)
+        blocks = f"blocks of {block[0]} × {block[1]}"
+    else:
         _refuse(checkpoint, f"stores tensor {spec.name} in fp8, and its config.json has no weight_block_size")
-    blocks = (*spec.shape[:-2], *(-(-n // size) for n, size in zip(spec.shape[-2:], block, strict=False)))
-    if len(spec.shape) < 2 or scale.shape != blocks or scale.dtype not in _SCALES:
+    if not fits or scale.dtype not in _SCALES:
         _refuse(
             checkpoint,
             f"has {scale.name} of shape {list(scale.shape)} and dtype {scale.dtype}, which are no scales for the "
-            f"blocks of {block[0]} × {block[1]} of {list(spec.shape)}",
+            f"{blocks} of {list(spec.shape)}",
         )
     return scale
 
 
+def _scales_activations(spec: TensorSpec, scales: Mapping[str, TensorSpec]) -> bool:
+    """Whether a tensor scales what goes into or out of one of these, or what is kept of keys and values."""
+    found = _OF_ACTIVATIONS.fullmatch(spec.name)
+    if not found or found[1] is None:
+        return found is not None and spec.numel == 1
+    return found[1] in scales or f"{found[1]}.weight" in scales
+
+
 def _refuse(checkpoint: Checkpoint, what: str) -> NoReturn:
-    raise BadInput(f"{checkpoint.path}: {what}, and only fp8 with a scale for each block is known; {_WAY_OUT}")
+    raise BadInput(f"{checkpoint.path}: {what}, and only fp8 with scales of blocks or matrices is known; {_WAY_OUT}")
 
 
 def unpack(raw: Codes, bits: int, skip: int, count: int) -> Codes:

@@ -57,13 +57,14 @@ def _rename(checkpoint: Checkpoint, rename: Sequence[tuple[str, str]]) -> Checkp
 
 
 def _as_numbers(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with what is quantised as numbers."""
-    method = fp8.quantization_of(checkpoint.config).get("quant_method")
-    if method == compressed.METHOD:
-        return compressed.as_compressed(checkpoint)
-    if method == mxfp4.METHOD:
-        return mxfp4.as_mxfp4(checkpoint)
-    return fp8.as_scaled(checkpoint)
+    """The checkpoint with what is quantised as numbers, of which there must be some."""
+    readers = {compressed.METHOD: compressed.as_compressed, mxfp4.METHOD: mxfp4.as_mxfp4}
+    method = str(fp8.quantization_of(checkpoint.config).get("quant_method"))
+    read = readers.get(method, fp8.as_scaled)(checkpoint)
+    for name in read.scales if isinstance(read, fp8.Scaled) else ():
+        if not read.tensors[name].numel:
+            raise BadInput(f"{read.path}: tensor {name} is quantised and has no elements; leave it out")
+    return read
 
 
 def _open(source: str) -> Checkpoint:
