@@ -17,6 +17,7 @@ from rvdist.weights.checkpoint.bound import settle
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.vocabulary import remap
 
 
 def planned(points: Mapping[Path, WeightPoint], form: OutputFormat = AS_THE_BASE) -> tuple[Plan, dict[str, Checkpoint]]:
@@ -25,6 +26,7 @@ def planned(points: Mapping[Path, WeightPoint], form: OutputFormat = AS_THE_BASE
     for point in points.values():
         base = sources.setdefault(point.base, open_source(point.base))
         sources |= {name: lay_out(open_source(name), base) for name in point.sources() if name not in sources}
+        sources |= remap(point, sources, open_source) if point.vocabulary else {}
     for point in points.values():
         compat.check(point, sources)
     points = {directory: settle(point, sources) for directory, point in points.items()}

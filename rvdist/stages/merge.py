@@ -138,7 +138,7 @@ def card(
         versions=versions(),
         licences={source: licence_of(prepared.sources[source].path) for source in point.sources()},
         stacked={
-            source: {str(path): licence_of(path) for path in stack.made_of}
+            source: {str(path): licence_of(path) for path in stack.models}
             for source in point.sources()
             if isinstance(stack := prepared.sources[source], Stacked)
         },

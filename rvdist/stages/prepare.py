@@ -25,6 +25,7 @@ from rvdist.weights.checkpoint.bound import settle, settle_vector
 from rvdist.weights.checkpoint.difference import is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import hold_the_same
+from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.journal import is_complete
 from rvdist.weights.checkpoint.layouts import lay_out, layout_of
 from rvdist.weights.checkpoint.remapped import map_of
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 
 _WRITE = "write the output first (stages=[merge]), and name that where a checkpoint is asked for"
+_PLAIN = "write it by a merge with dtype=bfloat16 and this tokenizer, and score that"
+_READ = (
+    "score it along α instead (benchmarks.tasks=[text:FILE] sweep.alphas=[0,0.5,1]), from the target or target=MINUS"
+)
 
 
 @dataclass
@@ -105,7 +110,12 @@ def prepare(job: Job, known: Known) -> Prepared:
         index.add([*asked.values(), *(arm.point for arm in foreseen), *examined.values(), *on_lines])
         outputs = {output: index.settle(point) for output, point in asked.items()}
         if any(index.settle(point).vocabulary for point in on_lines):
-            raise BadInput(f"tokenizer: is set, and analyze.text reads donors with their own tokens; {_WRITE}")
+            raise BadInput(f"tokenizer: is set, and analyze.text reads donors with their own tokens; {_READ}")
+        for point in [index.settle(arm.point) for arm in foreseen]:
+            if point.vocabulary and isinstance(base := index.sources[point.base], Scaled):
+                raise BadInput(
+                    f"{base.path}: is quantised, and engines with other tokens than its own start plain; {_PLAIN}"
+                )
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
     with job.timing.phase("plan"):

@@ -76,8 +76,8 @@ def check(
             exceptions.append(
                 f"{checkpoint.path.name}: {contradiction(checkpoint.config)}; no head is stored beside it"
             )
-    if isinstance(base, Stacked):
-        said, refused = judge_parts(base)
+    if isinstance(stack := base.inner if isinstance(base, Remapped) else base, Stacked):
+        said, refused = judge_parts(stack)
         exceptions += said
         refusals += refused
     remapped = [str(one) for source in point.sources() if isinstance(one := sources[source], Remapped)]

@@ -29,6 +29,11 @@ class RemappedOperand(Operand):
     def bytes_read(self) -> int:
         return sum(lender.bytes_read for lender in self._lenders)
 
+    @property
+    def own(self) -> Operand:
+        """What reads the checkpoint as it is."""
+        return self._lenders[0]
+
     def close(self) -> None:
         for lender in self._lenders:
             lender.close()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rvdist.core.point import Vector
+from rvdist.core.point import Vector, WeightPoint
 from rvdist.weights.arithmetic.method import count_nonfinite
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import FP8, INT8, MXFP4, Codes, Floats, Kind, Scaled, pack
@@ -23,6 +23,7 @@ from rvdist.weights.checkpoint.mxfp4 import encode_expert, meaning
 from rvdist.weights.lanes import CHUNK
 from rvdist.weights.operand import Dequantized
 from rvdist.weights.reader import PointReader
+from rvdist.weights.remapped_rows import RemappedOperand
 
 _AT_ONCE = 1 << 21  # elements of one tensor, or one row of blocks where that has more
 _MOST_SCALES = 64 << 20  # bytes of scales that are remembered until they are asked for
@@ -58,8 +59,7 @@ class RequantizingReader(PointReader):
         elif owner := scaled.owners.get(name):
             yield from self._scales(owner, start, stop)
         elif spec := scaled.companions_of_codes.get(name):
-            operands = [self._values.operands[point.base] for point in self.points]
-            yield start, [operand.raw(spec, start, stop) for operand in operands if isinstance(operand, Dequantized)]
+            yield start, [self._of(point).raw(spec, start, stop) for point in self.points]
         else:
             yield from super().chunks(name, start, stop)
 
@@ -71,6 +71,13 @@ class RequantizingReader(PointReader):
         assert isinstance(self.base, Scaled)
         return self.base
 
+    def _of(self, point: WeightPoint) -> Dequantized:
+        """What reads the base of a point, as it is."""
+        operand = self._values.operands[point.base]
+        operand = operand.own if isinstance(operand, RemappedOperand) else operand
+        assert isinstance(operand, Dequantized)
+        return operand
+
     def _work(self, name: str, ends: Any, terms: list[tuple[float, Vector]]) -> torch.dtype:
         """What counts is what is stored, on either end: codes, which have no more than 8 bits."""
         return super()._work(name, [torch.float8_e4m3fn] if name in self._scaled.scales else ends, terms)
@@ -80,10 +87,10 @@ class RequantizingReader(PointReader):
         for at in range(start, stop, CHUNK):
             parts = []
             for k, point in enumerate(self.points):
-                operand, source = self._values.operands[point.base], self._sources[point.base]
-                assert isinstance(operand, Dequantized) and isinstance(source, Scaled)
+                source = self._sources[point.base]
+                assert isinstance(source, Scaled)
                 spec = source.scales[owner] if name in self._scaled.owners else source.codes(owner)
-                part = operand.raw(spec, at, min(stop, at + CHUNK))
+                part = self._of(point).raw(spec, at, min(stop, at + CHUNK))
                 if part.is_floating_point():
                     self.nonfinite[k] += int(count_nonfinite(part, self._scratch))
                 parts.append(part)
@@ -137,11 +144,7 @@ class RequantizingReader(PointReader):
         """An expert's codes and exponents at each point, as they are stored. Some rows, of whole blocks, at a time."""
         inner, outer = self._scaled.tensors[name].shape[-2:]
         rows = max(1, _AT_ONCE // (32 * outer)) * 32
-        stored = []
-        for point in self.points:
-            operand = self._values.operands[point.base]
-            assert isinstance(operand, Dequantized)
-            stored.append(operand.expert(name, number))
+        stored = [self._of(point).expert(name, number) for point in self.points]
         for row in range(0, inner, rows):
             own, blocks = slice(row, min(inner, row + rows)), slice(row // 32, -(-min(inner, row + rows) // 32))
             begin = (number * inner + row) * outer
@@ -223,10 +226,7 @@ class RequantizingReader(PointReader):
 
     def _stored(self, name: str, begin: int, end: int) -> Iterator[tuple[Codes, torch.Tensor, Floats]]:
         """The same of each point's base, as it is stored and what that means."""
-        for point in self.points:
-            operand = self._values.operands[point.base]
-            assert isinstance(operand, Dequantized)
-            yield operand.stored(name, begin, end)
+        return (self._of(point).stored(name, begin, end) for point in self.points)
 
 
 def reader_of(base: Checkpoint, dtype: torch.dtype | None) -> type[PointReader]:

@@ -1,6 +1,7 @@
 """Scoring what has the tokens of several models: in place as when it is written."""
 
 import json
+import shutil
 
 import pytest
 from checkpoints import POCKET, launch
@@ -14,10 +15,8 @@ from rvdist.weights.checkpoint.journal import Manifest
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.vocabulary import remap
 
-SCORING = (
-    *("benchmarks.tasks=[pocket_sums,pocket_choice]", "benchmarks.limit=8", "sweep.alphas=null"),
-    *("engine.count=1", "engine.kv_cache_gib=0.125", "cluster.nodes=1"),
-)
+ENGINES = ("engine.count=1", "engine.kv_cache_gib=0.125", "cluster.nodes=1")
+SCORING = ("benchmarks.tasks=[pocket_sums,pocket_choice]", "benchmarks.limit=8", "sweep.alphas=null", *ENGINES)
 
 
 def samples(run, arm):
@@ -45,6 +44,32 @@ def test_scores_in_place_are_those_of_what_is_written(tmp_path):
     (start / "tokenizer.json").write_bytes((POCKET / "target" / "tokenizer.json").read_bytes())
     done = launch(*union, *SCORING, "hydra.run.dir=changed", cwd=tmp_path)
     assert done.returncode == 2 and f"{start}: is not as it was written; delete it" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_text_is_scored_along_alpha_with_the_tokens_of_several_models(tmp_path):
+    """What `analyze.text` advises: from the target, and from a donor that has a token of its own."""
+    donors = {name: move(POCKET / name, tmp_path / name, f"<{name}>") for name in ("grpo", "sft")}
+    (tmp_path / "text").write_text("12 + 30 = 42\n" * 40)
+    scoring = ("benchmarks.tasks=[text:text]", "benchmarks.apply_chat_template=false", *ENGINES)
+    for target in (POCKET / "target", donors["sft"]):
+        given = (
+            f"target={target}",
+            f"vector.plus={donors['grpo']}",
+            f"vector.minus={donors['sft']}",
+            "tokenizer=union",
+        )
+        place = tmp_path / f"of-{target.name}"
+        place.mkdir()
+        shutil.copy(tmp_path / "text", place)
+        done = launch(*given, "sweep.alphas=[0,0.5]", "cache.dir=c", *scoring, "hydra.run.dir=run", cwd=place)
+        assert done.returncode == 0, done.stderr
+        done = launch(*given, "alpha=0.5", "output=out", "cache.dir=d", "stages=[merge]", cwd=place)
+        assert done.returncode == 0, done.stderr
+        done = launch("target=out", "cache.dir=d", *scoring, "hydra.run.dir=fresh", cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert samples(place / "run", "alpha=0.5") == samples(place / "fresh", "baseline") != []
+        assert samples(place / "run", "alpha=0.5") != samples(place / "run", "baseline")
 
 
 def test_what_engines_start_on_is_as_it_was_written_or_refused(tmp_path):

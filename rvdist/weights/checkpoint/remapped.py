@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.fp8 import Scaled
+from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.tokens import Built
 
 ZERO, MEAN, PADDING = -1, -2, -3  # what is no one row of a checkpoint
@@ -111,6 +113,23 @@ class Remapped(Checkpoint):
         kinds |= {"the mean of those that have one": owner == MEAN, "the mean of all (padding)": owner == PADDING}
         said = ", ".join(f"{int(which.sum()):,} {what}" for what, which in kinds.items() if which.any())
         return f"{self.path.name}: the rows of its vocabulary are {said}"
+
+
+@dataclass(frozen=True)
+class RemappedScaled(Remapped, Scaled):
+    """One that is quantised, but for the rows."""
+
+
+@dataclass(frozen=True)
+class RemappedStacked(Remapped, Stacked):
+    """One that is layers of several."""
+
+
+def kind_of(checkpoint: Checkpoint) -> tuple[type[Remapped], type[Checkpoint]]:
+    """What a checkpoint is with the tokens of another, and as what it keeps all that it says."""
+    if isinstance(checkpoint, Scaled):
+        return RemappedScaled, Scaled
+    return (RemappedStacked, Stacked) if isinstance(checkpoint, Stacked) else (Remapped, Checkpoint)
 
 
 def map_of(checkpoint: Checkpoint) -> list[Any]:

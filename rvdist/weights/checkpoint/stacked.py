@@ -50,7 +50,7 @@ class Stacked(Checkpoint):
         return f"{self.path.name} stacks layers {', then '.join(runs)}"
 
     @property
-    def made_of(self) -> list[Path]:
+    def models(self) -> list[Path]:
         """The checkpoints that have its layers, and the one that describes it, each once."""
         every = [part.checkpoint for part in self.parts] + ([self.described] if self.described else [])
         return list(dict.fromkeys(one.path for one in every))

@@ -19,8 +19,7 @@ from rvdist.core.vocabulary import BASE, UNION, TokenRule, Vocabulary
 from rvdist.weights.checkpoint.difference import Difference, Whole, needs_base
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
-from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO, Numbers, Remapped, Rows
-from rvdist.weights.checkpoint.stacked import Stacked
+from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO, Numbers, Remapped, Rows, kind_of
 from rvdist.weights.checkpoint.tokens import Added, Built, Tokens, build, has_tokens, read_tokens, strip, unite
 
 Open = Callable[[str], Checkpoint]
@@ -57,8 +56,6 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     names = _named_by_token(base)
     adapters = {name: one for name, one in models.items() if isinstance(one, Difference)}
     models |= {name: _rows_of_adapter(one, names) for name, one in adapters.items()}
-    for one in models.values():
-        _require_plain(one, one is base)
     rows = {model: _row_count(one, names) for model, one in models.items()}
     tokens = {model: read_tokens(one.beside) for model, one in models.items()}
     tokens[point.base] = strip(tokens[point.base], rows[point.base])
@@ -76,14 +73,14 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     maps = {name: _Maps(vocabulary, models, tokens, own_rows, built, name) for name in names}
     for source in filter(called.__contains__, point.sources()):
         model = called[source]
-        one = models[model]
         if model in adapters:  # it says what rows become, of the ids that they have: a difference from the base's
             found[source] = _cut(adapters[model], names, len(built.ids))
             continue
+        held, is_base = models[model], models[model] is base
         own = {name: maps[name].rows(model) for name in names}
-        new = _remapped(one, own, built if one is base else None, tokens[model])
-        remade = one is base and (built.limit is not None or built.added or built.where != base.beside)
-        if remade or not all(_is_identity(rows, one.tensors[name].shape[0]) for name, rows in new.rows.items()):
+        new = _remapped(held, own, built if is_base else None, tokens[model])
+        remade = is_base and (built.limit is not None or built.added or built.where != base.beside)
+        if remade or not all(_is_identity(rows, held.tensors[name].shape[0]) for name, rows in new.rows.items()):
             found[source] = new
     return found
 
@@ -101,7 +98,8 @@ def _remapped(
         means = tuple(tuple((int(numbers[k]), row) for k, row in mean) for mean in map_.means)
         rows[name] = Rows(owner, map_.row, means)
         tensors[name] = replace(one.tensors[name], shape=(len(owner), *one.tensors[name].shape[1:]))
-    kept = {part.name: getattr(one, part.name) for part in fields(Checkpoint)} | {"tensors": tensors}
+    kind, as_it_is = kind_of(one)
+    kept = {part.name: getattr(one, part.name) for part in fields(as_it_is)} | {"tensors": tensors}
     changed, generation = dict[str, Any](), None
     if tokenizer:
         changed = _changed(one, tokenizer, tokens, len(next(iter(rows.values())).owner))
@@ -109,7 +107,7 @@ def _remapped(
         if path.exists() and (ids := _new_ids(path, read_json(path), tokenizer, tokens)):
             generation = read_json(path) | ids
     there = tuple(replace(lender, path=lender.path.absolute()) for lender in lenders)  # wherever it is read
-    return Remapped(**kept, lenders=there, rows=rows, tokenizer=tokenizer, changed=changed, generation=generation)
+    return kind(**kept, lenders=there, rows=rows, tokenizer=tokenizer, changed=changed, generation=generation)
 
 
 class _Maps:
@@ -237,13 +235,6 @@ def _cut(one: Difference, names: Sequence[str], count: int) -> Difference:
     """Without rows that no token has."""
     own = {name: one.tensors[name] for name in names}
     return replace(one, tensors=one.tensors | {n: replace(t, shape=(count, *t.shape[1:])) for n, t in own.items()})
-
-
-def _require_plain(one: Checkpoint, is_base: bool) -> None:
-    if isinstance(one, Stacked) or (is_base and isinstance(one, Scaled)):
-        raise BadInput(
-            f"{one.path}: is quantised or a recipe of layers, and tokenizer is set; write it as a plain one first"
-        )
 
 
 def _named_by_token(base: Checkpoint) -> list[str]:

@@ -293,7 +293,7 @@ GIVEN = ("target=base", "vector.plus=other", "vector.minus=base", "tokenizer=uni
     [
         (
             ("stages=[analyze]", "analyze.text=text"),
-            "analyze.text reads donors with their own tokens; write the output",
+            "analyze.text reads donors with their own tokens; score it along α instead (benchmarks.tasks=[text:FILE]",
         ),
         (
             ("benchmarks=pocket", "arms=[{name: a, weights: base}, {name: b, alpha: 1}]"),
