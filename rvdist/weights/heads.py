@@ -57,7 +57,7 @@ def _require_one_matrix(base: Checkpoint, donor: Checkpoint, coefficient: Callab
     if not isinstance(donor, Difference) or not is_adapter(donor):
         return
     copied = any(is_head(name) and name not in donor.tensors for name in donor.forms)  # the embedding, stored twice
-    for name in filter(coefficient, donor.forms.keys() & donor.tensors.keys()):
+    for name in filter(coefficient, [name for name in donor.forms if name in donor.tensors]):
         if is_embedding(name) and copied:
             continue
         of_embedding = isinstance(donor.forms[name], Whole) and is_embedding(name)

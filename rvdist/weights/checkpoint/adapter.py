@@ -31,6 +31,8 @@ _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.weight")
 _BIAS = re.compile(r"(.+)\.lora_B\.bias")
+_TWICE = re.compile(r"(.+)\.(?:modules_to_save|original_module)\.(weight|bias)")
+_RESIZED = re.compile(r".+\.token_adapter\.base_layer\.weight")
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:\.post\d+)?")  # no .dev, which may be either side of a change
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
@@ -95,9 +97,13 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
     for spec in (*biases.values(), *magnitudes.values()):
         _refuse(checkpoint, f"tensor {spec.name} stands there without factors", "download or copy it again")
     for own, spec in others.items():
+        if (twice := _TWICE.fullmatch(own)) and f"{twice[1]}.{twice[2]}" in others:
+            continue  # of a resized embedding that was trained itself peft stores all that it holds beside what counts
         trained = _trained(own, config)
         if trained is None and own.removesuffix(".base_layer.weight") in factors:
             continue  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
+        if _RESIZED.fullmatch(own):
+            _refuse(checkpoint, f"it trained rows of an embedding that was resized before ({spec.name})")
         if trained is None:
             _refuse(checkpoint, f"tensor {spec.name} is no factor of a product, and {CONFIG} does not say what it is")
         if trained in tensors:
