@@ -25,7 +25,14 @@ from typing import Any
 
 # Not Ray itself, nor what imports it: Ray reads settings that are a worker's own when it is imported.
 MODULES = [
-    *("torch", "rvdist.merge.worker", "vllm", "vllm.engine.arg_utils", "vllm.v1.worker.cpu_worker"),
+    *(
+        "torch",
+        "rvdist.merge.worker",
+        "rvdist.weights.arithmetic.fused",
+        "vllm",
+        "vllm.engine.arg_utils",
+        "vllm.v1.worker.cpu_worker",
+    ),
     *("vllm.model_executor.models.qwen2", "rvdist.evaluate.fleet.actor", "rvdist.evaluate.fleet.swap"),
 ]
 _COMMAND = "--python_worker_command="

@@ -5,6 +5,7 @@ Imports torch where it runs: the driver has no need of it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,20 +44,25 @@ class Hello:
 
 
 class WorkerActor:
-    """A worker of these outputs, made of `sources` and stored as `dtype` (None: as the bases are)."""
+    """A worker that is made of nothing, so that its process begins while the driver makes ready what `hello` takes."""
 
-    def __init__(
-        self, outputs: Sequence[Output], sources: Mapping[str, Checkpoint], dtype: str | None, settings: WorkerSettings
-    ) -> None:
-        self._made_of = outputs, sources, dtype, settings.threads, settings.device, settings.direct_io
-
-    def hello(self, needs: Sequence[tuple[str, str]], probes: Sequence[Probe]) -> Hello:
-        """What it can read and see, before it is given units."""
+    def hello(
+        self,
+        outputs: Sequence[Output],
+        sources: Mapping[str, Checkpoint],
+        dtype: str | None,
+        settings: WorkerSettings,
+        needs: Sequence[tuple[str, str]],
+        probes: Sequence[Probe],
+    ) -> Hello:
+        """What it can read and see, before it is given units of these outputs, made of `sources` and stored as `dtype`
+        (None: as the bases are)."""
         import ray
 
+        gc.set_threshold(100_000)  # modules are many, cycles are few: a sixth of the imports
         from rvdist.merge.worker import MergeWorker
 
-        self._worker = MergeWorker(*self._made_of)
+        self._worker = MergeWorker(outputs, sources, dtype, settings.threads, settings.device, settings.direct_io)
         node = ray.get_runtime_context().get_node_id()
         unseen = tuple(probe.path for probe in probes if not self._worker.sees(probe))
         return Hello(node, frozenset(key for key in needs if not self._worker.can_read(*key)), unseen)

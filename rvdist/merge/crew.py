@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from rvdist.core.cluster import live_nodes
@@ -92,9 +93,6 @@ class Crew:
         try:
             if not self._group.wait(self._settings.timeout):
                 raise BadInput(self._no_room(bundle))
-            # Workers of a cluster that is there already stand in other directories than this process
-            sources = {name: replace(one, path=one.path.absolute()) for name, one in self._sources.items()}
-            self._arguments = (ray.put(self._accounts.partial), ray.put(sources), self._dtype, self._settings)
             for number in range(self._count):
                 self._start(number)
             self._heard = time.monotonic()
@@ -104,6 +102,15 @@ class Crew:
             for worker in self._workers:
                 ray.kill(worker.actor)
             remove_placement_group(self._group)
+
+    @cached_property
+    def _made_of(self) -> tuple[Any, ...]:
+        """What workers are made of. The first time takes Ray imports, and a worker's process begins meanwhile."""
+        import ray
+
+        # Workers of a cluster that is there already stand in other directories than this process
+        sources = {name: replace(one, path=one.path.absolute()) for name, one in self._sources.items()}
+        return ray.put(self._accounts.partial), ray.put(sources), self._dtype, self._settings
 
     @property
     def _is_gathering(self) -> bool:
@@ -133,9 +140,10 @@ class Crew:
             num_gpus=resources.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
         )
-        worker = _Worker(actor_class.remote(*self._arguments), bundle, home, in_vain)
+        worker = _Worker(actor_class.remote(), bundle, home, in_vain)
         self._workers.append(worker)
-        self._running[worker.actor.hello.remote(self._roster.needs, self._accounts.probes)] = _Task(worker)
+        hello = worker.actor.hello.remote(*self._made_of, self._roster.needs, self._accounts.probes)
+        self._running[hello] = _Task(worker)
 
     def _step(self) -> None:
         """Waits for the next answer and acts on it."""

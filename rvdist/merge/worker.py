@@ -26,6 +26,7 @@ from rvdist.weights.reader import PointReader, buffers_of
 from rvdist.weights.requantize import reader_of
 
 _WRITES = 2  # under way at a time, besides the computing
+_MUCH = 4 << 30  # bytes of operands from which the compiled loops save more time than they take to load
 
 
 class MergeWorker:
@@ -44,7 +45,9 @@ class MergeWorker:
         allow_many_files()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        warm_up()
+        points = [point for output in outputs for point in output.points]
+        if sum(sources[source].nbytes for point in points for source in point.sources()) >= _MUCH:
+            warm_up()
         self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None
         lanes = open_lanes(device, max(buffers_of(output.points) for output in outputs))

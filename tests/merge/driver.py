@@ -30,10 +30,10 @@ class Recording(crew.WorkerActor):
     """A worker that keeps a record, takes at least `pace` seconds for a unit, and does the first only once as many
     as the job says are `together`; the first `hold` units of all are done, the others once there is a file `go`."""
 
-    def hello(self, needs: Any, probes: Any) -> Any:
+    def hello(self, *given: Any) -> Any:
         import ray
 
-        said = super().hello(needs, probes)
+        said = super().hello(*given)
         self._met = False
         self._node = ray.get_runtime_context().get_node_id()
         (Path(OPTIONS["log"]) / str(os.getpid())).write_text(self._node)

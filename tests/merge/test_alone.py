@@ -19,12 +19,13 @@ from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 from rvdist.core.config import ClusterConfig, Config, MergeConfig, merges_alone
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.merge import accounts
+from rvdist.merge import accounts, worker
 from rvdist.merge import plan as planning
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.merge.worker import MergeWorker
+from rvdist.weights.arithmetic import fused, method
 from rvdist.weights.checkpoint.source import open_source
 
 FAMILY = ("target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft")
@@ -41,6 +42,25 @@ def run(paths: dict[str, Path], outputs: dict[float, Path], workers: int = 1, **
 
 def digests(path: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
+
+
+def test_little_is_merged_without_the_compiled_loops_to_the_same_bytes(family, tmp_path, monkeypatch):
+    imported = "import sys, rvdist.merge.worker; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", imported]).returncode == 0
+    monkeypatch.setattr(method, "_loops", None)
+    monkeypatch.setattr(worker, "warm_up", method.warm_up.__wrapped__)  # as where nothing has loaded them before
+    sizes: list[int] = []
+    linear = fused.linear
+    monkeypatch.setattr(fused, "linear", lambda base, *rest: (sizes.append(base.numel()), linear(base, *rest))[1])
+    paths = family(shards=3)
+    operands = sum(open_source(str(path)).nbytes for path in paths.values())
+    for much, by in ((2 * operands + 1, "torch"), (operands, "loops")):
+        monkeypatch.setattr(worker, "_MUCH", much)
+        run(paths, {0.3: tmp_path / by / "one"})
+        run(paths, {0.5: tmp_path / by / "two", -1.0: tmp_path / by / "three"})
+        assert any(size > 1 for size in sizes) == (by == "loops")
+    for out in ("one", "two", "three"):
+        assert digests(tmp_path / "torch" / out) == digests(tmp_path / "loops" / out)
 
 
 def test_threads_write_what_one_does_which_is_the_arithmetic(family, tmp_path, monkeypatch):

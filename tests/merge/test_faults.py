@@ -377,7 +377,7 @@ def test_a_worker_that_raises_or_hangs_is_replaced(kind, run, right, tmp_path, m
 
 def test_workers_that_all_die_before_they_begin_are_said_to(run, tmp_path, monkeypatch):
     class Dying(crew.WorkerActor):
-        def hello(self, needs, probes):
+        def hello(self, *given):
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(crew, "WorkerActor", Dying)

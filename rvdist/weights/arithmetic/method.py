@@ -10,16 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import torch
-
-try:
-    from rvdist.weights.arithmetic import fused
-except ModuleNotFoundError as error:  # where there is no compiler, torch's operations give the same bytes
-    if error.name != "numba":
-        raise
-    fused = None  # type: ignore[assignment]
 
 Count = int | torch.Tensor  # of elements; on a card a 0-d tensor there, since the CPU would have to wait for a number
 Difference = tuple[float, torch.Tensor, torch.Tensor | None]  # α, plus, minus; no minus: plus is the difference
@@ -98,11 +93,23 @@ def subtract(
     return difference if minus is None else difference.sub_(scratch.copy_(minus))
 
 
+_loops: ModuleType | None = None  # `fused`, once it is loaded
+
+
+@cache
 def warm_up() -> None:
-    """Loads the compiled loop, which takes a third of a second, before there is anything to combine."""
-    if fused:
+    """Loads the compiled loops, which takes half a second and pays from gigabytes on. Without them, and where there is
+    no compiler, torch's operations give the same bytes."""
+    global _loops
+    try:
+        from rvdist.weights.arithmetic import fused
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+    else:
         nothing = torch.zeros(1, dtype=torch.bfloat16)
         fused.linear(nothing, [(1.0, nothing, nothing)], torch.empty_like(nothing))
+        _loops = fused
 
 
 def combine(
@@ -125,13 +132,13 @@ def combine(
         return _count(out, scratch)
     vectors = [(plus.dtype, minus.dtype if minus is not None else None) for _, plus, minus in differences]
     work, n = work or working_dtype([base.dtype, out.dtype], vectors), out.numel()
-    if fused and method.elementwise_sum and work == torch.float32 and fused.applies([base, out]):
+    if _loops and method.elementwise_sum and work == torch.float32 and _loops.applies([base, out]):
         pairs = [(alpha, plus, minus) for alpha, plus, minus in differences if minus is not None]
-        if not pairs and fused.applies([v for _, v, _ in differences], torch.float32):
-            return fused.shifted(base, [(alpha, v) for alpha, v, _ in differences], out)
+        if not pairs and _loops.applies([v for _, v, _ in differences], torch.float32):
+            return int(_loops.shifted(base, [(alpha, v) for alpha, v, _ in differences], out))
         operands = (t for _, plus, minus in pairs for t in (plus, minus))
-        if len(pairs) == len(differences) and fused.applies(list(operands)):
-            return fused.linear(base, pairs, out)
+        if len(pairs) == len(differences) and _loops.applies(list(operands)):
+            return int(_loops.linear(base, pairs, out))
     total, subtrahend = scratch(0, n, work), scratch(1, n, work)
     taken = [subtract(scratch(2 + k, n, work), p, m, subtrahend) for k, (_, p, m) in enumerate(differences)]
     total.copy_(base)
@@ -150,11 +157,12 @@ def combine_files(
     """What `combine` does in fp32, of bf16 tensors that are read meanwhile: `files` are the base's and those of plus
     and minus of each difference, which has their places; each is a descriptor and the byte where it begins. None where
     that cannot be done: they are to be read and combined then."""
-    if not (fused and method.elementwise_sum and fused.applies([out])):
+    if not (_loops and method.elementwise_sum and _loops.applies([out])):
         return None
     size = min(scratch.numel, 1 << (4 * scratch.numel // len(files)).bit_length() - 1)
     buffers = scratch(0, len(files) * size, torch.bfloat16).view(len(files), size)
-    return fused.linear_of_files(files, differences, out, buffers)
+    found: int | None = _loops.linear_of_files(files, differences, out, buffers)
+    return found
 
 
 def _count(out: torch.Tensor, scratch: Scratch) -> Count:
