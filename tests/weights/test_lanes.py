@@ -12,13 +12,11 @@ from rvdist.core.errors import BadInput
 from rvdist.core.method import FACTS, MethodSpec
 from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.weights import lanes as pipeline
-from rvdist.weights.arithmetic import method
+from rvdist.weights.arithmetic import fused, method
 from rvdist.weights.arithmetic.method import Scratch, count_nonfinite, tally_nonfinite, unify_nans
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.lanes import HostLane, card_chunk, open_lanes
 from rvdist.weights.reader import PointReader, buffers_of, open_point
-
-FUSED = method.fused
 
 
 class LateLane(HostLane):
@@ -113,7 +111,7 @@ def eager(card, monkeypatch):
     """The arithmetic that a card does, also on its stand-in."""
     if card:
         monkeypatch.setattr(method, "_count", tally_nonfinite)
-        monkeypatch.setattr(method, "fused", None)
+        monkeypatch.setattr(method, "_loops", None)
 
 
 def everything(dtype):
@@ -305,7 +303,7 @@ def on_the_cpu():
     """The CPU's own arithmetic and lanes, inside a test that replaces them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "torch", torch)
-        patch.setattr(method, "fused", FUSED)
+        patch.setattr(method, "_loops", fused)
         patch.setattr(method, "_count", count_nonfinite)
         yield
 
