@@ -61,7 +61,8 @@ MEANINGS: dict[type, dict[str, str]] = {
         "hub": "how `publish` uploads",
         "overwrite": "replace a checkpoint that stands at `output`",
         "max_shard_size": "the largest weight file of an output; null: sharded as the target is",
-        "dtype": "of the output; null: the target's own",
+        "dtype": "of the output; null and target: the target's own, its quantised format too, which null leaves to a "
+        "recipe that says another",
         "device": "where a merge computes",
         "allow_nonfinite": "write, and serve, infinite values and NaN instead of refusing",
         "merge": "how the merge is computed, and by how many",

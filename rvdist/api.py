@@ -111,12 +111,12 @@ def merge(
     Every output appears whole or not at all; one that is complete already is left alone, and after a failure the same
     call goes on where it was.
 
-    `dtype`: of floating-point tensors, bfloat16, float16 or float32 (default: the base's own). `max_shard_size`: bytes,
-    or a text such as 5GB (default: the base's own files). `workers`: default as many as there are cores or GPUs.
-    `device`: cpu or cuda. `address`: of a Ray cluster; "local", the default, starts one for this call, unless the
-    process is connected to one already: then that is used and left as it is. `console`: where progress is shown
-    (default: nowhere). `settings`: every other key, as docs/configuration.md has them; what is given here goes before
-    them, and keys that describe points are not looked at.
+    `dtype`: of floating-point tensors, bfloat16, float16 or float32 (default, and target: the base's own).
+    `max_shard_size`: bytes, or a text such as 5GB (default: the base's own files). `workers`: default as many as there
+    are cores or GPUs. `device`: cpu or cuda. `address`: of a Ray cluster; "local", the default, starts one for this
+    call, unless the process is connected to one already: then that is used and left as it is. `console`: where progress
+    is shown (default: nowhere). `settings`: every other key, as docs/configuration.md has them; what is given here goes
+    before them, and keys that describe points are not looked at.
 
     Raises BadInput for what cannot be merged, before anything is written; Failed where the merge could not be finished.
     """

@@ -13,6 +13,7 @@ from checkpoints import POCKET, launch, load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from rvdist.launch import _quote_for_hydra as readable
+from rvdist.weights.checkpoint.journal import Manifest
 
 pytestmark = pytest.mark.heavy
 
@@ -180,6 +181,25 @@ def test_a_merge_from_the_command_and_again(place):
     model = AutoModelForCausalLM.from_pretrained(place / "out")
     prompt = AutoTokenizer.from_pretrained(place / "out")("User: add 1 and 2.", return_tensors="pt")
     assert model(input_ids=prompt.input_ids).logits.isfinite().all()
+
+
+def test_the_dtype_of_the_target_may_be_asked_for_by_its_name(place):
+    """The same output: the plan that a merge goes on with after a crash, the digest, the card."""
+    said = merge("alpha=0.5", "output=said", "dtype=target", "max_shard_size=1MB")
+    left_out = merge("alpha=0.5", "output=left_out", "max_shard_size=1MB")
+    for given in (said, left_out):
+        done = launch(*given, cwd=place)
+        assert done.returncode == 0, done.stderr
+    assert Manifest.read(place / "said").plan == Manifest.read(place / "left_out").plan
+    for file in (place / "said").iterdir():
+        assert file.read_bytes() == (place / "left_out" / file.name).read_bytes()
+    done = launch(*said, "output=left_out", cwd=place)
+    assert done.returncode == 0 and "left_out: already complete" in done.stdout, done.stderr
+    recipe = "merge_method: passthrough\ndtype: float32\nmodels: [{model: family/target}]\n"
+    (place / "recipe.yml").write_text(recipe)
+    done = launch("recipe=recipe.yml", "output=of_recipe", "dtype=target", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert {tensor.dtype for tensor in load_checkpoint(place / "of_recipe").values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

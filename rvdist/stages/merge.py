@@ -133,7 +133,7 @@ def card(
         sources={
             source: str(prepared.sources[source].hub or prepared.sources[source].path) for source in point.sources()
         },
-        dtype=prepared.settings.dtype or "the target's own dtypes",
+        dtype=(prepared.settings.output_format.dtype and prepared.settings.dtype) or "the target's own dtypes",
         notes=notes[point],
         versions=versions(),
         licences={source: licence_of(prepared.sources[source].path) for source in point.sources()},

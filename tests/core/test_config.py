@@ -259,6 +259,7 @@ def test_a_configuration_with_a_value_that_is_none_of_its_choices_cannot_be_made
 def test_a_configuration_without_a_size_that_can_be_cannot_be_made():
     assert settings().output_format == OutputFormat()
     assert settings(dtype="float16", max_shard_size="1.5MiB").output_format == OutputFormat("F16", 3 << 19)
+    assert settings(dtype="target").output_format == OutputFormat()
     with pytest.raises(BadInput, match="max_shard_size: 'much' is not a size"):
         settings(max_shard_size="much")
 

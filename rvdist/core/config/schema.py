@@ -17,9 +17,10 @@ from rvdist.core.text import is_url
 
 STAGES = ("plan", "merge", "analyze", "evaluate", "report", "publish")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # our word: that of safetensors
+AS_TARGET = "target"  # what no `dtype` means, too, but that it goes before a recipe's
 CHOICES: dict[str, Collection[str]] = {
     "stages": STAGES,
-    "dtype": DTYPES,
+    "dtype": (AS_TARGET, *DTYPES),
     "vector.dtype": DTYPES,
     "vector.format": ("peft",),
     "device": ("cpu", "cuda"),
@@ -291,7 +292,7 @@ class Config:
     @property
     def output_format(self) -> OutputFormat:
         """`dtype`, `max_shard_size` and `allow_nonfinite`."""
-        dtype = DTYPES[self.dtype] if self.dtype else None
+        dtype = DTYPES.get(self.dtype or AS_TARGET)
         return OutputFormat(dtype, size(self.max_shard_size, "max_shard_size"), self.allow_nonfinite)
 
     @property
