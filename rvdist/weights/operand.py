@@ -25,7 +25,7 @@ from rvdist.weights.checkpoint.layouts import UP, Relaid, View
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.packed import bits, spread
-from rvdist.weights.products import Rescaled, multiply
+from rvdist.weights.products import Interleaved, Rescaled, multiply
 from rvdist.weights.remapped_rows import RemappedOperand
 from rvdist.weights.stored import Operand
 
@@ -41,7 +41,7 @@ class _Computed(Operand):
         super().__init__(difference)
         self._difference = difference
         self._factors: tuple[str, int, torch.Tensor, torch.Tensor] = ("", 0, torch.empty(0), torch.empty(0))
-        self._stack = "", torch.empty(0)  # the left factors of many matrices, as they are stored
+        self._stack: tuple[str, Interleaved] | None = None  # a tensor's left factors of many matrices
         self._parts: dict[str, torch.Tensor] = {}
         self._base = open_operand(difference.base) if difference.base else None
         self._rescaled: tuple[str, Rescaled | None] = "", None
@@ -105,10 +105,9 @@ class _Computed(Operand):
                 left, right = self._whole(form.left), self._whole(form.right)
             else:
                 rank, columns = form.right.shape[0] // form.count, form.right.shape[1]
-                if self._stack[0] != name:
-                    room = torch.empty(form.left.nbytes, dtype=torch.uint8)
-                    self._stack = name, self._files.read(form.left, 0, form.left.numel, room).view(form.left.shape)
-                left, first = self._stack[1][:, number :: form.count].float(), number * rank * columns
+                if self._stack is None or self._stack[0] != name:
+                    self._stack = name, Interleaved(form.left.shape, form.count, partial(self._part, form.left))
+                left, first = self._stack[1][number].float(), number * rank * columns
                 right = self._part(form.right, first, first + rank * columns).view(rank, columns).float().clone()
             if form.transposed:
                 left, right = right.T.contiguous(), left.T.contiguous()

@@ -1,4 +1,5 @@
-"""Products of factors, as adapters and low-rank vectors hold them, by ranges of elements; and DoRA's rows of them.
+"""Products of factors, as adapters and low-rank vectors hold them, by ranges of elements; DoRA's rows of them;
+and the factors of many matrices, which lie in turn.
 
 What is computed has the same bits whatever the ranges. Knows no files.
 """
@@ -13,6 +14,7 @@ import torch
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 _BLOCK = 128 * 1024  # elements
+_WINDOW = 16 << 20  # bytes of left factors that lie in turn
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, out: torch.Tensor) -> None:
@@ -27,6 +29,37 @@ def multiply(left: torch.Tensor, right: torch.Tensor, scale: float, begin: int, 
             total.addcmul_(left[first:last, k, None].double(), right[k, None, start:stop].double())
         offset = first * columns + start - begin
         out[offset : offset + total.numel()] = total.mul_(scale).view(-1)
+
+
+class Interleaved:
+    """The left factors [rows, rank] of `count` matrices, which lie as columns of one of this `shape`: every count-th is
+    the next of a matrix. `read` gives its elements from a flat index up to another, in any dtype.
+
+    Holds those of some matrices, which are next to each other: as many as _WINDOW bytes hold, or one."""
+
+    def __init__(self, shape: tuple[int, ...], count: int, read: Callable[[int, int], torch.Tensor]) -> None:
+        self._rows, self._width, self._count, self._read = *shape, count, read
+        self._held = range(0), torch.empty(0)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        """That of one matrix; valid until another is asked for."""
+        if number not in self._held[0]:
+            self._held = range(0), torch.empty(0)  # before there is another
+            self._held = self._load(number)
+        return self._held[1][number - self._held[0].start]
+
+    def _load(self, number: int) -> tuple[range, torch.Tensor]:
+        rank, itemsize = self._width // self._count, self._read(0, 1).itemsize
+        size = max(1, _WINDOW // (self._rows * rank * itemsize))
+        own = range(number // size * size, min((number // size + 1) * size, self._count))
+        held, at_once = torch.empty(0), max(1, _BLOCK // self._width)
+        for first in range(0, self._rows, at_once):
+            last = min(first + at_once, self._rows)
+            part = self._read(first * self._width, last * self._width).view(last - first, rank, self._count)
+            if not first:
+                held = part.new_empty(len(own), self._rows, rank)
+            held[:, first:last] = part[:, :, own.start : own.stop].permute(2, 0, 1)
+        return own, held
 
 
 def _rectangles(begin: int, end: int, columns: int) -> Iterator[tuple[int, int, int, int]]:

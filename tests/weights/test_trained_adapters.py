@@ -2,6 +2,7 @@
 what peft's own merge_and_unload makes of it, and the written checkpoint is what an engine reads."""
 
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from adapters import EMBEDDING, MODULES, factors, write_adapter
 from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
+from peaks import peak_while
 from points import read_point
 from safetensors.torch import load_file, save_file
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
-from rvdist.weights import compat
+from rvdist.weights import compat, products
 from rvdist.weights.checkpoint.bound import bind, settle
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.source import open_source
@@ -459,6 +461,23 @@ def test_which_way_square_experts_lie_the_release_tells(tmp_path, release, kind,
             delta = product(pairs, module, count)
             exact = base[f"{at}.{name}"] + (delta.transpose(1, 2) if inward else delta)
             assert torch.allclose(found[f"{at}.{name}"].double(), exact, rtol=0, atol=1e-6)
+
+
+def test_of_the_factors_of_many_experts_a_few_are_held(tmp_path, monkeypatch):
+    """Their left ones lie in turn; held whole they took 64 MiB. Which are held together does not matter."""
+    at, count, shape = "model.layers.0.mlp.experts.down_proj", 256, (256, 16384, 2)
+    pairs = of_experts(torch.Generator().manual_seed(0), {AT: (2, 16384)}, count)
+    write_adapter(tmp_path / "adapter", pairs, target_parameters=EXPERTS[:1])
+    config = {"model_type": "qwen3_moe", "tie_word_embeddings": False}
+    write_checkpoint(tmp_path / "base", {at: torch.zeros(shape)}, config=config)
+    found = torch.empty(2, math.prod(shape))
+    for out, nbytes in zip(found, (8 << 20, 2 << 20), strict=True):
+        out.zero_()  # so that it is there
+        monkeypatch.setattr(products, "_WINDOW", nbytes)
+        with closing(open_point(point(tmp_path))) as reader:
+            assert peak_while(lambda reader=reader, out=out: reader.fill(at, 0, out)) < 40 << 20
+    assert torch.equal(*found)
+    assert torch.allclose(found[0].view(shape).double(), product(pairs, AT, count), rtol=0, atol=1e-6)
 
 
 def test_targets_of_one_batch_turn_an_adapter_each_its_own_way(tmp_path):
