@@ -1,8 +1,8 @@
-"""python benchmarks/matrices.py ROWS COLUMNS: what the methods that see matrices take for one of them, by one core.
+"""python benchmarks/matrices.py ROWS COLUMNS [METHOD …]: what methods that see matrices take for one, by one core.
 
 Two vectors of random numbers in bf16, by chunks as a worker reads them; two adapters of rank 64; and LAPACK's singular
-values of one such matrix in fp32, which is what the papers' code asks for at least once. Prints rows of the table in
-benchmarks/README.md.
+values of one such matrix in fp32, which is what the papers' code asks for at least once. Each in a process of its own,
+which is forked, so that what it uses of libraries counts, too. Prints rows of the table in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,14 +32,15 @@ def resident(what: str) -> int:
     return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
 
 
-def measured(work: Callable[[], object]) -> tuple[float, int]:
-    """Seconds of CPU, and the most resident memory beyond what there was, in bytes."""
-    before, began = resident("VmRSS"), time.process_time()
+def measured(work: Callable[[], object]) -> tuple[str, int]:
+    """Seconds of CPU and of the clock, and the most resident memory beyond what there was, in bytes."""
+    before, cpu, began = resident("VmRSS"), time.process_time(), time.perf_counter()
     work()
-    return time.process_time() - began, resident("VmHWM") - before
+    seconds = f"{time.process_time() - cpu:.1f} | {time.perf_counter() - began:.1f}"
+    return seconds, resident("VmHWM") - before
 
 
-def main(rows: int, columns: int) -> None:
+def main(rows: int, columns: int, wanted: Sequence[str]) -> None:
     """Prints a row for each method, and one for LAPACK."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -60,24 +62,39 @@ def main(rows: int, columns: int) -> None:
             yield [(left[own] @ right).view(-1)[first : first + end - begin] for left, right in factors]
 
     def row(name: str, chunks: Callable[..., Iterator[list[torch.Tensor]]], rank: int = 0) -> None:
-        method = build(MethodSpec(name))
+        method, read = build(MethodSpec(name)), [0]
         assert isinstance(method, Matrices)
-        seconds, nbytes = measured(lambda: method.survey(place, chunks))
+
+        def counted(start: int = 0, stop: int = place.numel) -> Iterator[list[torch.Tensor]]:
+            read[0] += stop - start
+            return chunks(start, stop)
+
+        def add_all() -> None:
+            method.survey(place, counted)
+            for start in range(0, place.numel, AT_ONCE):
+                total = torch.zeros(min(AT_ONCE, place.numel - start))
+                method.add(total, place.alphas, [], replace(place, start=start))
+
+        seconds, nbytes = measured(add_all)
         told = method.bytes_held(place.shape, rank, 4)
-        print(f"| {rows} × {columns} | `{name}` | {seconds:.1f} | {nbytes >> 20} MiB | {told >> 20} MiB |", flush=True)
+        memory = f"{nbytes >> 20} MiB | {told >> 20} MiB | {read[0] / place.numel:.0f}"
+        print(f"| {rows} × {columns} | `{name}` | {seconds} | {memory} |", flush=True)
 
     def whole() -> None:
         seconds, nbytes = measured(lambda: torch.linalg.svd(vectors[0].float().view(rows, columns), False))
-        print(
-            f"| {rows} × {columns} | one `torch.linalg.svd`, fp32 | {seconds:.1f} | {nbytes >> 20} MiB | |", flush=True
-        )
+        memory = f"{nbytes >> 20} MiB"
+        print(f"| {rows} × {columns} | one `torch.linalg.svd`, fp32 | {seconds} | {memory} | | 1 |", flush=True)
 
-    core = [partial(row, name, low_rank, 2 * RANK) for name in ("core_space", "core_space_iso")]
-    for work in (partial(row, "iso_c", chunks), partial(row, "tsv_m", chunks), *core, whole):  # a process each
-        child = get_context("fork").Process(target=work)
+    works = {name: partial(row, name, chunks) for name in ("iso_c", "tsv_m")}
+    works |= {name: partial(row, name, low_rank, 2 * RANK) for name in ("core_space", "core_space_iso")}
+    works["svd"] = whole
+    for name in wanted or works:
+        child = get_context("fork").Process(target=works[name])
         child.start()
         child.join()
+        if child.exitcode:
+            raise SystemExit(f"{name} ended with status {child.exitcode}")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]))
+    main(*map(int, sys.argv[1:3]), sys.argv[3:])

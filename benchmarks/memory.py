@@ -21,16 +21,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from tables import write_table
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
+from peaks import peak_while
 
 IMPORTS = (
     "import rvdist.launch, rvdist.stages.jobs, ray; "
@@ -173,23 +174,18 @@ def across_stacks(work: Path) -> None:
 
 
 def _in_a_process(work: Path, name: str, method: str, stop: int, share: str) -> str:
-    """A row of the table."""
-    context = get_context("spawn")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_read, args=(queue, work, name, method, stop))
-    child.start()
-    seconds, nbytes = queue.get()
-    child.join()
+    """A row of the table. Ends with the process that computes it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        seconds, nbytes = pool.submit(_read, work, name, method, stop).result()
     return f"| `{method}` | {share} | {seconds:.0f} | {nbytes / 2**20:.0f} MiB |"
 
 
-def _read(queue: Any, work: Path, name: str, method: str, stop: int) -> None:
-    """Sends seconds of CPU, and anonymous bytes at most beside what there was."""
+def _read(work: Path, name: str, method: str, stop: int) -> tuple[float, int]:
+    """Seconds of CPU, and anonymous bytes at most beside what there was."""
     import torch
 
     from rvdist.core.method import MethodSpec
     from rvdist.core.point import Term, Vector, WeightPoint
-    from rvdist.core.timing import anonymous_bytes
     from rvdist.weights.arithmetic.method import warm_up
     from rvdist.weights.checkpoint.source import open_source
     from rvdist.weights.reader import PointReader
@@ -201,20 +197,14 @@ def _read(queue: Any, work: Path, name: str, method: str, stop: int) -> None:
     spec = MethodSpec(method, density=0.5) if "density" in spec.facts.parameters else spec
     point = WeightPoint(str(work / "target"), tuple(Term(0.5, vector) for vector in vectors), spec)
     sources = {source: open_source(source) for source in point.sources()}
-    before, over = anonymous_bytes(), threading.Event()
-    seen, began = [before], time.process_time()
+    began = time.process_time()
 
-    def watch() -> None:
-        while not over.wait(0.01):
-            seen.append(anonymous_bytes())
+    def read() -> None:
+        for _ in PointReader([point], sources).chunks(name, 0, stop):
+            pass
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in PointReader([point], sources).chunks(name, 0, stop):
-        pass
-    over.set()
-    watcher.join()
-    queue.put((time.process_time() - began, max(seen) - before))
+    nbytes = peak_while(read)
+    return time.process_time() - began, nbytes
 
 
 if __name__ == "__main__":

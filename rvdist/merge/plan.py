@@ -25,7 +25,7 @@ from rvdist.weights.checkpoint.staging import discards
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
-_ARITHMETIC = 1  # raise it with any change to the bytes that sources come to: nobody goes on with what was begun before
+_ARITHMETIC = 2  # raise it with any change to the bytes that sources come to: nobody goes on with what was begun before
 _MOST_UNITS = 4096
 
 

@@ -70,7 +70,7 @@ def require_memory(point: WeightPoint, sources: Mapping[str, Checkpoint], limit:
     if nbytes > limit:
         sides = " × ".join(map(str, shape))
         raise BadInput(
-            f"{sources[point.base].path}: {point.method.name} holds what it adds to a matrix of tensor {name} "
+            f"{sources[point.base].path}: {point.method.name} decomposes a matrix of tensor {name} "
             f"({sides}), which takes a worker {nbytes / 2**20:,.1f} MiB, and merge.memory is {limit / 2**20:,.1f} MiB; "
             "raise it, with fewer merge.workers, or keep the vector from this tensor (vector.mask.exclude)"
         )

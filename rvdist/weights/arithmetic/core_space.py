@@ -18,7 +18,17 @@ from dataclasses import replace
 
 import torch
 
-from rvdist.weights.arithmetic.matrices import LEAST, Factors, Matrix, factors, fill, held, inverse_root, of_columns
+from rvdist.weights.arithmetic.matrices import (
+    LEAST,
+    Change,
+    Factors,
+    Matrix,
+    factors,
+    held,
+    inverse_root,
+    nothing,
+    of_columns,
+)
 from rvdist.weights.arithmetic.singular import TsvM
 
 
@@ -26,60 +36,53 @@ class CoreTsvM(TsvM):
     """For any number of vectors of low rank."""
 
     def merge(
-        self,
-        out: torch.Tensor,
-        tasks: Matrix,
-        alone: Sequence[Matrix],
-        largest: Sequence[float],
-        alphas: Sequence[float],
-    ) -> None:
+        self, tasks: Matrix, alone: Sequence[Matrix], largest: Sequence[float], alphas: Sequence[float]
+    ) -> Change:
         found = [factors(matrix, most) for matrix, most in zip(alone, largest, strict=True)]
         left, right = _basis([task.left for task in found]), _basis([task.right for task in found])
-        self.merge_core(out, found, alphas, left, right)
+        return self.merge_core(found, alphas, left, right)
 
     def merge_core(
-        self,
-        out: torch.Tensor,
-        tasks: Sequence[Factors],
-        alphas: Sequence[float],
-        left: torch.Tensor,
-        right: torch.Tensor,
-    ) -> None:
-        """Fills `out` with what the tasks come to in the space of these bases, (k, c) and (l, d). Singular vectors in
+        self, tasks: Sequence[Factors], alphas: Sequence[float], left: torch.Tensor, right: torch.Tensor
+    ) -> Change:
+        """What the tasks come to in the space of these bases, (k, c) and (l, d). Singular vectors in
         that space are those outside, seen in the bases."""
         kept = min(left.shape[1], right.shape[1]) // len(tasks)
         cut = [replace(t, left=t.left[:, :kept], values=t.values[:kept], right=t.right[:, :kept]) for t in tasks]
         values = torch.cat([alpha * task.values for alpha, task in zip(alphas, cut, strict=True)])
         left, right = (_orthogonal(torch.cat(sides, 1)) for sides in ([t.left for t in cut], [t.right for t in cut]))
-        fill(out, left * values, right)
+        return _product(left * values, right)
 
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
         factors_and_bases = rank * (7 * min(shape[-2:]) + 4 * max(shape[-2:])) * 8
-        return held(shape, itemsize, 3, 1) + factors_and_bases
+        return held(shape, itemsize, 2) + factors_and_bases
 
 
 class CoreIsoC(CoreTsvM):
     """For any number of vectors of low rank."""
 
     def merge_core(
-        self,
-        out: torch.Tensor,
-        tasks: Sequence[Factors],
-        alphas: Sequence[float],
-        left: torch.Tensor,
-        right: torch.Tensor,
-    ) -> None:
+        self, tasks: Sequence[Factors], alphas: Sequence[float], left: torch.Tensor, right: torch.Tensor
+    ) -> Change:
         core = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
         for alpha, task in zip(alphas, tasks, strict=True):
             core += (left.T @ task.left * (alpha * task.values)) @ (task.right.T @ right)
         if not core.numel():
-            out.zero_()
-            return
+            return nothing
         own, values, turned = torch.linalg.svd(core, full_matrices=False)
         rank = int((values > LEAST * values[0]).sum())
         mean = values[:rank].sum() / len(values)
-        fill(out, mean * (left @ own[:, :rank]), right @ turned[:rank].T)
+        return _product(mean * (left @ own[:, :rank]), right @ turned[:rank].T)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> Change:
+    """left · rightᵀ."""
+
+    def fill(rows: range, columns: range, out: torch.Tensor) -> None:
+        torch.mm(left[rows.start : rows.stop], right[columns.start : columns.stop].T, out=out)
+
+    return fill
 
 
 def _basis(sides: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -19,11 +19,13 @@ from collections.abc import Sequence
 import torch
 
 from rvdist.weights.arithmetic.matrices import (
+    Change,
     Chunks,
     Matrices,
     Matrix,
     held,
     inverse_root,
+    no_number,
     spectrum,
 )
 from rvdist.weights.arithmetic.method import Place
@@ -32,7 +34,7 @@ from rvdist.weights.arithmetic.method import Place
 class IsoC(Matrices):
     """For any number of vectors."""
 
-    def change(self, place: Place, chunks: Chunks, number: int, out: torch.Tensor) -> None:
+    def change(self, place: Place, chunks: Chunks, number: int) -> Change:
         def weighted_sum(differences: list[torch.Tensor]) -> list[torch.Tensor]:
             total = torch.zeros_like(differences[0])
             for alpha, difference in zip(place.alphas, differences, strict=True):
@@ -42,15 +44,12 @@ class IsoC(Matrices):
         matrix = Matrix(place, chunks, number, weighted_sum)
         (largest,) = matrix.largest()
         if not math.isfinite(largest):
-            out.fill_(torch.nan)  # it has no singular values, and is told of as any such result
-            return
+            return no_number
         side, _ = matrix.shape
         values, left = spectrum(side, (block for _, (block,) in matrix.blocks()), largest)
         scaled = inverse_root(values, left, float(values.sum()) / side)
-        del left
-        for columns, (block,) in matrix.blocks():
-            out[:, columns] = scaled @ block
+        return lambda rows, columns, out: matrix.multiply([scaled[rows.start : rows.stop]], columns, out)
 
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
-        return held(shape, itemsize, 3, 1)
+        return held(shape, itemsize, 2)

@@ -1,10 +1,10 @@
 """Methods that see a tensor as a matrix, by its singular values.
 
-What is added to a matrix is held whole, in the working precision, and nothing else of its size: a matrix is read in
-panels of columns, as often as it is needed. It is decomposed by the eigenvalues of its smaller Gram matrix, in fp64 and
-in place, which takes a fraction of the time that singular values take. Directions below 10⁻⁶ of the largest singular
-value count as none: fp32 cannot tell them from rounding. A tensor of three or more dimensions is a stack of matrices,
-each by itself and one at a time.
+A matrix is read in panels, as often as it is needed, and what is added to it is computed in panels of rows, when their
+elements are asked for: neither is held whole. It is decomposed by the eigenvalues of its smaller Gram matrix, in fp64,
+which takes a fraction of the time that singular values take. Directions below 10⁻⁶ of the largest singular value count
+as none: fp32 cannot tell them from rounding. A tensor of three or more dimensions is a stack of matrices, each by
+itself and one at a time. How panels are cut follows from shapes, so that bits do not depend on what is asked for first.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from rvdist.weights.arithmetic.method import Place
+from rvdist.weights.arithmetic.symmetric import eigh, give_back, one_thread_of_blas
 
 Chunks = Callable[..., Iterator[list[torch.Tensor]]]  # of the elements from the first given to before the second
+Change = Callable[[range, range, torch.Tensor], None]  # fills these rows and columns of what is added, in fp64
 LEAST = 1e-6  # of the largest singular value: what is smaller is none
-_PANEL = 16 << 20  # bytes of a matrix, of all that are read together, that are held at a time
-_BLOCK = 1 << 20  # elements of one that are widened at a time
-_SLACK = 64 << 20  # bytes that LAPACK and the allocator keep
+_PANEL = 64 << 20  # bytes of a matrix, of all that are read together, that are held at a time; and of what is added
+_BLOCK = 1 << 20  # elements of them that are widened at a time
+_TILE = 512  # rows of a square that are computed at a time
+_SLACK = 64 << 20  # bytes that LAPACK and the allocator keep, and of libraries that are not used else
 _LOCK = threading.Lock()
-_inside, _before = 0, 1  # how many are in `one_thread`, and torch's threads before the first
+_inside, _before, _limits = (
+    0,
+    1,
+    ExitStack(),
+)  # how many are in `one_thread`; torch's threads, and BLAS's, before the first
 
 
 class Matrices(ABC):
@@ -38,52 +45,76 @@ class Matrices(ABC):
 
     def __init__(self) -> None:
         self._asked: tuple[Place, Chunks] | None = None
-        self._held = -1, torch.empty(0)  # a matrix's number, and what is added to it
+        self._changed: tuple[int, Change] | None = None  # a matrix's number, and what is added to it
+        self._held = -1, torch.empty(0)  # the first element of a panel of this, and the panel
 
     def survey(self, place: Place, chunks: Chunks) -> None:
         """Looks at nothing: a matrix is, when the first of its elements is asked for."""
         self._asked = (place, chunks) if len(place.shape) > 1 and place.numel else None
-        self._held = -1, torch.empty(0)
+        self._changed, self._held = None, (-1, torch.empty(0))
 
     def add(
         self, total: torch.Tensor, alphas: Sequence[float], differences: Sequence[torch.Tensor], place: Place
     ) -> None:
         if self._asked is not None:
-            size, at, end = math.prod(place.shape[-2:]), place.start, place.start + len(total)
+            at, end = place.start, place.start + len(total)
             while at < end:
-                number, offset = divmod(at, size)
-                count = min(end - at, size - offset)
-                own = self._change_of(number, total.dtype)[offset : offset + count]
-                total[at - place.start :][:count].add_(own.to(total.device))
-                at += count
+                begin, panel = self._panel_at(at)
+                own = panel[at - begin :][: end - at].to(total.dtype)
+                total[at - place.start :][: len(own)].add_(own.to(total.device))
+                at += len(own)
+                del panel, own  # before there is another
             return
         mean = torch.zeros_like(total)
         for alpha, difference in zip(alphas, differences, strict=True):
             mean.add_(difference.mul_(alpha))
         total.add_(mean.div_(len(differences)))
 
-    def _change_of(self, number: int, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to a matrix, 1-d; kept until another is asked for."""
-        if self._held[0] != number:
-            assert self._asked, "there was no survey"
-            place, chunks = self._asked
-            self._held = -1, torch.empty(0)  # before there is another
-            matrix = torch.empty(place.shape[-2:], dtype=dtype)  # takes memory as it is filled
+    def _panel_at(self, at: int) -> tuple[int, torch.Tensor]:
+        """Whole rows of what is added, 1-d and in fp64, among them the element `at`, and the first of these elements:
+        kept until others are asked for."""
+        assert self._asked, "there was no survey"
+        place, chunks = self._asked
+        rows, width = place.shape[-2:]
+        number, row = at // (rows * width), at // width % rows
+        at_once = max(1, _PANEL // (8 * max(width, len(place.alphas) * min(rows, width))))
+        own = range(row // at_once * at_once, min((row // at_once + 1) * at_once, rows))
+        begin = (number * rows + own.start) * width
+        if self._held[0] != begin:
+            self._held = -1, torch.empty(0)
             with one_thread():
-                self.change(place, chunks, number, matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
-            self._held = number, matrix.view(-1)
-        return self._held[1]
+                if not self._changed or self._changed[0] != number:
+                    self._changed = None
+                    self._changed = number, self.change(place, chunks, number)
+                give_back()
+                panel = torch.empty(len(own), width, dtype=torch.float64)
+                if rows > width:
+                    self._changed[1](range(width), own, panel.T)
+                else:
+                    self._changed[1](own, range(width), panel)
+            self._held = begin, panel.view(-1)
+        return self._held
 
     @abstractmethod
-    def change(self, place: Place, chunks: Chunks, number: int, out: torch.Tensor) -> None:
-        """Fills what is added to a matrix, (k, l) with k ≤ l: of one with more rows than columns, turned.
-        `place.alphas` are those of the vectors."""
+    def change(self, place: Place, chunks: Chunks, number: int) -> Change:
+        """What is added to a matrix, (k, l) with k ≤ l: of one with more rows than columns, turned. All rows are asked
+        for, or all columns. `place.alphas` are those of the vectors."""
 
     @staticmethod
     @abstractmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
         """About how much memory a tensor takes at most, `itemsize` that of the working dtype, and `rank` that of all
         vectors together which are stored as factors."""
+
+
+def nothing(rows: range, columns: range, out: torch.Tensor) -> None:
+    """A change by none."""
+    out.zero_()
+
+
+def no_number(rows: range, columns: range, out: torch.Tensor) -> None:
+    """That of a matrix which is not finite: it has no singular values, and is told of as any such result."""
+    out.fill_(torch.nan)
 
 
 class Matrix:
@@ -95,7 +126,7 @@ class Matrix:
     ) -> None:
         self._rows, self._width = place.shape[-2:]
         self._first, self._chunks, self._terms = number * self._rows * self._width, chunks, terms
-        self._turned = self._rows > self._width
+        self.turned = self._rows > self._width
         self.shape = min(place.shape[-2:]), max(place.shape[-2:])
 
     def largest(self) -> list[float]:
@@ -105,31 +136,57 @@ class Matrix:
         ]
         return [float(torch.stack(each).max()) for each in zip(*found, strict=True)]
 
-    def blocks(self) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        """Some columns of each, (k, w) in fp64, and which they are: the same ones at every call."""
+    def blocks(self, columns: range | None = None) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        """Some columns of each, (k, w) in fp64, and which of `columns` they are, which are all unless it is turned: the
+        same ones at every call."""
         side, length = self.shape
-        width = max(1, _BLOCK // side)
-        for panel, begin in self._panels(width):
-            for start in range(0, panel[0].shape[1], width):
-                columns = slice(begin + start, min(begin + start + width, length))
-                yield columns, [one[:, start : start + width].double() for one in panel]
+        columns = range(length) if columns is None else columns
+        count, itemsize = self._probe()
+        width = max(1, _BLOCK // (side * count))
+        at_once = _PANEL // (side * count * itemsize) // width * width or width
+        own = [columns[begin : begin + at_once] for begin in range(0, len(columns), at_once)]
+        ranges = [(some, range(side)) if self.turned else (range(side), some) for some in own]
+        for some, panel in zip(own, self._panels(ranges), strict=True):
+            if self.turned:
+                panel = [found.T for found in panel]
+            for start in range(0, len(some), width):
+                begin, end = some.start - columns.start + start, min(start + width, len(some))
+                yield slice(begin, begin + end - start), [one[:, start:end].double() for one in panel]
 
-    def _panels(self, multiple: int) -> Iterator[tuple[list[torch.Tensor], int]]:
-        """As many columns of each as are held at a time, in the dtype they come in, and the first one's number."""
-        side, length = self.shape
-        probe = next(self._read(range(1)))[1]
-        at_once = _PANEL // (side * len(probe) * probe[0].itemsize) // multiple * multiple or multiple
-        panel = [torch.empty(0)] * len(probe)
-        for begin in range(0, length, at_once):
-            own = range(begin, min(begin + at_once, length))
-            shape = (len(own), side) if self._turned else (side, len(own))
-            if panel[0].shape != shape:
-                panel = [one.new_empty(shape) for one in probe]
-            rows, columns = (own, range(side)) if self._turned else (range(side), own)
+    def multiply(self, factors: Sequence[torch.Tensor], columns: range, out: torch.Tensor) -> None:
+        """out = Σ factor · matrix, of factors (r, k) in fp64, a matrix each, and these columns: of a matrix that is not
+        turned all, which takes one reading."""
+        if self.turned:
+            for own, blocks in self.blocks(columns):
+                out[:, own] = sum(factor @ block for factor, block in zip(factors, blocks, strict=True))
+            return
+        (side, length), (count, _) = self.shape, self._probe()
+        deep, width = max(1, 4 * _BLOCK // (length * count)), max(1, _BLOCK // (side * count))
+        taken = [range(begin, min(begin + deep, side)) for begin in range(0, side, deep)]
+        out.zero_()
+        for some, panel in zip(taken, self._panels([(some, columns) for some in taken]), strict=True):
+            for factor, rows in zip(factors, panel, strict=True):
+                left = factor[:, some.start : some.stop]
+                for start in range(0, length, width):
+                    out[:, start : start + width].addmm_(left, rows[:, start : start + width].double())
+
+    def _probe(self) -> tuple[int, int]:
+        """How many matrices there are, and the bytes of an element."""
+        terms = next(self._read(range(1)))[1]
+        return len(terms), terms[0].itemsize
+
+    def _panels(self, ranges: Iterable[tuple[range, range]]) -> Iterator[list[torch.Tensor]]:
+        """These rows and columns of each, as they lie and in the dtype they come in; valid until the next, in the same
+        memory: the first are as many as any."""
+        room: list[torch.Tensor] = []
+        for rows, columns in ranges:
+            shape = len(rows), len(columns)
             for start, terms in self._read(rows):
+                room = room or [one.new_empty(math.prod(shape)) for one in terms]
+                panel = [one[: math.prod(shape)].view(shape) for one in room]
                 for one, found in zip(terms, panel, strict=True):
                     _take(found, one, start - rows.start * self._width, self._width, columns)
-            yield [found.T for found in panel] if self._turned else panel, begin
+            yield panel
 
     def _read(self, rows: range) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Streams whole rows: the number of a chunk's first element in the matrix, and the terms."""
@@ -158,19 +215,28 @@ def _take(panel: torch.Tensor, elements: torch.Tensor, start: int, width: int, c
         elements = elements[taken:]
 
 
-def spectrum(side: int, blocks: Iterable[torch.Tensor], largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+def spectrum(
+    side: int, blocks: Iterable[torch.Tensor], largest: float, beside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The singular values of a matrix (k, l), smallest first, and the left singular vectors as columns (k, r): fp64,
-    those r that are not none. It is given by blocks of its columns, and by its largest magnitude. Takes 24·k² bytes, of
-    which it leaves a third."""
-    gram = torch.zeros(side, side, dtype=torch.float64)
+    those r that are not none. It is given by blocks of its columns, and by its largest magnitude. Takes 16·k² bytes, of
+    which it leaves half; the other half may be that of a symmetric matrix (k, k), which is the same afterwards."""
+    gram = torch.empty(side, side, dtype=torch.float64) if beside is None else beside
+    tiles = [slice(start, min(start + _TILE, side)) for start in range(0, side, _TILE)]
+    middles = [] if beside is None else [beside[own, own].clone() for own in tiles]
+    for own in tiles:
+        gram[own, : own.stop] = 0
     scale = _power(largest)
     for block in blocks:
         wide = block * scale
-        gram.addmm_(wide, wide.T)
+        for own in tiles:
+            gram[own, : own.stop].addmm_(wide[own], wide[: own.stop].T)
         del block, wide  # before LAPACK takes its share
-    squares, vectors = torch.empty(side, dtype=torch.float64), gram.T
-    torch.linalg.eigh(vectors, out=(squares, vectors))  # in place, in LAPACK's order
-    least = float(squares[-1].clamp(min=0)) * LEAST**2 if side else 0.0
+    squares, vectors = eigh(gram)
+    for own, middle in zip(tiles, middles, strict=False):
+        gram[own, : own.start] = gram[: own.start, own].T
+        gram[own, own] = middle
+    least = float(squares[-1].clamp(min=0)) * LEAST**2
     first = int((squares <= least).sum())
     return squares[first:].sqrt() / scale, vectors[:, first:]
 
@@ -179,6 +245,14 @@ def inverse_root(values: torch.Tensor, vectors: torch.Tensor, factor: float = 1.
     """factor · (M·Mᵀ)^(−1/2) by what `spectrum` found of M, which it overwrites."""
     vectors.mul_((factor / values).sqrt())
     return vectors @ vectors.T
+
+
+def times_inverse_root(matrix: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> None:
+    """Multiplies in place by (M·Mᵀ)^(−1/2) from the right, by what `spectrum` found of M, which it overwrites."""
+    vectors.mul_(values.rsqrt())
+    for start in range(0, len(matrix), _TILE):
+        own = matrix[start : start + _TILE]
+        torch.mm(own @ vectors, vectors.T, out=own)
 
 
 def of_columns(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,19 +286,12 @@ def factors(matrix: Matrix, largest: float) -> Factors:
     return Factors(left, values, right)
 
 
-def fill(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """out = left @ right.T, rounded once."""
-    width = max(1, _BLOCK // max(1, out.shape[0]))
-    for begin in range(0, out.shape[1], width):
-        out[:, begin : begin + width] = left @ right[begin : begin + width].T
-
-
-def held(shape: Sequence[int], itemsize: int, while_found: int, while_added: int) -> int:
-    """About how many bytes are held at most for a matrix: so many times fp64's of a square of the smaller side while
-    what is added is found, and beside that while it is added up."""
+def held(shape: Sequence[int], itemsize: int, squares: int) -> int:
+    """About how many bytes are held at most for a matrix: so many squares of the smaller side in fp64 while it is
+    decomposed, and one less, or one at least, beside panels."""
     one, square = shape[-2] * shape[-1], min(shape[-2:]) ** 2 * 8
-    panels = min(_PANEL, 2 * one * itemsize) + min(4 * _BLOCK, 4 * one) * 8 + min(_SLACK, 8 * one * itemsize)
-    return max(while_found * square, one * itemsize + while_added * square) + panels
+    blocks, slack = min(4 * _BLOCK, 4 * one) * 8, min(_SLACK, 8 * one * itemsize)
+    return max(squares * square, max(1, squares - 1) * square + min(2 * _PANEL, 16 * one)) + blocks + slack
 
 
 @contextmanager
@@ -234,6 +301,7 @@ def one_thread() -> Iterator[None]:
     with _LOCK:
         if not _inside:
             _before = torch.get_num_threads()
+            _limits.enter_context(one_thread_of_blas())
         _inside += 1
         torch.set_num_threads(1)
     try:
@@ -243,3 +311,4 @@ def one_thread() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 torch.set_num_threads(_before)
+                _limits.close()

@@ -24,13 +24,17 @@ from collections.abc import Sequence
 import torch
 
 from rvdist.weights.arithmetic.matrices import (
+    Change,
     Chunks,
     Matrices,
     Matrix,
     held,
     inverse_root,
+    no_number,
+    nothing,
     of_columns,
     spectrum,
+    times_inverse_root,
 )
 from rvdist.weights.arithmetic.method import Place
 
@@ -38,53 +42,60 @@ from rvdist.weights.arithmetic.method import Place
 class TsvM(Matrices):
     """For any number of vectors."""
 
-    def change(self, place: Place, chunks: Chunks, number: int, out: torch.Tensor) -> None:
+    def change(self, place: Place, chunks: Chunks, number: int) -> Change:
         tasks = Matrix(place, chunks, number, lambda differences: differences)
         largest = tasks.largest()
         if not all(map(math.isfinite, largest)):
-            out.fill_(torch.nan)  # what is not finite has no singular values, and is told of as any such result
-            return
+            return no_number
         alone = [Matrix(place, chunks, number, lambda d, k=k: [d[k]]) for k in range(len(largest))]  # type: ignore[misc]
-        self.merge(out, tasks, alone, largest, place.alphas)
+        return self.merge(tasks, alone, largest, place.alphas)
 
     def merge(
-        self,
-        out: torch.Tensor,
-        tasks: Matrix,
-        alone: Sequence[Matrix],
-        largest: Sequence[float],
-        alphas: Sequence[float],
-    ) -> None:
-        """Fills `out` with what the tasks' matrices come to: all of them together, each `alone`, and the largest
-        magnitude of each."""
+        self, tasks: Matrix, alone: Sequence[Matrix], largest: Sequence[float], alphas: Sequence[float]
+    ) -> Change:
+        """What the tasks' matrices come to: all of them together, each `alone`, and the largest magnitude of each."""
         side, _ = tasks.shape
-        lefts, sizes = [], []
+        kept = side // len(alone)
+        left = torch.empty(kept * len(alone), side, dtype=torch.float64).T  # takes memory as it is filled
+        values, parts, rank = [], [], 0
         for matrix, most in zip(alone, largest, strict=True):
-            values, vectors = spectrum(side, (block for _, (block,) in matrix.blocks()), most)
-            first = max(0, len(values) - side // len(alone))  # the smallest come first
-            lefts.append(vectors[:, first:].clone())
-            sizes.append(values[first:])
+            sizes, vectors = spectrum(side, (block for _, (block,) in matrix.blocks()), most)
+            first = max(0, len(sizes) - kept)  # the smallest come first
+            values.append(sizes[first:])
+            parts.append(slice(rank, rank + len(values[-1])))
+            rank = parts[-1].stop
+            left[:, parts[-1]] = vectors[:, first:]
             del vectors
-        left, values = torch.cat(lefts, 1), torch.cat(sizes)
-        del lefts
-        if not len(values):
-            out.zero_()
-            return
-        ends = [0, *torch.tensor([len(own) for own in sizes]).cumsum(0).tolist()]
+        if not rank:
+            return nothing
+        left = left[:, :rank]
+        weights = torch.cat([alpha * own for alpha, own in zip(alphas, values, strict=True)])
+        inverse = torch.cat(values).reciprocal_()
 
         def right(differences: Sequence[torch.Tensor]) -> torch.Tensor:
             """Vᵀ in these columns."""
-            found = torch.empty(len(values), differences[0].shape[1], dtype=torch.float64)
-            for difference, begin, end in zip(differences, ends, ends[1:], strict=False):
-                torch.mm(left[:, begin:end].T, difference, out=found[begin:end])
-            return found.div_(values[:, None])
+            found = torch.empty(rank, differences[0].shape[1], dtype=torch.float64)
+            for difference, own in zip(differences, parts, strict=True):
+                torch.mm(left[:, own].T, difference, out=found[own])
+            return found.mul_(inverse[:, None])
 
-        way = inverse_root(*spectrum(len(values), (right(blocks) for _, blocks in tasks.blocks()), 1.0))
-        way.mul_(torch.cat([alpha * own for alpha, own in zip(alphas, sizes, strict=True)])[:, None])
-        way = left @ (inverse_root(*of_columns(left)) @ way)
-        for columns, blocks in tasks.blocks():
-            out[:, columns] = way @ right(blocks)
+        core = inverse_root(*of_columns(left))
+        found = spectrum(rank, (right(blocks) for _, blocks in tasks.blocks()), 1.0, beside=core)
+        times_inverse_root(core.mul_(weights), *found)
+        del found
+        way = left @ core
+        del core
+
+        def fill(rows: range, columns: range, out: torch.Tensor) -> None:
+            if tasks.turned:
+                for own, blocks in tasks.blocks(columns):
+                    out[:, own] = way @ right(blocks)
+                return
+            some = way[rows.start : rows.stop]
+            tasks.multiply([(some[:, own] * inverse[own]) @ left[:, own].T for own in parts], columns, out)
+
+        return fill
 
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
-        return held(shape, itemsize, 5, 2)
+        return held(shape, itemsize, 3)

@@ -102,12 +102,14 @@ def test_panels_do_not_matter(spec, shape, monkeypatch):
     generator = np.random.default_rng(9)
     vectors = [generator.standard_normal(shape) for _ in range(2)]
     whole = change(spec, vectors, (0.5, -0.3), shape)
-    monkeypatch.setattr(matrices, "_BLOCK", 7 * min(shape[-2:]))
-    found = change(spec, vectors, (0.5, -0.3), shape)
-    assert abs(found - whole).max() <= 1e-10 * abs(whole).max()
-    for nbytes, chunk in ((50 * 30 * 16, 33), (1, 1000), (1, 101)):
+    monkeypatch.setattr(matrices, "_BLOCK", 14 * min(shape[-2:]))
+    monkeypatch.setattr(matrices, "_TILE", 9)
+    for nbytes in (1 << 20, 50 * 30 * 16, 1):
         monkeypatch.setattr(matrices, "_PANEL", nbytes)
-        assert np.array_equal(change(spec, vectors, (0.5, -0.3), shape, chunk), found)
+        found = change(spec, vectors, (0.5, -0.3), shape)
+        assert abs(found - whole).max() <= 1e-10 * abs(whole).max()
+        for chunk in (33, 101):
+            assert np.array_equal(change(spec, vectors, (0.5, -0.3), shape, chunk), found), "chunks do not matter"
 
 
 def memory_taken(method, vectors, shape, end=1):
@@ -134,10 +136,10 @@ def memory_taken(method, vectors, shape, end=1):
 
 @pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
 def test_no_matrix_is_held_beside_what_is_added(spec):
-    """Nor are vectors or their singular vectors, in fp64 112 MiB beside the 16 MiB that are added."""
+    """Nor are vectors or their singular vectors, in fp64 128 MiB; a panel of what is added has 32."""
     method, shape = build(spec), (512, 8192)
     vectors = [torch.randn(512 * 8192, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
-    assert memory_taken(method, vectors, shape) <= method.bytes_held(shape, 0, 4) <= 144 << 20
+    assert memory_taken(method, vectors, shape) <= 112 << 20 < method.bytes_held(shape, 0, 4)
 
 
 @pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
@@ -146,7 +148,7 @@ def test_of_a_stack_one_matrix_is_held(spec):
     method, shape = build(spec), (40, 128, 4096)
     vectors = [torch.randn(128 * 4096, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
     taken = memory_taken(method, vectors, shape, math.prod(shape))
-    assert taken <= method.bytes_held(shape, 0, 4) == method.bytes_held(shape[1:], 0, 4) <= 40 << 20
+    assert taken <= method.bytes_held(shape, 0, 4) == method.bytes_held(shape[1:], 0, 4) <= 48 << 20
 
 
 def test_factors_of_high_rank_are_counted():
@@ -319,6 +321,21 @@ def test_a_part_of_a_tensor_is_one_of_the_whole(spec, point):
     assert torch.equal(out.view(131, 10), wanted[name][:, 5:15])
 
 
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_what_is_asked_for_first_does_not_matter(spec, point, monkeypatch):
+    """Of several panels, in matrices that are square, high and of a stack; from the last elements to the first."""
+    monkeypatch.setattr(matrices, "_PANEL", 8 * 2000)
+    asked = point(spec)
+    wanted = dict(read_point(asked))
+    reader = PointReader([asked], {source: open_source(source) for source in asked.sources()})
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", STACK):
+        whole = wanted[name].view(-1)
+        for start in reversed(range(0, len(whole), 700)):
+            out = torch.empty(min(700, len(whole) - start), dtype=torch.bfloat16)
+            reader.fill(name, start, out)
+            assert torch.equal(out, whole[start : start + 700]), (name, start)
+
+
 @pytest.mark.parametrize("isotropic", [False, True])
 def test_core_space_merges_adapters(isotropic, tmp_path):
     """And nothing that is not stored as factors; other methods merge the same adapters."""
@@ -352,7 +369,8 @@ def test_a_matrix_that_takes_too_much_is_refused(spec, point):
     assert name == "model.embed_tokens.weight" and shape == (301, 48)
     assert rows.matrix_memory(asked, sources, "F32")[0] > nbytes > 301 * 48 * 4
     rows.require_memory(asked, sources, nbytes)
-    with pytest.raises(BadInput, match=rf"target: {spec.name} holds what .* of tensor .*\(301 × 48\).*merge.memory is"):
+    said = rf"target: {spec.name} decomposes a matrix of tensor .*\(301 × 48\).*merge.memory is"
+    with pytest.raises(BadInput, match=said):
         rows.require_memory(asked, sources, nbytes - 1)
     masked = replace(asked, terms=tuple(replace(t, mask=Mask(exclude=(".*embed.*",))) for t in asked.terms))
     rows.require_memory(masked, sources, nbytes - 1)
