@@ -7,6 +7,7 @@ import os
 import pytest
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # the engine does so too, but a test may import torch first
+import zoo
 from families import Answers, Family, answers, make_family, start
 
 from rvdist.core.point import WeightPoint
@@ -24,6 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     """Whatever test comes first, the first engine of the process has experts."""
     made = {kind: make_family(kind, tmp_path_factory.mktemp(kind)) for kind in [*KINDS, "mla"]}
+    made |= {kind: zoo.make(kind, tmp_path_factory.mktemp(kind)) for kind in ("granitemoehybrid", "gpt_oss")}
     start(WeightPoint(str(made["moe"].target)))
     return made
 

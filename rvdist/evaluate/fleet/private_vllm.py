@@ -41,6 +41,9 @@ IN_RANK = (
     "vllm.model_executor.model_loader.reload.layerwise:_layerwise_process(info)",
     "vllm.model_executor.model_loader.reload.layerwise:_place_kernel_tensors(info)",
     "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info(layer)",
+    "vllm.model_executor.model_loader.reload.layerwise:get_numel_loaded",
+    "vllm.model_executor.model_loader.reload.layerwise:make_online_process_loader(param_name)",
+    "vllm.model_executor.model_loader.weight_utils:default_weight_loader(loaded_weight)",
     "vllm.model_executor.model_loader.reload.meta:restore_layer_on_meta(info)",
     "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo(kernel_non_persistent_buffers)",
     "vllm.model_executor.model_loader.reload.utils:get_layer_params_buffers(layer)",
@@ -184,25 +187,86 @@ def own_choices(worker: Any) -> dict[str, str]:
 
 
 def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-    """Hands the tensors to a rank of vLLM; returns the parameters that were to be loaded and were not. It keeps no
-    record of them, so its model is patched meanwhile. What it makes of others after loading, such as W_UV of MLA, is
-    not among them; nor is a tied lm_head, which has a weight of its own only while it loads."""
+    """Hands the tensors to a rank of vLLM; returns the parameters that were to be loaded and were not: vLLM said
+    nothing of them, or wrote them past the loaders by which it reloads a layer, and so into nothing. It keeps no record
+    of either, so its model is patched meanwhile. What it makes of others after loading, such as W_UV of MLA, is not
+    among them; nor is a tied lm_head, which has a weight of its own only while it loads."""
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
     model = worker.model_runner.get_model()
     loadable: set[str] = set()
     loaded: set[str] = set()
+    past: dict[str, tuple[int, str]] = {}  # by name, of parameters without memory: their layer, and what it calls them
+    given: set[tuple[int, str]] = set()
     load_weights = model.load_weights
 
     def recording(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
         loadable.update(name for name, _ in model.named_parameters())
-        loaded.update(load_weights(weights))
+        for prefix, layer in model.named_modules():
+            if not is_deferred_attention_layer(layer):
+                own = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.is_meta]
+                past.update({f"{prefix}.{name}".lstrip("."): (id(layer), name) for name in own})
+        with _past_loaders(model):
+            loaded.update(load_weights(weights))
         return loaded
 
     model.load_weights = recording
     try:
-        worker.reload_weights(weights_iterator=tensors)
+        with noting_layers(lambda layer, weights: given.update((id(layer), name) for name, _ in weights)):
+            worker.reload_weights(weights_iterator=tensors)
     finally:
         del model.load_weights
-    return {name for name, _ in model.named_parameters() if name in loadable} - loaded
+    lost = {name for name, place in past.items() if place not in given}
+    return {name for name, _ in model.named_parameters() if name in loadable and (name in lost or name not in loaded)}
+
+
+@contextmanager
+def _past_loaders(model: Any) -> Iterator[None]:
+    """A patch while a model's weights are loaded again. Parameters have no memory then, and what the model copies into
+    a whole one itself (gpt-oss its experts and sinks) would be lost: it goes to the loader by which vLLM reloads a
+    layer."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    owners = {
+        parameter.untyped_storage()._cdata: (layer, name)
+        for layer in model.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.is_meta
+    }
+    count = layerwise.get_numel_loaded
+
+    class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        by_loader = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default and args[0].is_meta and not self.by_loader:
+                layer, name = owners.get(args[0].untyped_storage()._cdata, (None, ""))
+                parameter = getattr(layer, name, None)
+                if parameter is not None and parameter.shape == args[0].shape == args[1].shape:
+                    parameter.weight_loader = default_weight_loader
+                    parameter.weight_loader = layerwise.make_online_process_loader(layer, name)
+                    parameter.weight_loader(parameter, args[1])
+                    return args[0]
+            return func(*args, **(kwargs or {}))
+
+    copies = Copies()  # type: ignore[no-untyped-call]
+
+    def counting(*args: Any) -> Any:
+        copies.by_loader = True
+        try:
+            return count(*args)
+        finally:
+            copies.by_loader = False
+
+    layerwise.get_numel_loaded = counting
+    try:
+        with copies:
+            yield
+    finally:
+        layerwise.get_numel_loaded = count
 
 
 @contextmanager
@@ -272,7 +336,8 @@ def clear_caches(caches: Iterable[Any]) -> None:
 def repair_packed_copies(model: Any) -> None:
     """Brings up to date what vLLM's CPU build packed at start and its reload leaves as it was: a tied lm_head, which
     owns a packed copy of the embedding but no weight of its own and now takes the one that the reload made for the
-    embedding, and the experts of a mixture, which are packed anew."""
+    embedding, the experts of a mixture, which are packed anew, and the convolution of a Mamba layer, of which the layer
+    has a view from before it was packed."""
     if not is_on_cpu():
         return
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -288,6 +353,9 @@ def repair_packed_copies(model: Any) -> None:
         experts = getattr(kernel, "fused_experts", None)
         if isinstance(experts, CPUUnquantizedExperts):
             experts.process_weights_after_loading(layer)
+        convolved, packed = getattr(layer, "conv_weights", None), getattr(layer, "conv1d", None)
+        if convolved is not None and packed is not None:
+            convolved.copy_(getattr(packed, "_cpu_unpacked_conv_weight", packed.weight).view_as(convolved))
 
 
 def steps(llm: Any, prompts: Sequence[list[int]], parameters: Any) -> Generator[list[Any]]:

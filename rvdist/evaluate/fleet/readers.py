@@ -13,7 +13,6 @@ from functools import cache, partial
 import torch
 
 from rvdist.core.point import Rename, WeightPoint
-from rvdist.weights.arithmetic.method import warm_up
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.source import open_source
@@ -37,7 +36,6 @@ class Readers:
         device: str = "cpu",
         remap: Callable[[WeightPoint, Mapping[str, Checkpoint], Open], Mapping[str, Checkpoint]] = remap,
     ) -> None:
-        warm_up()  # an engine goes to many points
         self._open = partial(open_point, point, cache(look_up), device, remap)
         self._all = [self._open()]
         facts = [point.method.facts for point in self._all[0].points]

@@ -33,11 +33,13 @@ from rvdist.evaluate.fleet.private_vllm import (
 )
 from rvdist.evaluate.fleet.readers import Readers
 from rvdist.evaluate.fleet.recorded import Recorded
+from rvdist.weights.arithmetic.method import warm_up
 from rvdist.weights.checkpoint.kept import KeptSources
 
 LACKS = "the weight point lacks tensors that the engine needs"
 LEFT = "vLLM did not load these parameters of the weight point"
 
+warm_up()  # an engine goes to many points
 hide_llvmlite()  # in the ranks, which import nothing else of ours before they start
 end_without_names()
 
@@ -102,10 +104,10 @@ class SwapExtension:
         opened = Readers(wanted, self._rvdist_readers, kept.open, self._rvdist_arithmetic, kept.remap)
         with closing(opened) as reader:
             tensors = defer_tensors(reader, self._rvdist_bounce)
-            if exchanged:
-                config = self.model_config.hf_text_config
-                tensors = mirror(tensors, config.hidden_size, exchanged, getattr(config, "kv_lora_rank", None) or 0)
             shapes = {name: spec.shape for name, spec in reader.base.tensors.items()}
+            if exchanged:
+                text = self.model_config.hf_text_config
+                tensors = mirror(tensors, shapes, text.to_dict() | {"hidden_size": text.hidden_size}, exchanged)
             stale = self._rvdist_recorded.load(_note_names(came, tensors), shapes, self._rvdist_expected())
             if self._rvdist_bounce:
                 self._rvdist_bounce.wait()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import statistics
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from rvdist.core.errors import BadInput
 from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.timing import anonymous_bytes
-from rvdist.evaluate.fleet import mirror, readers, recorded, swap
+from rvdist.evaluate.fleet import mirror, private_vllm, readers, recorded, swap
 from rvdist.evaluate.fleet.arguments import further_arguments
 from rvdist.evaluate.fleet.bounce import BounceBuffers
 from rvdist.evaluate.fleet.deferred import Deferred
@@ -48,15 +50,25 @@ def test_swapped_equals_fresh(engine: Engine, base: Answers, family: Family, alp
     assert swapped.texts != base.texts and swapped.scores != base.scores
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mla", id="moe-mla")])
+@pytest.mark.parametrize(
+    ("kind", "records"),
+    [
+        pytest.param("mla", True, id="moe-mla"),
+        pytest.param("granitemoehybrid", False, id="moe-mamba"),
+        pytest.param("gpt_oss", False, id="moe-gpt-oss"),
+    ],
+)
 def test_what_vllm_makes_of_weights_after_loading_them_follows_a_swap(
-    kind: str, families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, records: bool, families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLA: of kv_b_proj vLLM makes two parameters, which no checkpoint has."""
+    """MLA: of kv_b_proj vLLM makes two parameters, which no checkpoint has. Mamba-2: the layer has a view of its
+    convolution from before that is packed. gpt-oss: experts and sinks are copied into parameters without their
+    loaders."""
     family = families[kind]
     engine = start(WeightPoint(str(family.target)))
     base = answers(engine)
-    monkeypatch.setattr(recorded, "reload", None)
+    if records:
+        monkeypatch.setattr(recorded, "reload", None)
     engine.swap(family.point(0.5))
     swapped = answers(engine)
     monkeypatch.undo()
@@ -457,7 +469,17 @@ def test_what_vllm_did_not_load_is_named(families: dict[str, Family], monkeypatc
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
 
 
-@pytest.mark.parametrize("kind", ["moe", "tied"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt_oss", id="moe-gpt-oss")])
+def test_what_a_model_writes_past_vllms_loaders_is_named(
+    kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes into parameters without memory, and vLLM says that it was loaded."""
+    monkeypatch.setattr(private_vllm, "_past_loaders", lambda model: nullcontext())
+    with pytest.raises(RuntimeError, match=r"vLLM did not load.*attn\.sinks.*experts\.w2_weight"):
+        start(WeightPoint(str(families[kind].target)))
+
+
+@pytest.mark.parametrize("kind", ["moe", "tied", pytest.param("granitemoehybrid", id="moe-mamba")])
 def test_the_probe_finds_a_stale_packed_copy(
     kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,7 +489,15 @@ def test_the_probe_finds_a_stale_packed_copy(
         start(WeightPoint(str(family.target))).swap(family.point(0.5))
 
 
-@pytest.mark.parametrize("kind", ["tied", pytest.param("mla", id="moe-mla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tied",
+        pytest.param("mla", id="moe-mla", marks=pytest.mark.slow),
+        pytest.param("granitemoehybrid", id="moe-mamba", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", id="moe-gpt-oss", marks=pytest.mark.slow),
+    ],
+)
 def test_the_probe_finds_any_matrix_or_bias_left_behind(
     kind: str, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,8 +507,8 @@ def test_the_probe_finds_any_matrix_or_bias_left_behind(
     engine = start(WeightPoint(str(family.target)))
     home = engine._at
     for name in old:
-        if "norm" in name:
-            continue  # a norm's weight has no other sign to take
+        if re.search(r"norm|A_log|\.D$|dt_bias|conv1d\.bias|sinks|router\.bias|gate_up_proj_bias", name):
+            continue  # it has no other sign to take
         monkeypatch.setattr(
             swap, "mirror", lambda *args, name=name: ((k, old[k] if k == name else v) for k, v in own(*args))
         )
