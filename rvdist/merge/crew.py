@@ -56,6 +56,10 @@ class _Task:
     def is_hello(self) -> bool:
         return self.unit is None and not self.wrote
 
+    @property
+    def units(self) -> list[Unit]:
+        return [self.unit] if self.unit else [unit for unit, _ in self.wrote]
+
 
 class Crew:
     """Runs a plan's units on workers spread over the cluster's nodes; the outputs' journals learn what is durable."""
@@ -163,7 +167,7 @@ class Crew:
         except ray.exceptions.RayError as error:
             if isinstance(cause := getattr(error, "cause", None), BadInput | Failed):
                 raise cause from None
-            self._replace(task.worker, error)
+            self._replace(task.worker, error, task if isinstance(error, ray.exceptions.RayTaskError) else None)
         else:
             del self._running[ready[0]]
             task.worker.heard = time.monotonic()
@@ -210,14 +214,21 @@ class Crew:
         if worker.node is None or self._is_gathering:
             return
         others = {w.node: w.unreadable for w in self._workers if w.node is not None and w.node != worker.node}
-        if not any(task.worker is worker for task in self._running.values()):
+        asked = [task for task in self._running.values() if task.worker is worker]
+        if any(task.unit and self._roster.is_suspect(task.unit) for task in asked):
+            return
+        if not asked:
             worker.heard = time.monotonic()
-        while worker.running < _AHEAD and (unit := self._roster.take(worker.node, worker.unreadable, others)):
+        idle = not asked and not worker.unsynced
+        while worker.running < _AHEAD and (unit := self._roster.take(worker.node, worker.unreadable, others, idle)):
             if not self._is_given:
                 self._is_given = True
                 self._progress(0)
             self._running[worker.actor.run.remote(unit, self._accounts.claims(unit))] = _Task(worker, unit)
             worker.running += 1
+            if self._roster.is_suspect(unit):
+                return
+            idle = False
         pending = unsynced_bytes(worker.unsynced)
         if pending > accounts.SYNC_BYTES or (pending and not worker.running):
             wrote, worker.unsynced = worker.unsynced, []
@@ -240,13 +251,13 @@ class Crew:
                 late = f"it said nothing for {silence:g} s; if it needs more, raise merge.timeout"
                 self._replace(worker, TimeoutError(late))
 
-    def _replace(self, worker: _Worker, error: Exception) -> None:
-        """A worker died, raised or was silent: what it was doing, and what it wrote without making it durable, is done
-        again by another."""
+    def _replace(self, worker: _Worker, error: Exception, task: _Task | None = None) -> None:
+        """A worker died, was silent, or raised at a `task`: what it was doing, and what it wrote without making it
+        durable, is done again by another. Of the tasks of one that died the first may be done, its answer lost."""
         import ray
 
-        asked = [task for task in self._running.values() if task.worker is worker]
-        self._running = {ref: task for ref, task in self._running.items() if task.worker is not worker}
+        asked = [one for one in self._running.values() if one.worker is worker]
+        self._running = {ref: one for ref, one in self._running.items() if one.worker is not worker}
         self._workers.remove(worker)
         ray.kill(worker.actor)
         speechless = worker.node is None
@@ -258,8 +269,9 @@ class Crew:
         )
         why = f" ({reason(getattr(error, 'cause', None) or error, 300)})" if raised else ""
         self._why_none_starts = reason(str(error).strip().splitlines()[-1], 500) if failed else ""
-        lost = [unit for task in asked for unit in ([task.unit] if task.unit else [unit for unit, _ in task.wrote])]
-        if lethal := self._roster.count_deaths(lost[: max(1, len(asked[0].wrote))]):  # what it was doing when it died
+        lost = [unit for one in asked for unit in one.units]
+        known = task is not None or len(asked) == 1
+        if lethal := self._roster.count_deaths(task.units if task else lost, known):
             raise Failed(
                 f"{lethal.file}: {ATTEMPTS} workers {'failed' if why else 'died'} while writing it"
                 f"{why or ', perhaps for want of memory'}; what is done is kept, and the same command goes on from "
@@ -267,7 +279,7 @@ class Crew:
             )
         if worker.node is not None:
             self._roster.give_back(worker.node, lost + [unit for unit, _ in worker.unsynced])
-        home, in_vain = worker.node or worker.home, 0 if worker.finished else worker.in_vain + 1
+        home, in_vain = worker.node or worker.home, worker.in_vain + 1 if known and not worker.finished else 0
         patience = ATTEMPTS - any(w.node for w in self._workers)
         self._say(
             f"a worker {f'on node {home[:8]} ' if home else ''}{'failed' if why else 'died'}"

@@ -36,7 +36,8 @@ class Roster:
         self._needed_by = {(u.output, u.file): frozenset(file.needs) for file in plan.files for u in file.units}
         self._queues: dict[str, deque[Unit]] = {}  # of each node, units of the files it has taken
         self._blind: dict[str, frozenset[Need]] = {}  # of each node that ever had a worker, what it cannot read
-        self._deaths: Counter[tuple[int, str, int]] = Counter()  # of workers over a unit: (output, file, start)
+        # Of workers over a unit (output, file, start); 0 where one died that may have been at another
+        self._deaths: Counter[tuple[int, str, int]] = Counter()
 
     @property
     def is_left(self) -> bool:
@@ -66,13 +67,19 @@ class Roster:
         """What a worker that cannot read these lacks of the largest file that nobody owns."""
         return min(unreadable & self._files[0].needs.keys(), default=None) if self._files else None
 
-    def take(self, node: str, unreadable: frozenset[Need], others: Mapping[str, frozenset[Need]]) -> Unit | None:
-        """The next unit of a worker on `node` that cannot read these; None where there is nothing for it. `others` are
-        the other nodes that have workers, and what they cannot read."""
+    def take(
+        self, node: str, unreadable: frozenset[Need], others: Mapping[str, frozenset[Need]], idle: bool = True
+    ) -> Unit | None:
+        """The next unit of a worker on `node` that cannot read these; None where there is nothing for it, or nothing
+        unless it is `idle`. `others` are the other nodes that have workers, and what they cannot read."""
         queue = self._queues[node]
         if not queue and (file := self._own(unreadable, others)):
             queue.extend(file.units)
-        return queue.popleft() if queue else None
+        return queue.popleft() if queue and (idle or not self.is_suspect(queue[0])) else None
+
+    def is_suspect(self, unit: Unit) -> bool:
+        """Whether a worker died that may have been at this: the next is given it alone, so that it is known."""
+        return _place(unit) in self._deaths
 
     def _own(self, unreadable: frozenset[Need], others: Mapping[str, frozenset[Need]]) -> OutputFile | None:
         """The largest file left of which everything can be read; of those, one that fewest other nodes can read."""
@@ -83,12 +90,12 @@ class Roster:
         self._files.remove(file)
         return file
 
-    def count_deaths(self, units: Iterable[Unit]) -> Unit | None:
-        """A worker died while it was at these; returns one of them over which workers died again and again."""
+    def count_deaths(self, units: Iterable[Unit], known: bool = True) -> Unit | None:
+        """A worker died while it was at these, or, where that is not `known`, at some of them; returns one of them over
+        which workers died again and again."""
         for unit in units:
-            at = (unit.output, unit.file, unit.start)
-            self._deaths[at] += 1
-            if self._deaths[at] == ATTEMPTS:
+            self._deaths[_place(unit)] += known
+            if self._deaths[_place(unit)] == ATTEMPTS:
                 return unit
         return None
 
@@ -108,3 +115,7 @@ class Roster:
         self._queues[node].clear()
         for key, units in by_file.items():
             self._files.append(OutputFile(tuple(units), dict.fromkeys(self._needed_by[key], 0), 0))
+
+
+def _place(unit: Unit) -> tuple[int, str, int]:
+    return unit.output, unit.file, unit.start

@@ -76,3 +76,16 @@ def test_a_unit_that_kills_again_and_again_is_returned():
     unit, other = (roster.take("x", frozenset(), {}) for _ in range(2))
     assert [roster.count_deaths([other, unit]) for _ in range(ATTEMPTS - 1)] == [None] * (ATTEMPTS - 1)
     assert roster.count_deaths([unit]) == unit
+
+
+def test_a_unit_at_which_a_worker_may_have_died_is_given_alone_and_counts_then():
+    roster = Roster(FakePlan(f=(3, [A])))
+    roster.meet("x", frozenset())
+    first, second = (roster.take("x", frozenset(), {}, idle) for idle in (True, False))
+    for _ in range(ATTEMPTS):
+        assert roster.count_deaths([first, second], known=False) is None
+    roster.give_back("x", [first, second])
+    assert roster.take("x", frozenset(), {}, idle=False) is None
+    assert [roster.take("x", frozenset(), {}) for _ in range(2)] == [first, second]
+    assert not roster.is_suspect(roster.take("x", frozenset(), {}, idle=False))
+    assert [roster.count_deaths([second]) for _ in range(ATTEMPTS)] == [None] * (ATTEMPTS - 1) + [second]

@@ -20,13 +20,10 @@ class Failures:
         self._last: dict[Slice, str] = {}
         self._unusable: Counter[str] = Counter()
 
-    def add(self, engine: int, reason: str, piece: Slice | None = None) -> None:
-        """The engine of this number has failed; at work on `piece`, or before it could be given one."""
-        if piece:
-            at = f" at {piece.name}"
-            self._last[piece] = reason
-        else:
-            at = " as it started"
+    def add(self, engine: int, reason: str, *pieces: Slice) -> None:
+        """The engine of this number has failed; at work on one of `pieces`, or before it could be given any."""
+        self._last |= dict.fromkeys(pieces, reason)
+        at = f" at {' or '.join(piece.name for piece in pieces)}" if pieces else " as it started"
         self.told.append(f"engine {engine} failed{at}: {reason}")
 
     def require_usable(self, reason: str) -> None:

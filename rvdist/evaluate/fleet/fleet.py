@@ -153,7 +153,7 @@ class Fleet:
                     came = {}
                     del running[ready]
                     forecast.drop(piece)
-                    self._fail(seat, schedule, {busy.number for busy, _ in running.values()}, error, piece)
+                    self._fail(seat, schedule, {busy.number for busy, _ in running.values()}, error)
                     continue
                 seat.until = None
                 if isinstance(answered, Refused):
@@ -176,7 +176,7 @@ class Fleet:
                 if seat.until is not None and now > seat.until:
                     del running[late]
                     forecast.drop(piece)
-                    self._fail(seat, schedule, set(), TimeoutError(_LATE), piece)
+                    self._fail(seat, schedule, set(), TimeoutError(_LATE))
         self._asked = {}
         for seat in self.seats:
             self._outlive(seat)
@@ -207,21 +207,21 @@ class Fleet:
         inside = PlacementGroupSchedulingStrategy(self._groups[number], 0, placement_group_capture_child_tasks=True)
         return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": inside}
 
-    def _fail(self, seat: Seat, schedule: Schedule, busy: set[int], error: Exception, piece: Slice) -> None:
-        """Another engine for a seat whose engine died, raised or was silent, at work on `piece`. Raises what is bad
+    def _fail(self, seat: Seat, schedule: Schedule, busy: set[int], error: Exception) -> None:
+        """Another engine for a seat whose engine died, raised or was silent at work. Raises what is bad
         input, and Failed where two engines say that none can serve."""
         import ray
 
         why = explain(error, seat.log)
         if isinstance(cause(error), BadInput):
             raise BadInput(why)
-        schedule.leave(seat.number)
+        raised = isinstance(error, ray.exceptions.RayTaskError)
         self.stats.deaths += 1
-        self._failures.add(seat.number, why, piece)
+        self._failures.add(seat.number, why, *schedule.leave(seat.number, raised))
         self.seats.replace(seat)
         if isinstance(cause(error), Unusable):
             self._failures.require_usable(why)
-        if isinstance(error, ray.exceptions.RayTaskError | TimeoutError):
+        if raised or isinstance(error, TimeoutError):
             return
         # It died. Idle ones must show that they live before they get what it had: they may have gone with its node
         idle = [other for other in self.seats if other.up is not None and other.number not in busy]

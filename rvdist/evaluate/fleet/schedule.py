@@ -171,7 +171,7 @@ class Schedule:
         self._at: dict[int, int | None] = {}
         self._busy: dict[int, tuple[Slice, float]] = {}  # and when it should be done
         self._held: dict[int, Slice] = {}
-        self._deaths: Counter[Slice] = Counter()
+        self._deaths: Counter[Slice] = Counter()  # of engines at a slice; 0 where one may have been at another
         self._swaps = _Tally()  # its work: how many
         self._refused: set[int] = set()
         self.lethal: list[Slice] = []
@@ -185,22 +185,27 @@ class Schedule:
         """A new engine, or one that is known to be `at` a point."""
         self._at[engine] = None if at is None else self._id(at)
 
-    def leave(self, engine: int) -> None:
-        """The engine is gone; if it was working, its slice goes back whole, or among the `lethal`."""
+    def leave(self, engine: int, raised: bool = False) -> list[Slice]:
+        """The engine is gone; if it was working, its slice goes back whole, or among the `lethal`. One that held
+        another may have been at that, its answers lost: unless it has `raised`, neither counts, and from then on no
+        engine is given more beside them, so that it is known. Returns what it may have been at."""
         del self._at[engine]
         held = self._held.pop(engine, None)
         if held is not None and self._id(held.point) not in self._refused:
             self._put(held)
         if engine not in self._busy:
-            return
+            return []
         piece, _ = self._busy.pop(engine)
+        at = [piece] if held is None or raised else [piece, held]
+        for one in at:
+            self._deaths[one] += len(at) == 1
         if self._id(piece.point) in self._refused:
-            return
-        self._deaths[piece] += 1
+            return at
         if self._deaths[piece] < LETHAL:
             self._put(piece)
         else:
             self.lethal.append(piece)
+        return at
 
     def take(self, engine: int, now: float) -> Slice | None:
         """What an idle engine does next. None: nothing that others will not have done sooner; ask again later,
@@ -228,7 +233,10 @@ class Schedule:
             return None
         if self._counts.get(here, 0) <= _DEEP * self._engines_at(here):
             return None
-        self._held[engine] = self._pull(here, self._longest(here)[0])
+        pile = self._longest(here)[0]
+        if self._deaths and (self._busy[engine][0] in self._deaths or pile.slices[-1] in self._deaths):
+            return None
+        self._held[engine] = self._pull(here, pile)
         return self._held[engine]
 
     def after(self, engine: int) -> Slice | None:

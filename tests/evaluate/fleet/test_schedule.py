@@ -178,6 +178,32 @@ def test_a_busy_engine_holds_its_next_slice_where_many_wait():
     assert few.hold(0) is None, "too few wait"
 
 
+@pytest.mark.parametrize("raised", [False, True])
+def test_an_engine_that_held_a_slice_may_have_died_at_that(raised):
+    schedule = Schedule(slices(ONE, 16))
+    schedule.join(0, ONE)
+    schedule.take(0, 0.0)
+    schedule.finish(0, 0.0, 1.0)
+    taken, held = schedule.take(0, 1.0), schedule.hold(0)
+    if raised:
+        assert schedule.leave(0, raised=True) == [taken]
+        schedule.join(1, ONE)
+        while schedule.take(1, 2.0) != taken:
+            schedule.finish(1, 0.0, 1.0)
+        assert schedule.leave(1) == [taken] and schedule.lethal == [taken]
+        return
+    assert schedule.leave(0) == [taken, held]
+    for engine in (1, 2):
+        schedule.join(engine, ONE)
+        while (piece := schedule.take(engine, 2.0)) != held:
+            ahead = schedule.hold(engine)
+            assert ahead not in (taken, held) and (ahead is None or piece != taken)
+            schedule.finish(engine, 0.0, 1.0)
+        assert schedule.hold(engine) is None and schedule.lethal == []
+        assert schedule.leave(engine) == [held]
+    assert schedule.lethal == [held], "and not the one before it, at which no engine died"
+
+
 def test_what_an_engine_holds_of_a_refused_point_is_its_own():
     schedule = Schedule(slices(ONE, 16))
     schedule.join(0, ONE)
