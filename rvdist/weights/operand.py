@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from rvdist.core.errors import BadInput
+from rvdist.weights.arithmetic.blocks import PackedFiles
 from rvdist.weights.checkpoint import mxfp4
-from rvdist.weights.checkpoint.difference import BLOCK, Dense, Difference, Dora, LowRank, Packed, Rows, Sparse, Whole
+from rvdist.weights.checkpoint.difference import Dense, Difference, Dora, LowRank, Packed, Rows, Sparse, Whole
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import INTERLEAVED
 from rvdist.weights.checkpoint.fp8 import MXFP4, Codes, Floats, Scaled, dequantize, unpack
@@ -24,7 +25,7 @@ from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.layouts import UP, Relaid, View
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
-from rvdist.weights.packed import bits, spread
+from rvdist.weights.packed_files import locate, make_whole
 from rvdist.weights.products import Interleaved, Rescaled, multiply
 from rvdist.weights.remapped_rows import RemappedOperand
 from rvdist.weights.stored import Operand
@@ -72,7 +73,10 @@ class _Computed(Operand):
         elif isinstance(form, LowRank):
             self._multiply(name, form, begin, out)
         elif isinstance(form, Packed):
-            self._unpack(name, form, begin, out)
+            if not make_whole(form, self._tensors[name].numel, begin, out, self._part):
+                raise BadInput(
+                    f"{self._difference.path}: tensor {name} does not say where its values are; save the vector again"
+                )
         else:
             self._scatter(name, form, begin, end, out)
         return out
@@ -122,23 +126,11 @@ class _Computed(Operand):
             self._rescaled = name, held
         return held
 
-    def _unpack(self, name: str, form: Packed, begin: int, out: torch.Tensor) -> None:
-        first, last = begin // BLOCK, -(-(begin + out.numel()) // BLOCK)
-        starts = self._part(form.starts, first, last + 1).numpy()
-        counts, numel = np.diff(starts), self._tensors[name].numel
-        sound = bool((counts >= 0).all() and (counts <= BLOCK).all()) and 0 <= starts[0] <= starts[-1]
-        sound = sound and (first > 0 or starts[0] == 0) and starts[-1] <= form.values.numel
-        sound = sound and (last * BLOCK < numel or starts[-1] == form.values.numel)
-        if sound:
-            span = int(starts[0]), int(starts[-1])
-            bytes_of_bits = first * BLOCK // 8, min(last * BLOCK // 8, form.where.numel)
-            where = self._part(form.where, *(span if form.where.dtype == "U16" else bytes_of_bits))
-            values, before = self._part(form.values, *span), first * BLOCK
-            sound = spread(where.numpy(), counts, bits(values), begin - before, numel - before, bits(out))
-        if not sound:
-            raise BadInput(
-                f"{self._difference.path}: tensor {name} does not say where its values are; save the vector again"
-            )
+    def packed(self, name: str, begin: int, end: int) -> PackedFiles | None:
+        form, numel = self._difference.forms[name], self._tensors[name].numel
+        if not isinstance(form, Packed):
+            return None
+        return locate(form, numel, begin, end, self._part, self._files.locate)
 
     def _of_base(self, name: str, begin: int, end: int) -> torch.Tensor:
         assert self._base, "an adapter that needs its base was not bound to one"
@@ -377,23 +369,3 @@ def open_operand(checkpoint: Checkpoint) -> Operand:
     if isinstance(checkpoint, Scaled):
         return Dequantized(checkpoint)
     return _Computed(checkpoint) if isinstance(checkpoint, Difference) else Operand(checkpoint)
-
-
-def tell_nonfinite(operand: Operand, name: str, part: str, stop: int) -> str:
-    """How many of the first `stop` elements of a tensor are infinite or not a number, in words that name its file and
-    what `part` it plays; "" where all are finite."""
-    spec, checkpoint = operand.checkpoint.tensors[name], operand.checkpoint
-    buffer = torch.empty(_CHUNK * 8, dtype=torch.uint8)
-    count, first = 0, -1
-    for begin in range(0, min(spec.numel, stop), _CHUNK):
-        end = min(begin + _CHUNK, spec.numel, stop)
-        odd = operand.read(name, begin, end, buffer).double().isfinite().logical_not()
-        if first < 0 and odd.any():
-            first = begin + int(odd.nonzero()[0])
-        count += int(odd.sum())
-    if not count:
-        return ""
-    place = [int(at) for at in np.unravel_index(first, spec.shape)]
-    where = f"{checkpoint.hub}/{spec.file}" if checkpoint.hub else checkpoint.path / spec.file
-    values = "1 value that is" if count == 1 else f"{count:,} values that are"
-    return f"{where} ({part}) has {values} not finite there{f', the first at {place}' if place else ''}"

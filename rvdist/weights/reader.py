@@ -19,7 +19,6 @@ from rvdist.weights.arithmetic.method import (
     Place,
     Scratch,
     combine,
-    combine_files,
     count_nonfinite,
     unify_nans,
     working_dtype,
@@ -33,12 +32,14 @@ from rvdist.weights.checkpoint.layouts import lay_out
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.checkpoint.vocabulary import Open, remap
-from rvdist.weights.lanes import CHUNK, Lane, open_lanes
-from rvdist.weights.operand import tell_nonfinite
+from rvdist.weights.file_sums import Sum, find_sum
+from rvdist.weights.lanes import CHUNK, Compute, Lane, open_lanes
+from rvdist.weights.nonfinite import blame
 from rvdist.weights.stored import Operand
 from rvdist.weights.values import AT_ONCE, Values
 
 Recipe = list[tuple[float, Vector]]  # α·m and the vector of every term that changes a tensor
+Read = Callable[[], Mapping[str, torch.Tensor]]
 
 
 class PointReader:
@@ -97,14 +98,17 @@ class PointReader:
         dtype = self.output_dtype(spec)
         recipes, works, copied = self._prepare(name)
         bases = [point.base for point in self.points]
+        add = self._find_sum(name, start, stop, recipes[0], works[0]) if len(self.points) == 1 else None
         cuts = self._cuts(name, start, stop, [v for terms in recipes for _, v in terms], self._lanes[0].chunk)
         ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
         try:
             for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
-                operand = self._read([*bases, *_donors(present)], name, begin, end, lane)
+                read = partial(self._read, [*bases, *_donors(present)], name, begin, end, lane)
                 compute = partial(self._combine, self._place(name, begin), recipes, works, present)
                 outs = [] if into is None else [into[begin - start : end - start]]
-                lane.launch(operand, len(self.points), end - begin, dtype, compute, outs)
+                if add:
+                    compute = partial(self._sum_or_combine, add, begin, read, compute)
+                lane.launch({} if add else read(), len(self.points), end - begin, dtype, compute, outs)
                 ahead.append((begin, lane))
                 if len(ahead) == len(self._lanes):
                     yield self._finish(*ahead.popleft(), copied)
@@ -124,7 +128,11 @@ class PointReader:
             for begin in range(0, out.numel(), CHUNK):
                 self._note(name, count_nonfinite(out[begin : begin + CHUNK], self._scratch))
             return
-        if recipe and work == torch.float32 and self._fill_from_files(name, start, recipe, out):
+        add = self._find_sum(name, start, stop, recipe, work)
+        if add and (count := self._sum(add, start, out, self._scratch)) is not None:
+            self._note(name, count)
+            if count:
+                unify_nans(out)
             return
         row = self._row(name)
         first, last = start // row * row, -(-stop // row) * row
@@ -140,26 +148,24 @@ class PointReader:
         if self.nonfinite[0] > before:
             self.spoiled.setdefault(name)
 
-    def _fill_from_files(self, name: str, start: int, recipe: Recipe, out: torch.Tensor) -> bool:
-        """`fill` where all tensors are bf16, lie in files as they are, and can be read as they are summed. Whether it
-        was done."""
+    def _find_sum(self, name: str, start: int, stop: int, recipe: Recipe, work: torch.dtype) -> Sum | None:
+        """What sums these elements of the only point as it reads them; None where nothing does."""
         (point,), (method,) = self.points, self._methods
-        sources = list(dict.fromkeys([point.base, *_donors(vector for _, vector in recipe)]))
-        operands = [self._values.operands[source] for source in sources]
-        if self._device != "cpu" or any(operand.dtype(name) != torch.bfloat16 for operand in operands):
-            return False
-        files = [file for operand in operands if (file := operand.file(name, start, start + out.numel()))]
-        if len(files) < len(sources) or any(vector.minus is None for _, vector in recipe):
-            return False
-        terms = [(alpha, sources.index(v.plus), sources.index(v.minus or "")) for alpha, v in recipe]
-        count = combine_files(method, files, terms, out, self._scratch)
-        if count is None:
-            return False
-        self._bytes_read += len(files) * out.nbytes
-        self._note(name, count)
-        if count:
-            unify_nans(out)
-        return True
+        if self._device != "cpu" or not recipe or work != torch.float32 or not method.elementwise_sum:
+            return None
+        return find_sum(method, self._values.operands, point.base, recipe, name, start, stop)
+
+    def _sum(self, add: Sum, start: int, out: torch.Tensor, scratch: Scratch) -> int | None:
+        summed = add(start, out, scratch)
+        self._bytes_read += summed.nbytes if summed else 0
+        return summed.nonfinite if summed else None
+
+    def _sum_or_combine(
+        self, add: Sum, start: int, read: Read, combine: Compute, _: object, outs: list[torch.Tensor], scratch: Scratch
+    ) -> list[Count]:
+        """Computes a chunk of the only point, of which nothing has been read."""
+        count = self._sum(add, start, outs[0], scratch)
+        return combine(read(), outs, scratch) if count is None else [count]
 
     def fill_columns(self, name: str, rows: range, columns: range, out: torch.Tensor) -> None:
         """Writes these columns of these rows, of the only point: `out` is 1-d, as for `fill`. Of several matrices in
@@ -352,23 +358,9 @@ class PointReader:
                 parts.setdefault(vector.plus, {})["plus" if vector.minus else "the vector"] = None
                 if vector.minus:
                     parts.setdefault(vector.minus, {})["minus"] = None
-        rows = self.base.tensors[name].numel
-        suspects = [
-            tell_nonfinite(self._values.operands[source], name, " and ".join(own), rows)
-            for source, own in parts.items()
-        ]
-        if any(suspects):
-            stays = any("the target" in own and odd for own, odd in zip(parts.values(), suspects, strict=True))
-            mask = "" if stays else " keep the vector from this tensor (vector.mask.exclude),"
-            return (
-                f"tensor {name} would be infinite or not a number: {' and '.join(filter(None, suspects))}; get a sound "
-                f"copy,{mask} or set allow_nonfinite=true"
-            )
-        dtype = str(self.output_dtype(self.base.tensors[name])).removeprefix("torch.")
-        return (
-            f"tensor {name} would be infinite or not a number: all it is made of is finite, and the result overflows "
-            f"{dtype}; choose a smaller alpha, another dtype, or set allow_nonfinite=true"
-        )
+        spec = self.base.tensors[name]
+        dtype = str(self.output_dtype(spec)).removeprefix("torch.")
+        return blame(name, {k: list(own) for k, own in parts.items()}, self._values.operands, spec.numel, dtype)
 
     def close(self) -> None:
         """Closes the files."""

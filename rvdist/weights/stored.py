@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rvdist.weights.arithmetic.blocks import PackedFiles
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE, TensorFiles
@@ -37,6 +38,11 @@ class Operand:
         they begin; None where they lie otherwise. Raises as `read` does."""
         spec = self._tensors[name]
         return self._files.locate(spec, begin) if type(self) is Operand and end <= spec.numel else None
+
+    def packed(self, name: str, begin: int, end: int) -> PackedFiles | None:
+        """Where the parts of elements [begin, end) of a packed tensor are, to be read as they are summed; None where
+        that cannot be. Raises as `read` does."""
+        return None
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that elements of a tensor are read in."""

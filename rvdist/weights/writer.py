@@ -13,7 +13,7 @@ from rvdist.weights.checkpoint.direct import File
 from rvdist.weights.checkpoint.header import TensorSpec
 from rvdist.weights.checkpoint.journal import Written
 from rvdist.weights.checkpoint.staging import Staging
-from rvdist.weights.operand import tell_nonfinite
+from rvdist.weights.nonfinite import tell_nonfinite
 from rvdist.weights.stored import Operand
 
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled

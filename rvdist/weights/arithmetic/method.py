@@ -16,6 +16,8 @@ from typing import Protocol
 
 import torch
 
+from rvdist.weights.arithmetic.blocks import PackedFiles
+
 Count = int | torch.Tensor  # of elements; on a card a 0-d tensor there, since the CPU would have to wait for a number
 Difference = tuple[float, torch.Tensor, torch.Tensor | None]  # α, plus, minus; no minus: plus is the difference
 
@@ -163,6 +165,21 @@ def combine_files(
     buffers = scratch(0, len(files) * size, torch.bfloat16).view(len(files), size)
     found: int | None = _loops.linear_of_files(files, differences, out, buffers)
     return found
+
+
+def combine_packed(
+    method: Method, base: tuple[int, int], packed: PackedFiles, alpha: float, out: torch.Tensor, scratch: Scratch
+) -> int | None:
+    """What `combine` does in fp32 of a bf16 base and one packed difference, which are read meanwhile. `base` is a
+    descriptor, and the byte where what `out` is to have begins. None where that cannot be done, or the parts do not fit
+    each other: the difference is to be read and combined then."""
+    from rvdist.weights.arithmetic import packed_sum  # packed tensors need a compiler however they are read
+
+    if not (method.elementwise_sum and packed_sum.applies(alpha, out, scratch.numel)):
+        return None
+    count = packed_sum.ROOM
+    rooms = scratch(0, count, torch.uint16), scratch(1, count // 4, torch.uint64), scratch(2, count, torch.float32)
+    return packed_sum.of_files((base[0], base[1] - 2 * packed.first), packed, alpha, out, rooms)
 
 
 def _count(out: torch.Tensor, scratch: Scratch) -> Count:
