@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 _SHAPE = {  # under whatever name a family has for it
     "attn_layer_indices": None,
@@ -120,7 +121,7 @@ def make(kind: str, out: Path) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms start as constants, which would hide α
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 or not parameter.any():
                     parameter.add_(torch.randn_like(parameter) * 0.3)
         model.save_pretrained(out / name)
         _tokenizer().save_pretrained(out / name)
@@ -134,6 +135,7 @@ def main(kind: str, out: Path) -> None:
     from rvdist.core.point import WeightPoint
 
     family = make(kind, out)
+    plus, minus = (load_file(path / "model.safetensors") for path in (family.plus, family.minus))
     engine = start(WeightPoint(str(family.target)))
     base = answers(engine)
     engine.swap(family.point(0.5))
@@ -141,6 +143,7 @@ def main(kind: str, out: Path) -> None:
     fresh = answers(start(family.write(0.5, out / "written")))
     engine.swap(family.point(0.0))
     found = {
+        "tensors": not any(plus[name].equal(minus[name]) for name in plus),
         "probe": engine.info()["probe"],
         "texts": swapped.texts == fresh.texts,
         "scores": swapped.scores == fresh.scores,
