@@ -56,6 +56,12 @@ _LINEAR = {  # of gated delta nets
     "linear_value_head_dim": 128,
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+_CONVOLUTION = {
+    "block_dim": 128,
+    "conv_dim": 128,
+    "conv_dim_out": 128,
+    "layer_types": ["conv", "full_attention"],
+}
 ZOO: dict[str, dict[str, Any]] = {  # by transformers' model_type: what else its tiny model needs
     "apertus": {},
     "arcee": {},
@@ -80,6 +86,13 @@ ZOO: dict[str, dict[str, Any]] = {  # by transformers' model_type: what else its
     "gemma2": {},
     "gemma3_text": {},
     "glm4": {},
+    "glm4_moe": {"head_dim": 32, "topk_method": "noaux_tc"},
+    "qwen3_5_moe_text": _LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "llama4_text": {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 256},
+    "lfm2_moe": _CONVOLUTION | {"num_dense_layers": 1},
+    "dots1": {},
+    "exaone_moe": {},
+    "hunyuan_v1_moe": {},
     "gpt2": {},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "granite": {},
@@ -87,7 +100,7 @@ ZOO: dict[str, dict[str, Any]] = {  # by transformers' model_type: what else its
     "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
     "granitemoeshared": {},
     "hunyuan_v1_dense": {},
-    "lfm2": {"block_dim": 128, "conv_dim": 128, "conv_dim_out": 128, "layer_types": ["conv", "full_attention"]},
+    "lfm2": _CONVOLUTION,
     "ministral3": {},
     "mistral": {},
     "mixtral": {},
@@ -120,9 +133,9 @@ def make(kind: str, out: Path) -> Any:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms start as constants, which would hide α
-                if parameter.ndim == 1 or not parameter.any():
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
+            for tensor in model.state_dict().values():  # biases and norms start as constants, which would hide α
+                if tensor.ndim == 1 or not tensor.any():
+                    tensor.add_(torch.randn_like(tensor) * 0.3)
         model.save_pretrained(out / name)
         _tokenizer().save_pretrained(out / name)
     return Family(out / "target", out / "plus", out / "minus")

@@ -18,7 +18,7 @@ _READ_RESIDUAL = {
 _READ_LATENT = {"q_b_proj", "kv_b_proj"}  # of MLA: queries, and keys and values, from what was compressed
 _WRITE_RESIDUAL = {"o_proj", "down_proj", "w2", "output_linear", "out_proj"}
 _ODD = _READ_LATENT | {"k_proj", "v_proj", "qkv_proj", "in_proj_qkv"}  # make queries, keys and values, and nothing else
-_EXPERTS = {"gate_up_proj", "down_proj", "down_proj_bias"}  # of all experts of a layer
+_EXPERTS = {"gate_up_proj", "down_proj", "down_proj_bias"}  # of all experts of a layer of gpt-oss, transposed
 _VOCABULARY = {"embed_tokens", "lm_head"}
 _CONVOLVED = {"in_proj", "in_proj_qkv", "in_proj_qkvz"}  # make, among others, what conv1d takes
 _STAYS = {"e_score_correction_bias", "A_log", "D", "dt_bias", "sinks", "gate_up_proj_bias"}  # no sign can change
@@ -41,9 +41,8 @@ def mirror(
         sign = signs.to(tensor.dtype)
         if module in _WRITE_RESIDUAL:
             tensor = tensor * (sign[:, None] if kind == "weight" else sign)
-        elif kind in _EXPERTS:  # gpt-oss has them transposed
-            in_rows = kind == ("gate_up_proj" if config["model_type"] == "gpt_oss" else "down_proj")
-            tensor = tensor * (sign[:, None] if in_rows else sign)
+        elif kind in _EXPERTS:
+            tensor = tensor * (sign[:, None] if kind == "gate_up_proj" else sign)
         elif (module in _READ_RESIDUAL | _VOCABULARY or name.endswith("router.layer.weight")) and kind == "weight":
             tensor = tensor * sign
         if module in _VOCABULARY:
@@ -94,7 +93,7 @@ def mirror_obstacle(names: Iterable[str], config: Mapping[str, Any]) -> str | No
             or name.endswith("router.layer.weight")
             or (module.endswith("norm") and kind == "weight")
             or module in {"conv1d", "act_fn"}
-            or (module == "experts" and kind in _EXPERTS)
+            or (module == "experts" and kind in _EXPERTS and config.get("model_type") == "gpt_oss")
             or kind in _STAYS
         ):
             return f"nothing is known of tensor {name}"

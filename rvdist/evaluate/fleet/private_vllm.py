@@ -22,6 +22,7 @@ from rvdist.core.private import Library
 if TYPE_CHECKING:
     import torch
 
+_Place = tuple[int, str]
 Weights = list[tuple[str, BoundArguments]]  # of a layer: a parameter, and what its loader is given
 PARAMETER = "param"  # the argument for which vLLM puts the parameter itself
 
@@ -194,21 +195,22 @@ def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
 
     model = worker.model_runner.get_model()
-    loadable: set[str] = set()
-    loaded: set[str] = set()
-    past: dict[str, tuple[int, str]] = {}  # by name, of parameters without memory: their layer, and what it calls them
-    given: set[tuple[int, str]] = set()
+    loadable: set[_Place] = set()
+    loaded: set[_Place] = set()
+    past: set[_Place] = set()  # have no memory
+    given: set[_Place] = set()
     load_weights = model.load_weights
 
     def recording(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-        loadable.update(name for name, _ in model.named_parameters())
-        for prefix, layer in model.named_modules():
+        loadable.update(_place(model, name) for name, _ in model.named_parameters())
+        for layer in model.modules():
             if not is_deferred_attention_layer(layer):
-                own = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.is_meta]
-                past.update({f"{prefix}.{name}".lstrip("."): (id(layer), name) for name in own})
+                own = layer.named_parameters(recurse=False)
+                past.update((id(layer), name) for name, parameter in own if parameter.is_meta)
         with _past_loaders(model):
-            loaded.update(load_weights(weights))
-        return loaded
+            names: set[str] = load_weights(weights)
+        loaded.update(_place(model, name) for name in names)
+        return names
 
     model.load_weights = recording
     try:
@@ -216,8 +218,17 @@ def reload(worker: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str]
             worker.reload_weights(weights_iterator=tensors)
     finally:
         del model.load_weights
-    lost = {name for name, place in past.items() if place not in given}
-    return {name for name, _ in model.named_parameters() if name in loadable and (name in lost or name not in loaded)}
+    missing = loadable - loaded | loadable & past - given
+    return {name for name, _ in model.named_parameters() if _place(model, name) in missing}
+
+
+def _place(model: Any, name: str) -> _Place:
+    """The layer of a parameter, and what that calls it: of a layer in two places the same for both names."""
+    prefix, _, own = name.rpartition(".")
+    try:
+        return id(model.get_submodule(prefix)), own
+    except AttributeError:  # vLLM may say of other things that they were loaded
+        return 0, name
 
 
 @contextmanager
