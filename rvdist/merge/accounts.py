@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from rvdist.weights.checkpoint.journal import Written
 from rvdist.weights.checkpoint.staging import DISCARD, Probe, Staging
 
 SYNC_BYTES = 1 << 30  # written by a worker before they are made durable and journalled
+SYNC_SECONDS = 30.0  # after which less is, too
 
 Wrote = tuple[Unit, tuple[str, ...]]  # a unit that was written, and the digests of its bytes
 
@@ -84,9 +86,11 @@ class Accounts:
             staging.journal(written)
 
 
-def unsynced_bytes(wrote: Iterable[Wrote]) -> int:
-    """Of all outputs."""
-    return sum(unit.nbytes * len(digests) for unit, digests in wrote)
+def is_due(wrote: Iterable[Wrote], since: float) -> bool:
+    """Whether what a worker wrote, of all outputs, is to be made durable: it is much, or the last was long ago, at
+    `since` on the monotonic clock."""
+    nbytes = sum(unit.nbytes * len(digests) for unit, digests in wrote)
+    return nbytes > SYNC_BYTES or (nbytes > 0 and time.monotonic() - since > SYNC_SECONDS)
 
 
 def place_of(source: Checkpoint, file: str) -> str:

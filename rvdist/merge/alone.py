@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
@@ -15,8 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rvdist.core.errors import BadInput
-from rvdist.merge import accounts
-from rvdist.merge.accounts import Accounts, MergeStats, Wrote, place_of, unsynced_bytes
+from rvdist.merge.accounts import Accounts, MergeStats, Wrote, is_due, place_of
 from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.plan import Plan
 from rvdist.merge.ready import ReadyWorker, cpu_seconds
@@ -95,6 +95,7 @@ class Alone:
     def _work(self, worker: MergeWorker | ReadyWorker) -> None:
         """One thread's share: unit after unit, until none is left."""
         wrote: list[Wrote] = []
+        since = time.monotonic()
         while not self._over:
             with self._lock:
                 unit = self._roster.take(_HERE, frozenset(), {})
@@ -105,10 +106,10 @@ class Alone:
                 self._accounts.count(unit, done, _HERE)
             if done.bytes_written:
                 wrote.append((unit, done.digests))
-            if unsynced_bytes(wrote) > accounts.SYNC_BYTES:
+            if is_due(wrote, since):
                 self._keep(worker, wrote)
-        if not self._over:
-            self._keep(worker, wrote)
+                since = time.monotonic()
+        self._keep(worker, wrote)  # also where the command is to end: the same goes on from there
 
     def _keep(self, worker: MergeWorker | ReadyWorker, wrote: list[Wrote]) -> None:
         """Makes durable what was written, and journals it."""

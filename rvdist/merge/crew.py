@@ -13,8 +13,7 @@ from typing import Any
 from rvdist.core.cluster import live_nodes
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.text import reason
-from rvdist.merge import accounts
-from rvdist.merge.accounts import Accounts, MergeStats, Wrote, place_of, unsynced_bytes
+from rvdist.merge.accounts import Accounts, MergeStats, Wrote, is_due, place_of
 from rvdist.merge.actor import Hello, WorkerActor, WorkerSettings
 from rvdist.merge.plan import Plan, Unit, UnitDone
 from rvdist.merge.roster import ATTEMPTS, Need, Roster
@@ -41,6 +40,7 @@ class _Worker:
     heard: float = math.inf  # when it last answered, or was given work while it had none
     finished: int = 0
     unsynced: list[Wrote] = field(default_factory=list)
+    synced: float = field(default_factory=time.monotonic)  # when it was last asked to make durable what it wrote
     cpu_seconds: float = 0.0
 
 
@@ -229,9 +229,8 @@ class Crew:
             if self._roster.is_suspect(unit):
                 return
             idle = False
-        pending = unsynced_bytes(worker.unsynced)
-        if pending > accounts.SYNC_BYTES or (pending and not worker.running):
-            wrote, worker.unsynced = worker.unsynced, []
+        if worker.unsynced and (is_due(worker.unsynced, worker.synced) or not worker.running):
+            wrote, worker.unsynced, worker.synced = worker.unsynced, [], time.monotonic()
             self._running[worker.actor.sync.remote()] = _Task(worker, wrote=wrote)
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:

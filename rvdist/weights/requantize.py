@@ -196,7 +196,7 @@ class RequantizingReader(PointReader):
                 begin, end = row * width, min((matrix + 1) * height, row + step) * width
                 parts = zip(found, self._computed(name, begin, end), self._stored(name, begin, end), strict=True)
                 found = [
-                    (touched or bool((values != before).any()), max(largest, float(np.abs(values).max())))
+                    (touched or bool((values != before).any()), max(largest, float(_sizes(values).max())))
                     for (touched, largest), values, (_, _, before) in parts
                 ]
             self._surveyed = name, matrix, found
@@ -253,7 +253,7 @@ def requantize(
         touched, largest = np.array([[surveyed[0]]]), np.array([[surveyed[1]]], np.float32)
     else:
         touched = np.logical_or.reduceat(np.logical_or.reduceat(values != before, down, axis=0), across, axis=1)
-        largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), down, axis=0), across, axis=1)
+        largest = np.maximum.reduceat(np.maximum.reduceat(_sizes(values), down, axis=0), across, axis=1)
     if not touched.any():
         return codes.reshape(-1), scales
     fresh = scale_of(torch.from_numpy(largest), kind, scales.dtype, power_of_two)
@@ -262,6 +262,14 @@ def requantize(
     wide = _spread(scales.float().numpy(), block, values.shape)
     np.divide(values, np.where(wide == 0, np.float32(np.inf), wide), out=values)
     return np.where(_spread(touched, block, values.shape), encode(values, kind), codes).reshape(-1), scales
+
+
+def _sizes(values: Floats) -> Floats:
+    """Magnitudes; 0 of what is not finite, for which no scale makes room."""
+    sizes: Floats = np.abs(values)
+    if not np.isfinite(sizes.max(initial=0)):
+        sizes[~np.isfinite(sizes)] = 0
+    return sizes
 
 
 def scale_of(largest: torch.Tensor, kind: Kind, dtype: torch.dtype, power_of_two: bool = False) -> torch.Tensor:

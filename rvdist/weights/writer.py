@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from rvdist.weights.nonfinite import tell_nonfinite
 from rvdist.weights.stored import Operand
 
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
+_SYNC_SECONDS = 30.0  # after which less is, too
 
 
 class Writer:
@@ -26,6 +28,7 @@ class Writer:
         self._staging, self._donors = staging, donors
         self._open: dict[str, File] = {}
         self._pending: list[Written] = []
+        self._synced = time.monotonic()
 
     def has(self, parts: Sequence[TensorSpec]) -> bool:
         """Whether these parts are there from an earlier run."""
@@ -68,7 +71,8 @@ class Writer:
         for part, digest in zip(parts, digests, strict=True):
             if part.nbytes:
                 self._pending.append(Written(part.file, part.offset, part.nbytes, digest.hexdigest()))
-        if sum(written.nbytes for written in self._pending) > _SYNC_BYTES:
+        late = time.monotonic() - self._synced > _SYNC_SECONDS
+        if self._pending and (late or sum(written.nbytes for written in self._pending) > _SYNC_BYTES):
             self.sync()
 
     def sync(self) -> None:
@@ -79,7 +83,7 @@ class Writer:
         except OSError as error:
             raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
         self._staging.journal(self._pending)
-        self._pending = []
+        self._pending, self._synced = [], time.monotonic()
 
     def _file(self, name: str) -> File:
         if name not in self._open:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def test_a_thread_that_fails_ends_all_and_what_is_journalled_is_gone_on_from(fam
     assert all(digests(tmp_path / "out")[name] == digests(tmp_path / "right")[name] for name in weights)
 
 
+def test_little_is_made_durable_too_when_the_last_was_long_ago(family, tmp_path):
+    target = str(family()["target"])
+    plan = build_plan({tmp_path / "out": WeightPoint(target)}, {target: open_source(target)})
+    wrote, now = [(plan.units[0], ("digest",))], time.monotonic()
+    assert accounts.is_due(wrote, now - 31) and not accounts.is_due(wrote, now) and not accounts.is_due([], now - 31)
+
+
 def test_what_is_not_finite_is_refused_and_nothing_is_left(family, tmp_path):
     paths = family(torch.float16)
     huge = {name: tensor * 60_000 for name, tensor in tensors(3, torch.float16, 1.0).items()}
@@ -168,8 +176,8 @@ def begin(self, worker):
     merges.append(self)
     work(self, worker)
 MergeWorker.run, Alone._work = run, begin
-from rvdist.merge import accounts, plan
-plan.UNIT_BYTES, accounts.SYNC_BYTES = 64 << 10, 1
+from rvdist.merge import plan
+plan.UNIT_BYTES = 64 << 10
 from rvdist.launch import main
 main()
 """
@@ -181,7 +189,7 @@ def test_a_signal_ends_it_with_our_sentence_and_the_same_command_goes_on(place, 
     command = [sys.executable, "-c", HELD, *arguments]
     with subprocess.Popen(command, cwd=place, stdout=-1, stderr=-1, text=True) as running:
         held = running.stderr.readline()
-        for _ in range(int(held.removeprefix("held of ")) - 1):  # each thread has journalled what it did before
+        for _ in range(int(held.removeprefix("held of ")) - 1):
             assert running.stderr.readline() == held
         running.send_signal(number)
         _, errors = running.communicate(timeout=60)

@@ -234,3 +234,28 @@ def test_transformers_loads_mistral_3_as_it_is_written(tmp_path):
     expected, tokens = Ministral3ForCausalLM.from_pretrained(tmp_path / "target"), torch.arange(48).view(3, 16)
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.parametrize("block", [None, [32, 32]])
+def test_what_is_not_finite_spoils_no_other_element(tmp_path, block):
+    base = {"model.layers.0.self_attn.q_proj.weight": plain(0)["model.layers.0.self_attn.q_proj.weight"]}
+    (name,) = base
+    codes, scale = quantize(base[name], tuple(block or (72, 64)))
+    before = codes.float() * (scale.repeat_interleave(32, 0)[:72].repeat_interleave(32, 1) if block else scale)
+    codes.view(torch.uint8)[3, 5] = 127
+    target = {name: codes, f"{name}_scale_inv": scale if block else scale.reshape(())}
+    paths = {"target": tmp_path / "target", "plus": tmp_path / "plus", "minus": tmp_path / "minus"}
+    write_checkpoint(paths["target"], target)
+    config = json.loads((paths["target"] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": block}
+    (paths["target"] / "config.json").write_text(json.dumps(config))
+    write_checkpoint(paths["plus"], {name: base[name] * 8})
+    write_checkpoint(paths["minus"], base)
+    write({tmp_path / "out": shifted(paths)}, allow_nonfinite=True)
+    found = load_checkpoint(tmp_path / "out")
+    scales = found[f"{name}_scale_inv"]
+    result = found[name].float() * (scales.repeat_interleave(32, 0)[:72].repeat_interleave(32, 1) if block else scales)
+    assert result.isnan().nonzero().tolist() == [[3, 5]]
+    expected = before + ALPHA * ((base[name] * 8).float() - base[name].float())
+    expected[3, 5] = result[3, 5] = 0
+    assert (result - expected).abs().max() < 0.05 * expected.abs().max()

@@ -122,9 +122,9 @@ def as_scaled(checkpoint: Checkpoint) -> Checkpoint:
     block: Any = quantization.get("weight_block_size")
     if block is None and "quant_method" in quantization:
         block = 0, 0
-    suffixes = (_SUFFIX, _OF_TENSORS) if block == (0, 0) else (_SUFFIX,)
     scales = {}
     for name, spec in checkpoint.tensors.items():
+        suffixes = (_SUFFIX, _OF_TENSORS) if block == (0, 0) or spec.dtype.startswith("F8") else (_SUFFIX,)
         found = [scale for suffix in suffixes if (scale := checkpoint.tensors.get(name + suffix))]
         if spec.dtype.startswith("F8"):
             scales[name] = _scale(checkpoint, spec, found, block)
@@ -164,7 +164,9 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def _scale(checkpoint: Checkpoint, spec: TensorSpec, found: list[TensorSpec], block: Any) -> TensorSpec:
     """Of the tensors that are called as its scales are, the only one, which must be that."""
     each = "tensor" if block == (0, 0) else "block"
-    if not found or spec.dtype != "F8_E4M3":
+    if spec.dtype != "F8_E4M3":
+        _refuse(checkpoint, f"stores tensor {spec.name} as {spec.dtype}, not as F8_E4M3")
+    if not found or (block != (0, 0) and found[0].name != spec.name + _SUFFIX):
         _refuse(checkpoint, f"stores tensor {spec.name} as {spec.dtype} without the {each} scales {spec.name}{_SUFFIX}")
     if len(found) > 1:
         _refuse(checkpoint, f"has both {found[0].name} and {found[1].name}")

@@ -115,6 +115,14 @@ def read_journal(directory: Path, plan: str, key: bytes | None = b"") -> Iterato
             return
 
 
+def is_journal_of(directory: Path, plan: str, key: bytes = b"") -> bool:
+    """Whether the journal in `directory` was begun for this plan with this key, whatever it claims."""
+    with suppress(OSError):
+        lines = read_regular(directory / JOURNAL, _MOST).splitlines(keepends=True)
+        return bool(lines) and _entry(lines[0], _of_plan(key, plan)) == [_VERSION, plan]
+    return False
+
+
 def _line(entry: list[Any], key: bytes) -> bytes:
     text = json.dumps(entry, separators=(",", ":"))
     return json.dumps([_seal(text, key), entry], separators=(",", ":")).encode() + b"\n"

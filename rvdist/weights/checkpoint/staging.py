@@ -29,7 +29,15 @@ from rvdist.core.regular import Handle, LeadsOut, open_regular, own_places
 from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
 from rvdist.weights.checkpoint.header import TensorSpec, unreadable
-from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
+from rvdist.weights.checkpoint.journal import (
+    JOURNAL,
+    MANIFEST,
+    Journal,
+    Manifest,
+    Written,
+    is_journal_of,
+    read_journal,
+)
 from rvdist.weights.checkpoint.remapped import TOKENIZER, Remapped
 from rvdist.weights.checkpoint.room import Room
 
@@ -106,7 +114,7 @@ class Staging:
             with _explain_errors(self.partial):
                 self._restore()
                 self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
-                self.restarted = not self.claims and (self.partial / JOURNAL).exists()
+                self.restarted = (self.partial / JOURNAL).exists() and not is_journal_of(self.partial, plan, key)
                 if not self.claims:
                     self._clear()
                 self.probe = Probe(self.partial / _LOCK, uuid.uuid4().hex)

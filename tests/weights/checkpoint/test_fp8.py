@@ -97,6 +97,7 @@ def test_every_other_quantisation_is_refused_with_its_reason(tmp_path):
     cases = [
         ({"w": CODES}, FP8, "tensor w as F8_E4M3 without the block scales w_scale_inv"),
         ({"w": CODES, "w_scale": torch.ones(())}, {}, "without the block scales"),
+        ({"w": CODES, "w_scale_inv": torch.ones(2, 2), "w_scale": torch.ones(())}, FP8, "has both w_scale_inv and"),
         ({"w": CODES, "w_scale": torch.ones(4, 1)}, FP8, "without the block scales"),
         ({"w": CODES, "w_scale_inv": torch.ones(2, 2)}, {"quant_method": "fp8"}, "has no weight_block_size"),
         ({"w": CODES, "w_scale_inv": torch.ones(2, 3)}, FP8, "shape [2, 3]", "2 × 2 of [4, 4]"),

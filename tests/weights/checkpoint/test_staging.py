@@ -161,6 +161,14 @@ def test_what_a_dead_run_of_the_same_plan_journalled_is_kept(tmp_path):
     other.abandon()
 
 
+def test_a_run_that_died_before_anything_was_durable_is_no_other_run(tmp_path):
+    output = tmp_path / "out"
+    stage(output, "one").release()
+    again = Staging(output, "plan")
+    assert not again.claims and not again.restarted
+    again.abandon()
+
+
 def test_no_room_is_one_sentence(tmp_path):
     staging = Staging(tmp_path / "out", "plan")
     with pytest.raises(Failed, match=r"no \d+ bytes can be had there"):
