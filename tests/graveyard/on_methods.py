@@ -75,7 +75,10 @@ def isotropic_infinity(place: Path) -> Asked:
 )  # fmt: skip
 def isotropic_memory(place: Path) -> Asked:
     return of_donors(
-        place, Refused(["target: iso_c holds", r"\(40 × 16\)", "merge.memory"]), method="iso_c", memory="4KiB"
+        place,
+        Refused(["target: iso_c decomposes a matrix", r"\(40 × 16\)", "merge.memory"]),
+        method="iso_c",
+        memory="4KiB",
     )
 
 
