@@ -20,7 +20,10 @@ _WRITE_RESIDUAL = {"o_proj", "down_proj", "w2", "output_linear", "out_proj"}
 _ODD = _READ_LATENT | {"k_proj", "v_proj", "qkv_proj", "in_proj_qkv"}  # make queries, keys and values, and nothing else
 _EXPERTS = {"gate_up_proj", "down_proj", "down_proj_bias"}  # of all experts of a layer of gpt-oss, transposed
 _VOCABULARY = {"embed_tokens", "lm_head"}
-_CONVOLVED = {"in_proj", "in_proj_qkv", "in_proj_qkvz"}  # make, among others, what conv1d takes
+_BESIDE = {  # what a module is to stand beside, to be what it is taken for
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), ("o_proj.weight",)),
+    **dict.fromkeys(("in_proj", "in_proj_qkv", "in_proj_qkvz", "out_proj"), ("conv1d.weight", "A_log")),
+}
 _STAYS = {"e_score_correction_bias", "A_log", "D", "dt_bias", "sinks", "gate_up_proj_bias"}  # no sign can change
 
 
@@ -97,6 +100,6 @@ def mirror_obstacle(names: Iterable[str], config: Mapping[str, Any]) -> str | No
             or kind in _STAYS
         ):
             return f"nothing is known of tensor {name}"
-        if module in _CONVOLVED and not {f"{at}.conv1d.weight", f"{at}.A_log"} <= known:
+        if not {f"{at}.{other}" for other in _BESIDE.get(module, ())} <= known:
             return f"nothing is known of tensor {name}"
     return None

@@ -22,7 +22,7 @@ from rvdist.core.private import Library
 if TYPE_CHECKING:
     import torch
 
-_Place = tuple[int, str]
+_Place = tuple[int, str]  # a layer, and what it calls a parameter
 Weights = list[tuple[str, BoundArguments]]  # of a layer: a parameter, and what its loader is given
 PARAMETER = "param"  # the argument for which vLLM puts the parameter itself
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 4096  # elements
+BLOCK = 4096  # elements
 
 
 class PackedFiles(NamedTuple):
@@ -26,15 +26,15 @@ class PackedFiles(NamedTuple):
     def part(self, begin: int, count: int) -> PackedFiles:
         """The blocks that have so many elements, from one of what is wanted on."""
         begin += self.first
-        block, end = begin // _BLOCK, -(-(begin + count) // _BLOCK)
+        block, end = begin // BLOCK, -(-(begin + count) // BLOCK)
         before = int(self.starts[block] - self.starts[0])
-        where = self.where[0], self.where[1] + (block * _BLOCK // 8 if self.in_bits else 2 * before)
-        values, at = (self.values[0], self.values[1] + 4 * before), block * _BLOCK
+        where = self.where[0], self.where[1] + (block * BLOCK // 8 if self.in_bits else 2 * before)
+        values, at = (self.values[0], self.values[1] + 4 * before), block * BLOCK
         return PackedFiles(where, values, self.in_bits, self.starts[block : end + 1], begin - at, self.limit - at)
 
     @property
     def nbytes(self) -> int:
         """Of both parts."""
         count = int(self.starts[-1] - self.starts[0])
-        in_bits = min((len(self.starts) - 1) * _BLOCK, self.limit) + 7 >> 3
+        in_bits = min((len(self.starts) - 1) * BLOCK, self.limit) + 7 >> 3
         return 4 * count + (in_bits if self.in_bits else 2 * count)

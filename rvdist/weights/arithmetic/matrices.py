@@ -29,11 +29,8 @@ _BLOCK = 1 << 20  # elements of them that are widened at a time
 _TILE = 512  # rows of a square that are computed at a time
 _SLACK = 64 << 20  # bytes that LAPACK and the allocator keep, and of libraries that are not used else
 _LOCK = threading.Lock()
-_inside, _before, _limits = (
-    0,
-    1,
-    ExitStack(),
-)  # how many are in `one_thread`; torch's threads, and BLAS's, before the first
+_inside, _before = 0, 1  # how many are in `one_thread`, and torch's threads before the first
+_limits = ExitStack()  # what gives BLAS its threads again
 
 
 class Matrices(ABC):

@@ -17,15 +17,14 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from rvdist.weights.arithmetic.blocks import PackedFiles
+from rvdist.weights.arithmetic.blocks import BLOCK, PackedFiles
 from rvdist.weights.arithmetic.fused import _as_bits, _as_float, _pread, _round
 from rvdist.weights.arithmetic.unpack import _count, _lowest
 
 _AT_ONCE = 64  # blocks that are read at a time
-_BLOCK = 4096
-ROOM = _AT_ONCE * _BLOCK  # elements of a buffer
-_WORDS = _BLOCK // 64
-_FEW = _BLOCK // 9  # values of a block that are summed one by one
+ROOM = _AT_ONCE * BLOCK  # elements of a buffer
+_WORDS = BLOCK // 64
+_FEW = BLOCK // 9  # values of a block that are summed one by one
 _ONE, _HALF, _HIGH, _LESS = np.uint32(1), np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0x7FFF)
 _MOST = torch.finfo(torch.float32).max
 _SIGN, _EXPONENT = np.uint16(0x8000), np.uint16(0x7F80)
@@ -105,7 +104,7 @@ def _add_many(pairs, words, values, alpha, spread, out):  # type: ignore[no-unty
         _expand(words[k], values, done, spread, 64 * k)
         done += _count(words[k])
     most = np.uint32(0)
-    for i in range(_BLOCK // 2):
+    for i in range(BLOCK // 2):
         even = _as_bits(_as_float(np.uint32(pairs[i] << _HALF)) + alpha * spread[2 * i])
         odd = _as_bits(_as_float(np.uint32(pairs[i] & _HIGH)) + alpha * spread[2 * i + 1])
         low = np.uint32(np.uint32(even + _LESS + ((even >> _HALF) & _ONE)) >> _HALF)
@@ -119,7 +118,7 @@ def _add_few(base, words, values, alpha, out):  # type: ignore[no-untyped-def]
     """As `_add_many`, of single elements."""
     added = _as_bits(alpha * np.float32(0)) >> _HALF
     most = np.uint16(0)
-    for i in range(_BLOCK):
+    for i in range(BLOCK):
         out[i] = base[i] & np.uint16(added) if base[i] == _SIGN else base[i]
         most = max(most, np.uint16(base[i] & ~_SIGN))
     odd, done = bool(most >= _EXPONENT), 0
@@ -155,7 +154,7 @@ def _mark(places, limit, words):  # type: ignore[no-untyped-def]
     last = np.int64(-1)
     for k in range(places.size):
         place = np.int64(places[k])
-        if place <= last or place >= min(limit, _BLOCK):
+        if place <= last or place >= min(limit, BLOCK):
             return False
         last = place
         words[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
@@ -165,18 +164,18 @@ def _mark(places, limit, words):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _of_files(descriptors, offsets, bits, starts, first, limit, alpha, own, where, values, even, out):  # type: ignore[no-untyped-def]
     nonfinite, done = np.int64(0), np.int64(0)  # values of blocks before
-    spread, marked = np.empty(_BLOCK, np.float32), np.empty(_WORDS, np.uint64)
-    block = np.empty(_BLOCK, np.uint16)
+    spread, marked = np.empty(BLOCK, np.float32), np.empty(_WORDS, np.uint64)
+    block = np.empty(BLOCK, np.uint16)
     places = where.view(np.uint16)
     for start in range(0, starts.size - 1, _AT_ONCE):
         several = min(_AT_ONCE, starts.size - 1 - start)
-        held, begin = starts[start + several] - starts[start], start * _BLOCK
-        elements = min(several * _BLOCK, first + out.size - begin)
+        held, begin = starts[start + several] - starts[start], start * BLOCK
+        elements = min(several * BLOCK, first + out.size - begin)
         size = 2 * held
         if bits:
-            size = (min(several * _BLOCK, limit - begin) + 7) >> 3
+            size = (min(several * BLOCK, limit - begin) + 7) >> 3
             where[size >> 3 : several * _WORDS] = 0  # the tensor may end in the middle of a word
-        at = start * _BLOCK // 8 if bits else 2 * done
+        at = start * BLOCK // 8 if bits else 2 * done
         if (
             _pread(descriptors[0], own.ctypes, 2 * elements, offsets[0] + 2 * begin) != 2 * elements
             or _pread(descriptors[1], where.ctypes, size, offsets[1] + at) != size
@@ -185,7 +184,7 @@ def _of_files(descriptors, offsets, bits, starts, first, limit, alpha, own, wher
             return np.int64(-1)
         taken = np.int64(0)
         for k in range(several):
-            count, at = starts[start + k + 1] - starts[start + k], begin + k * _BLOCK
+            count, at = starts[start + k + 1] - starts[start + k], begin + k * BLOCK
             if bits:
                 words = where[k * _WORDS : (k + 1) * _WORDS]
                 sound = _fits(words, count, limit - at)
@@ -194,19 +193,19 @@ def _of_files(descriptors, offsets, bits, starts, first, limit, alpha, own, wher
                 sound = _mark(places[taken : taken + count], limit - at, words)
             if not sound:
                 return np.int64(-1)
-            part, base = values[taken : taken + count], own[k * _BLOCK : (k + 1) * _BLOCK]
+            part, base = values[taken : taken + count], own[k * BLOCK : (k + 1) * BLOCK]
             skipped = max(0, first - at)
-            result = out[at + skipped - first : min(out.size, at + _BLOCK - first)]
-            target = result if even and result.size == _BLOCK else block
+            result = out[at + skipped - first : min(out.size, at + BLOCK - first)]
+            target = result if even and result.size == BLOCK else block
             if count <= _FEW:
                 odd = _add_few(base, words, part, alpha, target)
             else:
                 odd = _add_many(base.view(np.uint32), words, part, alpha, spread, target.view(np.uint32))
                 if odd:
-                    for i in range(_BLOCK):
+                    for i in range(BLOCK):
                         spread[i] = _as_float(np.uint32(base[i]) << _HALF) + alpha * spread[i]
                     _round(spread, target)
-            if result.size < _BLOCK or not even:
+            if result.size < BLOCK or not even:
                 for i in range(result.size):
                     result[i] = block[skipped + i]
             if odd:

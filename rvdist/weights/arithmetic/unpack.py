@@ -9,8 +9,9 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-_BLOCK = 4096
-_WORDS = _BLOCK // 64
+from rvdist.weights.arithmetic.blocks import BLOCK
+
+_WORDS = BLOCK // 64
 _ONE = np.uint64(1)
 
 
@@ -33,7 +34,7 @@ def bits(words, counts, values, first, limit, out):  # type: ignore[no-untyped-d
     """Where a bit of `words`, 64 each, says that there is a value; 0 elsewhere."""
     done = 0
     for block in range(len(counts)):
-        out[max(0, block * _BLOCK - first) : max(0, (block + 1) * _BLOCK - first)] = 0  # while that is in the cache
+        out[max(0, block * BLOCK - first) : max(0, (block + 1) * BLOCK - first)] = 0  # while that is in the cache
         begin = block * _WORDS
         end = min(begin + _WORDS, len(words))
         held = 0
@@ -66,14 +67,14 @@ def places(where, counts, values, first, limit, out):  # type: ignore[no-untyped
     """Where `where` says that a block has values; 0 elsewhere."""
     done = 0
     for block in range(len(counts)):
-        out[max(0, block * _BLOCK - first) : max(0, (block + 1) * _BLOCK - first)] = 0
+        out[max(0, block * BLOCK - first) : max(0, (block + 1) * BLOCK - first)] = 0
         last = np.int64(-1)
         for k in range(done, done + counts[block]):
             place = np.int64(where[k])
-            if place <= last or place >= _BLOCK or block * _BLOCK + place >= limit:
+            if place <= last or place >= BLOCK or block * BLOCK + place >= limit:
                 return False
             last = place
-            at = block * _BLOCK + place - first
+            at = block * BLOCK + place - first
             if 0 <= at < len(out):
                 out[at] = values[k]
         done += counts[block]

@@ -114,8 +114,9 @@ class Staging:
             with _explain_errors(self.partial):
                 self._restore()
                 self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
-                self.restarted = (self.partial / JOURNAL).exists() and not is_journal_of(self.partial, plan, key)
+                self.restarted = False
                 if not self.claims:
+                    self.restarted = (self.partial / JOURNAL).exists() and not is_journal_of(self.partial, plan, key)
                     self._clear()
                 self.probe = Probe(self.partial / _LOCK, uuid.uuid4().hex)
                 os.ftruncate(self._lock, 0)

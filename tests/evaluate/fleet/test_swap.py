@@ -530,6 +530,8 @@ def test_a_model_without_a_mirror_image_is_told_apart(families: dict[str, Family
     assert mirror_obstacle(names, config) is None
     assert "conv.weight" in str(mirror_obstacle([*names, "model.layers.0.conv.weight"], config))
     assert "root mean square" in str(mirror_obstacle(names, {}))
+    elsewhere = [name.replace("o_proj", "out_proj") for name in names]  # which would be that of a convolution
+    assert "nothing is known" in str(mirror_obstacle(elsewhere, config))
 
 
 @pytest.mark.slow
