@@ -15,7 +15,6 @@ import gc
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist.core import private_ray, session, text
 from rvdist.core.config import Config
-from rvdist.core.ends import KEPT, Watch, leave
+from rvdist.core.ends import KEPT, Ended, Watch
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.log import Log
 from rvdist.stages import multirun, private_hydra
@@ -48,25 +47,35 @@ def main() -> None:
     gc.set_threshold(100_000)  # modules and records are many, cycles are few: a fifth of the imports
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them and exiting with 1
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws a bar for each task and arm
-    ConfigStore.instance().store(name="schema", node=Config)
     log = multirun.RayLauncher.log = Log(as_json="log=json" in sys.argv)  # until the configuration says so
     session.last_word = "" if log.as_json else f"rvdist: killed, or ended from inside Ray; {KEPT}"
     private_ray.hear = lambda words: log.record("ray", words, "warning")
     watch = Watch(log.fail)
-    watch.begin()
+    failures: list[tuple[str, Exception]] = []
+    try:
+        watch.begin()
+        failures = _take(log)
+        watch.end()
+    except Ended:
+        watch.end()
+    if failures:
+        refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)
+        status = 2 if refused and not multirun.RayLauncher.done else 1
+        for name, failure in failures:
+            log.fail(f"{name}{_sentence(failure)}", status)
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter would take a second and a half to take apart what it holds
+
+
+def _take(log: Log) -> list[tuple[str, Exception]]:
+    """Does what the command line says. What failed, with the name of its job where there are several."""
+    ConfigStore.instance().store(name="schema", node=Config)
     unfinished = os.environ.get("COMP_LINE")  # a shell asks how a command line could go on
     if unfinished:
         os.environ["COMP_LINE"] = " ".join(_quote(argument) for argument in unfinished.split(" "))
     failures: list[tuple[str, Exception]] = []
-    interrupted = False
-    try:
-        multirun.register()
-        if not unfinished:
-            sys.argv[1:] = [_quote_for_hydra(_quote(argument)) for argument in sys.argv[1:]]
-    except (BadInput, Failed) as error:
-        status = 2 if isinstance(error, BadInput) else 1
-        log.fail(str(error), status)
-        sys.exit(status)
 
     def job(composed: DictConfig) -> float | None:
         """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
@@ -79,9 +88,10 @@ def main() -> None:
             return None
 
     try:
+        multirun.register()
+        if not unfinished:
+            sys.argv[1:] = [_quote_for_hydra(_quote(argument)) for argument in sys.argv[1:]]
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    except KeyboardInterrupt:
-        interrupted = True
     except Exception as error:
         if os.environ.get("RVDIST_TRACEBACK"):
             raise
@@ -89,20 +99,7 @@ def main() -> None:
             failures.append(("", error))
     finally:
         multirun.RayLauncher.close()
-    if interrupted:
-        while watch.status is None:  # it is told by the other thread
-            time.sleep(0.01)
-        leave(watch.status)
-    failures += multirun.RayLauncher.failures
-    if failures:
-        refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)
-        status = 2 if refused and not multirun.RayLauncher.done else 1
-        for name, failure in failures:
-            log.fail(f"{name}{_sentence(failure)}", status)
-        sys.exit(status)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(0)  # the interpreter would take a second and a half to take apart what it holds
+    return failures + multirun.RayLauncher.failures
 
 
 def _up_or_down(what: str) -> NoReturn:

@@ -54,6 +54,7 @@ class Watch:
         self._vital: dict[int, tuple[int, str]] = {}  # a pidfd of each process that must live: its id, what it is
         self._stopped: dict[int, float] = {}  # seconds for which it has been found stopped, by id
         self._looked = time.monotonic()  # when that was
+        self._hearing, self._over = threading.Lock(), False
         self._cluster: Vital | None = None
         self._asked = self._answered = 0.0  # when the GCS was
 
@@ -63,7 +64,7 @@ class Watch:
         atexit.register(end_descendants)
         self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in _SAID:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self._raise)
         api = ctypes.pythonapi
@@ -72,8 +73,16 @@ class Watch:
         self._handler = api.PyOS_getsig(signal.SIGTERM)
         threading.Thread(target=self._look, name="rvdist-ends", daemon=True).start()
 
+    def end(self) -> None:
+        """What was to be done is done, or was ended: no signal ends it any more. Ends the process where one has come.
+        Raises Ended where one comes at its beginning; then it is called again."""
+        _let_pass()
+        self._hear(last=True)
+        if self.status is not None:
+            leave(self.status)
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not end what the first lets stop
+        _let_pass()  # a second one must not end what the first lets stop
         raise Ended
 
     def _look(self) -> None:
@@ -91,14 +100,16 @@ class Watch:
                 self._know()
                 self._ask()
 
-    def _hear(self) -> None:
-        """Tells of the first signal."""
-        with suppress(BlockingIOError):
-            for number in os.read(self._woken, 64):
-                if self.status is None and number in _SAID:
-                    self.status, self._deadline = 128 + number, time.monotonic() + _GRACE
-                    cluster.said()
-                    self._tell(f"{_SAID[signal.Signals(number)]}; {KEPT}", self.status)
+    def _hear(self, last: bool = False) -> None:
+        """Tells of the first signal, if it comes before the `last` call."""
+        with self._hearing:
+            with suppress(BlockingIOError):
+                for number in os.read(self._woken, 64):
+                    if self.status is None and not self._over and number in _SAID:
+                        self.status, self._deadline = 128 + number, time.monotonic() + _GRACE
+                        cluster.said()
+                        self._tell(f"{_SAID[signal.Signals(number)]}; {KEPT}", self.status)
+            self._over |= last
 
     def _is_ours_to_miss(self) -> bool:
         """Whether a process of Ray's did not end because we let it, or of the signal that we got, too."""
@@ -143,6 +154,12 @@ class Watch:
         cluster.said()
         self._tell(f"the Ray cluster is lost: its {what}; {KEPT}", 1)
         leave(1)
+
+
+def _let_pass() -> None:
+    for number in _SAID:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)  # what is started from here on would inherit SIG_IGN
 
 
 def leave(status: int) -> NoReturn:

@@ -270,6 +270,49 @@ def test_a_signal_while_ray_starts_ends_in_our_sentence_alone(place, sent, statu
     assert running.returncode == status and re.fullmatch(f"rvdist: {sentence}; {KEPT}\n", errors), errors
 
 
+AT_A_MOMENT = """
+import atexit, signal, sys
+from rvdist import launch
+from rvdist.stages import multirun
+
+def at(owner, name, number):
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *given: (signal.raise_signal(number), real(*given))[1])
+
+moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
+if moment == "begin":
+    at(launch, "_quote", number)
+if moment in ("close", "twice"):
+    at(multirun.RayLauncher, "close", number)
+if moment == "twice":
+    at(launch, "run", signal.SIGTERM)
+if moment == "after":
+    atexit.register(signal.raise_signal, number)
+launch.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "sent", "status", "sentence"),
+    [
+        ("begin", signal.SIGINT, 130, "interrupted"),
+        ("begin", signal.SIGTERM, 143, "terminated (SIGTERM)"),
+        ("close", signal.SIGHUP, 129, "ended with its terminal (SIGHUP)"),
+        ("twice", signal.SIGINT, 143, "terminated (SIGTERM)"),
+        ("after", signal.SIGINT, 0, ""),
+        ("after", signal.SIGTERM, 0, ""),
+    ],
+)
+def test_a_signal_at_any_moment_ends_in_one_sentence_and_none_ends_what_is_done(place, moment, sent, status, sentence):
+    """Before the configuration is read, when everything ends, in the wake of another, and when all is done."""
+    arguments = ["target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft", "output=out"]
+    command = [sys.executable, "-c", AT_A_MOMENT, moment, str(int(sent)), *arguments]
+    ended = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    said = f"rvdist: {sentence}; {KEPT}\n" if sentence else ""
+    assert (ended.returncode, ended.stderr) == (status, said)
+    assert (place / "out").exists() == (moment in ("close", "after"))
+
+
 HANDLING = """
 import ctypes, signal
 from rvdist.core import cluster
