@@ -68,7 +68,7 @@ def _sum_packed(
     part = packed.part(begin - start, out.numel())
     base = own[0], own[1] + 2 * (begin - start)
     count = combine_packed(method, base, part, alpha, out, scratch)
-    return None if count is None else Summed(count, part.nbytes + 2 * part.first + out.nbytes)
+    return None if count is None else Summed(count, part.nbytes + out.nbytes)
 
 
 def _sum_donors(

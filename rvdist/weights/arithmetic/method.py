@@ -178,8 +178,8 @@ def combine_packed(
     if not (method.elementwise_sum and packed_sum.applies(alpha, out, scratch.numel)):
         return None
     count = packed_sum.ROOM
-    rooms = scratch(0, count, torch.uint16), scratch(1, count // 4, torch.uint64), scratch(2, count, torch.float32)
-    return packed_sum.of_files((base[0], base[1] - 2 * packed.first), packed, alpha, out, rooms)
+    rooms = scratch(0, count // 4, torch.uint64), scratch(1, count, torch.float32)
+    return packed_sum.of_files(base, packed, alpha, out, rooms)
 
 
 def _count(out: torch.Tensor, scratch: Scratch) -> Count:

@@ -1,8 +1,8 @@
 """The loops of task arithmetic with one packed vector (`rvdist.weights.packed`), compiled.
 
-Reads the target's tensor and the packed parts, some blocks at a time. Its bytes are those that `combine` gives with the
-vector made whole, which it is not. In a block with few values the target's elements are taken as adding 0 leaves them,
-and those with a value are summed one by one; in one with many all are, several at a time.
+Reads the target's tensor to where the sum is to be, and the packed parts, some blocks at a time. Its bytes are those
+that `combine` gives with the vector made whole, which it is not. In a block with few values those elements are summed
+one by one; in one with many all are, several at a time, and in one where adding 0 changes others, as it does −0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rvdist.weights.arithmetic.unpack import _count, _lowest
 _AT_ONCE = 64  # blocks that are read at a time
 ROOM = _AT_ONCE * BLOCK  # elements of a buffer
 _WORDS = BLOCK // 64
-_FEW = BLOCK // 9  # values of a block that are summed one by one
+_FEW = BLOCK // 20  # values of a block that are summed one by one
 _ONE, _HALF, _HIGH, _LESS = np.uint32(1), np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0x7FFF)
 _MOST = torch.finfo(torch.float32).max
 _SIGN, _EXPONENT = np.uint16(0x8000), np.uint16(0x7F80)
@@ -41,9 +41,9 @@ def of_files(
     base: tuple[int, int], packed: PackedFiles, alpha: float, out: torch.Tensor, rooms: Sequence[torch.Tensor]
 ) -> int | None:
     """out = base + α·v in fp32, rounded to nearest even: as many elements as `out` has, 1-d bf16. `base` is a
-    descriptor and the byte where the first block begins. `rooms` are buffers for ROOM elements as 16 bits, for their
-    places as words of 64, and for fp32. How many results are not finite; None where not all could be read, or the
-    parts do not fit each other: `out` is undefined then."""
+    descriptor and the byte where these begin. `rooms` are buffers for the places of ROOM elements as words of 64, and
+    for as many fp32. How many results are not finite; None where not all could be read, or the parts do not fit each
+    other: `out` is undefined then."""
     descriptors, offsets = zip(base, packed.where, packed.values, strict=True)
     found = _of_files(
         np.array(descriptors, np.int32),
@@ -114,24 +114,38 @@ def _add_many(pairs, words, values, alpha, spread, out):  # type: ignore[no-unty
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
-def _add_few(base, words, values, alpha, out):  # type: ignore[no-untyped-def]
-    """As `_add_many`, of single elements."""
-    added = _as_bits(alpha * np.float32(0)) >> _HALF
-    most = np.uint16(0)
-    for i in range(BLOCK):
-        out[i] = base[i] & np.uint16(added) if base[i] == _SIGN else base[i]
-        most = max(most, np.uint16(base[i] & ~_SIGN))
-    odd, done = bool(most >= _EXPONENT), 0
+def _look_at(own):  # type: ignore[no-untyped-def]
+    """Whether an element is infinite or not a number, and whether one is −0."""
+    most, negative = np.uint16(0), np.uint16(0)
+    for i in range(own.size):
+        most = max(most, np.uint16(own[i] & ~_SIGN))
+        negative = max(negative, np.uint16(own[i] == _SIGN))
+    return most >= _EXPONENT, negative > 0
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def _add_one(out, place, value, alpha):  # type: ignore[no-untyped-def]
+    """Whether the result is infinite or not a number."""
+    u = _as_bits(_as_float(np.uint32(out[place]) << _HALF) + alpha * value)
+    out[place] = np.uint16(np.uint32(u + _LESS + ((u >> _HALF) & _ONE)) >> _HALF)
+    if np.uint32(u + u) > np.uint32(0xFF000000):
+        out[place] = np.uint16(0x7FC0)  # a NaN stays one
+    return np.uint32(u + u) >= _TWICE_INFINITE
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def _add_few(out, bits, words, places, values, alpha):  # type: ignore[no-untyped-def]
+    """As `_add_many`, in place, of the elements that have a value."""
+    odd = False
+    if not bits:
+        for k in range(places.size):
+            odd |= _add_one(out, places[k], values[k], alpha)
+        return odd
+    done = 0
     for k in range(_WORDS):
-        left, own, results = words[k], base[64 * k : 64 * k + 64], out[64 * k : 64 * k + 64]
+        left = words[k]
         while left:
-            i = _lowest(left)
-            u = _as_bits(_as_float(np.uint32(own[i]) << _HALF) + alpha * values[done])
-            results[i] = np.uint16(np.uint32(u + _LESS + ((u >> _HALF) & _ONE)) >> _HALF)
-            if np.uint32(u + u) >= _TWICE_INFINITE:
-                odd = True
-                if np.uint32(u + u) > np.uint32(0xFF000000):
-                    results[i] = np.uint16(0x7FC0)  # a NaN stays one
+            odd |= _add_one(out, 64 * k + np.int64(_lowest(left)), values[done], alpha)
             done += 1
             left &= left - np.uint64(1)
     return odd
@@ -148,36 +162,43 @@ def _fits(words, held, limit):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _mark(places, limit, words):  # type: ignore[no-untyped-def]
-    """Sets the bits of these places. Whether they ascend within the tensor."""
-    words[:] = 0
+def _ascend(places, limit):  # type: ignore[no-untyped-def]
+    """Whether these are places within the tensor, each beyond the one before."""
     last = np.int64(-1)
     for k in range(places.size):
         place = np.int64(places[k])
-        if place <= last or place >= min(limit, BLOCK):
+        if place <= last:
             return False
         last = place
-        words[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
-    return True
+    return last < min(limit, BLOCK)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _mark(places, words):  # type: ignore[no-untyped-def]
+    """Sets the bits of these places."""
+    words[:] = 0
+    for k in range(places.size):
+        words[places[k] >> 6] |= np.uint64(1) << np.uint64(places[k] & 63)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _of_files(descriptors, offsets, bits, starts, first, limit, alpha, own, where, values, even, out):  # type: ignore[no-untyped-def]
+def _of_files(descriptors, offsets, bits, starts, first, limit, alpha, where, values, even, out):  # type: ignore[no-untyped-def]
     nonfinite, done = np.int64(0), np.int64(0)  # values of blocks before
     spread, marked = np.empty(BLOCK, np.float32), np.empty(_WORDS, np.uint64)
-    block = np.empty(BLOCK, np.uint16)
-    places = where.view(np.uint16)
+    block, summed = np.zeros(BLOCK, np.uint16), np.empty(BLOCK, np.uint16)
+    places, positive = where.view(np.uint16), _as_bits(alpha * np.float32(0)) == 0  # −0 + 0 is 0, −0 + −0 is −0
     for start in range(0, starts.size - 1, _AT_ONCE):
         several = min(_AT_ONCE, starts.size - 1 - start)
         held, begin = starts[start + several] - starts[start], start * BLOCK
-        elements = min(several * BLOCK, first + out.size - begin)
         size = 2 * held
         if bits:
             size = (min(several * BLOCK, limit - begin) + 7) >> 3
             where[size >> 3 : several * _WORDS] = 0  # the tensor may end in the middle of a word
         at = start * BLOCK // 8 if bits else 2 * done
+        own = out[max(0, begin - first) : min(out.size, begin + several * BLOCK - first)]
+        place = offsets[0] + 2 * max(0, begin - first)
         if (
-            _pread(descriptors[0], own.ctypes, 2 * elements, offsets[0] + 2 * begin) != 2 * elements
+            _pread(descriptors[0], own.ctypes, 2 * own.size, place) != 2 * own.size
             or _pread(descriptors[1], where.ctypes, size, offsets[1] + at) != size
             or _pread(descriptors[2], values.ctypes, 4 * held, offsets[2] + 4 * done) != 4 * held
         ):
@@ -185,32 +206,39 @@ def _of_files(descriptors, offsets, bits, starts, first, limit, alpha, own, wher
         taken = np.int64(0)
         for k in range(several):
             count, at = starts[start + k + 1] - starts[start + k], begin + k * BLOCK
-            if bits:
-                words = where[k * _WORDS : (k + 1) * _WORDS]
-                sound = _fits(words, count, limit - at)
-            else:
-                words = marked
-                sound = _mark(places[taken : taken + count], limit - at, words)
-            if not sound:
+            words, listed = where[k * _WORDS : (k + 1) * _WORDS], places[taken : taken + count]
+            if not (_fits(words, count, limit - at) if bits else _ascend(listed, limit - at)):
                 return np.int64(-1)
-            part, base = values[taken : taken + count], own[k * BLOCK : (k + 1) * BLOCK]
-            skipped = max(0, first - at)
-            result = out[at + skipped - first : min(out.size, at + BLOCK - first)]
-            target = result if even and result.size == BLOCK else block
-            if count <= _FEW:
-                odd = _add_few(base, words, part, alpha, target)
+            part, skipped = values[taken : taken + count], max(0, first - at)
+            own = out[at + skipped - first : min(out.size, at + BLOCK - first)]
+            whole, kept = own.size == BLOCK, block[skipped : skipped + own.size]
+            odd, few = False, count <= _FEW
+            if few:
+                odd, negative = _look_at(own)
+                few = not (negative and positive)
+            if not (few and whole):
+                for i in range(own.size):
+                    kept[i] = own[i]
+            if few:
+                target = own if whole else block
+                odd |= _add_few(target, bits, words, listed, part, alpha)
             else:
-                odd = _add_many(base.view(np.uint32), words, part, alpha, spread, target.view(np.uint32))
+                if not bits:
+                    words = marked
+                    _mark(listed, words)
+                target = own if whole and even else summed
+                odd = _add_many(block.view(np.uint32), words, part, alpha, spread, target.view(np.uint32))
                 if odd:
                     for i in range(BLOCK):
-                        spread[i] = _as_float(np.uint32(base[i]) << _HALF) + alpha * spread[i]
+                        spread[i] = _as_float(np.uint32(block[i]) << _HALF) + alpha * spread[i]
                     _round(spread, target)
-            if result.size < BLOCK or not even:
-                for i in range(result.size):
-                    result[i] = block[skipped + i]
+                kept = summed[skipped : skipped + own.size]
+            if not (whole and (few or even)):
+                for i in range(own.size):
+                    own[i] = kept[i]
             if odd:
-                for i in range(result.size):
-                    nonfinite += (result[i] & _EXPONENT) == _EXPONENT
+                for i in range(own.size):
+                    nonfinite += (own[i] & _EXPONENT) == _EXPONENT
             taken += count
         done += held
     return nonfinite
