@@ -1,8 +1,9 @@
 """python benchmarks/matrices.py ROWS COLUMNS [METHOD …]: what methods that see matrices take for one, by one core.
 
-Two vectors of random numbers in bf16, by chunks as a worker reads them; two adapters of rank 64; and LAPACK's singular
-values of one such matrix in fp32, which is what the papers' code asks for at least once. Each in a process of its own,
-which is forked, so that what it uses of libraries counts, too. Prints rows of the table in benchmarks/README.md.
+Two vectors of random numbers in bf16, by chunks as a worker reads them; the factors of two adapters of rank 64; and
+LAPACK's singular values of one such matrix in fp32, which is what the papers' code asks for at least once. Each in a
+process of its own, which is forked, so that what it uses of libraries counts, too. Prints rows of the table in
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -52,16 +53,11 @@ def main(rows: int, columns: int, wanted: Sequence[str]) -> None:
         for begin in range(start, stop, AT_ONCE):
             yield [vector[begin : min(begin + AT_ONCE, stop)].float() for vector in vectors]
 
-    def low_rank(start: int = 0, stop: int = rows * columns) -> Iterator[list[torch.Tensor]]:
-        """Of products of factors, which are computed by whole rows."""
-        at_once = AT_ONCE // columns * columns or columns
-        for begin in range(start, stop, at_once):
-            end = min(begin + at_once, stop)
-            own = slice(begin // columns, -(-end // columns))
-            first = begin - own.start * columns
-            yield [(left[own] @ right).view(-1)[first : first + end - begin] for left, right in factors]
+    def low_rank(number: int) -> Iterator[list[torch.Tensor]]:
+        for pair in factors:
+            yield [side.double() for side in pair]
 
-    def row(name: str, chunks: Callable[..., Iterator[list[torch.Tensor]]], rank: int = 0) -> None:
+    def row(name: str, rank: int = 0) -> None:
         method, read = build(MethodSpec(name)), [0]
         assert isinstance(method, Matrices)
 
@@ -70,7 +66,7 @@ def main(rows: int, columns: int, wanted: Sequence[str]) -> None:
             return chunks(start, stop)
 
         def add_all() -> None:
-            method.survey(place, counted)
+            method.survey(place, low_rank if rank else counted)
             for start in range(0, place.numel, AT_ONCE):
                 total = torch.zeros(min(AT_ONCE, place.numel - start))
                 method.add(total, place.alphas, [], replace(place, start=start))
@@ -85,8 +81,8 @@ def main(rows: int, columns: int, wanted: Sequence[str]) -> None:
         memory = f"{nbytes >> 20} MiB"
         print(f"| {rows} × {columns} | one `torch.linalg.svd`, fp32 | {seconds} | {memory} | | 1 |", flush=True)
 
-    works = {name: partial(row, name, chunks) for name in ("iso_c", "tsv_m")}
-    works |= {name: partial(row, name, low_rank, 2 * RANK) for name in ("core_space", "core_space_iso")}
+    works = {name: partial(row, name) for name in ("iso_c", "tsv_m")}
+    works |= {name: partial(row, name, 2 * RANK) for name in ("core_space", "core_space_iso")}
     works["svd"] = whole
     for name in wanted or works:
         child = get_context("fork").Process(target=works[name])

@@ -126,6 +126,12 @@ class _Computed(Operand):
             self._rescaled = name, held
         return held
 
+    def factors(self, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        form = self._difference.forms[name]
+        assert isinstance(form, LowRank) and not isinstance(form, Dora)
+        left, right = self._load_factors(name, form, number)
+        return left.double().mul_(form.scale), right.double()
+
     def packed(self, name: str, begin: int, end: int) -> PackedFiles | None:
         form, numel = self._difference.forms[name], self._tensors[name].numel
         if not isinstance(form, Packed):
@@ -306,6 +312,9 @@ class _Relaid(Operand):
             first, last = max(begin, k * size), min(end, (k + 1) * size)
             out[first - begin : last - begin] = self._slab[2][first - k * size : last - k * size]
         return out
+
+    def factors(self, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inner.factors(self._relaid.names[name], number)
 
     def _join(self, name: str, view: View, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
         """Elements of matrices that lie one after the other, each read where it is."""

@@ -99,7 +99,9 @@ class PointReader:
         recipes, works, copied = self._prepare(name)
         bases = [point.base for point in self.points]
         add = self._find_sum(name, start, stop, recipes[0], works[0]) if len(self.points) == 1 else None
-        cuts = self._cuts(name, start, stop, [v for terms in recipes for _, v in terms], self._lanes[0].chunk)
+        seen = len(spec.shape) > 1 and all(point.method.facts.whole_matrices for point in self.points)
+        vectors = [vector for terms in recipes for _, vector in terms if not seen]
+        cuts = self._cuts(name, start, stop, vectors, self._lanes[0].chunk)
         ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
         try:
             for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
@@ -231,7 +233,9 @@ class PointReader:
                 if point.method.facts.whole_tensors and terms:
                     base = [point.base] * method.surveys_base
                     place = replace(self._at(self._place(name), point), alphas=tuple(alpha for alpha, _ in terms))
-                    method.survey(place, partial(self._differences, name, base, terms, work))
+                    see = partial(self._differences, name, base, terms, work)
+                    factors = partial(self._values.factors, name, place.shape, [vector for _, vector in terms])
+                    method.survey(place, factors if point.method.facts.low_rank else see)
             self._prepared = name
         return recipes, works, [not terms and dtype == own for own, terms in zip(stored, recipes, strict=True)]
 
@@ -271,9 +275,8 @@ class PointReader:
 
     def _at(self, place: Place, point: WeightPoint) -> Place:
         """The place, with the densities of the terms that change its tensor."""
-        densities = point.densities(
-            place.tensor, self._layers, lambda source: place.tensor in self._sources[source].tensors
-        )
+        name = place.tensor
+        densities = point.densities(name, self._layers, lambda source: name in self._sources[source].tensors)
         return replace(place, densities=densities) if densities else place
 
     def _finish(self, begin: int, lane: Lane, copied: Sequence[bool]) -> tuple[int, list[torch.Tensor]]:

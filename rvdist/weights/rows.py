@@ -10,6 +10,7 @@ from rvdist.core.point import Vector, WeightPoint, layer_count
 from rvdist.weights.checkpoint.difference import Difference, Dora, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
+from rvdist.weights.checkpoint.layouts import form_of
 
 LONGEST = 128 * 1024  # elements of a row
 
@@ -56,7 +57,7 @@ def matrix_memory(
         used = [point.base, *(source for vector in changing for source in vector.sources())]
         stored = [sources[source].tensors[name].dtype for source in used] + [dtype] * bool(dtype)
         wide = any(ITEMSIZE[one] > 2 for one in stored if one)
-        forms = [own.forms.get(name) for own in map(sources.get, used[1:]) if isinstance(own, Difference)]
+        forms = [form_of(own, name) for own in map(sources.get, used[1:]) if isinstance(own, Difference)]
         ranks = [form.left.shape[-1] // form.count for form in forms if isinstance(form, LowRank)]
         rank = sum(min(rank, *spec.shape[-2:]) for rank in ranks)
         nbytes = method.bytes_held(spec.shape, rank, 8 if wide else 4)
@@ -83,7 +84,7 @@ def require_low_rank(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> N
     for name, spec, changing in _changed(point, sources):
         for vector in changing if len(spec.shape) > 1 else ():
             for own in (sources[source] for source in vector.sources()):
-                form = own.forms.get(name) if isinstance(own, Difference) else None
+                form = form_of(own, name) if isinstance(own, Difference) else None
                 if not isinstance(form, LowRank) or isinstance(form, Dora):
                     raise BadInput(
                         f"{own.path}: holds tensor {name} not as two factors, and {point.method.name} merges LoRA "

@@ -44,6 +44,11 @@ class Operand:
         that cannot be. Raises as `read` does."""
         return None
 
+    def factors(self, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [rows, r] and right [r, columns] in fp64, whose product is the matrix of this number in a tensor that is
+        stored as factors. Raises as `read` does."""
+        raise NotImplementedError
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that elements of a tensor are read in."""
         return TORCH_DTYPE[self._tensors[name].dtype]

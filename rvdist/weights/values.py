@@ -1,11 +1,12 @@
-"""Ranges of tensors of several opened sources, and the difference of two of them: the one stream of plus − minus.
+"""Ranges of tensors of several opened sources, and the difference of two of them: the one stream of plus − minus, and
+its factors where it is stored so.
 
 Holds a chunk of each source, and nothing else of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -46,6 +47,19 @@ class Values:
             less = self._read(minus, name, first, last) if minus is not None else None
             subtract(part, taken, less, self._scratch(0, part.numel(), part.dtype))
         return out
+
+    def factors(
+        self, name: str, shape: Sequence[int], vectors: Iterable[Vector], number: int
+    ) -> Iterator[list[torch.Tensor]]:
+        """Streams of each vector, which is stored as factors, those of a matrix of tensor `name`, which in the base has
+        this `shape`: left [rows, r] and right [r, columns] in fp64; rows that the vector has not are 0. Raises as
+        `difference` does."""
+        for vector in vectors:
+            pairs = [self._operand(source).factors(name, number) for source in vector.sources()]
+            rows = min(shape[-2], *(len(left) for left, _ in pairs))
+            whole = torch.zeros(shape[-2], sum(left.shape[1] for left, _ in pairs), dtype=torch.float64)
+            whole[:rows] = torch.cat([left[:rows] * sign for (left, _), sign in zip(pairs, (1, -1), strict=False)], 1)
+            yield [whole, torch.cat([right for _, right in pairs])]
 
     def _read(self, source: str, name: str, first: int, last: int) -> torch.Tensor:
         """Elements as they are stored; what several differences have in common is read once."""

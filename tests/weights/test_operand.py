@@ -41,6 +41,18 @@ def test_fan_in_fan_out_stores_the_transpose(tmp_path):
     assert close(read(path, "model.layers.2.mlp.up_proj.weight", 100), exact.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("across", [False, True])
+def test_factors_are_those_of_what_is_read(tmp_path, across, dtype):
+    tensors = factors(dtype=dtype)
+    path = write_adapter(tmp_path / "a", tensors, fan_in_fan_out=across)
+    operand = open_operand(open_source(str(path)))
+    for name in differences(tensors):
+        left, right = operand.factors(name, 0)
+        assert left.dtype == right.dtype == torch.float64 and left.shape[1] == RANK
+        assert close(read(path, name), left @ right)
+
+
 def test_products_do_not_depend_on_threads():
     left, right = torch.randn(300, RANK), torch.randn(RANK, 500)
     results = []

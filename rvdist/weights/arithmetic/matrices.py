@@ -14,7 +14,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -264,31 +263,18 @@ def _power(largest: float) -> float:
     return 2.0 ** -max(-1000, min(1000, math.frexp(largest)[1]))
 
 
-@dataclass(frozen=True)
-class Factors:
-    """left·diag(values)·rightᵀ in fp64, columns orthonormal, largest value first: (k, r), (r,), (l, r)."""
-
-    left: torch.Tensor
-    values: torch.Tensor
-    right: torch.Tensor
-
-
-def factors(matrix: Matrix, largest: float) -> Factors:
-    """A matrix's singular values and vectors, those that are not none."""
-    side, length = matrix.shape
-    values, left = (found.flip(-1) for found in spectrum(side, (block for _, (block,) in matrix.blocks()), largest))
-    right = torch.empty(length, len(values), dtype=torch.float64)
-    for columns, (block,) in matrix.blocks():
-        right[columns] = block.T @ (left / values)
-    return Factors(left, values, right)
-
-
 def held(shape: Sequence[int], itemsize: int, squares: int) -> int:
     """About how many bytes are held at most for a matrix: so many squares of the smaller side in fp64 while it is
     decomposed, and one less, or one at least, beside panels."""
     one, square = shape[-2] * shape[-1], min(shape[-2:]) ** 2 * 8
     blocks, slack = min(4 * _BLOCK, 4 * one) * 8, min(_SLACK, 8 * one * itemsize)
     return max(squares * square, max(1, squares - 1) * square + min(2 * _PANEL, 16 * one)) + blocks + slack
+
+
+def panel_held(shape: Sequence[int], itemsize: int) -> int:
+    """The same for a matrix that is not read, and of which no square is held: of a panel of what is added."""
+    one = shape[-2] * shape[-1]
+    return min(_PANEL, 8 * one) + min(_SLACK, 8 * one * itemsize)
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class Method(Protocol):
         """Looks at a whole tensor before `add` is called for its chunks. Each call of `chunks` streams all of it, or
         the elements from the first number it is given to before the second,
         one 1-d difference a vector and chunk, valid until the next, with the base before them where `surveys_base`.
+        For a method of `low_rank` it streams instead, of the matrix that has the number it is given, the factors of one
+        vector after the other, in fp64: left (rows, r) and right (r, columns), whose product is the difference.
         Only called for a method of `whole_tensors` (rvdist/core/method.py)."""
 
     def add(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Difference, LowRank, Rows, is_adapter
+from rvdist.weights.checkpoint.difference import Difference, Form, LowRank, Rows, is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.experts import FUSED, GRANITE, INTERLEAVED, ONE_BY_ONE, beside_experts, in_memory
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
@@ -144,6 +144,12 @@ class Relaid(Checkpoint):
 @dataclass(frozen=True)
 class RelaidDifference(Relaid, Difference):
     """A stored vector or an adapter of which so much is true; its `forms` are by the names that it stores."""
+
+
+def form_of(difference: Difference, name: str) -> Form | None:
+    """What a difference stores of a tensor that it reads; None where that is made of others."""
+    stored = difference.names.get(name, "") if isinstance(difference, RelaidDifference) else name
+    return difference.forms.get(stored)
 
 
 def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from adapters import factors, write_adapter
+from adapters import EMBEDDING, factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
 from peaks import peak_while
 from points import read_point
@@ -55,9 +55,16 @@ def tsv_m(matrices, alphas):
 WHOLE = {"iso_c": iso_c, "tsv_m": tsv_m}
 
 
-def change(spec, vectors, alphas, shape, chunk=1000, dtype=torch.float64):
-    """What a method adds to nothing, computed by chunks."""
-    method, numel = build(spec), vectors[0].size
+def trivial(vector):
+    """Two factors of a matrix, or of a stack of some, for what sees factors."""
+    return (np.broadcast_to(np.eye(vector.shape[-2]), (*vector.shape[:-1], vector.shape[-2])), vector)
+
+
+def change(spec, vectors, alphas, shape, chunk=1000, dtype=torch.float64, pairs=None):
+    """What a method adds to nothing, computed by chunks; or from factors, which are of `dtype`."""
+    method, numel = build(spec), math.prod(shape)
+    pairs = pairs or [trivial(vector) for vector in vectors if spec.facts.low_rank]
+    vectors = vectors or [left @ right for left, right in pairs]
     place = Place("w", numel, shape=shape, alphas=tuple(alphas))
     flat = [torch.from_numpy(vector).to(dtype).view(-1) for vector in vectors]
     cuts = [slice(start, start + chunk) for start in range(0, numel, chunk)]
@@ -66,7 +73,11 @@ def change(spec, vectors, alphas, shape, chunk=1000, dtype=torch.float64):
         for begin in range(start, stop, chunk):
             yield [vector[begin : min(begin + chunk, stop)].clone() for vector in flat]
 
-    method.survey(place, chunks)
+    def of_factors(number):
+        for pair in pairs:
+            yield [torch.tensor(side.reshape(-1, *side.shape[-2:])[number], dtype=dtype).double() for side in pair]
+
+    method.survey(place, of_factors if spec.facts.low_rank else chunks)
     out, base = torch.empty(numel, dtype=dtype), torch.zeros(numel, dtype=dtype)
     for cut in cuts:
         terms = [(alpha, vector[cut], None) for alpha, vector in zip(alphas, flat, strict=True)]
@@ -112,9 +123,10 @@ def test_panels_do_not_matter(spec, shape, monkeypatch):
             assert np.array_equal(change(spec, vectors, (0.5, -0.3), shape, chunk), found), "chunks do not matter"
 
 
-def memory_taken(method, vectors, shape, end=1):
-    """Bytes at most while a method computes elements up to `end` from these vectors, beside what was there before."""
-    numel, size = math.prod(shape), vectors[0].numel()
+def memory_taken(method, vectors, shape, end=1, pairs=()):
+    """Bytes at most while a method computes elements up to `end` from these vectors, or from factors, beside what was
+    there before."""
+    numel, size, count = math.prod(shape), math.prod(shape[-2:]), len(vectors or pairs)
     repeated = [vector.repeat(1 + (numel > size)) for vector in vectors]  # of a stack one matrix is given
 
     def chunks(start=0, stop=numel):
@@ -123,13 +135,17 @@ def memory_taken(method, vectors, shape, end=1):
             yield [vector[first : first + count].float() for vector in repeated]
 
     change(MethodSpec("tsv_m"), [np.eye(300, 400)] * 2, (1, 1), (300, 400))  # what LAPACK keeps is there
-    place = Place("w", numel, shape=shape, alphas=(1.0,) * len(vectors))
+    place = Place("w", numel, shape=shape, alphas=(1.0,) * count)
+
+    def of_factors(number):
+        for pair in pairs:
+            yield [side.double() for side in pair]
 
     def work():
-        method.survey(place, chunks)
+        method.survey(place, of_factors if pairs else chunks)
         for start in range(0, end, 1 << 17):
             total = torch.zeros(min(1 << 17, end - start))
-            method.add(total, place.alphas, [torch.zeros_like(total)] * len(vectors), replace(place, start=start))
+            method.add(total, place.alphas, [torch.zeros_like(total)] * count, replace(place, start=start))
 
     return peak_while(work)
 
@@ -151,11 +167,25 @@ def test_of_a_stack_one_matrix_is_held(spec):
     assert taken <= method.bytes_held(shape, 0, 4) == method.bytes_held(shape[1:], 0, 4) <= 48 << 20
 
 
-def test_factors_of_high_rank_are_counted():
-    method, shape, generator = build(CORE[0]), (512, 4096), torch.Generator().manual_seed(0)
-    sides = [[torch.randn(k, 300, generator=generator) for k in shape] for _ in range(5)]
-    vectors = [(left @ right.T).view(-1) for left, right in sides]
-    assert method.bytes_held(shape, 0, 4) < memory_taken(method, vectors, shape) <= method.bytes_held(shape, 1500, 4)
+def taken_by_factors(spec, shape, rank, count):
+    method, generator = build(spec), torch.Generator().manual_seed(0)
+    sides = [
+        [torch.randn(side, generator=generator) for side in ((shape[0], rank), (rank, shape[1]))] for _ in range(count)
+    ]
+    return memory_taken(method, [], shape, pairs=sides)
+
+
+@pytest.mark.parametrize("spec", CORE, ids=lambda spec: spec.name)
+def test_factors_of_high_rank_are_counted(spec):
+    shape, method = (512, 4096), build(spec)
+    assert method.bytes_held(shape, 0, 4) < taken_by_factors(spec, shape, 300, 5) <= method.bytes_held(shape, 1500, 4)
+
+
+@pytest.mark.parametrize("spec", CORE, ids=lambda spec: spec.name)
+def test_core_space_holds_no_square(spec):
+    """Which has 128 MiB; a panel of what is added has 64."""
+    shape, method = (4096, 4200), build(spec)
+    assert taken_by_factors(spec, shape, 16, 2) <= 96 << 20 < method.bytes_held(shape, 32, 4) <= 136 << 20
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
@@ -187,12 +217,19 @@ def core_space(pairs, alphas, isotropic):
 def test_core_space_equals_the_papers_formula_on_factors(isotropic, alphas, shape):
     generator, spec = np.random.default_rng(8), CORE[isotropic]
     pairs = [(generator.standard_normal((shape[0], 4)), generator.standard_normal((4, shape[1]))) for _ in range(3)]
-    wanted, products = core_space(pairs, alphas, isotropic), [b @ a for b, a in pairs]
-    found = change(spec, products, alphas, shape)
+    wanted = core_space(pairs, alphas, isotropic)
+    found = change(spec, None, alphas, shape, pairs=pairs)
     assert abs(found - wanted).max() < 1e-9 * abs(wanted).max()
-    assert np.array_equal(change(spec, products, alphas, shape, 10**6), found), "chunks do not matter"
-    rounded = change(spec, products, alphas, shape, dtype=torch.float32)
+    assert np.array_equal(change(spec, None, alphas, shape, 10**6, pairs=pairs), found), "chunks do not matter"
+    rounded = change(spec, None, alphas, shape, dtype=torch.float32, pairs=pairs)
     assert abs(rounded - wanted).max() < 1e-5 * abs(wanted).max(), "what fp32 rounds is no direction"
+    again = [
+        (b @ turn, np.linalg.solve(turn, a))
+        for (b, a), turn in zip(pairs, generator.random((3, 4, 4)) + np.eye(4), strict=True)
+    ]
+    assert abs(change(spec, None, alphas, shape, pairs=again) - wanted).max() < 1e-9 * abs(wanted).max(), (
+        "nor how a product is split"
+    )
     assert not change(spec, [np.zeros(shape)] * 2, (1, 1), shape).any()
 
 
@@ -245,14 +282,14 @@ def test_other_dimensions(spec):
         assert np.allclose(found[number], WHOLE[spec.name]([one[number] for one in stacked], alphas))
 
 
-@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*METHODS, *CORE], ids=lambda spec: spec.name)
 def test_what_is_not_finite_makes_no_number(spec):
     vector = np.ones((6, 8))
     vector[2, 3] = np.inf
     assert np.isnan(change(spec, [vector, np.eye(6, 8)], (1, 1), (6, 8))).all()
 
 
-@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*METHODS, *CORE], ids=lambda spec: spec.name)
 def test_threads_do_not_matter(spec):
     generator = np.random.default_rng(6)
     vectors = [generator.standard_normal((300, 500)) for _ in range(2)]
@@ -347,18 +384,43 @@ def test_core_space_merges_adapters(isotropic, tmp_path):
     sources = {source: open_source(source) for source in asked.sources()}
     rows.require_low_rank(asked, sources)
     more = rows.matrix_memory(asked, sources)[0] - rows.matrix_memory(replace(asked, terms=asked.terms[:1]), sources)[0]
-    assert more == 4 * (7 * 48 + 4 * 301) * 8, "the factors of one more adapter of rank 4"
+    assert more == (4 * 3 * (48 + 301) + 8 * (8 * 8 - 4 * 4)) * 8, "the factors of one more adapter of rank 4"
     names = [f"base_model.model.{module}.lora_{side}.weight" for side in "BA"]
     pairs = [(2.5 * one[names[0]].double().numpy(), one[names[1]].double().numpy()) for one in lora]
     found = dict(read_point(asked))
     exact = base[f"{module}.weight"].double().numpy() + core_space(pairs, (0.5, 0.5), isotropic)
     assert np.allclose(found[f"{module}.weight"].double().numpy(), exact, rtol=2.0**-22, atol=1e-7)
     assert torch.equal(found["model.norm.weight"], base["model.norm.weight"])
+    by_chunks = PointReader([asked], sources, lanes=[HostLane(997)])
+    for name, tensor in found.items():
+        parts = [part.clone() for _, (part,) in by_chunks.chunks(name, 0, tensor.numel())]
+        assert torch.equal(torch.cat(parts).view(tensor.shape), tensor), name
     whole = str(write_checkpoint(tmp_path / "whole", near(base, 3)))
     mixed = replace(asked, terms=(asked.terms[0], Term(0.5, Vector(whole, target))))
     with pytest.raises(BadInput, match=r"whole: holds tensor .* not as two factors, and core_space(_iso)? merges"):
         rows.require_low_rank(mixed, {source: open_source(source) for source in mixed.sources()})
     rows.require_low_rank(replace(mixed, method=MethodSpec("tsv_m")), sources)
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_core_space_of_other_rows_and_of_differences(isotropic, tmp_path):
+    """Adapters of embeddings with fewer rows than the base's, or more, each less another."""
+    base, name = tensors(0, torch.float32), "model.embed_tokens.weight"
+    target, paths, sides = str(write_checkpoint(tmp_path / "target", base)), [], []
+    for seed, count in enumerate((290, 310, 400, 302)):
+        a = torch.randn(4, count, generator=torch.Generator().manual_seed(seed))
+        own = factors(seed) | {f"base_model.model.{EMBEDDING}.lora_embedding_A": a}
+        paths.append(str(write_adapter(tmp_path / f"adapter{seed}", own)))
+        b = own[f"base_model.model.{EMBEDDING}.lora_embedding_B"]
+        sides.append((a.T.double().numpy(), 2.5 * b.T.double().numpy()))
+    pairs = []
+    for plus, minus, count in ((*sides[:2], 290), (*sides[2:], 301)):
+        left = np.concatenate([plus[0][:count], -minus[0][:count]], 1)
+        pairs.append((np.pad(left, ((0, 301 - count), (0, 0))), np.concatenate([plus[1], minus[1]])))
+    terms = tuple(Term(0.5, Vector(*paths[k : k + 2])) for k in (0, 2))
+    exact = base[name].double().numpy() + core_space(pairs, (0.5, 0.5), isotropic)
+    found = dict(read_point(WeightPoint(target, terms, CORE[isotropic])))[name].double().numpy()
+    assert np.allclose(found, exact, rtol=2.0**-22, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [*METHODS, *CORE], ids=lambda spec: spec.name)
