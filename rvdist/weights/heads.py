@@ -63,8 +63,10 @@ def _require_one_matrix(base: Checkpoint, donor: Checkpoint, coefficient: Callab
         of_embedding = isinstance(donor.forms[name], Whole) and is_embedding(name)
         if is_head(name) or of_embedding:
             other = "head" if of_embedding else "embedding"
+            both = [name, *filter(is_embedding, base.tensors)] if is_head(name) else [name]
+            left_out = ",".join(f"'{re.escape(one)}'" for one in both)
             raise BadInput(
                 f"{donor.path}: adapts {name.removesuffix('.weight')}, which {base.path} ties to its {other} "
-                f"(tie_word_embeddings), so that the {other} would move too; untie the target, or leave it out "
-                f"by vector.mask.exclude=['{re.escape(name)}']"
+                f"(tie_word_embeddings), so that the {other} would move too; untie the target, or leave "
+                f"{'both' if is_head(name) else 'it'} out by vector.mask.exclude=[{left_out}]"
             )

@@ -65,9 +65,14 @@ class _Computed(Operand):
         if isinstance(form, Dense):
             out.copy_(self._part(form.values, begin, end).double().mul_(form.scale))
         elif isinstance(form, Whole):
-            out.copy_(self._part(form.values, begin, end)).sub_(self._of_base(name, begin, end).to(dtype))
+            out.copy_(self._part(form.values, begin, end))
+            if form.rows:
+                self._put(form.rows, begin, out)
+            out.sub_(self._of_base(name, begin, end).to(dtype))
         elif isinstance(form, Rows):
-            self._replace(name, form, begin, out)
+            out.zero_()
+            for start, stop in self._put(form, begin, out):
+                out[start - begin : stop - begin].sub_(self._of_base(name, start, stop).to(dtype))
         elif isinstance(form, Dora):
             self._load_rescaled(name, form).fill(begin, out)
         elif isinstance(form, LowRank):
@@ -90,15 +95,17 @@ class _Computed(Operand):
             multiply(left, right, form.scale, offset, out[at - begin : at - begin + count])
             at += count
 
-    def _replace(self, name: str, form: Rows, begin: int, out: torch.Tensor) -> None:
-        out.zero_()
+    def _put(self, form: Rows, begin: int, out: torch.Tensor) -> list[tuple[int, int]]:
+        """Puts the rows that `out` has a part of into it: which elements of the tensor these are."""
         width, end = form.values.shape[1], begin + out.numel()
+        found = []
         for k in range(bisect_left(form.rows, begin // width), bisect_left(form.rows, -(-end // width))):
             first, stored = form.rows[k] * width, form.places[k] * width
             start, stop = max(begin, first), min(end, first + width)
-            part = out[start - begin : stop - begin]
-            part.copy_(self._part(form.values, stored + start - first, stored + stop - first))
-            part.sub_(self._of_base(name, start, stop).to(out.dtype))
+            values = self._part(form.values, stored + start - first, stored + stop - first)
+            out[start - begin : stop - begin].copy_(values)
+            found.append((start, stop))
+        return found
 
     def _load_factors(self, name: str, form: LowRank, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """left [rows, r] and right [r, columns] of a matrix of the tensor, widened exactly to fp32; kept until another

@@ -2,12 +2,14 @@
 peft's own merge_and_unload makes of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from adapters import RANK, factors, write_adapter
 from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 from points import read_point
+from safetensors.torch import load_file, save_file
 from test_trained_adapters import EXPERTS, mixture, point, require_merged, train
 
 from rvdist.core.errors import BadInput
@@ -19,6 +21,7 @@ from rvdist.weights.checkpoint.source import open_source
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+BESIDE = "base_model.model.{}.token_adapter.base_layer.weight"
 
 
 def llama(tied: bool) -> torch.nn.Module:
@@ -63,12 +66,13 @@ def test_a_part_of_experts_is_what_peft_merges_where_they_lie_one_by_one(tmp_pat
     assert moved == ({"down_proj"} if "down" in parameter else {"gate_proj", "up_proj"})
 
 
-def adapted(place, rows, tensor=None, **config):
-    """An adapter with factors of two matrices, and these rows of the embedding."""
+def adapted(place, rows, tensor=None, beside=None, **config):
+    """An adapter with factors of two matrices, and these rows of the embedding, which may stand beside it."""
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(len(rows), 48, generator=generator) if tensor is None else tensor
     pairs = {name: factor for name, factor in factors().items() if "embed" not in name}
     stored = {TOKENS.format("model.embed_tokens"): values}
+    stored |= {} if beside is None else {BESIDE.format("model.embed_tokens"): beside}
     return values, write_adapter(place, pairs | stored, **{"trainable_token_indices": list(rows)} | config)
 
 
@@ -108,8 +112,10 @@ def test_a_mask_leaves_them_out_and_inspect_names_them(tmp_path):
     assert inspect(str(path))["made_of"]["stored"] | {"scales": []} == {
         "low_rank": 2, "rows": 1, "ranks": [RANK], "scales": []
     }  # fmt: skip
-    with pytest.raises(BadInput, match=r"trained with a row 400 of model.embed_tokens.weight, of which .*base has 301"):
-        laid_out(one)
+    compat.check(one, laid_out(one))
+    unmasked = replace(one, terms=(replace(one.terms[0], mask=Mask()),))
+    with pytest.raises(BadInput, match=r"has 401 rows of model.embed_tokens.weight, 100 more than .*tokenizer=union"):
+        compat.check(unmasked, laid_out(unmasked))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,50 @@ def test_rows_that_cannot_be_told_are_refused(tmp_path, config, tensor, reason):
     with pytest.raises(BadInput, match=reason) as refused:
         open_source(str(adapted(tmp_path / "a", [1], tensor, **config)[1]))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_beside_the_matrix_that_has_them_are_put_into_it_whatever_part_is_read(tmp_path, dtype, held):
+    from rvdist.weights.reader import open_point
+
+    base, rows = tensors(0, dtype), [300, 17, 18, 0]
+    write_checkpoint(tmp_path / "base", base)
+    matrix = near(base, 3)[EMBEDDING].to(held)
+    values, _ = adapted(tmp_path / "adapter", rows, beside=matrix)
+    expected = matrix.to(torch.float32)
+    expected[rows] = values
+    whole = dict(read_point(point(tmp_path)))[EMBEDDING]
+    assert torch.equal(whole, expected.to(dtype))
+    reader = open_point(point(tmp_path))
+    for step in (7, 48, 1000):
+        found = torch.empty(whole.numel(), dtype=dtype)
+        for begin in range(0, whole.numel(), step):
+            reader.fill(EMBEDDING, begin, found[begin : begin + step])
+        assert torch.equal(found.view(whole.shape), whole), step
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "rows", "reason"),
+    [
+        (torch.zeros(301, 47), [1], r"has shape \[301, 47\], and a row 1 of 48 was trained"),
+        (torch.zeros(48), [1], r"has shape \[48\], and a row 1 of 48"),
+        (torch.zeros(5, 48), [1, 5], r"has shape \[5, 48\], and a row 5 of 48"),
+        (torch.zeros(5, 48).int(), [1], "is stored as I32"),
+    ],
+)
+def test_a_matrix_that_its_rows_do_not_fit_is_refused(tmp_path, matrix, rows, reason):
+    with pytest.raises(BadInput, match=reason):
+        open_source(str(adapted(tmp_path / "a", rows, beside=matrix)[1]))
+
+
+def test_a_matrix_beside_which_no_rows_stand_is_refused(tmp_path):
+    _, path = adapted(tmp_path / "a", [1])
+    stored = load_file(path / "adapter_model.safetensors") | {BESIDE.format("lm_head"): torch.zeros(5, 48)}
+    save_file(stored, path / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="lm_head.*stands there without rows of tokens"):
+        open_source(str(path))
 
 
 def test_rows_without_tensors_are_refused(tmp_path):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from adapters import factors, write_adapter
+from adapters import RANK, factors, write_adapter
 from checkpoints import load_checkpoint, near, tensors, write_checkpoint, write_family
 from points import read_point, shifted
 
@@ -109,6 +109,18 @@ def test_an_adapter_of_an_embedding_says_that_the_head_moves(tmp_path):
     )
     assert any(note in one for one in said(point))
     assert not any(note in one for one in said(masked(point, exclude=(".*embed.*",))))
+
+
+def test_an_adapter_of_a_tied_head_is_refused_with_a_mask_that_leaves_it_out(tmp_path):
+    write_checkpoint(tmp_path / "target", tensors(0))
+    head = "base_model.model.lm_head.lora_{}.weight"
+    pairs = {head.format("A"): torch.ones(RANK, 48), head.format("B"): torch.ones(301, RANK)}
+    write_adapter(tmp_path / "adapter", factors() | pairs)
+    point = WeightPoint(str(tmp_path / "target"), (Term(1.0, Vector(str(tmp_path / "adapter"))),))
+    with pytest.raises(BadInput, match="adapts lm_head, which .* ties to its embedding") as refused:
+        said(point)
+    patterns = re.findall(r"'([^']+)'", str(refused.value).partition("vector.mask.exclude=")[2])
+    assert len(patterns) == 2 and said(masked(point, exclude=tuple(patterns)))
 
 
 @pytest.mark.parametrize("tying", [False, True])

@@ -32,7 +32,7 @@ _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.weight")
 _BIAS = re.compile(r"(.+)\.lora_B\.bias")
 _TWICE = re.compile(r"(.+)\.(?:modules_to_save|original_module)\.(weight|bias)")
-_RESIZED = re.compile(r".+\.token_adapter\.base_layer\.weight")
+_BESIDE_TOKENS = re.compile(r"(.+)\.token_adapter\.base_layer\.weight")
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:\.post\d+)?")  # no .dev, which may be either side of a change
 _FLOATS = ("F16", "BF16", "F32")
 _MORE_THAN_PRODUCTS = (
@@ -55,6 +55,7 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
     biases: dict[str, TensorSpec] = {}
     magnitudes: dict[str, TensorSpec] = {}
     tokens: dict[str, TensorSpec] = {}
+    beside: dict[str, TensorSpec] = {}  # the matrices of such tokens, where peft stores them whole
     others: dict[str, TensorSpec] = {}
     for name, spec in checkpoint.tensors.items():
         if not name.startswith(PREFIX):
@@ -68,6 +69,8 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
             magnitudes[magnitude[1]] = spec
         elif config.get("trainable_token_indices") and (of_tokens := _TOKENS.fullmatch(own)):
             tokens[of_tokens[1]] = spec
+        elif config.get("trainable_token_indices") and (matrix_of := _BESIDE_TOKENS.fullmatch(own)):
+            beside[matrix_of[1]] = spec
         else:
             others[own] = spec
     tensors: dict[str, TensorSpec] = {}
@@ -102,8 +105,6 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
         trained = _trained(own, config)
         if trained is None and own.removesuffix(".base_layer.weight") in factors:
             continue  # beside an adapted embedding peft stores the embedding itself, which the adapter leaves alone
-        if _RESIZED.fullmatch(own):
-            _refuse(checkpoint, f"it trained rows of an embedding that was resized before ({spec.name})")
         if trained is None:
             _refuse(checkpoint, f"tensor {spec.name} is no factor of a product, and {CONFIG} does not say what it is")
         if trained in tensors:
@@ -118,6 +119,10 @@ def as_adapter(checkpoint: Checkpoint) -> Difference:
             _refuse(checkpoint, reason, "save it with peft")
         tensors[name] = replace(some.values, name=name, shape=(some.rows[-1] + 1, some.values.shape[1]))
         forms[name] = some
+        if stored := beside.pop(module, None):
+            tensors[name], forms[name] = _whole(checkpoint, name, stored, some)
+    for spec in beside.values():
+        _refuse(checkpoint, f"tensor {spec.name} stands there without rows of tokens", "download or copy it again")
     base = config.get("base_model_name_or_path")
     stamps = checkpoint.stamps | {CONFIG: stamp_beside(checkpoint, CONFIG)}
     trained_on = base if isinstance(base, str) else None
@@ -207,9 +212,21 @@ def _rows(checkpoint: Checkpoint, said: object, tokens: Mapping[str, TensorSpec]
         _require(checkpoint, spec, spec.shape)
         places = sorted(range(len(rows)), key=rows.__getitem__)
         found[module] = Rows(spec, tuple(rows[place] for place in places), tuple(places))
-    if not tokens or (not isinstance(said, Mapping) and len(tokens) > 1):
+    copied = {is_head(f"{module}.weight") for module in tokens} == {True, False}  # a tied embedding, stored twice
+    if not tokens or (not isinstance(said, Mapping) and len(tokens) > 1 + copied):
         _refuse(checkpoint, f"{CONFIG} has trainable_token_indices, and {len(tokens)} tensors are of trained tokens")
     return found
+
+
+def _whole(checkpoint: Checkpoint, name: str, matrix: TensorSpec, some: Rows) -> tuple[TensorSpec, Whole]:
+    """A matrix that is stored beside the rows of it that were trained, with them."""
+    width, most = some.values.shape[1], some.rows[-1]
+    _require(checkpoint, matrix, matrix.shape)
+    if len(matrix.shape) != 2 or matrix.shape[1] != width or matrix.shape[0] <= most:
+        reason = f"tensor {matrix.name} has shape {list(matrix.shape)}, and a row {most} of {width} was trained"
+        _refuse(checkpoint, reason, "download or copy it again")
+    dtype = matrix.dtype if some.values.dtype == matrix.dtype else "F32"  # the wider, or wider than both
+    return replace(matrix, name=name, dtype=dtype), Whole(matrix, some)
 
 
 def _trained(own: str, config: Mapping[str, Any]) -> str | None:

@@ -23,13 +23,6 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """`values` in place of the base's: what was trained itself. The difference is values − base."""
-
-    values: TensorSpec
-
-
-@dataclass(frozen=True)
 class Rows:
     """`values` in place of the base's at these rows, which ascend; each is stored at its one of `places`. How many rows
     there are, the base tells."""
@@ -37,6 +30,15 @@ class Rows:
     values: TensorSpec
     rows: tuple[int, ...]
     places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """`values` in place of the base's, and of these, `rows` of their own: what was trained itself. The difference is
+    what stands there − base."""
+
+    values: TensorSpec
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ BASED = (Whole, Rows, Dora)  # forms of adapters alone, which need what they wer
 
 def stored_parts(form: Form) -> list[TensorSpec]:
     """What of it stands in files."""
-    return [part for part in vars(form).values() if isinstance(part, TensorSpec)]
+    rows = stored_parts(form.rows) if isinstance(form, Whole) and form.rows else []
+    return [part for part in vars(form).values() if isinstance(part, TensorSpec)] + rows
 
 
 @dataclass(frozen=True)

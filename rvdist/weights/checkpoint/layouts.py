@@ -196,18 +196,12 @@ def lay_out(donor: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 def turn(adapter: Difference, base: Checkpoint) -> Difference:
     """The adapter whose products of many matrices lie as in `base`: [in, out] or [out, in], which its own files do not
-    tell; with as many rows where it has some. Raises BadInput where those of `base` do not tell it either, or are
-    fewer."""
+    tell; with as many rows where it has some of them. Raises BadInput where those of `base` do not tell it either."""
     for name, form in adapter.forms.items():
-        if isinstance(form, Rows) and (own := base.tensors.get(name)) and own.shape[1:] == form.values.shape[1:]:
-            if form.rows[-1] >= own.shape[0]:
-                raise BadInput(
-                    f"{adapter.path}: was trained with a row {form.rows[-1]} of {name}, of which {base.path} has "
-                    f"{own.shape[0]}; name a model that has its tokens, or leave that out by vector.mask.exclude"
-                )
-            adapter = replace(
-                adapter, tensors=adapter.tensors | {name: replace(adapter.tensors[name], shape=own.shape)}
-            )
+        own = base.tensors.get(name)
+        if isinstance(form, Rows) and own and own.shape[1:] == form.values.shape[1:] and form.rows[-1] < own.shape[0]:
+            tensors = adapter.tensors | {name: replace(adapter.tensors[name], shape=own.shape)}
+            adapter = replace(adapter, tensors=tensors)
     if not any(isinstance(form, LowRank) and form.transposed is None for form in adapter.forms.values()):
         return adapter
     tensors, forms = dict(adapter.tensors), dict(adapter.forms)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from rvdist.core.errors import BadInput
-from rvdist.weights.checkpoint.difference import Dense, Difference, Whole
+from rvdist.weights.checkpoint.difference import Dense, Difference, Whole, stored_parts
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.elements import equal_bytes
 from rvdist.weights.checkpoint.header import TensorSpec
@@ -110,15 +110,24 @@ def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
 def without_copied_head(adapter: Difference, base: Checkpoint) -> Difference:
     """An adapter that was trained as both the embedding and the head, which it stores twice, for a base that ties them:
     without the head (peft's ensure_weight_tying)."""
-    trained = {name: form.values for name, form in adapter.forms.items() if isinstance(form, Whole)}
-    copies = [spec for name, spec in trained.items() if is_embedding(name)]
+    trained = {name: form for name, form in adapter.forms.items() if isinstance(form, Whole)}
+    copies = [form for name, form in trained.items() if is_embedding(name)]
     heads = [name for name in trained if is_head(name) and name in adapter.tensors and name not in base.tensors]
     if len(copies) != 1 or len(heads) != 1 or not is_tied(base.config):
         return adapter
-    one, other = copies[0], trained[heads[0]]
-    if (one.dtype, one.shape) != (other.dtype, other.shape) or not equal_bytes(adapter, one, adapter, other):
+    if not _are_copies(adapter, copies[0], trained[heads[0]]):
         return adapter
     return replace(adapter, tensors={name: spec for name, spec in adapter.tensors.items() if name != heads[0]})
+
+
+def _are_copies(adapter: Difference, one: Whole, other: Whole) -> bool:
+    """Whether two matrices of an adapter are the same, the rows that were trained alone included."""
+    if (one.rows and (one.rows.rows, one.rows.places)) != (other.rows and (other.rows.rows, other.rows.places)):
+        return False
+    return all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and equal_bytes(adapter, a, adapter, b)
+        for a, b in zip(stored_parts(one), stored_parts(other), strict=True)
+    )
 
 
 def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, list[TensorSpec]]]:

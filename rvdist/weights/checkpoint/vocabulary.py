@@ -16,7 +16,8 @@ import numpy as np
 from rvdist.core.errors import BadInput
 from rvdist.core.point import WeightPoint
 from rvdist.core.vocabulary import BASE, UNION, TokenRule, Vocabulary
-from rvdist.weights.checkpoint.difference import Difference, Whole, needs_base
+from rvdist.weights.checkpoint.adapted import MERGE, Adapted, adapt, as_it_is, require_rows
+from rvdist.weights.checkpoint.difference import Difference
 from rvdist.weights.checkpoint.directory import Checkpoint, read_json
 from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO, Numbers, Remapped, Rows, kind_of
@@ -31,7 +32,6 @@ _IDS = re.compile(r".*_token_(?:ids?|index)")
 _LAYER = re.compile(r"(?:.+\.)?\d+\..+")
 _VOCABULARY = re.compile(r"(?!type_).+_vocab_size.*|vocab_size_.+")  # of other tokens than the embedding's
 _PARTS = ("text_config", "llm_config", "language_config")
-_APPLY = "apply it to that, and use the result as vector.plus"
 _UNKNOWN = "and it is not known whether these are the tokenizer's tokens; leave tokenizer out"
 
 
@@ -55,9 +55,12 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
     base = models[point.base]
     names = _named_by_token(base)
     adapters = {name: one for name, one in models.items() if isinstance(one, Difference)}
-    models |= {name: _rows_of_adapter(one, names) for name, one in adapters.items()}
+    made = {name: adapt(one, _trained_on(point, sources, called, name), names) for name, one in adapters.items()}
+    models |= made
     rows = {model: _row_count(one, names) for model, one in models.items()}
     tokens = {model: read_tokens(one.beside) for model, one in models.items()}
+    for name, adapted in made.items():
+        require_rows(adapted, tokens[name])
     tokens[point.base] = strip(tokens[point.base], rows[point.base])
     built = _tokenizer(vocabulary, tokens, rows, opened)
     found: dict[str, Checkpoint] = {}
@@ -68,7 +71,7 @@ def remap(point: WeightPoint, sources: Mapping[str, Checkpoint], opened: Open) -
         ):
             raise BadInput(
                 f"{one.path}: is an adapter with rows for tokens, and in the output some ids are of others, or a rule "
-                f"has force; {_APPLY}"
+                f"has force; {MERGE}"
             )
     maps = {name: _Maps(vocabulary, models, tokens, own_rows, built, name) for name in names}
     for source in filter(called.__contains__, point.sources()):
@@ -182,7 +185,20 @@ class _Maps:
         row = np.zeros(self._padded, np.int32)
         owner[: self._count] = np.where(own, k, self._owner)
         row[: self._count] = np.where(own, self._own[k], self._row)
-        return Rows(owner, row, tuple(self._means)), self._lenders
+        return self._flatten(owner, row)
+
+    def _flatten(self, owner: Numbers, row: Numbers) -> tuple[Rows, tuple[Checkpoint, ...]]:
+        """The same with what adapters make of a model where it lies: in their files, and in that model."""
+        lenders: list[Checkpoint] = []
+        new_owner, new_row, places = owner.copy(), row.copy(), list[tuple[Numbers, Numbers]]()
+        for k, one in enumerate(self._lenders):
+            of, its, there = one.places[self._tensor] if isinstance(one, Adapted) else as_it_is(one, self._tensor)
+            places.append((its + np.int32(len(lenders)), there))
+            own = owner == k
+            new_owner[own], new_row[own] = places[k][0][row[own]], there[row[own]]
+            lenders += of
+        means = tuple(tuple((int(places[k][0][n]), int(places[k][1][n])) for k, n in mean) for mean in self._means)
+        return Rows(new_owner, new_row, means), tuple(lenders)
 
 
 def _tokenizer(vocabulary: Vocabulary, tokens: Mapping[str, Tokens], rows: Mapping[str, int], opened: Open) -> Built:
@@ -214,26 +230,24 @@ def _is_identity(rows: Rows, count: int) -> bool:
 
 def _leaves_rows(one: Checkpoint, base: Checkpoint) -> bool:
     """Whether it is a difference that changes nothing that has a row for each token."""
-    if not isinstance(one, Difference) or needs_base(one) or one is base:
+    if not isinstance(one, Difference) or one is base:
         return False
     return one.tensors.keys().isdisjoint(_named_by_token(base))
 
 
-def _rows_of_adapter(one: Difference, names: Sequence[str]) -> Checkpoint:
-    """The rows for tokens that an adapter stores whole. Raises BadInput for any other."""
-    values = {name: form.values for name in names if isinstance(form := one.forms.get(name), Whole)}
-    if not values or len(values) < sum(name in one.forms for name in names):
-        raise BadInput(
-            f"{one.path}: is {one.kind}, whose rows are those of the ids that it was made with, or which needs what it "
-            f"was trained on, and tokenizer is set; {_APPLY}"
-        )
-    tensors = {name: replace(spec, name=name) for name, spec in values.items()}
-    return Checkpoint(one.path, tensors, one.metadata, one.stamps, one.hub)
+def _trained_on(
+    point: WeightPoint, sources: Mapping[str, Checkpoint], called: Mapping[str, str], adapter: str
+) -> Checkpoint | None:
+    """What an adapter was trained on: the minus beside it, else the base; None where that differs from term to term."""
+    vectors = [term.vector for term in point.terms if called.get(term.vector.plus) == adapter]
+    names = {vector.minus or point.base for vector in vectors}
+    found = sources[names.pop()] if len(names) == 1 else None
+    return None if isinstance(found, Difference) else found
 
 
 def _cut(one: Difference, names: Sequence[str], count: int) -> Difference:
-    """Without rows that no token has."""
-    own = {name: one.tensors[name] for name in names}
+    """Without rows that no token has: of those for tokens it has as many."""
+    own = {name: one.tensors[name] for name in names if name in one.tensors}
     return replace(one, tensors=one.tensors | {n: replace(t, shape=(count, *t.shape[1:])) for n, t in own.items()})
 
 

@@ -590,7 +590,9 @@ def test_a_row_of_another_dtype_is_rounded_once(tmp_path):
 def test_an_adapter_of_the_embedding_is_refused(tmp_path):
     pairs.write("bpe", tmp_path)
     write_adapter(tmp_path / "adapter", factors())
-    with pytest.raises(BadInput, match="is adapter, whose rows are those of the ids"):
+    with pytest.raises(
+        BadInput, match="is an adapter that has no whole rows of model.embed_tokens.weight, .*; merge it"
+    ):
         opened(point(tmp_path, others=("adapter",)))
 
 

@@ -2,11 +2,13 @@
 writes, to the bit; and the recording is what peft makes, where that is installed."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from alone import planned, write
 from checkpoints import load_checkpoint
+from points import read_point
 from safetensors.torch import load_file, save_file
 from trained_rows import EMBEDDING, HEAD, KINDS, RECORDED, train, write_base, write_tokenizer
 
@@ -18,14 +20,16 @@ from rvdist.weights import compat
 WHOLE = json.loads(RECORDED.read_text())
 REFUSED = {
     "whole, a copy of what is tied": "adapts lm_head, which .* ties to its embedding",
-    "rows, untied": "it trained rows of an embedding that was resized before",
-    "rows, tied": "it trained rows of an embedding that was resized before",
+    "other rows of both, tied": "adapts lm_head, which .* ties to its embedding",
+    "rows alone, untied": f"has a row of {EMBEDDING} for token '<new>', and neither .* has one of {HEAD}; save it",
+    "the last new row alone": f"has row 14 of {EMBEDDING}, and neither it nor .*base has row 13; save it again",
+    "rows beside factors of the head": f"is an adapter that has no whole rows of {HEAD}, .*merge_and_unload",
 }
 
 
 def recorded(kind, place):
     """The base and the adapter of the recording; and the point of both with the tokens of both."""
-    write_base(place / "base", KINDS[kind][0])
+    write_base(place / "base", kind)
     (place / "adapter").mkdir()
     stored = {name: torch.tensor(values) for name, values in WHOLE[kind]["stored"].items()}
     save_file(stored, place / "adapter/adapter_model.safetensors", {"format": "pt"})
@@ -41,10 +45,11 @@ def test_what_is_written_is_what_peft_merged(tmp_path, kind):
     write({tmp_path / "out": point})
     found = load_checkpoint(tmp_path / "out")
     merged = {name: torch.tensor(values) for name, values in WHOLE[kind]["merged"].items()}
-    assert found.keys() == merged.keys() and (HEAD in found) != KINDS[kind][0]
+    assert found.keys() == merged.keys() and (HEAD in found) != KINDS[kind].tied
     for name, tensor in merged.items():
         expected = tensor[:15] if name in (EMBEDDING, HEAD) else tensor
         assert found[name].dtype == torch.float32 and torch.equal(found[name], expected), name
+    assert all(torch.equal(found[name], tensor) for name, tensor in read_point(point))
     before = load_checkpoint(tmp_path / "base")
     assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
     _, sources = planned({tmp_path / "again": point})
@@ -52,7 +57,7 @@ def test_what_is_written_is_what_peft_merged(tmp_path, kind):
 
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.5])
-@pytest.mark.parametrize("kind", ["whole, untied", "whole, tied as one"])
+@pytest.mark.parametrize("kind", ["whole, untied", "whole, tied as one", "a new row and an old one", "rows, padded"])
 def test_rows_that_both_have_go_a_part_of_the_way_and_new_ones_are_the_adapter_s(tmp_path, kind, alpha):
     point = recorded(kind, tmp_path)
     write(
@@ -60,7 +65,71 @@ def test_rows_that_both_have_go_a_part_of_the_way_and_new_ones_are_the_adapter_s
     )
     found, before = load_checkpoint(tmp_path / "out")[EMBEDDING], load_checkpoint(tmp_path / "base")[EMBEDDING]
     trained = torch.tensor(WHOLE[kind]["merged"][EMBEDDING])
-    assert torch.equal(found, torch.cat([before + alpha * (trained[:13] - before), trained[13:]]))
+    assert torch.equal(found, torch.cat([before + alpha * (trained[:13] - before), trained[13:15]]))
+
+
+@pytest.mark.parametrize("kind", ["rows, tied", "rows, untied", "rows of both"])
+def test_a_base_that_was_resized_gets_them_without_another_vocabulary(tmp_path, kind):
+    """Where the target has the rows already, and its tokenizer the tokens."""
+    point = recorded(kind, tmp_path)
+    stored = load_file(tmp_path / "base/model.safetensors")
+    for name in {EMBEDDING, HEAD} & stored.keys():
+        stored[name] = torch.cat([stored[name], torch.full((2, 4), 9.0)])
+    save_file(stored, tmp_path / "base/model.safetensors")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"vocab_size": 15}))
+    write({tmp_path / "out": WeightPoint(point.base, point.terms)})
+    found = load_checkpoint(tmp_path / "out")
+    assert all(torch.equal(found[name], torch.tensor(own)) for name, own in WHOLE[kind]["merged"].items())
+
+
+@pytest.mark.parametrize("kind", ["rows that a base has to spare", "rows alone, tied"])
+def test_what_it_was_trained_on_may_be_another_than_the_target(tmp_path, kind):
+    """Rows that were not trained are no difference from minus, whatever the target has there."""
+    point = recorded(kind, tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "target")
+    stored = load_file(tmp_path / "base/model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in stored.items()}, tmp_path / "target/model.safetensors")
+    names = str(tmp_path / "target"), point.terms[0].vector.plus, point.base
+    vector = Vector(names[1], names[2])
+    write({tmp_path / "out": WeightPoint(names[0], (Term(1.0, vector),), vocabulary=Vocabulary("union", names))})
+    found = load_checkpoint(tmp_path / "out")[EMBEDDING]
+    trained = torch.tensor(WHOLE[kind]["merged"][EMBEDDING])[:15]
+    assert torch.equal(found, torch.cat([trained[:13] + 1, trained[13:]]))
+
+
+def test_of_two_adapters_with_the_same_new_tokens_each_moves_them_to_its_own(tmp_path):
+    """The row that both start from is the mean of theirs."""
+    point = recorded("rows, tied", tmp_path)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    file = tmp_path / "other/adapter_model.safetensors"
+    save_file({n: t + 2 * n.endswith("_delta") for n, t in load_file(file).items()}, file)
+    names = (*point.sources(), str(tmp_path / "other"))
+    terms = (Term(0.5, Vector(names[1])), Term(0.25, Vector(names[2])))
+    write({tmp_path / "out": WeightPoint(names[0], terms, vocabulary=Vocabulary("union", names))})
+    trained = torch.tensor(WHOLE["rows, tied"]["merged"][EMBEDDING])
+    expected = torch.cat([trained[:13], trained[13:] + 1 - 0.5 + 0.25])
+    assert torch.equal(load_checkpoint(tmp_path / "out")[EMBEDDING], expected)
+
+
+def test_an_adapter_that_needs_its_base_and_has_no_rows_is_added_as_without_the_key(tmp_path):
+    """DoRA of a layer, beside a donor that brings tokens."""
+    recorded("rows, tied", tmp_path)
+    factors = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(6, 2) / 4}
+    factors["lora_magnitude_vector"] = torch.arange(1.0, 7)
+    dora = tmp_path / "dora"
+    dora.mkdir()
+    prefix = "base_model.model.model.layers.0.mlp.up_proj."
+    save_file({prefix + name: tensor for name, tensor in factors.items()}, dora / "adapter_model.safetensors")
+    (dora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": true}')
+    names = str(tmp_path / "base"), str(tmp_path / "adapter"), str(dora)
+    terms = Term(0.0, Vector(names[1])), Term(1.0, Vector(names[2]))
+    write({tmp_path / "out": WeightPoint(names[0], terms, vocabulary=Vocabulary("union", names))})
+    write({tmp_path / "plain": WeightPoint(names[0], terms[1:])})
+    found, plain = load_checkpoint(tmp_path / "out"), load_checkpoint(tmp_path / "plain")
+    assert found[EMBEDDING].shape[0] == 15
+    assert {name for name in plain if not torch.equal(found[name], plain[name])} == {EMBEDDING}
+    assert not torch.equal(plain[up := "model.layers.0.mlp.up_proj.weight"], load_checkpoint(tmp_path / "base")[up])
 
 
 @pytest.mark.parametrize("kind", REFUSED)
