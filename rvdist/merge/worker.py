@@ -16,6 +16,7 @@ from rvdist.core.regular import Handle, allow_many_files
 from rvdist.core.timing import anonymous_bytes
 from rvdist.merge.plan import Output, Unit, UnitDone
 from rvdist.weights.arithmetic.method import warm_up
+from rvdist.weights.arithmetic.registry import build
 from rvdist.weights.checkpoint.direct import File, RangeWriter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import Written
@@ -46,7 +47,8 @@ class MergeWorker:
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         points = [point for output in outputs for point in output.points]
-        if sum(sources[source].nbytes for point in points for source in point.sources()) >= _MUCH:
+        summed = [point for point in points if build(point.method).elementwise_sum]  # no other method has such loops
+        if sum(sources[source].nbytes for point in summed for source in point.sources()) >= _MUCH:
             warm_up()
         self._outputs, self._sources = outputs, sources
         torch_dtype = TORCH_DTYPE[dtype] if dtype else None

@@ -19,6 +19,7 @@ from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 
 from rvdist.core.config import ClusterConfig, Config, MergeConfig, merges_alone
 from rvdist.core.errors import BadInput, Failed
+from rvdist.core.method import MethodSpec
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.merge import accounts, worker
 from rvdist.merge import plan as planning
@@ -62,6 +63,19 @@ def test_little_is_merged_without_the_compiled_loops_to_the_same_bytes(family, t
         assert any(size > 1 for size in sizes) == (by == "loops")
     for out in ("one", "two", "three"):
         assert digests(tmp_path / "torch" / out) == digests(tmp_path / "loops" / out)
+
+
+@pytest.mark.parametrize(("name", "loads"), [("linear", True), ("ties", False), ("tsv_m", False)])
+def test_only_sums_load_the_compiled_loops(name, loads, family, monkeypatch):
+    loaded: list[bool] = []
+    monkeypatch.setattr(worker, "_MUCH", 1)
+    monkeypatch.setattr(worker, "warm_up", lambda: loaded.append(True))
+    paths = {part: str(path) for part, path in family(shards=1).items()}
+    spec = MethodSpec(name, density=0.5) if name == "ties" else MethodSpec(name)
+    point = WeightPoint(paths["target"], (Term(0.5, Vector(paths["plus"], paths["minus"])),), spec)
+    outputs = [planning.Output((point,), (Path("out"),))]
+    MergeWorker(outputs, {source: open_source(source) for source in point.sources()}, None).close()
+    assert loaded == [True] * loads
 
 
 def test_threads_write_what_one_does_which_is_the_arithmetic(family, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The eigenvalues and eigenvectors of a symmetric matrix, in the memory of two such matrices: LAPACK's dsyevr.
 
 torch and numpy call dsyevd, which takes three in place. scipy calls dsyevr, and lets no other thread of Python run
-meanwhile; so it is called here by its address, which scipy publishes for Cython and numba knows how to get.
+meanwhile; so it is called here by its address, which scipy publishes for Cython.
 """
 
 from __future__ import annotations
@@ -71,12 +71,13 @@ def _blas() -> Any:
 def _dsyevr() -> Callable[..., None] | None:
     """None where there is no scipy, as where a rented card is tried: torch's own takes two such matrices more."""
     try:
-        from numba.extending import get_cython_function_address
-
-        address = get_cython_function_address("scipy.linalg.cython_lapack", "dsyevr")
+        from scipy.linalg import cython_lapack
     except ImportError:
         return None
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_char_p] * 3, *[ctypes.c_void_p] * 18)(address)
+    capsule, python = cython_lapack.__pyx_capi__["dsyevr"], ctypes.pythonapi
+    name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", python))(capsule)
+    point = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", python))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_char_p] * 3, *[ctypes.c_void_p] * 18)(point(capsule, name))
 
 
 def _at(one: torch.Tensor | ctypes.c_int | ctypes.c_double) -> int:

@@ -1,5 +1,7 @@
 """Eigenvalues by LAPACK's dsyevr, called by its address: against numpy's, on spectra that are hard for it."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -30,6 +32,14 @@ def test_values_and_vectors_are_numpys(spectrum):
     assert abs(vectors.T @ vectors - np.eye(200)).max() < 1e-11
     assert abs(exact @ vectors - vectors * values).max() < 1e-12
     assert np.isnan(given.numpy()[np.triu_indices(200, 1)]).all(), "the other triangle stays what it was"
+
+
+def test_lapack_is_found_without_what_compiles():
+    """numba takes 20 MiB, and what it compiled before as much again: a worker that sums no elements does without."""
+    found = (
+        "import sys, rvdist.weights.arithmetic.symmetric as s; sys.exit(s._dsyevr() is None or 'numba' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", found]).returncode == 0
 
 
 @pytest.mark.parametrize("side", [1, 2])
