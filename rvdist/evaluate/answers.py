@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,16 +20,18 @@ from rvdist.evaluate.fleet.fleet import Fleet
 from rvdist.evaluate.fleet.schedule import Slice, cut
 from rvdist.evaluate.fleet.view import FleetView
 from rvdist.evaluate.request import Answered
+from rvdist.weights.checkpoint.directory import Checkpoint
 
 Answers = dict[Slice, Answered]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A point that is to answer: its digest, and what it is called while it does."""
+    """A point that is to answer: its digest, the `sources` that this is of, and what it is called while it does."""
 
     digest: str
     name: str
+    sources: Collection[Checkpoint] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def answer(
     complete: Callable[[WeightPoint, Answers], None] = lambda point, answers: None,
 ) -> Collected:
     """The requests, answered at every point; what the cache has is not asked again. `complete` is told of each point
-    that is answered, and of all that is so far. A point that the fleet refuses has no answers."""
+    that is answered, and of all that is so far. A point that the fleet refuses has no answers. Raises BadInput where a
+    source has changed since it was digested: no answer that may be of what is there now is kept."""
     requests = asking.requests
     file = str(answering.cache / FILE) if answering.cache else None
     slices = [piece for point in points for piece in cut(point, requests, answering.slice_size)]
@@ -92,6 +95,10 @@ def answer(
 
         def keep(came: Mapping[Slice, Answered]) -> None:
             nonlocal keys
+            for point in {piece.point for piece in came}:  # engines have read them by name, after they were digested
+                for source in points[point].sources:
+                    source.require_unchanged()
+            asking.require_unchanged()
             if cache:
                 if not keys.keys() >= came.keys():  # an engine is up by now, and what it chose is known
                     chosen = answering.resolved or fleet.seats.resolved

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from rvdist.evaluate.fleet.served import companions
 from rvdist.evaluate.request import Generate, Request
 from rvdist.evaluate.suite import Document, Suite
+from rvdist.weights.checkpoint.digest import require_same
+from rvdist.weights.checkpoint.header import Stamp
 
 Requests = Mapping[str, Sequence[Request]]  # by task
 
@@ -18,7 +22,8 @@ class Asking:
     """What is asked of engines that serve alike.
 
     `serving` is a digest of what engines read of a checkpoint besides its weights; `tensors` is the JSON of its
-    tensors' names, dtypes and shapes; `whole` is what is asked of all documents, where these are some of them."""
+    tensors' names, dtypes and shapes; `whole` is what is asked of all documents, where these are some of them. `stamps`
+    are what the file system said of what `serving` is of, in the directory `served`."""
 
     serving: str
     tensors: str
@@ -26,6 +31,13 @@ class Asking:
     tokenizer: Any
     requests: Requests
     whole: Asking | None = None
+    served: Path | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    def require_unchanged(self) -> None:
+        """Raises BadInput where engines that start now would read other files beside the weights."""
+        if self.served:
+            require_same(self.stamps, companions(self.served))
 
     @cached_property
     def documents(self) -> dict[str, list[Document]]:

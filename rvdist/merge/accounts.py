@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rvdist.core.errors import BadInput
@@ -41,11 +41,12 @@ class Accounts:
         self,
         plan: Plan,
         stagings: Sequence[Sequence[Staging | None]],
+        sources: Mapping[str, Checkpoint],
         allow_nonfinite: bool,
         stats: MergeStats,
         progress: Callable[[int], None],
     ) -> None:
-        self._stagings, self._allow_nonfinite = stagings, allow_nonfinite
+        self._stagings, self._sources, self._allow_nonfinite = stagings, sources, allow_nonfinite
         self._stats, self._progress = stats, progress
         self.partial = [
             Output(output.points, tuple(s.partial.absolute() if s else DISCARD for s in staged))
@@ -76,7 +77,10 @@ class Accounts:
         self._progress(unit.nbytes * len(done.digests))
 
     def journal(self, wrote: Iterable[Wrote]) -> None:
-        """Each output's journal learns what is durable in it now."""
+        """Each output's journal learns what is durable in it now. Raises BadInput where a source has changed: what was
+        written may be of either, and nobody would know it once the first is back; Failed where that cannot be told."""
+        for source in self._sources.values():
+            source.require_unchanged()
         durable: dict[Staging, list[Written]] = {}
         for unit, digests in wrote:
             for staging, digest in zip(self._stagings[unit.output], digests, strict=True):

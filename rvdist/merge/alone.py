@@ -43,7 +43,7 @@ class Alone:
         stats: MergeStats,
         progress: Callable[[int], None],
     ) -> None:
-        self._accounts = Accounts(plan, stagings, allow_nonfinite, stats, progress)
+        self._accounts = Accounts(plan, stagings, sources, allow_nonfinite, stats, progress)
         self._stats, self._progress = stats, progress
         # Processes that are there already stand in other directories than this one
         self._sources = {name: replace(one, path=one.path.absolute()) for name, one in sources.items()}

@@ -75,7 +75,7 @@ class Crew:
         progress: Callable[[int], None],
         say: Callable[[str], None],
     ) -> None:
-        self._accounts = Accounts(plan, stagings, allow_nonfinite, stats, progress)
+        self._accounts = Accounts(plan, stagings, sources, allow_nonfinite, stats, progress)
         self._stats, self._progress, self._say = stats, progress, say
         self._settings, self._count = settings, max(1, min(settings.workers, len(plan.units)))
         self._sources, self._dtype = dict(sources), plan.dtype

@@ -14,8 +14,9 @@ from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.alone import Alone
 from rvdist.merge.crew import Crew
 from rvdist.merge.plan import Plan
+from rvdist.weights.checkpoint.digest import require_same
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.staging import Staging, carry_over, discards, write_index
+from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, discards, write_index
 
 CONFIG_DTYPE = {stored: name for name, stored in DTYPES.items()}
 
@@ -58,6 +59,7 @@ def merge(
                 if staging is not None:
                     dtype = CONFIG_DTYPE[plan.dtype] if plan.dtype else None
                     carry_over(sources[point.base], staging, dtype, weights=True)
+                    require_same(plan.beside[point.base], companions(sources[point.base]).values())
                     write_index(staging, layout.tensors, list(layout.files))
                     staging.write_text("README.md", cards[point])
                     staging.commit()

@@ -12,16 +12,16 @@ from typing import Any, TypeGuard
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint, layer_count
-from rvdist.weights.checkpoint.digest import digest_beside
+from rvdist.weights.checkpoint.digest import digest_beside, stamps_of
 from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
-from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from rvdist.weights.checkpoint.header import ITEMSIZE, Stamp, TensorSpec, build_header
 from rvdist.weights.checkpoint.layouts import Relaid
 from rvdist.weights.checkpoint.pieces import spread_over_files
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
-from rvdist.weights.checkpoint.staging import discards
+from rvdist.weights.checkpoint.staging import companions, discards
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
@@ -104,13 +104,15 @@ class OutputFile:
 @dataclass(frozen=True)
 class Plan:
     """One layout an output and one digest a point of it; files largest first, so that the last ones are small.
-    `dtype` is the safetensors dtype of floating-point outputs, None where the base's own is kept."""
+    `dtype` is the safetensors dtype of floating-point outputs, None where the base's own is kept; `beside` what the
+    file system said of what goes along with each base's weights."""
 
     outputs: tuple[Output, ...]
     dtype: str | None
     layouts: tuple[Layout, ...]
     digests: tuple[tuple[str, ...], ...]
     files: tuple[OutputFile, ...]
+    beside: Mapping[str, Mapping[Path, Stamp]]
 
     @property
     def units(self) -> list[Unit]:
@@ -177,13 +179,14 @@ def build_plan(
             files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
     kept = {point.base: sources[point.base] for directory, point in written.items() if not discards(directory)}
+    stamps = {base: stamps_of(companions(source).values()) for base, source in kept.items()}
     beside = {base: digest_beside(source) for base, source in kept.items()}
     stored = [form.dtype, *["allow_nonfinite"] * form.allow_nonfinite]  # so that nobody takes it for a finite one
     digests = tuple(
         tuple(_digest(point, layout, sources, [*stored, beside.get(point.base)]) for point in output.points)
         for output, layout in zip(outputs, layouts, strict=True)
     )
-    return Plan(tuple(outputs), form.dtype, tuple(layouts), digests, tuple(files))
+    return Plan(tuple(outputs), form.dtype, tuple(layouts), digests, tuple(files), stamps)
 
 
 def unit_bytes(layout: Layout) -> int:

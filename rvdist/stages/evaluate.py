@@ -20,6 +20,7 @@ from rvdist.evaluate.cache import FILE, SampleCache, serving_digest
 from rvdist.evaluate.fleet.arguments import GRAPHS, EngineSettings, build, further_arguments, identity
 from rvdist.evaluate.fleet.device import device_kind
 from rvdist.evaluate.fleet.fleet import Fleet
+from rvdist.evaluate.fleet.served import companions
 from rvdist.evaluate.foresight import Memory, mean_lengths
 from rvdist.evaluate.replay import Recording, ReplayActor
 from rvdist.evaluate.request import Answer
@@ -32,6 +33,7 @@ from rvdist.stages.job import Prepared
 from rvdist.stages.score import Known, Scoring, score, score_arm
 from rvdist.stages.tokens import Bases
 from rvdist.stages.warm import Warm
+from rvdist.weights.checkpoint.digest import stamps_of
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.hub import download_weights
 
@@ -60,6 +62,7 @@ class Evaluator:
         askings: dict[str, Asking] = {}
         for arm in prepared.arms:
             source = self._bases.of(prepared, arm.point)
+            stamps = stamps_of(companions(source.path))
             serving = serving_digest(source.path, prepared.cache / "digests")
             tensors = json.dumps(sorted([spec.name, spec.dtype, spec.shape] for spec in source.tensors.values()))
             prompt = settings.prompts[arm.prompt]
@@ -73,7 +76,8 @@ class Evaluator:
                 with prepared.timing.phase("tasks"):
                     tokenizer = load_tokenizer(source.path, settings.benchmarks.apply_chat_template)
                 with prepared.timing.phase("requests"):
-                    self._askings[key] = Asking(serving, tensors, suite, tokenizer, suite.requests(tokenizer))
+                    made_of = (serving, tensors, suite, tokenizer, suite.requests(tokenizer))
+                    self._askings[key] = Asking(*made_of, served=source.path, stamps=stamps)
             askings[arm.name] = self._askings[key]
         folder = _path(settings.benchmarks.include_path)
         if folder and folder not in self._named:
@@ -193,6 +197,7 @@ class Evaluator:
             scoring.locate(arm): Asked(
                 scoring.digest(arm),
                 f"{name_of(scoring.prepared.settings.target)} {arm.name}" if several else arm.name,
+                [scoring.prepared.sources[name] for name in arm.point.sources()],
             )
             for scoring, arm in arms
         }

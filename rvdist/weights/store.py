@@ -29,11 +29,11 @@ from rvdist.weights.arithmetic.ties import kth_and_rank, magnitudes
 from rvdist.weights.checkpoint.adapter import CONFIG, WEIGHTS, as_adapter
 from rvdist.weights.checkpoint.bound import bind
 from rvdist.weights.checkpoint.difference import BLOCK, is_adapter, needs_base
-from rvdist.weights.checkpoint.digest import checkpoint_digest, digest_beside
+from rvdist.weights.checkpoint.digest import checkpoint_digest, digest_beside, require_same, stamps_of
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
-from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from rvdist.weights.checkpoint.header import ITEMSIZE, Stamp, TensorSpec, build_header
 from rvdist.weights.checkpoint.journal import is_complete
-from rvdist.weights.checkpoint.staging import Staging, carry_over, write_index
+from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSIONS, as_vector, part_names
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.measured import Differences, as_lines, measure, summarise, work_of
@@ -111,6 +111,7 @@ def save(
             donor.require_unchanged()
         if not is_adapter(donors[0]) and not storage.format:
             carry_over(donors[0], staging, None)
+            require_same(asked.beside, companions(donors[0]).values())
         measured = summarise(entries, bool(storage.format))
         description |= {"skipped": asked.skipped, "bytes": sum(size for _, size in files.values()), **measured}
         staging.write_text(DESCRIPTION, as_lines(description, entries))
@@ -158,13 +159,14 @@ def is_saved(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is to be stored: the tensors of v, `specs` of the first donor; why the donors' others are `skipped`. `plan`
-    names all of it."""
+    """What is to be stored: the tensors of v, `specs` of the first donor; why the donors' others are `skipped`; what
+    the file system said of what stands `beside` it and goes along. `plan` names all of it."""
 
     donors: Sequence[Checkpoint]
     specs: Sequence[TensorSpec]
     skipped: dict[str, str]
     provenance: dict[str, Any]
+    beside: Mapping[Path, Stamp]
     plan: str
 
 
@@ -183,8 +185,10 @@ def _ask(donors: Sequence[Checkpoint], storage: Storage, digests: Path | None) -
         raise BadInput(f"{donors[0].path}: has no floating-point tensor, so there is no vector to save")
     if storage.format:
         peft.require_linear(donors[0])
-    beside = "" if storage.format or is_adapter(donors[0]) else digest_beside(donors[0], digests)
-    asked = _Asked(donors, specs, skipped, _provenance(named, digests), "")
+    carries = not (storage.format or is_adapter(donors[0]))
+    stamps = stamps_of(companions(donors[0]).values()) if carries else {}
+    beside = digest_beside(donors[0], digests) if carries else ""
+    asked = _Asked(donors, specs, skipped, _provenance(named, digests), stamps, "")
     files, _ = _layout(asked, storage, {})
     return replace(asked, plan=_digest(named, storage, files, beside))
 

@@ -83,6 +83,8 @@ class MadeUp:
         return {**versions(), "mode": "made up"}
 
     def answer(self, piece: Any, requests: Any) -> tuple[Answered, float]:
+        if source := os.environ.get("TOUCHED"):  # which is not the same any more
+            os.utime(source)
         at = str([term.alpha for term in piece.point.terms])
         moved, self._at = float(at != self._at) / 1000, at
         return Answered(tuple(_made_up(at, request) for request in requests), 0, 0.001 * len(requests)), moved

@@ -74,6 +74,17 @@ def wide(paths):
     return {name: plus[name].double() - minus[name].double() for name in plus}
 
 
+def test_what_stands_beside_the_first_donor_changes_in_the_middle(family, tmp_path):
+    paths = family()
+    template = paths["plus"] / "chat_template.jinja"
+    template.write_text("one")
+    with pytest.raises(BadInput, match="plus/chat_template.jinja: changed while it was being read"):
+        store(paths, tmp_path / "v", progress=lambda nbytes: template.write_text("two"))
+    assert not list(tmp_path.glob("v*"))
+    store(paths, tmp_path / "v")
+    assert (tmp_path / "v/chat_template.jinja").read_text() == "two"
+
+
 def relative_error(found, exact):
     error = sum(float((found[name].double() - exact[name]).square().sum()) for name in exact)
     return math.sqrt(error / sum(float(tensor.square().sum()) for tensor in exact.values()))

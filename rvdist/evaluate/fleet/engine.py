@@ -40,6 +40,7 @@ from rvdist.evaluate.request import (
     Unusable,
 )
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.kept import KeptSources
 from rvdist.weights.checkpoint.source import open_source
 
 _TOKENS_AT_ONCE = 2**18  # of rolling windows: vLLM answers with two objects for each
@@ -73,6 +74,7 @@ class Engine:
         self._prompts = Prompts(self._tokenizer, self._max_len, settings.truncate)
         self._checkpoint_bytes = sum(spec.nbytes for spec in self._checkpoint.tensors.values())
         self._at: WeightPoint | None = WeightPoint(base)
+        self._sources, self._read = KeptSources(), list[Checkpoint]()  # that the present weights are of
         self.spoiled: dict[str, str] = {}  # tensors of the present point with infinities or NaNs, and why
         self._own: list[float] = []  # the probe's log-probabilities at the base
         self._probe: str | None = None
@@ -129,8 +131,8 @@ class Engine:
         self._require_finite()
 
     def is_at(self, point: WeightPoint) -> bool:
-        """Whether the weights of `point` are those that it has."""
-        return self._at == point.active
+        """Whether the weights of `point` are those that it has, of sources that are what they were."""
+        return self._at == point.active and all(source.is_unchanged() for source in self._read)
 
     def _place(self, source: str, opened: Checkpoint | None = None) -> str:
         """The directory of a source on this node; of a Hub repository all files are fetched, once by all engines of a
@@ -148,6 +150,7 @@ class Engine:
     def _load(self, point: WeightPoint, exchanged: Sequence[int] = ()) -> None:
         point = point.relocate({source: self._place(source) for source in point.sources()})
         self._at = None  # undefined, should the next line fail
+        self._read = [self._sources.open(source) for source in point.sources()]
         from rvdist.evaluate.fleet.swap import LACKS, LEFT
 
         try:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 import xxhash
 
-from rvdist.core.errors import Failed
+from rvdist.core.errors import BadInput, Failed
 from rvdist.core.regular import read_regular, write_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.header import HubStamp, Stamp
+from rvdist.weights.checkpoint.header import HubStamp, Stamp, unreadable
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.staging import companions
@@ -65,6 +66,22 @@ def checkpoint_digest(checkpoint: Checkpoint, cache: Path | None = None) -> str:
         files += [checkpoint.digest, *(checkpoint_digest(lender, cache) for lender in checkpoint.lenders[1:])]
     made_of = json.dumps([files, checkpoint.config], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(made_of.encode())
+
+
+def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """What the file system says of each file. Raises BadInput where one is not there any more."""
+    try:
+        return {(now := path): Stamp.of(path) for path in paths}
+    except OSError as error:
+        raise unreadable(now, error) from None
+
+
+def require_same(before: Mapping[Path, Stamp], paths: Iterable[Path]) -> None:
+    """Raises BadInput where these are not the files that there were before."""
+    now = stamps_of(paths)
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            raise BadInput(f"{path}: changed while it was being read; run again when it is at rest")
 
 
 def digest_beside(base: Checkpoint, cache: Path | None = None) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rvdist.core.errors import BadInput
+from rvdist.core.errors import BadInput, Failed
 from rvdist.core.foreign import parse_json
 from rvdist.core.regular import read_regular
 from rvdist.weights.checkpoint.header import (
@@ -95,15 +95,24 @@ class Checkpoint:
         path = self.beside / "config.json"
         return read_json(path) if path.exists() else {}
 
+    def is_unchanged(self) -> bool:
+        """Whether every weight file is the one whose header was read."""
+        try:
+            self.require_unchanged()
+        except (BadInput, Failed):
+            return False
+        return True
+
     def require_unchanged(self) -> None:
-        """Raises BadInput when a weight file is no longer the one whose header was read."""
+        """Raises BadInput when a weight file is no longer the one whose header was read, Failed where that cannot be
+        told."""
         if self.hub:
             return
         for name, stamp in self.stamps.items():
             try:
                 now = Stamp.of(self.path / name)
-            except OSError:
-                now = None
+            except OSError as error:
+                raise Failed(f"{self.path / name}: cannot be read ({error.strerror}); run again when it can") from None
             if now != stamp:
                 raise BadInput(f"{self.path / name}: changed while it was being read; run again when it is at rest")
 

@@ -50,6 +50,25 @@ def test_swapped_equals_fresh(engine: Engine, base: Answers, family: Family, alp
     assert swapped.texts != base.texts and swapped.scores != base.scores
 
 
+@pytest.mark.parametrize("family", ["tied"], indirect=True)
+def test_a_source_that_was_replaced_is_read_again_where_the_point_stays(
+    engine: Engine, base: Answers, family: Family, tmp_path: Path
+) -> None:
+    """As between the batches of a sweep, whose jobs name the same point by the same paths."""
+    plus = Path(shutil.copytree(family.plus, tmp_path / "plus"))
+    point = WeightPoint(str(family.target), (Term(0.5, Vector(str(plus), str(family.minus))),))
+    engine.swap(point)
+    first = answers(engine)
+    assert engine.is_at(point)
+    (before,) = plus.glob("*.safetensors")
+    shutil.copyfile(family.minus / before.name, tmp_path / "new")
+    (tmp_path / "new").rename(before)
+    assert not engine.is_at(point)
+    engine.swap(point)
+    assert answers(engine) == base != first  # a vector of nothing
+    engine.swap(family.point(0.0))
+
+
 @pytest.mark.parametrize(
     ("kind", "records"),
     [
