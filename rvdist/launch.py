@@ -30,7 +30,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rvdist.core import private_ray, session, text
 from rvdist.core.config import Config
 from rvdist.core.ends import KEPT, Ended, Watch
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed, as_ours
 from rvdist.core.log import Log
 from rvdist.stages import multirun, private_hydra
 from rvdist.stages.job import remove_empty
@@ -84,7 +84,7 @@ def _take(log: Log) -> list[tuple[str, Exception]]:
         except Exception as error:
             if os.environ.get("RVDIST_TRACEBACK"):
                 raise
-            failures.append(("", error))
+            failures.append(("", as_ours(error)))
             return None
 
     try:
@@ -96,7 +96,7 @@ def _take(log: Log) -> list[tuple[str, Exception]]:
         if os.environ.get("RVDIST_TRACEBACK"):
             raise
         if not unfinished and not multirun.RayLauncher.failures:  # else it is a sweeper's, and follows from them
-            failures.append(("", error))
+            failures.append(("", as_ours(error)))
     finally:
         multirun.RayLauncher.close()
     return failures + multirun.RayLauncher.failures

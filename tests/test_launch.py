@@ -115,10 +115,36 @@ def test_a_different_tokenizer(place):
         (merge("output=family/target", "overwrite=true"), "holds the source family/target, which would be lost"),
         (merge("output=family", "overwrite=true"), "holds the source family/target, which would be lost"),
         (merge("cluster.address=127.0.0.1:1", "output=out2"), "no Ray cluster"),
+        (merge("output="), "output: is empty; give a value, or leave it out"),
+        (merge("vector.plus="), "vector.plus: is empty"),
+        (merge("cache.dir="), "cache.dir: is empty"),
+        (
+            ("target=family/target", "vectors=[{plus: '', minus: family/sft}]", "output=out"),
+            "vectors[0].plus: is empty",
+        ),
+        (merge(f"output={'a' * 248}"), "a: cannot be created (File name too long); choose another output"),
+        (merge(f"output={'a' * 300}/out"), "File name too long"),
+        (merge(f"target={'a' * 300}"), "a: cannot be read or written (File name too long); name another place"),
+        (merge(f"vector.plus={'a' * 300}"), "a: cannot be read or written (File name too long)"),
+        (merge("hydra.run.dir=family/sft/config.json/run"), "run: cannot be read or written (Not a directory); name"),
     ],
 )
 def test_bad_values(place, arguments, reason):
     assert reason in refused(place, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("output=loop", "loop: already exists"),
+        ("output=loop/out", "out: cannot be created (Too many levels of symbolic links)"),
+        ("target=loop", "loop: no such checkpoint directory"),
+        ("hydra.run.dir=loop", "loop: cannot be read or written"),
+    ],
+)
+def test_a_link_that_leads_to_itself(place, key, reason):
+    (place / "loop").symlink_to("loop")
+    assert reason in refused(place, *merge(key))
 
 
 def test_an_address_from_the_environment_at_which_nobody_answers(place):

@@ -1,6 +1,13 @@
 """What stops a run, in one sentence. `launch` turns it into an exit status, without a traceback."""
 
+import errno
+
 from rvdist.core.text import printable
+
+_OF_A_PLACE = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 
 
 class _Sentence(Exception):
@@ -16,3 +23,12 @@ class BadInput(_Sentence):
 
 class Failed(_Sentence):
     """Something outside the input went wrong (a full disk, workers that die): what, and how to go on. Status 1."""
+
+
+def as_ours(error: Exception) -> Exception:
+    """What the system refuses for a file's name, place or owner is input; everything else is what it was."""
+    if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename is not None:
+        return BadInput(
+            f"{error.filename}: cannot be read or written ({error.strerror}); name another place, or mend what it is"
+        )
+    return error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rvdist import __version__
 from rvdist.core import cluster, config
 from rvdist.core.config import Config
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed, as_ours
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.point import Vector, name_of
 from rvdist.core.timing import anonymous_bytes, seconds_since_process_start
@@ -113,7 +113,8 @@ class _Command:
         for job in self._jobs:
             job.log.record("begin", job.command, directory=str(job.directory), version=__version__)
         for job in self._jobs:
-            if is_batch(job.settings):
+            self._try(job, lambda job: config.require_filled(job.settings))
+            if job not in self._failed and is_batch(job.settings):
                 job.log.gather(job.directory)
                 self._try(job, lambda job: self._batches.update({job: Batch(job)}))
         of_batches = {job: batch.merges for job, batch in self._batches.items()}
@@ -182,7 +183,7 @@ class _Command:
         try:
             take(job)
         except Exception as error:
-            self._failed[job] = error
+            self._failed[job] = as_ours(error)
 
     def _take_together(self, step: Step, group: Group) -> None:
         if len(group) == 1:

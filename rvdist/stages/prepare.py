@@ -3,6 +3,7 @@ everything refused that can be, before anything is written."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -145,7 +146,7 @@ def prepare(job: Job, known: Known) -> Prepared:
         with job.timing.phase("digest"):
             digests = _digests(settings, sources, index.notes)
     if "merge" in stages:
-        known.promised |= {output.resolve(): (point, settings.output_format) for output, point in written.items()}
+        known.promised |= {_real(output): (point, settings.output_format) for output, point in written.items()}
     return Prepared(
         job=job,
         settings=settings,
@@ -322,9 +323,9 @@ def _finished_before(job: Job, settings: Config, plan: Plan) -> set[Path]:
 def _promised_by_others(
     written: Mapping[Path, tuple[WeightPoint, OutputFormat]], promised: Mapping[Path, tuple[WeightPoint, OutputFormat]]
 ) -> set[Path]:
-    shared = {output for output in written if output.resolve() in promised and not discards(output)}
+    shared = {output for output in written if _real(output) in promised and not discards(output)}
     for output in shared:
-        if written[output] != promised[output.resolve()]:
+        if written[output] != promised[_real(output)]:
             raise BadInput(f"output: several jobs would write {output}; put {config.PLACEHOLDERS} into it")
     return shared
 
@@ -342,15 +343,25 @@ def _require_kept(job: Job, outputs: Collection[Path], saved: config.Saved | Non
 def require_no_source(settings: Config, outputs: Collection[Path], sources: Mapping[str, Checkpoint]) -> None:
     """Overwriting must never replace what is being read, be it by another job."""
     for (name, source), output in product(sources.items(), outputs if settings.overwrite else ()):
-        places = {source.path.resolve(), *((source.path / file).parent.resolve() for file in source.files)}
-        if any(output.resolve() in (path, *path.parents) for path in places):
+        places = {_real(source.path), *(_real((source.path / file).parent) for file in source.files)}
+        if any(_real(output) in (path, *path.parents) for path in places):
             raise BadInput(
                 f"output: {output} is or holds the source {name}, which would be lost; choose another output"
             )
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads; links that lead to themselves stay as they are."""
+    return Path(os.path.realpath(path))
+
+
 def _require_place(output: Path) -> None:
     """Raises BadInput where no directory can be made, which would be found only when all outputs are begun."""
+    try:
+        os.lstat(output.with_name(f"{output.name}.partial"))
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise BadInput(f"{output}: cannot be created ({error.strerror}); choose another output") from None
     above = next(path for path in output.parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise BadInput(

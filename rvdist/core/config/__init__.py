@@ -62,6 +62,7 @@ from rvdist.core.config.schema import (
     SweepConfig,
     VectorConfig,
     WeightedVectorConfig,
+    require_filled,
     size,
     stages,
 )  # fmt: skip
@@ -73,6 +74,6 @@ __all__ = [
     "OutputFormat", "Saved", "SearchConfig", "Storage", "SweepConfig", "VectorConfig", "WeightedVectorConfig",
     "alpha_text",    "alphas", "arms", "cache_directory", "candidates", "device", "engine_device", "engine_timeouts",
     "engines", "lines", "merges_alone", "method", "outputs", "over_nodes", "point", "ranks", "repositories",
-    "require_name", "require_recipe_alone", "require_resources", "size", "slice_size", "stages", "vector_name",
-    "vector_points", "vector_to_save", "workers",
+    "require_filled", "require_name", "require_recipe_alone", "require_resources", "size", "slice_size", "stages",
+    "vector_name", "vector_points", "vector_to_save", "workers",
 ]  # fmt: skip

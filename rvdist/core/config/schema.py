@@ -7,7 +7,7 @@ so nobody asks for that again.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -322,6 +322,17 @@ def stages(config: Config) -> list[str]:
     if "publish" in chosen and "merge" not in chosen:
         raise BadInput("stages: publish needs merge; what is finished is not merged again")
     return chosen
+
+
+def require_filled(config: Any, prefix: str = "") -> None:
+    """Raises BadInput for a text that is set to nothing, which mostly is a shell's variable that has no value."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value == "" and one.default != "":
+            raise BadInput(f"{prefix}{one.name}: is empty; give a value, or leave it out")
+        for number, inner in enumerate(value if isinstance(value, list) else [value]):
+            if is_dataclass(inner):
+                require_filled(inner, f"{prefix}{one.name}{f'[{number}]' if inner is not value else ''}.")
 
 
 def size(value: Any, key: str) -> int | None:
