@@ -191,6 +191,11 @@ def _require_same_shape(spec: TensorSpec, one: Checkpoint, other: Checkpoint, ex
                 f"{other.path}; with its tokenizer.json beside it tokenizer=union gives the output these too, or merge "
                 "it into its base with peft's merge_and_unload and use the result as vector.plus"
             )
+        if empty := [part.path for part, size in ((one, spec.shape), (other, shape)) if 0 in size]:
+            raise BadInput(
+                f"{empty[0]}: tensor {spec.name} has no elements, as a training under ZeRO-3 saves weights that "
+                "are not gathered; make it anew from the training's own checkpoint, by its zero_to_fp32.py"
+            )
         way_out = "; compat.extra_rows=keep changes the rows that all have, and keeps the target's others"
         raise BadInput(
             f"{other.path}: tensor {spec.name} has shape {list(shape)} where {one.path} has {list(spec.shape)}; "

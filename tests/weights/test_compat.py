@@ -47,6 +47,14 @@ def test_another_shape_in_one_donor(family):
         check(paths)
 
 
+@pytest.mark.parametrize("model", ["target", "plus", "minus"])
+def test_a_tensor_that_was_not_gathered(family, model):
+    paths = family()
+    rewrite(paths[model], lambda w: w.update({"model.norm.weight": torch.zeros(0).bfloat16()}))
+    with pytest.raises(BadInput, match=rf"{model}: tensor model.norm.weight has no elements, .* zero_to_fp32.py"):
+        check(paths)
+
+
 def test_another_shape_in_the_target(family):
     paths = family()
     rewrite(paths["target"], lambda w: w.update({"model.norm.weight": torch.zeros(49).bfloat16()}))

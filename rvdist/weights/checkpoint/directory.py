@@ -26,7 +26,10 @@ _MOST_JSON = 64 << 20  # bytes
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
+_MODELS = (_WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
+_BESIDE_WEIGHTS = r"(?:optimizer|scheduler|scaler|rng_state|training_args|data|extra_state)[\d_]*\."
 _FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them
     (r".+\.gguf", "GGUF weights, llama.cpp's and mostly quantised", _SAVE.format("'{path}', gguf_file='{file}'")),
     (r".+\.distcp", "a distributed checkpoint of PyTorch, as FSDP writes", "accelerate merge-weights '{path}' OUT"),
@@ -39,7 +42,12 @@ _FOREIGN = (  # what weights in other formats are called, what they are, and wha
     ),
     (r"zero_to_fp32\.py", "a ZeRO checkpoint of DeepSpeed", "python '{path}/{file}' '{path}' OUT --safe_serialization"),
     (
-        r".+\.(?:bin|pt|pth|ckpt)",
+        r".*(?:zero_pp|mp)_rank_\d+_.*states\.pt",
+        "a part of a ZeRO checkpoint of DeepSpeed",
+        "python '{path}/../zero_to_fp32.py' '{path}/..' OUT --safe_serialization",
+    ),
+    (
+        rf"(?!{_BESIDE_WEIGHTS}).+\.(?:bin|pt|pth|ckpt)",
         "pickled weights, which can run code when opened",
         _SAVE.format("'{path}', dtype='auto'"),
     ),
@@ -161,6 +169,7 @@ def assemble(
     hub: Hub | None = None,
 ) -> Checkpoint:
     """The checkpoint of which `path` has the index, if there is one, out of the files that have these `names`."""
+    require_model_or_adapter(path, names)
     index = path / INDEX
     expected = weight_map(index) if index.exists() else None
     if expected is not None and _WHOLE in names and _WHOLE not in expected.values():
@@ -230,6 +239,17 @@ def weight_map(index: Path, suffix: str = ".safetensors") -> dict[str, str]:
         if not isinstance(file, str) or not _is_weight_file(file, suffix):
             raise BadInput(f"{index}: tensor {name} is in {file!r}, which is not a {suffix[1:]} file of its directory")
     return listed
+
+
+def require_model_or_adapter(path: Path, names: Collection[str]) -> None:
+    """Raises BadInput where a model and an adapter stand together: transformers reads that adapter's own base, vLLM the
+    model."""
+    models, adapters = ([file for file in of if file in names] for of in (_MODELS, _ADAPTERS))
+    if models and adapters and "adapter_config.json" in names:
+        raise BadInput(
+            f"{path}: holds a model ({models[0]}) and an adapter ({adapters[0]}), and it is not known which is meant; "
+            "copy that into a directory of its own, with its config"
+        )
 
 
 def _is_weight_file(file: str, suffix: str) -> bool:

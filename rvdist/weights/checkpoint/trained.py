@@ -15,7 +15,13 @@ from typing import Any, NoReturn
 
 from rvdist.core.errors import BadInput
 from rvdist.core.regular import open_regular, read_regular
-from rvdist.weights.checkpoint.directory import Checkpoint, read_json, require_listed, weight_map
+from rvdist.weights.checkpoint.directory import (
+    Checkpoint,
+    read_json,
+    require_listed,
+    require_model_or_adapter,
+    weight_map,
+)
 from rvdist.weights.checkpoint.header import (
     MAX_NAME,
     MAX_TENSORS,
@@ -35,7 +41,7 @@ _METADATA, _MOST_METADATA = ".metadata", 64 << 20  # bytes
 _SHARDED_DIRECTORY = "pytorch_model_fsdp_0"  # as accelerate calls it, within a checkpoint
 _RANK = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 _STEP = re.compile(r"(?:checkpoint-|global_step_?|step-)(\d+)")
-_MEGATRON = re.compile(r"mp_rank_\d\d(_\d{3})*|iter_\d{7}|model_optim_rng\.pt")
+_MEGATRON = re.compile(r"dist_ckpt|mp_rank_\d\d(_\d{3})*|iter_\d{7}|model_optim_rng\.pt")
 _MODEL = ("model", "state_dict", "module", "app")  # what the part of a saved state is called that is the model's
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = frozenset(
@@ -67,10 +73,18 @@ def open_trained(path: Path) -> Checkpoint | None:
     if any(name.endswith(".safetensors") for name in names):
         return None
     _refuse_megatron(path, names)
+    require_model_or_adapter(path, names)
     if ADAPTER in names and "adapter_config.json" in names:
         return _open_bins(path, [ADAPTER])
     if _INDEX in names or _WHOLE in names:
-        listed = None if _WHOLE in names else weight_map(path / _INDEX, ".bin")
+        listed = weight_map(path / _INDEX, ".bin") if _INDEX in names else None
+        if listed and _WHOLE in names and _WHOLE not in listed.values():
+            if left := sorted({*listed.values()} & names):
+                raise BadInput(
+                    f"{path / _INDEX}: lists {left[0]} and other shards, and {_WHOLE} stands beside it, which "
+                    "transformers would read; delete what is stale, the index with its shards or that file"
+                )
+            listed = None  # of an older save, whose shards are gone
         return _open_bins(path, sorted(set(listed.values())) if listed else [_WHOLE], listed)
     if _METADATA in names and any(name.endswith(".distcp") for name in names):
         return _open_distributed(path, "")
@@ -293,7 +307,11 @@ def _refuse_many(path: Path, names: Collection[str]) -> None:
     """Raises BadInput for an output directory of a trainer that holds checkpoints: it is for the user to say which."""
     steps = sorted((int(match[1]), name) for name in names if (match := _STEP.fullmatch(name)))
     steps = [(step, name) for step, name in steps if (path / name).is_dir()]
+    if "zero_to_fp32.py" in names:
+        return  # what stands there is one checkpoint, by rank
     if not steps:
+        if (path / "actor").is_dir():
+            raise BadInput(f"{path}: is a step of verl's, of several models; name one of them, as {path / 'actor'}")
         return
     shown = ", ".join(name for _, name in steps[:20]) + (", …" if len(steps) > 20 else "")
     last = steps[-1][1]
@@ -313,10 +331,11 @@ def _refuse_megatron(path: Path, names: Collection[str]) -> None:
     """Raises BadInput for what Megatron saved, by rank or as its own kind of distributed checkpoint."""
     distributed = {"common.pt", "metadata.json"} <= {*names} and (_METADATA in names or ".zmetadata" in names)
     if distributed or any(map(_MEGATRON.fullmatch, names)):
+        actor = path.parent if path.name == "dist_ckpt" else path  # as verl has it
         raise BadInput(
             f"{path}: is a checkpoint of Megatron, whose tensors have other names and hold other parts together than a "
             "target's; export it first, by Megatron-Bridge's AutoBridge (export_ckpt) or "
-            f"python -m verl.model_merger merge --backend megatron --local_dir '{path}' --target_dir OUT"
+            f"python -m verl.model_merger merge --backend megatron --local_dir '{actor}' --target_dir OUT"
         )
 
 

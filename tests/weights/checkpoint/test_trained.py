@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import random
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -18,6 +19,7 @@ import torch
 from adapters import factors, write_adapter
 from checkpoints import near, tensors, write_checkpoint
 from hostile import SECONDS, damage, outcomes
+from safetensors.torch import save_file
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.header import TensorSpec
@@ -85,6 +87,62 @@ def test_shards_of_pickled_weights_are_read_by_their_index(tmp_path):
     (path / f"{BIN}.index.json").write_text(json.dumps({"weight_map": listed}))
     with pytest.raises(BadInput, match="says tensor ghost"):
         open_source(str(path))
+
+
+def test_a_whole_file_beside_shards_is_refused_and_beside_the_index_of_gone_ones_it_counts(tmp_path):
+    base, path = tensors(0), write_bin(tmp_path / "both", tensors(1))
+    shard = path / "pytorch_model-00001-of-00001.bin"
+    torch.save(base, shard)
+    (path / f"{BIN}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(base, shard.name)}))
+    with pytest.raises(BadInput, match=r"lists pytorch_model-00001-of-00001.bin and .* delete what is stale"):
+        open_source(str(path))
+    shard.unlink()
+    assert_same(read_all(path), tensors(1))
+
+
+@pytest.mark.parametrize("adapter", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("model", ["model.safetensors", "model.safetensors.index.json", BIN, f"{BIN}.index.json"])
+def test_a_model_and_an_adapter_in_one_directory_are_refused(tmp_path, model, adapter):
+    """transformers reads the adapter on its own base, vLLM the model."""
+    path = write_adapter(tmp_path / "one", factors())
+    if adapter.endswith(".bin"):
+        torch.save(factors(), path / adapter)
+        (path / "adapter_model.safetensors").unlink()
+    file = path / model.replace(".index.json", "")
+    torch.save(tensors(0), file) if ".bin" in model else save_file(tensors(0), file)
+    if model.endswith(".json"):
+        (path / model).write_text(json.dumps({"weight_map": dict.fromkeys(tensors(0), file.name)}))
+        file.rename(path / f"other-{file.name}")
+        (path / model).write_text((path / model).read_text().replace(file.name, f"other-{file.name}"))
+    with pytest.raises(BadInput, match=rf"holds a model \({model}\) and an adapter \({adapter}\)") as refused:
+        open_source(str(path))
+    assert "\n" not in str(refused.value)
+    (path / adapter).unlink()
+    assert_same(read_all(path), tensors(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "said"),
+    [
+        (["zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt"], ".", "'{}/zero_to_fp32.py' '{}' OUT"),
+        (["zero_to_fp32.py", "s/mp_rank_00_model_states.pt"], "s", "'{}/s/../zero_to_fp32.py' '{}/s/..' OUT"),
+        (["s/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "s", "'{}/s/../zero_to_fp32.py' '{}/s/..' OUT"),
+        (["data.pt", "actor/model_world_size_1_rank_0.pt", "critic/x.pt"], ".", "name one of them, as {}/actor"),
+        (["actor/dist_ckpt/common.pt"], "actor", "--backend megatron --local_dir '{}/actor' --target_dir"),
+        (
+            [f"dist_ckpt/{file}" for file in ("common.pt", "metadata.json", ".metadata", "__0_0.distcp")],
+            "dist_ckpt",
+            "--backend megatron --local_dir '{}' --target_dir",
+        ),
+        (["config.json", "optimizer.pt", "rng_state_0.pth", "training_args.bin"], ".", "has no safetensors weights"),
+    ],
+)
+def test_what_has_to_be_named_or_converted_is_said(tmp_path, files, named, said):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"{}")
+    with pytest.raises(BadInput, match=re.escape(said.replace("{}", str(tmp_path)))):
+        open_source(str(tmp_path / named))
 
 
 def test_a_pickled_adapter_is_the_adapter(tmp_path):
