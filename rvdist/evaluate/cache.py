@@ -8,6 +8,7 @@ or vLLM.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -192,8 +193,10 @@ class SampleCache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
+            is_full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL or error.args[:1] == (errno.ENOSPC,)
+            way = "make room there, and the same command goes on" if is_full else "move it away"
             raise Failed(
-                f"{self._path}: the sample cache cannot be used ({error}); move it away, or set cache.dir to another "
+                f"{self._path}: the sample cache cannot be used ({error}); {way}, or set cache.dir to another "
                 "directory or cache.samples=false"
             ) from None
 

@@ -100,12 +100,16 @@ def save(
             written = (as_adapter if storage.format else as_vector)(open_checkpoint(staging.partial))
             result = opened.enter_context(closing(open_operand(written)))
             writer = opened.enter_context(closing(Writer(staging, list(values.operands.values()))))
-            for tensor in stored:
-                if not writer.has(tensor.parts):
-                    _write(tensor, storage, differences, writer)
-                entries[tensor.name] |= measure(tensor.name, differences, result)
-                nbytes = donors[0].tensors[tensor.name].nbytes
-                progress(nbytes - nbytes // 2)
+            try:
+                for tensor in stored:
+                    if not writer.has(tensor.parts):
+                        _write(tensor, storage, differences, writer)
+                    entries[tensor.name] |= measure(tensor.name, differences, result)
+                    nbytes = donors[0].tensors[tensor.name].nbytes
+                    progress(nbytes - nbytes // 2)
+            except KeyboardInterrupt:
+                writer.sync()
+                raise
             writer.sync()
         for donor in donors:
             donor.require_unchanged()

@@ -19,6 +19,7 @@ from rvdist.weights.stored import Operand
 
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
 _SYNC_SECONDS = 30.0  # after which less is, too
+_KEPT = "what was durable before is kept, and the same command goes on from there"
 
 
 class Writer:
@@ -65,7 +66,7 @@ class Writer:
                 try:
                     self._file(part.file).write(data, offsets[k])
                 except OSError as error:
-                    raise Failed(f"{part.file}: cannot be written ({error.strerror})") from None
+                    raise Failed(f"{error.filename}: cannot be written ({error.strerror}); {_KEPT}") from None
                 digests[k].update(data)
                 offsets[k] += data.nbytes
         for part, digest in zip(parts, digests, strict=True):
@@ -81,7 +82,7 @@ class Writer:
             for file in self._open.values():
                 file.sync()
         except OSError as error:
-            raise Failed(f"what was written cannot be made durable ({error.strerror})") from None
+            raise Failed(f"{error.filename}: cannot be made durable ({error.strerror}); {_KEPT}") from None
         self._staging.journal(self._pending)
         self._pending, self._synced = [], time.monotonic()
 

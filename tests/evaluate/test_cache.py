@@ -241,6 +241,18 @@ def test_a_file_that_cannot_be_used_is_one_sentence(spoil, tmp_path):
     assert "\n" not in str(one.value)
 
 
+def test_a_full_disk_costs_nothing_that_is_there_and_is_not_said_to_be_the_files_fault(tmp_path):
+    cache, some = SampleCache(tmp_path), Answered((Completion("x" * 9000, "stop", 1, 2),), 0, 0.5)
+    cache.write([("one", "point", "task", some)])
+    (pages,) = cache._connection.execute("PRAGMA page_count").fetchone()
+    cache._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(Failed, match="disk is full.; make room there, and the same command goes on, or set cache.dir"):
+        cache.write([("two", "point", "task", some)])
+    cache._connection.execute("PRAGMA max_page_count = 1000")
+    cache.write([("three", "point", "task", some)])
+    assert cache.read(["one", "two", "three"]) == {"one": some, "three": some}
+
+
 def test_a_link_to_nothing_is_not_followed(tmp_path):
     """One to a file is: somebody keeps it elsewhere."""
     cache, elsewhere = tmp_path / "cache?mode=memory", tmp_path / "elsewhere"

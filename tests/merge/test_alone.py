@@ -29,6 +29,7 @@ from rvdist.merge.plan import Plan, build_plan
 from rvdist.merge.worker import MergeWorker
 from rvdist.weights.arithmetic import fused, method
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.staging import Staging
 
 FAMILY = ("target=family/target", "vector.plus=family/grpo", "vector.minus=family/sft")
 
@@ -44,6 +45,28 @@ def run(paths: dict[str, Path], outputs: dict[float, Path], workers: int = 1, **
 
 def digests(path: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.iterdir())}
+
+
+def test_an_output_that_another_makes_meanwhile(family, tmp_path, monkeypatch):
+    """It stays, and so does what is done: with the other out of the way the same call computes nothing again."""
+    journal, paths, out = Staging.journal, family(), tmp_path / "out"
+
+    def make(staging, written):
+        journal(staging, written)
+        out.mkdir()
+        (out / "notes").write_text("theirs")
+
+    monkeypatch.setattr(Staging, "journal", make)
+    with pytest.raises(Failed, match="out: already exists; .*; it came while this run wrote .* what is done is kept"):
+        run(paths, {0.5: out})
+    assert (out / "notes").read_text() == "theirs"
+    out.rename(tmp_path / "theirs")
+    monkeypatch.setattr(Staging, "journal", journal)
+    monkeypatch.setattr(MergeWorker, "_compute", None)
+    run(paths, {0.5: out})
+    monkeypatch.undo()
+    run(paths, {0.5: tmp_path / "right"})
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "right/model.safetensors").read_bytes()
 
 
 def test_little_is_merged_without_the_compiled_loops_to_the_same_bytes(family, tmp_path, monkeypatch):

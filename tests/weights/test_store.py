@@ -74,6 +74,25 @@ def wide(paths):
     return {name: plus[name].double() - minus[name].double() for name in plus}
 
 
+def test_an_interrupt_keeps_what_is_done(family, tmp_path):
+    paths, told = family(), []
+
+    def interrupt(nbytes):
+        told.append(nbytes)
+        if len(told) == calls - 3:
+            raise KeyboardInterrupt
+
+    store(paths, tmp_path / "right", progress=told.append)
+    calls = len(told)
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        store(paths, tmp_path / "v", progress=interrupt)
+    kept = (tmp_path / "v.partial/journal.jsonl").read_text().splitlines()
+    assert len(kept) > calls // 4
+    store(paths, tmp_path / "v")
+    assert weights(tmp_path / "v") == weights(tmp_path / "right")
+
+
 def test_what_stands_beside_the_first_donor_changes_in_the_middle(family, tmp_path):
     paths = family()
     template = paths["plus"] / "chat_template.jinja"

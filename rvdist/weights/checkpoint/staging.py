@@ -232,8 +232,8 @@ class Staging:
                     _sync(name, directory)
                 if above != ".":
                     os.fsync(directory)
+            self._require_free()
             os.unlink(JOURNAL, dir_fd=self.handle.descriptor)
-            require_free(self.output, self._overwrite)
             if replaces := self.output.exists():  # the lock goes last, so that it is known what was replaced
                 self._permit(0o755)
                 self._replace()
@@ -247,6 +247,13 @@ class Staging:
             self._permit(0o777)  # others may write in it only now that it is no partial directory any more
             _sync(self.output.parent)
         self.release()
+
+    def _require_free(self) -> None:
+        """Raises Failed where the name is taken now, which was free when this began."""
+        try:
+            require_free(self.output, self._overwrite)
+        except BadInput as error:
+            raise Failed(f"{error}; it came while this run wrote the same, of which what is done is kept") from None
 
     def _permit(self, most: int) -> None:
         """Gives it the mode that it would have been made with by the umask, as far as `most` goes."""
