@@ -23,7 +23,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rvdist.core.config import Config
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed, as_ours
 from rvdist.core.foreign import parse_json, parse_yaml
 from rvdist.core.point import layer_count
 from rvdist.core.regular import open_regular, read_regular
@@ -348,9 +348,13 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         facts = inspect(arguments.path)
-    except (BadInput, Failed) as error:
-        print(f"rvdist: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+    except (BadInput, Failed, OSError) as error:
+        ours = as_ours(error)
+        print(f"rvdist: {printable(str(ours))}", file=sys.stderr)
+        sys.exit(2 if isinstance(ours, BadInput) else 1)
+    except KeyboardInterrupt:
+        print("rvdist: interrupted", file=sys.stderr)
+        sys.exit(130)
     if arguments.json:
         print(json.dumps(facts, indent=2, default=str))
     else:

@@ -173,7 +173,7 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno:
         where = text.reason(error.filename or "a file of the run directory", 500)
-        return f"{where}: cannot be read or written ({error.strerror}); {KEPT}"
+        return f"{where}: cannot be read or written ({error.strerror}); mend that, and run the same command again"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; give {error.full_key}=VALUE"
     if not isinstance(error, _BAD_INPUT):

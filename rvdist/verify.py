@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rvdist.core.errors import BadInput, Failed
+from rvdist.core.errors import BadInput, Failed, as_ours
 from rvdist.core.text import printable
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
@@ -162,9 +162,13 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         verdict = verify(arguments.path, arguments.model)
-    except (BadInput, Failed) as error:
-        print(f"rvdist: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+    except (BadInput, Failed, OSError) as error:
+        ours = as_ours(error)
+        print(f"rvdist: {printable(str(ours))}", file=sys.stderr)
+        sys.exit(2 if isinstance(ours, BadInput) else 1)
+    except KeyboardInterrupt:
+        print("rvdist: interrupted", file=sys.stderr)
+        sys.exit(130)
     if arguments.json:
         print(json.dumps(asdict(verdict), indent=2))
     else:

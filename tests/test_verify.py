@@ -39,6 +39,28 @@ def rewrite(path, change):
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
+AT_WORK = """
+import signal, sys
+import rvdist.{0} as door
+door.{0} = lambda *given: signal.raise_signal(signal.SIGINT)
+door.main()
+"""
+
+
+@pytest.mark.parametrize("door", ["verify", "inspect"])
+def test_an_interrupt_and_a_place_that_cannot_be_are_one_sentence(door, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+
+    def run(*command):
+        ended = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        return ended.returncode, ended.stderr
+
+    assert run("-c", AT_WORK.format(door), "path") == (130, "rvdist: interrupted\n")
+    for path in ("loop", "loop/path", "a" * 300, "b/" * 3000):
+        status, errors = run("-m", f"rvdist.{door}", path)
+        assert status == 2 and errors.startswith("rvdist: ") and errors.count("\n") == 1, errors
+
+
 def test_what_a_merge_wrote_is_sound(copy):
     verdict = verify(copy, model=True)
     assert verdict.problems == [] and verdict.unchecked == []
