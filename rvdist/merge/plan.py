@@ -12,12 +12,13 @@ from typing import Any, TypeGuard
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint, layer_count
+from rvdist.weights.checkpoint.difference import Difference, Dora
 from rvdist.weights.checkpoint.digest import digest_beside, stamps_of
 from rvdist.weights.checkpoint.direct import BLOCK
 from rvdist.weights.checkpoint.directory import Checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.fp8 import MXFP4, Scaled
 from rvdist.weights.checkpoint.header import ITEMSIZE, Stamp, TensorSpec, build_header
-from rvdist.weights.checkpoint.layouts import Relaid
+from rvdist.weights.checkpoint.layouts import Relaid, form_of
 from rvdist.weights.checkpoint.pieces import spread_over_files
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
@@ -25,7 +26,7 @@ from rvdist.weights.checkpoint.staging import companions, discards
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20
-_ARITHMETIC = 2  # raise it with any change to the bytes that sources come to: nobody goes on with what was begun before
+_ARITHMETIC = 3  # raise it with any change to the bytes that sources come to: nobody goes on with what was begun before
 _MOST_UNITS = 4096
 
 
@@ -174,7 +175,7 @@ def build_plan(
             for spec in specs:
                 needs.update(reads[spec.name])
             grains = _whole_experts(output.points, sources) | _grains(sources[output.points[0].base], layout)
-            grains |= by_matrix
+            grains |= by_matrix | _by_columns(output.points, sources)
             units = _units(number, file, specs, unit_bytes(layout), whole, grains)
             files.append(OutputFile(tuple(units), dict(needs), layout.files[file][1] * len(output.points)))
     files.sort(key=lambda file: -(file.bytes_read + file.bytes_written))
@@ -345,6 +346,14 @@ def _matrices(points: Sequence[WeightPoint], sources: Mapping[str, Checkpoint], 
         return {}
     specs = [spec for spec in base.tensors.values() if spec.numel and spec.is_floating_point and len(spec.shape) > 1]
     return {spec.name: _Grain(spec.shape[-2] * spec.shape[-1]) for spec in specs}
+
+
+def _by_columns(points: Sequence[WeightPoint], sources: Mapping[str, Checkpoint]) -> dict[str, _Grain]:
+    """Tensors of which a source is DoRA's by columns, whole: whoever reads a part of one finds the lengths of all."""
+    told = [one for point in points for name in point.sources() if isinstance(one := sources[name], Difference)]
+    found = [(one, name, form_of(one, name)) for one in told for name in one.tensors]
+    by_columns = [(one, name) for one, name, form in found if isinstance(form, Dora) and form.transposed]
+    return {name: _Grain(one.tensors[name].numel) for one, name in by_columns}
 
 
 def _units(

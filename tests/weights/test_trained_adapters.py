@@ -3,6 +3,7 @@ what peft's own merge_and_unload makes of it, and the written checkpoint is what
 
 import json
 import math
+from collections import Counter, defaultdict
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.merge import plan as planning
+from rvdist.merge.actor import WorkerSettings
+from rvdist.merge.driver import merge
+from rvdist.merge.plan import build_plan
 from rvdist.weights import compat, products
 from rvdist.weights.checkpoint.bound import bind, settle
 from rvdist.weights.checkpoint.digest import checkpoint_digest
@@ -125,6 +130,22 @@ def test_dora_does_not_depend_on_chunks(tmp_path, monkeypatch):
         monkeypatch.setattr("rvdist.weights.products._BLOCK", rows * 48)
         assert all(torch.equal(read(name, size), taken) for name, taken in whole.items())
     assert all(taken.dtype == torch.float64 and taken.all() for taken in whole.values())
+
+
+def test_one_worker_finds_the_lengths_of_columns(tmp_path, monkeypatch):
+    """Whatever part of the tensor it reads, it reads all of it first; rows are anybody's."""
+    monkeypatch.setattr(planning, "UNIT_BYTES", 5000)
+    base = write_checkpoint(tmp_path / "base", tensors(0))
+    magnitudes = {name: 0.5 + torch.rand(ones.shape) for name, ones in MAGNITUDES.items()}
+    write_adapter(tmp_path / "adapter", factors() | magnitudes, use_dora=True)
+    asked = WeightPoint(str(base), (Term(0.5, Vector(str(tmp_path / "adapter"), str(base))),))
+    sources = {name: open_source(name) for name in asked.sources()}
+    plan = build_plan({tmp_path / "out": asked}, sources)
+    cuts = Counter(segment.tensor for unit in plan.units for segment in unit.segments)
+    assert cuts["model.embed_tokens.weight"] == 1 < cuts[f"{UP}.weight"]
+    merge(plan, sources, defaultdict(str), WorkerSettings(2, alone=True))
+    wanted = dict(read_point(asked))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in read_point(WeightPoint(str(tmp_path / "out"))))
 
 
 def test_a_row_without_a_direction_is_told(tmp_path):
