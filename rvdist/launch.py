@@ -29,7 +29,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from rvdist.core import private_ray, session, text
 from rvdist.core.config import Config
-from rvdist.core.ends import KEPT, Ended, Watch
+from rvdist.core.ends import KEPT, Watch, leave
 from rvdist.core.errors import BadInput, Failed, as_ours
 from rvdist.core.log import Log
 from rvdist.stages import multirun, private_hydra
@@ -56,8 +56,9 @@ def main() -> None:
         watch.begin()
         failures = _take(log)
         watch.end()
-    except Ended:
+    except KeyboardInterrupt:  # Ray's core has one of its own for ours
         watch.end()
+        leave(130)
     if failures:
         refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)
         status = 2 if refused and not multirun.RayLauncher.done else 1

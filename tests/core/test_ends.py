@@ -279,6 +279,12 @@ def at(owner, name, number):
     real = getattr(owner, name)
     setattr(owner, name, lambda *given: (signal.raise_signal(number), real(*given))[1])
 
+def wait_for_ray(*given):
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # as Ray's core does, of whatever a handler raises while it waits
+
 moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
 if moment == "begin":
     at(launch, "_quote", number)
@@ -288,6 +294,8 @@ if moment == "twice":
     at(launch, "run", signal.SIGTERM)
 if moment == "after":
     atexit.register(signal.raise_signal, number)
+if moment == "waiting":
+    launch.run = wait_for_ray
 launch.main()
 """
 
@@ -299,6 +307,7 @@ launch.main()
         ("begin", signal.SIGTERM, 143, "terminated (SIGTERM)"),
         ("close", signal.SIGHUP, 129, "ended with its terminal (SIGHUP)"),
         ("twice", signal.SIGINT, 143, "terminated (SIGTERM)"),
+        ("waiting", signal.SIGTERM, 143, "terminated (SIGTERM)"),
         ("after", signal.SIGINT, 0, ""),
         ("after", signal.SIGTERM, 0, ""),
     ],
