@@ -10,7 +10,7 @@ loads the target with transformers and merges the adapter at α times its scale.
 An outcome is *right* where every tensor is what the situation says, to two units in the last place (`off`); *refused*
 where the tool ends with a message that names what is wrong as ours must; *crashed* where it ends with another;
 *silently wrong* where it ends well and tensors differ, files are lost, or no output could be right; *not judged* where
-it does what we refuse, and may know how.
+it does what we refuse, and may know how, and where peft has no scale for an adapter's part.
 The table goes to benchmarks/README.md.
 """
 
@@ -42,6 +42,8 @@ from runner import Outcome, run  # noqa: E402
 from situations import Asked, Refused, Right, Situation  # noqa: E402
 
 from rvdist.core.errors import BadInput  # noqa: E402
+from rvdist.weights.checkpoint.difference import needs_base  # noqa: E402
+from rvdist.weights.checkpoint.source import open_source  # noqa: E402
 
 SITUATION = {situation.name: situation for situation in SITUATIONS}
 RIGHT, REFUSED, CRASHED, WRONG, UNJUDGED, NOT_ASKED = "right", "refused", "crashed", "silently wrong", "not judged", ""
@@ -139,6 +141,15 @@ def peft(asked: Asked, place: Path) -> list[str] | None:
     if not settings.vector.path:
         return None
     return [settings.target, settings.vector.path, str(settings.alpha), str(place / "theirs")]
+
+
+def has_scale(asked: Asked) -> bool:
+    """Whether the scale that PEFT multiplies is all of α: what was trained itself has none."""
+    if float(asked.settings.alpha) == 1:
+        return True
+    with suppress(BadInput):
+        return not needs_base(open_source(str(asked.settings.vector.path)))
+    return True
 
 
 def serve(python: str, program: str, jobs: Mapping[Path, list[str]]) -> dict[Path, tuple[int, str]]:
@@ -294,6 +305,8 @@ def main() -> None:
             place = work / tool / name
             companioned = SITUATION[name].group == "companions"
             done = judge(asked[name], *ended[place], place, companioned) if place in ended else None
+            if tool == "peft" and done and done[0] == WRONG and not has_scale(asked[name]):
+                done = UNJUDGED, "writes a model"
             cells[name][tool] = done or (NOT_ASKED if python else "not installed", "")
             print(name, tool, *cells[name][tool], flush=True)
     counts = {tool: Counter(found[tool][0] for found in cells.values()) for tool in ("rvdist", *tools)}

@@ -38,6 +38,10 @@ from rvdist.weights.mixtures import check_patterns, require_one_layout
 from rvdist.weights.rows import require_rows
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+_UNMERGED = (
+    "an adapter stands there beside what it adapts, and is not merged: name it by itself as vector.path (verl saves it "
+    "in actor/lora_adapter), or merge it by peft's merge_and_unload"
+)
 Coefficient = Callable[[str], float]  # m of a tensor
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
@@ -173,10 +177,10 @@ def _require_same_tensors(
 ) -> None:
     for have, lack in ((plus, minus), (minus, plus)):
         if missing := list(filter(coefficient, have.tensors.keys() - lack.tensors.keys())):
-            raise BadInput(
-                f"{lack.path}: lacks tensor {min(missing)}, which {have.path} has; a vector needs two donors with the "
-                "same tensors, but for those that vector.mask.exclude leaves out"
+            hint = _donors_hint(have, lack) or (
+                "a vector needs two donors with the same tensors, but for those that vector.mask.exclude leaves out"
             )
+            raise BadInput(f"{lack.path}: lacks tensor {min(missing)}, which {have.path} has; {hint}")
     for name in filter(coefficient, plus.tensors):
         _require_same_shape(plus.tensors[name], plus, minus, extra_rows)
 
@@ -259,8 +263,23 @@ def _judge_coverage(base: Checkpoint, plus: Checkpoint, minus: Checkpoint | None
 
 
 def _rename_hint(base: Checkpoint, left: Mapping[str, TensorSpec]) -> str:
-    """The vector.rename that would make tensors of these names the base's, if one prefix explains it."""
-    pair = fitting_rename(base, left)
+    """What would make tensors of these names the base's: to merge the adapter that they are of, or the vector.rename of
+    one prefix that explains them."""
+    return _UNMERGED if any(".lora_A." in name for name in left) else _spell(fitting_rename(base, left))
+
+
+def _donors_hint(one: Checkpoint, other: Checkpoint) -> str:
+    """The same of two donors: the rename that takes a prefix away, as there are many that put before names what no
+    target has."""
+    pairs = [(one, other), (other, one)]
+    more = [{name: spec for name, spec in have.tensors.items() if name not in lack.tensors} for have, lack in pairs]
+    if any(".lora_A." in name for own in more for name in own):
+        return _UNMERGED
+    renames = [fitting_rename(lack, own) for (_, lack), own in zip(pairs, more, strict=True)]
+    return _spell(min(filter(None, renames), key=lambda pair: len(pair[1]), default=None))
+
+
+def _spell(pair: tuple[str, str] | None) -> str:
     return f'their names differ by a prefix: set vector.rename=\'[["{pair[0]}","{pair[1]}"]]\'' if pair else ""
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.stages.prepare import Known
 from rvdist.weights import compat, rows
 from rvdist.weights.checkpoint.directory import open_checkpoint
+from rvdist.weights.checkpoint.source import open_source
 
 
 def check(paths, mask=None, **options):
@@ -44,6 +46,44 @@ def test_another_shape_in_one_donor(family):
     paths = family()
     rewrite(paths["plus"], lambda w: w.update({"model.norm.weight": torch.zeros(49).bfloat16()}))
     with pytest.raises(BadInput, match=r"tensor model.norm.weight has shape \[48\].*\[49\]"):
+        check(paths)
+
+
+@pytest.mark.parametrize("model", ["plus", "minus"])
+def test_one_donor_under_the_names_of_a_compiled_model(family, model):
+    """The rename that is named makes them one."""
+    paths = family()
+
+    def wrap(weights):
+        for name in list(weights):
+            weights[f"_orig_mod.{name}"] = weights.pop(name)
+
+    rewrite(paths[model], wrap)
+    with pytest.raises(BadInput, match="differ by a prefix: set vector.rename=") as refused:
+        check(paths)
+    pair = re.findall('"([^"]*)"', str(refused.value).partition("vector.rename=")[2])
+    sources = {"target": open_checkpoint(paths["target"])}
+    sources |= {name: open_source(str(paths[name]), [(pair[0], pair[1])]) for name in ("plus", "minus")}
+    mask = Mask(exclude=(".*scalar",))  # which no prefix has before a dot
+    report = compat.check(WeightPoint("target", (Term(1.0, Vector("plus", "minus"), mask),)), sources)
+    assert not report.refusals
+    assert all("scalar" in one for one in report.exceptions if "lacks" in one or "skipped" in one)
+
+
+def test_a_donor_with_an_adapter_that_is_not_merged(family):
+    """As verl saves what it trains by LoRA."""
+    paths = family()
+
+    def adapt(weights):
+        for name in [name for name in weights if name.endswith("q_proj.weight")]:
+            module = name.removesuffix(".weight")
+            weights[f"{module}.base_layer.weight"] = weights.pop(name)
+            weights[f"{module}.lora_A.default.weight"] = torch.zeros(2, 48)
+
+    rewrite(paths["plus"], adapt)
+    with pytest.raises(
+        BadInput, match="lacks tensor .*; an adapter stands there beside what it adapts, .*lora_adapter"
+    ):
         check(paths)
 
 
