@@ -108,10 +108,11 @@ def prepare(job: Job, known: Known) -> Prepared:
         on_lines = [arm.point for line in lines.values() for arm in line]
         index = _Index(job, settings, known)
         vector = index.add_vector(stored, asked) if stored and "merge" in stages else None
-        index.add([*asked.values(), *(arm.point for arm in foreseen), *examined.values(), *on_lines])
-        outputs = {output: index.settle(point) for output, point in asked.items()}
-        if any(index.settle(point).vocabulary for point in on_lines):
+        index.add([*asked.values(), *(arm.point for arm in foreseen), *examined.values()])
+        if lines and any(index.settle(point).vocabulary for point in examined.values()):
             raise BadInput(f"tokenizer: is set, and analyze.text reads donors with their own tokens; {_READ}")
+        index.add(on_lines)
+        outputs = {output: index.settle(point) for output, point in asked.items()}
         for point in [index.settle(arm.point) for arm in foreseen]:
             if point.vocabulary and isinstance(base := index.sources[point.base], Scaled):
                 raise BadInput(
@@ -260,7 +261,8 @@ class _Index:
         self.sources |= donors
         self._laid_out |= donors  # the vector is stored as they are
         alone = WeightPoint(saved.vector.plus, (Term(1.0, saved.vector),))
-        for note in (*compat.check_vector(saved.vector, self.sources), *self._zeros(alone)):
+        judged = compat.check_donors(saved.vector, self.sources, self._settings.compat.force)
+        for note in (*judged, *self._zeros(alone)):
             self._job.note(note)
         return settle_vector(saved.vector, self.sources)
 

@@ -26,8 +26,11 @@ _STRUCTURE = (
 )  # fmt: skip
 
 
-def compare_configs(base: Checkpoint, donor: Checkpoint, but: re.Pattern[str] | None = None) -> Finding:
-    """What of their configurations that changes the forward pass differs, `but` for keys like these."""
+def compare_configs(
+    base: Checkpoint, donor: Checkpoint, but: re.Pattern[str] | None = None, called: str = "the target"
+) -> Finding:
+    """What of their configurations that changes the forward pass differs, `but` for keys like these; of `base`, by what
+    it is `called`."""
     if not base.config or not donor.config:
         lacking = donor if base.config else base
         return [f"{lacking.path.name} has no config.json: its architecture was not compared"], []
@@ -36,9 +39,9 @@ def compare_configs(base: Checkpoint, donor: Checkpoint, but: re.Pattern[str] | 
     exceptions, refusals = [], []
     for key, ours, theirs in kinds or differing:  # of another kind of model everything differs
         if key.rpartition(".")[2] in _STRUCTURE:
-            refusals.append(f"{donor.path}: its config has {key}={theirs} where the target has {ours}")
+            refusals.append(f"{donor.path}: its config has {key}={theirs} where {called} has {ours}")
         else:
-            exceptions.append(f"{key} is {_shorten(ours)} in the target and {_shorten(theirs)} in {donor.path.name}")
+            exceptions.append(f"{key} is {_shorten(ours)} in {called} and {_shorten(theirs)} in {donor.path.name}")
     return exceptions, refusals
 
 
@@ -47,8 +50,8 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
-def compare_tokenizers(base: Path, donor: Path) -> Finding:
-    """Whether tokens have the same ids in the tokenizers of two directories."""
+def compare_tokenizers(base: Path, donor: Path, called: str = "the target") -> Finding:
+    """Whether tokens have the same ids in the tokenizers of two directories, the first by what it is `called`."""
     ours, theirs = token_ids(base), token_ids(donor)
     if ours is None or theirs is None:
         lacking = base if ours is None else donor
@@ -56,14 +59,14 @@ def compare_tokenizers(base: Path, donor: Path) -> Finding:
     theirs_by_id = {number: token for token, number in theirs.items()}
     for token, number in ours.items():
         if theirs.get(token, number) != number:
-            reason = f"token {token!r} has id {theirs[token]} where the target has {number}"
+            reason = f"token {token!r} has id {theirs[token]} where {called} has {number}"
         elif theirs_by_id.get(number, token) != token:
-            reason = f"id {number} is token {theirs_by_id[number]!r} where the target has {token!r}"
+            reason = f"id {number} is token {theirs_by_id[number]!r} where {called} has {token!r}"
         else:
             continue
-        return [], [f"{donor}: its tokenizer differs from the target's ({reason})"]
+        return [], [f"{donor}: its tokenizer differs from {called}'s ({reason})"]
     if ours != theirs:
-        return [f"{len(ours.keys() ^ theirs.keys())} tokens are not in both the target and {donor.name}"], []
+        return [f"{len(ours.keys() ^ theirs.keys())} tokens are not in both {called} and {donor.name}"], []
     return [], []
 
 

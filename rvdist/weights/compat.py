@@ -123,6 +123,24 @@ def check(
     return report
 
 
+def check_donors(vector: Vector, sources: Mapping[str, Checkpoint], force: bool = False) -> list[str]:
+    """What to say of a vector alone, which is to be stored: that of `check_vector`, and whether its donors have one
+    architecture and one vocabulary. Raises BadInput, unless `force`, where they have not."""
+    plus, minus = sources[vector.plus], sources[vector.minus or vector.plus]
+    exceptions = check_vector(vector, sources)
+    if is_adapter(plus) or is_adapter(minus):
+        return exceptions
+    for said, refused in (
+        compare_configs(minus, plus, called="vector.minus"),
+        compare_tokenizers(minus.beside, plus.beside, "vector.minus"),
+    ):
+        exceptions += said
+        if refused and not force:
+            raise BadInput(f"{refused[0]}; compat.force=true stores the vector all the same")
+        exceptions += refused
+    return exceptions
+
+
 def check_vector(
     vector: Vector,
     sources: Mapping[str, Checkpoint],

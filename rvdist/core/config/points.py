@@ -379,7 +379,11 @@ def vector_to_save(config: Config) -> Saved | None:
                 raise BadInput(f"vector.{key} says how to store a vector, and vector.save is not set; set it to a path")
         return None
     if config.tokenizer is not None:
-        raise BadInput("vector.save stores a vector with the tokens of its donors, and tokenizer is set; leave it out")
+        raise BadInput(
+            "vector.save stores a vector with the tokens of its donors, and tokenizer is set; leave it out, or write "
+            "both donors with the same tokens before: target=MINUS alpha=0 tokenizer=union output=M, and then "
+            "target=PLUS alpha=0 tokenizer=M output=P, each with vector.plus=PLUS vector.minus=MINUS"
+        )
     if config.batch:
         raise BadInput("vector.save stores one vector, and batch is set; save it by a run of its own")
     if config.vectors:

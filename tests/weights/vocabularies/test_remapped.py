@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import tracemalloc
 from contextlib import closing
@@ -299,6 +300,10 @@ GIVEN = ("target=base", "vector.plus=other", "vector.minus=base", "tokenizer=uni
             ("benchmarks=pocket", "arms=[{name: a, weights: base}, {name: b, alpha: 1}]"),
             "base: is wanted with different tokens, its own or those of a merge; write the output first",
         ),
+        (
+            ("stages=[analyze]", "analyze.text=text", "target=third"),
+            "analyze.text reads donors with their own tokens; score it along α instead (benchmarks.tasks=[text:FILE]",
+        ),
         (("vector.save=v",), "vector.save stores a vector with the tokens of its donors"),
         (("output=out", "tokenizer=nowhere"), "nowhere"),
         (("output=out", "tokenizer='{a'"), "tokenizer: is not YAML"),
@@ -309,9 +314,33 @@ GIVEN = ("target=base", "vector.plus=other", "vector.minus=base", "tokenizer=uni
 )
 def test_what_the_command_refuses(tmp_path, more, said):
     pairs.write("bpe", tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "third")
     done = launch(*GIVEN, *more, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_donors_of_different_tokens_are_stored_when_they_have_the_same(tmp_path):
+    """What vector.save advises where tokenizer is set; and donors that have not the same are refused."""
+    pairs.Model("bpe", pairs.words("ab"), [pairs.special("<s>")]).write(tmp_path / "minus", 0)
+    pairs.Model("bpe", [*reversed(pairs.words("ab"))], ["<own>"]).write(tmp_path / "plus", 1)
+    donors = ("vector.plus=plus", "vector.minus=minus", "cache.dir=c")
+    refused = launch(*donors, "vector.save=v", cwd=tmp_path)
+    assert refused.returncode == 2 and not (tmp_path / "v").exists()
+    assert re.search("plus: its tokenizer differs from vector.minus's .*; compat.force=true stores", refused.stderr)
+    refused = launch("target=minus", *donors, "tokenizer=union", "vector.save=v", cwd=tmp_path)
+    said = refused.stderr.partition("before: ")[2].partition(", each with")[0]
+    for command in said.replace("MINUS", "minus").replace("PLUS", "plus").split(", and then "):
+        done = launch(*command.split(), *donors, "compat.force=true", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = launch("vector.plus=P", "vector.minus=M", "vector.save=v", "cache.dir=c", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = launch("target=M", "vector.path=v", "alpha=1", "output=again", "cache.dir=c", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again, written, own = (load_checkpoint(tmp_path / name) for name in ("again", "P", "plus"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in written.items())
+    new, old = (read_tokens(tmp_path / name).ids for name in ("again", "plus"))
+    assert all(torch.equal(again[EMBEDDING][new[token]], own[EMBEDDING][row]) for token, row in old.items())
 
 
 def untied(where):
