@@ -29,9 +29,9 @@ from rvdist.evaluate.resolved import recall, remember
 from rvdist.evaluate.scorers import Scorers
 from rvdist.evaluate.suite import Suite
 from rvdist.evaluate.tokenizer import load_tokenizer
+from rvdist.stages.bases import Bases
 from rvdist.stages.job import Prepared
 from rvdist.stages.score import Known, Scoring, score, score_arm
-from rvdist.stages.tokens import Bases
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.digest import stamps_of
 from rvdist.weights.checkpoint.directory import Checkpoint
@@ -246,7 +246,7 @@ class Evaluator:
             if source.hub:
                 download_weights(source)
         source = self._bases.of(prepared, arm.point)
-        if arm.point.vocabulary:
+        if source is not prepared.sources[arm.point.base]:
             base = str(source.path.absolute())
         return self._warm.fleet(*self._needed_fleet(prepared, source, base, asking.serving, asking.tensors))
 

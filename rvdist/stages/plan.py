@@ -15,6 +15,8 @@ from rvdist.core.table import print_table
 from rvdist.merge.placement import place, rates, remembered_rate
 from rvdist.merge.plan import Plan
 from rvdist.stages.job import Prepared
+from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.fp8 import Scaled
 from rvdist.weights.rows import matrix_memory
 
 if TYPE_CHECKING:
@@ -132,6 +134,11 @@ def _seen(n: int) -> tuple[str, ...]:
     return tuple(f"{100 * minimal_detectable_effect(n, share):.1f} %" if n else "" for share in _CHANGED)
 
 
+def _served_bytes(base: Checkpoint) -> int:
+    """What engines hold of a base, which is plain there."""
+    return sum(2 * spec.numel for spec in base.tensors.values()) if isinstance(base, Scaled) else base.nbytes
+
+
 def _print_engines(prepared: Prepared, tokens: int, memory: Memory) -> None:
     """How many engines there would be, on what, and about how long they would take. What is refused is said: a plan may
     be asked for on another machine."""
@@ -139,7 +146,7 @@ def _print_engines(prepared: Prepared, tokens: int, memory: Memory) -> None:
 
     settings, resources = prepared.settings, _foresee(prepared.settings)
     bases = {arm.point.base for arm in prepared.foreseen}
-    nbytes = max(prepared.sources[base].nbytes for base in bases)
+    nbytes = max(_served_bytes(prepared.sources[base]) for base in bases)
     arms = f"{len(prepared.foreseen)} arms" + (", of which a race asks less" if settings.search.method else "")
     try:
         device = config.engine_device(settings, resources.gpus, build())

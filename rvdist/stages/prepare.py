@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 
 _WRITE = "write the output first (stages=[merge]), and name that where a checkpoint is asked for"
-_PLAIN = "write it by a merge with dtype=bfloat16 and this tokenizer, and score that"
 _READ = (
     "score it along α instead (benchmarks.tasks=[text:FILE] sweep.alphas=[0,0.5,1]), from the target or target=MINUS"
 )
@@ -113,11 +112,8 @@ def prepare(job: Job, known: Known) -> Prepared:
             raise BadInput(f"tokenizer: is set, and analyze.text reads donors with their own tokens; {_READ}")
         index.add(on_lines)
         outputs = {output: index.settle(point) for output, point in asked.items()}
-        for point in [index.settle(arm.point) for arm in foreseen]:
-            if point.vocabulary and isinstance(base := index.sources[point.base], Scaled):
-                raise BadInput(
-                    f"{base.path}: is quantised, and engines with other tokens than its own start plain; {_PLAIN}"
-                )
+        for base in {index.settle(point).base for point in [*(arm.point for arm in foreseen), *on_lines]}:
+            _require_plain(index.sources[base], settings)
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
     with job.timing.phase("plan"):
@@ -163,6 +159,15 @@ def prepare(job: Job, known: Known) -> Prepared:
         lines={name: [replace(arm, point=index.settle(arm.point)) for arm in line] for name, line in lines.items()},
         interference=partial(known.interference, sources=sources),
     )
+
+
+def _require_plain(base: Checkpoint, settings: Config) -> None:
+    """Raises BadInput for a quantised base whose points would be scored as nothing writes them."""
+    if isinstance(base, Scaled) and settings.engine.replay is None and settings.output_format.dtype != "BF16":
+        raise BadInput(
+            f"{base.path}: is quantised, and engines serve plain weights; set dtype=bfloat16, and points are scored as "
+            "a merge writes them then"
+        )
 
 
 def _with_recipe(job: Job, known: Known) -> tuple[Config, WeightPoint | None]:

@@ -391,10 +391,11 @@ def open_point(
     device: str = "cpu",
     remap: Callable[[WeightPoint, Mapping[str, Checkpoint], Open], Mapping[str, Checkpoint]] = remap,
 ) -> PointReader:
-    """A reader of one point, in the base's stored dtypes. Raises BadInput where a source cannot be read, or there is no
-    such device."""
+    """A reader of one point, in the base's stored dtypes, bf16 where it is quantised. Raises BadInput where a source
+    cannot be read, or there is no such device."""
     sources = {source: look_up(source, rename) for source, rename in point.renames()}
     sources = {name: lay_out(source, sources[point.base]) for name, source in sources.items()}
     if point.vocabulary:
         sources |= remap(point, sources, lambda source: look_up(source, ()))
-    return PointReader([settle(point, sources)], sources, device=device)
+    dtype = torch.bfloat16 if isinstance(sources[point.base], Scaled) else None
+    return PointReader([settle(point, sources)], sources, dtype, device)

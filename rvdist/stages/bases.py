@@ -1,5 +1,6 @@
-"""What engines are started on where a point has other tokens than its base: the base with these, as a checkpoint in the
-cache, which is written once. There engines have as many rows as the point, and are swapped to it as to any other.
+"""What engines are started on. Where they cannot start on a point's base it is written as a checkpoint in the cache,
+once: with the tokens of the point, in bfloat16 if it is quantised, as safetensors. From there they are swapped to the
+point, which is read from its own sources, as to any other.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from rvdist.stages.merge import are_merged_alone, merge_together
 from rvdist.stages.warm import Warm
 from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.fp8 import without_quantization
+from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
 from rvdist.weights.checkpoint.journal import MANIFEST, is_complete
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.checkpoint.stacked import Stacked
 from rvdist.weights.checkpoint.staging import companions
 
-_CARD = "The base of a merge by token, with the tokens of the merge: what engines start on. It may be deleted.\n"
+_CARD = "The base of weight points, as a checkpoint that engines can start on. It may be deleted.\n"
 
 
 class Bases:
@@ -32,12 +34,12 @@ class Bases:
 
     def __init__(self, warm: Warm) -> None:
         self._warm = warm
-        self._written: list[tuple[Checkpoint, Checkpoint]] = []  # those with other tokens, as they are read and written
+        self._written: list[tuple[Checkpoint, Checkpoint]] = []  # as they are read and written
 
     def of(self, prepared: Prepared, point: WeightPoint) -> Checkpoint:
         """That of `point`. Raises BadInput where not every node sees it, and what a merge raises."""
         base = prepared.sources[point.base]
-        if point.vocabulary is None:
+        if point.vocabulary is None and (_is_startable(base) or prepared.settings.engine.replay is not None):
             return base
         for read, written in self._written:
             if read is base:
@@ -46,14 +48,22 @@ class Bases:
         return self._written[-1][1]
 
 
+def _is_startable(base: Checkpoint) -> bool:
+    """Whether engines start on it as it is."""
+    stored = all(name.endswith(".safetensors") for name in base.files)
+    return stored and not isinstance(base, Scaled | Stacked)
+
+
 def _write(prepared: Prepared, point: WeightPoint, warm: Warm) -> Checkpoint:
     unchanged = WeightPoint(point.base, vocabulary=point.vocabulary)
-    settings = replace(prepared.settings, dtype=None, max_shard_size=None, overwrite=False)
+    base = prepared.sources[point.base]
+    dtype = "bfloat16" if isinstance(base, Scaled) else None
+    settings = replace(prepared.settings, dtype=dtype, max_shard_size=None, overwrite=False)
     plan = build_plan({Path(): unchanged}, prepared.sources, settings.output_format)
-    directory = (prepared.cache / "tokens" / plan.digests[0][0]).absolute()
+    directory = (prepared.cache / "bases" / plan.digests[0][0]).absolute()
     nodes = warm.resources().nodes  # while Ray is imported, it cannot be asked anything
     if directory.exists():
-        require_as_written(directory, plan.digests[0][0], prepared.sources[point.base])
+        require_as_written(directory, plan.digests[0][0], base)
     else:
         one = replace(prepared, settings=settings, written={directory: unchanged})
         merge_together([one], {unchanged: _CARD}, warm, are_merged_alone([one]))

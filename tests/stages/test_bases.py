@@ -1,16 +1,19 @@
-"""Scoring what has the tokens of several models: in place as when it is written."""
+"""Scoring points whose base engines do not start on, as with the tokens of several models: in place as when written."""
 
 import json
 import shutil
 
 import pytest
-from checkpoints import POCKET, launch
+import torch
+from checkpoints import POCKET, launch, load_checkpoint
+from fp8 import BLOCK, quantize
 from moved import move
+from safetensors.torch import save_file
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.vocabulary import Vocabulary
-from rvdist.stages.tokens import require_as_written
+from rvdist.stages.bases import require_as_written
 from rvdist.weights.checkpoint.journal import Manifest
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.vocabulary import remap
@@ -36,7 +39,7 @@ def test_scores_in_place_are_those_of_what_is_written(tmp_path):
     assert done.returncode == 0, done.stderr
     for arm, written in (("baseline", "baseline"), ("alpha=0.5", "half")):
         assert samples(tmp_path / "run", arm) == samples(tmp_path / "fresh", written)
-    (start,) = (tmp_path / "cache" / "tokens").iterdir()
+    (start,) = (tmp_path / "cache" / "bases").iterdir()
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         assert (start / file).read_bytes() == (tmp_path / "out-0" / file).read_bytes()
     done = launch(*union, *SCORING, "hydra.run.dir=again", cwd=tmp_path)
@@ -44,6 +47,70 @@ def test_scores_in_place_are_those_of_what_is_written(tmp_path):
     (start / "tokenizer.json").write_bytes((POCKET / "target" / "tokenizer.json").read_bytes())
     done = launch(*union, *SCORING, "hydra.run.dir=changed", cwd=tmp_path)
     assert done.returncode == 2 and f"{start}: is not as it was written; delete it" in done.stderr
+
+
+def write_fp8(place):
+    """The pocket target with its layers' matrices in fp8, and what has its points scored."""
+    weights = load_checkpoint(POCKET / "target")
+    for name in [name for name, tensor in weights.items() if tensor.ndim == 2 and ".layers." in name]:
+        weights[name], weights[f"{name}_scale_inv"] = quantize(weights[name], BLOCK)
+    config = json.loads((POCKET / "target" / "config.json").read_text())
+    said = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
+    shutil.copytree(POCKET / "target", place)
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    (place / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return ("dtype=bfloat16",)
+
+
+def write_pickled(place):
+    shutil.copytree(POCKET / "target", place, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_checkpoint(POCKET / "target"), place / "pytorch_model.bin")
+    return ()
+
+
+def write_stack(place):
+    """A recipe whose layers are the target's own."""
+    layers = json.loads((POCKET / "target" / "config.json").read_text())["num_hidden_layers"]
+    source = f"sources: [{{model: {POCKET / 'target'}, layer_range: [%d, %d]}}]"
+    slices = f"slices: [{{{source % (0, 1)}}}, {{{source % (1, layers)}}}]"
+    place.write_text(f"{slices}\nmerge_method: passthrough\ndtype: bfloat16\n")
+    return ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "write", "union"),
+    [
+        ("fp8", write_fp8, False),
+        ("fp8", write_fp8, True),
+        ("pickled", write_pickled, False),
+        ("stack.yml", write_stack, False),
+    ],
+)
+def test_points_of_a_base_that_engines_do_not_start_on_are_scored_as_they_are_written(name, write, union, tmp_path):
+    donors = {kind: POCKET / kind for kind in ("grpo", "sft")}
+    if union:
+        donors = {kind: move(place, tmp_path / kind, f"<{kind}>") for kind, place in donors.items()}
+    given = (f"target={name}", f"vector.plus={donors['grpo']}", f"vector.minus={donors['sft']}", "cache.dir=cache")
+    given += (*write(tmp_path / name), *["tokenizer=union"] * union)
+    done = launch(*given, "sweep.alphas=[0,0.5]", *SCORING[:2], *ENGINES, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = launch(*given, "alpha=[0,0.5]", "output=out-{alpha}", "stages=[merge]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arms = "arms=[{name: baseline, weights: out-0}, {name: half, weights: out-0.5}]"
+    done = launch("target=out-0", arms, *SCORING, "cache.dir=other", "hydra.run.dir=fresh", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert samples(tmp_path / "run", "baseline") == samples(tmp_path / "fresh", "baseline") != []
+    assert samples(tmp_path / "run", "alpha=0.5") == samples(tmp_path / "fresh", "half") != []
+
+
+def test_points_of_a_quantised_base_are_scored_where_it_is_said_how_they_are_rounded(tmp_path):
+    write_fp8(tmp_path / "fp8")
+    given = ("target=fp8", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}", "output=out")
+    for dtype in ("target", "float16"):
+        done = launch(*given, f"dtype={dtype}", *SCORING[:2], *ENGINES, cwd=tmp_path)
+        assert done.returncode == 2 and "fp8: is quantised, and engines serve plain weights; set dtype" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"fp8", "outputs"}
 
 
 @pytest.mark.slow
