@@ -141,14 +141,14 @@ def test_the_command_writes_it_with_its_config_and_goes_on_where_it_was(tmp_path
     assert "already complete" in launch(*given, "output=out", "cache.dir=c", cwd=tmp_path).stdout
 
 
-def test_it_is_not_scored_and_nothing_is_written_for_that(tmp_path):
+def test_it_is_scored_as_bf16_alone_and_nothing_is_written_otherwise(tmp_path):
     family(tmp_path, "fp8 by matrix")
     for model in ("quantised", "other", "base"):
         (tmp_path / model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     given = ("target=quantised", "vector.plus=other", "vector.minus=base", "tokenizer=union", "compat.force=true")
     done = launch(*given, "cache.dir=c", "benchmarks=pocket", cwd=tmp_path)
-    assert done.returncode == 2 and "is quantised, and engines with other tokens" in done.stderr, done.stderr
-    assert not (tmp_path / "c/tokens").exists()
+    assert done.returncode == 2 and "is quantised, and engines serve plain weights; set dtype=bfloat16" in done.stderr, done.stderr
+    assert not (tmp_path / "c/bases").exists()
 
 
 def test_a_quantised_embedding_is_refused_with_the_way_out(tmp_path):
