@@ -14,9 +14,10 @@ from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.alone import Alone
 from rvdist.merge.crew import Crew
 from rvdist.merge.plan import Plan
+from rvdist.weights.checkpoint.beside import carry_over, companions, write_index
 from rvdist.weights.checkpoint.digest import require_same
 from rvdist.weights.checkpoint.directory import Checkpoint
-from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, discards, write_index
+from rvdist.weights.checkpoint.staging import Staging, discards
 
 CONFIG_DTYPE = {stored: name for name, stored in DTYPES.items()}
 

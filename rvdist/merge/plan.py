@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from rvdist.core.config import OutputFormat
 from rvdist.core.point import WeightPoint, layer_count
+from rvdist.weights.checkpoint.beside import companions
 from rvdist.weights.checkpoint.difference import Difference, Dora
 from rvdist.weights.checkpoint.digest import digest_beside, stamps_of
 from rvdist.weights.checkpoint.direct import BLOCK
@@ -22,7 +23,7 @@ from rvdist.weights.checkpoint.layouts import Relaid, form_of
 from rvdist.weights.checkpoint.pieces import spread_over_files
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
-from rvdist.weights.checkpoint.staging import companions, discards
+from rvdist.weights.checkpoint.staging import discards
 
 AS_THE_BASE = OutputFormat()
 UNIT_BYTES = 32 << 20

@@ -17,6 +17,7 @@ from rvdist.merge.plan import build_plan
 from rvdist.stages.job import Prepared
 from rvdist.stages.merge import are_merged_alone, merge_together
 from rvdist.stages.warm import Warm
+from rvdist.weights.checkpoint.beside import companions
 from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
@@ -24,7 +25,6 @@ from rvdist.weights.checkpoint.journal import MANIFEST, is_complete
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stacked import Stacked
-from rvdist.weights.checkpoint.staging import companions
 
 _CARD = "The base of weight points, as a checkpoint that engines can start on. It may be deleted.\n"
 

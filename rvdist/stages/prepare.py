@@ -22,6 +22,7 @@ from rvdist.core.vocabulary import Vocabulary
 from rvdist.merge.plan import Plan, build_plan
 from rvdist.stages.job import Job, Prepared
 from rvdist.weights import compat
+from rvdist.weights.checkpoint.beside import companions
 from rvdist.weights.checkpoint.bound import settle, settle_vector
 from rvdist.weights.checkpoint.difference import is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
@@ -31,7 +32,7 @@ from rvdist.weights.checkpoint.journal import is_complete
 from rvdist.weights.checkpoint.layouts import lay_out, layout_of
 from rvdist.weights.checkpoint.remapped import map_of
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.checkpoint.staging import companions, discards, require_free
+from rvdist.weights.checkpoint.staging import discards, require_free
 from rvdist.weights.checkpoint.vocabulary import remap
 from rvdist.weights.rows import require_low_rank, require_memory
 

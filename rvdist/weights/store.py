@@ -27,13 +27,14 @@ from rvdist.weights import peft
 from rvdist.weights.arithmetic.method import torch_threads
 from rvdist.weights.arithmetic.ties import kth_and_rank, magnitudes
 from rvdist.weights.checkpoint.adapter import CONFIG, WEIGHTS, as_adapter
+from rvdist.weights.checkpoint.beside import carry_over, companions, write_index
 from rvdist.weights.checkpoint.bound import bind
 from rvdist.weights.checkpoint.difference import BLOCK, is_adapter, needs_base
 from rvdist.weights.checkpoint.digest import checkpoint_digest, digest_beside, require_same, stamps_of
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint, reshard, shard_names
 from rvdist.weights.checkpoint.header import ITEMSIZE, Stamp, TensorSpec, build_header
 from rvdist.weights.checkpoint.journal import is_complete
-from rvdist.weights.checkpoint.staging import Staging, carry_over, companions, write_index
+from rvdist.weights.checkpoint.staging import Staging
 from rvdist.weights.checkpoint.stored_vector import DESCRIPTION, MARK, VERSIONS, as_vector, part_names
 from rvdist.weights.checkpoint.stream import TORCH_DTYPE
 from rvdist.weights.measured import Differences, as_lines, measure, summarise, work_of

@@ -17,12 +17,13 @@ import xxhash
 
 from rvdist.core.errors import Failed
 from rvdist.core.point import WeightPoint
+from rvdist.weights.checkpoint.beside import carry_over
 from rvdist.weights.checkpoint.digest import file_digest
 from rvdist.weights.checkpoint.direct import File
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest, Written
 from rvdist.weights.checkpoint.key import owner_key
-from rvdist.weights.checkpoint.staging import Staging, carry_over
+from rvdist.weights.checkpoint.staging import Staging
 
 UNIT = 3000
 FILES = {f"model-{k}-of-2.safetensors": 2 * UNIT for k in (1, 2)}

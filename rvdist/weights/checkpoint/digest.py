@@ -17,11 +17,11 @@ import xxhash
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.regular import read_regular, write_regular
+from rvdist.weights.checkpoint.beside import companions
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import HubStamp, Stamp, unreadable
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.stacked import Stacked
-from rvdist.weights.checkpoint.staging import companions
 
 _DIGEST = re.compile("[0-9a-f]{32}")
 _OF_PIECES = (".distcp", ".metadata", ".pt")  # files whose names say which part of a tensor is in them

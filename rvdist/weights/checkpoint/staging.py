@@ -13,22 +13,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rvdist.core.errors import BadInput, Failed
-from rvdist.core.regular import Handle, LeadsOut, open_regular, own_places
-from rvdist.weights.checkpoint.directory import COMPANIONS, INDEX, Checkpoint, read_json
-from rvdist.weights.checkpoint.fp8 import Scaled, without_quantization
-from rvdist.weights.checkpoint.header import TensorSpec, unreadable
+from rvdist.core.regular import Handle
 from rvdist.weights.checkpoint.journal import (
     JOURNAL,
     MANIFEST,
@@ -38,15 +34,12 @@ from rvdist.weights.checkpoint.journal import (
     is_journal_of,
     read_journal,
 )
-from rvdist.weights.checkpoint.remapped import TOKENIZER, Remapped
 from rvdist.weights.checkpoint.room import Room
 
 DISCARD = Path("/dev/null")
 _LOCK = "lock"
-_TEMPLATES = "additional_chat_templates"
 _AWAY = "remove it, or choose another output"
 _IN_THE_WAY = "is in the way and not ours to clear; move it or choose another output"
-_MOST_BESIDE = 1 << 30  # bytes of a file that is copied from beside weights
 _REPLACED = "replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -104,14 +97,14 @@ class Staging:
                 raise BadInput(f"{self.partial}: {_IN_THE_WAY}") from None
             raise BadInput(f"{self.partial}: cannot be created ({error.strerror}); choose another output") from None
         try:
-            with _explain_errors(self.partial):
+            with explain_errors(self.partial):
                 self._require_ours()
                 self._lock: int | None = self._take_lock()
         except (BadInput, Failed):
             self.handle.close()
             raise
         try:
-            with _explain_errors(self.partial):
+            with explain_errors(self.partial):
                 self._restore()
                 self.claims = {(w.file, w.start, w.nbytes): w for w in read_journal(self.partial, plan, key)}
                 self.restarted = False
@@ -198,25 +191,28 @@ class Staging:
                 file.truncate(size)
                 file.write(header)
         except OSError as error:
-            raise Failed(f"{self.partial / name}: no {size} bytes can be had there ({error.strerror})") from None
+            raise Failed(
+                f"{self.partial / name}: no {size} bytes can be had there ({error.strerror}); make room, and run the "
+                "same command again"
+            ) from None
 
     def journal(self, written: Iterable[Written]) -> None:
         """Records ranges of weight files that are durable."""
-        with _explain_errors(self.partial):
+        with explain_errors(self.partial):
             self._journal.add(written)
         self._written |= {(w.file, w.start, w.nbytes): w for w in written}
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file of the output. Raises Failed."""
         with (
-            _explain_errors(self.partial / name),
+            explain_errors(self.partial / name),
             open(self.handle.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file,
         ):
             file.write(text)
 
     def copy(self, source: int, name: str) -> None:
         """Copies what the descriptor `source` reads, and closes it."""
-        with _explain_errors(self.partial / name), open(source, "rb") as read:
+        with explain_errors(self.partial / name), open(source, "rb") as read:
             target = self.handle.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with open(target, "wb") as file:
                 shutil.copyfileobj(read, file, 1 << 20)
@@ -225,7 +221,7 @@ class Staging:
         """Makes everything durable and gives it its name in one rename. The digests stay, for `verify`."""
         manifest = Manifest(self.plan, tuple(self._written[key] for key in sorted(self._written)))
         self.write_text(MANIFEST, (manifest.seal_with(self._key) if self._key else manifest).to_json())
-        with _explain_errors(self.partial):
+        with explain_errors(self.partial):
             self._require_in_place(self.partial)
             for above, _, files, directory in os.fwalk(dir_fd=self.handle.descriptor):
                 for name in files:
@@ -315,79 +311,8 @@ def require_free(output: Path, overwrite: bool) -> None:
         raise BadInput(f"{output}: is not a checkpoint, and overwrite=true only replaces checkpoints")
 
 
-def carry_over(base: Checkpoint, staging: Staging, dtype: str | None, weights: bool = False) -> None:
-    """Copies what stands beside the base's weights (config, generation config, tokenizer, chat template, code). The
-    config says what is written: its `dtype`, if that is not the base's, and that it is quantised only where the
-    base's own `weights` are written as they are stored. What describes Mistral's own layout of the weights stays with
-    it."""
-    for name, path in companions(base).items():
-        if len(name.parts) > 1:
-            with _explain_errors(staging.partial / name), suppress(FileExistsError):
-                os.mkdir(name.parts[0], dir_fd=staging.handle.descriptor)
-        staging.copy(_open_companion(path), str(name))
-    as_stored = weights and dtype is None and isinstance(base, Scaled)
-    config = base.config if as_stored else without_quantization(base.config)
-    if dtype is not None and config:
-        config = config | {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
-    if config != (read_json(path) if (path := base.beside / "config.json").exists() else {}):
-        staging.write_text("config.json", json.dumps(config, indent=2) + "\n")
-    for file, text in base.written_beside().items() if isinstance(base, Remapped) else ():
-        staging.write_text(file, text)
-
-
-def companions(base: Checkpoint) -> dict[Path, Path]:
-    """What stands beside the base's weights and goes with them, by its name in the output. Raises BadInput for what is
-    no regular file, or is a link to elsewhere: it would be published as a file."""
-    left = ["params.json"] if any(base.beside.glob("consolidated*.safetensors")) else []
-    files = {
-        Path(entry.name): entry
-        for entry in sorted(base.beside.iterdir())
-        if entry.suffix in COMPANIONS and not entry.name.endswith(".index.json") and entry.name not in left
-        if entry.is_symlink() or not entry.is_dir()
-    }
-    if (templates := base.beside / _TEMPLATES).is_dir():
-        files |= {Path(_TEMPLATES) / entry.name: entry for entry in sorted(templates.iterdir()) if not entry.is_dir()}
-    if isinstance(base, Remapped) and base.tokenizer:  # whose files may stand elsewhere
-        own = [entry for entry in sorted(base.tokenizer.where.iterdir()) if TOKENIZER.fullmatch(entry.name)]
-        files = {name: path for name, path in files.items() if base.goes_along(str(name))}
-        files |= {Path(entry.name): entry for entry in own}
-    for path in files.values():
-        descriptor = _open_companion(path)
-        with suppress(OSError):  # nothing was read
-            os.close(descriptor)
-    return files
-
-
-def _open_companion(path: Path) -> int:
-    beside = path.parent.parent if path.parent.name == _TEMPLATES else path.parent
-    try:
-        descriptor = open_regular(path, own_places(beside))
-    except LeadsOut as error:
-        raise BadInput(
-            f"{path}: {error.strerror}, outside of its checkpoint, and would be copied into the output; replace the "
-            "link by a copy, if it belongs there"
-        ) from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if (size := os.fstat(descriptor).st_size) > _MOST_BESIDE:
-        os.close(descriptor)
-        raise BadInput(f"{path}: has {size:,} bytes, too many to belong to a checkpoint; move it away")
-    return descriptor
-
-
-def write_index(staging: Staging, tensors: Mapping[str, TensorSpec], files: Sequence[str]) -> None:
-    """`model.safetensors.index.json`, where there is more than one file or its name is not the default."""
-    if list(files) == ["model.safetensors"]:
-        return
-    index = {
-        "metadata": {"total_size": sum(spec.nbytes for spec in tensors.values())},
-        "weight_map": {name: spec.file for name, spec in sorted(tensors.items())},
-    }
-    staging.write_text(INDEX, json.dumps(index, indent=2) + "\n")
-
-
 @contextmanager
-def _explain_errors(path: Path) -> Iterator[None]:
+def explain_errors(path: Path) -> Iterator[None]:
     """Turns what goes wrong in writing to `path` into a sentence."""
     try:
         yield

@@ -10,10 +10,11 @@ from checkpoints import near, tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.regular import Handle
+from rvdist.weights.checkpoint.beside import carry_over
 from rvdist.weights.checkpoint.directory import open_checkpoint, read_json
 from rvdist.weights.checkpoint.journal import JOURNAL, MANIFEST, Journal, Manifest, Written, read_journal
 from rvdist.weights.checkpoint.key import owner_key
-from rvdist.weights.checkpoint.staging import Staging, carry_over
+from rvdist.weights.checkpoint.staging import Staging
 
 SECRET = "the victim's own"
 KEY = b"k" * 32

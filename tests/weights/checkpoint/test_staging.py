@@ -171,6 +171,6 @@ def test_a_run_that_died_before_anything_was_durable_is_no_other_run(tmp_path):
 
 def test_no_room_is_one_sentence(tmp_path):
     staging = Staging(tmp_path / "out", "plan")
-    with pytest.raises(Failed, match=r"no \d+ bytes can be had there"):
+    with pytest.raises(Failed, match=r"no \d+ bytes can be had there .*; make room, and run"):
         staging.allocate("model.safetensors", b"head", 1 << 60)
     staging.abandon()

@@ -24,10 +24,10 @@ from rvdist.core.point import Term, Vector, WeightPoint
 from rvdist.core.vocabulary import TokenRule, Vocabulary, vocabulary_of
 from rvdist.merge.plan import build_plan
 from rvdist.pocket.tokenizer import CHAT_TEMPLATE, build
+from rvdist.weights.checkpoint.beside import companions
 from rvdist.weights.checkpoint.digest import checkpoint_digest
 from rvdist.weights.checkpoint.remapped import MEAN, PADDING, ZERO
 from rvdist.weights.checkpoint.source import open_source
-from rvdist.weights.checkpoint.staging import companions
 from rvdist.weights.checkpoint.tokens import read_tokens
 from rvdist.weights.checkpoint.vocabulary import remap
 from rvdist.weights.operand import open_operand
