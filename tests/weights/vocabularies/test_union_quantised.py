@@ -147,7 +147,9 @@ def test_it_is_scored_as_bf16_alone_and_nothing_is_written_otherwise(tmp_path):
         (tmp_path / model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     given = ("target=quantised", "vector.plus=other", "vector.minus=base", "tokenizer=union", "compat.force=true")
     done = launch(*given, "cache.dir=c", "benchmarks=pocket", cwd=tmp_path)
-    assert done.returncode == 2 and "is quantised, and engines serve plain weights; set dtype=bfloat16" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and "is quantised, and engines serve plain weights; set dtype=bfloat16" in done.stderr
+    ), done.stderr
     assert not (tmp_path / "c/bases").exists()
 
 
