@@ -43,7 +43,8 @@ def test_a_command_ends_in_that_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(private_hydra, "NEEDED", ("hydra.core.plugins:Plugins", "hydra.core.plugins:Gone"))
     monkeypatch.setattr(sys, "argv", ["rvdist", "--help"])
-    monkeypatch.setattr(launch.Watch, "begin", lambda self: None)
+    for what in ("begin", "end"):
+        monkeypatch.setattr(launch.Watch, what, lambda self: None)
     with pytest.raises(SystemExit) as ended:
         launch.main()
     said = capsys.readouterr().err
