@@ -294,9 +294,8 @@ class PointReader:
 
     def _work(self, name: str, ends: Sequence[torch.dtype], terms: Recipe) -> torch.dtype:
         """The working precision of a tensor, from the dtypes that are stored: the same on all of its rows."""
-        stored = {
-            source: TORCH_DTYPE[self._sources[source].tensors[name].dtype] for source in _donors(v for _, v in terms)
-        }
+        donors = _donors(vector for _, vector in terms)
+        stored = {source: TORCH_DTYPE[self._sources[source].tensors[name].dtype] for source in donors}
         return working_dtype(ends, [(stored[v.plus], stored[v.minus] if v.minus else None) for _, v in terms])
 
     def _cuts(

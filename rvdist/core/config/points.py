@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ from rvdist.core.config.schema import (
     MaskConfig,
     MergeConfig,
     SearchConfig,
+    Storage,
     VectorConfig,
     WeightedVectorConfig,
 )
@@ -339,26 +340,6 @@ def _require_search(search: SearchConfig) -> None:
         raise BadInput(f"search.tolerance: {search.tolerance:g} is not a difference of scores; give 0 or more, below 1")
     if search.round < 1:
         raise BadInput(f"search.round: {search.round} is not a number of documents; give at least 1")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
-    `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest.
-    `max_shard_size`: of a file, in bytes; None keeps the donors' own files. `format`: "peft", or None for ours.
-    `error`: matrices as factors of the least rank with that relative error."""
-
-    dtype: str | None = None
-    rank: int | None = None
-    density: float | None = None
-    max_shard_size: int | None = None
-    format: str | None = None
-    error: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What JSON can hold: of what later versions know only what is set."""
-        fields = asdict(self)
-        return {key: value for key, value in fields.items() if value is not None or key not in ("format", "error")}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ so nobody asks for that again.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -238,6 +238,26 @@ class OutputFormat:
     dtype: str | None = None
     max_shard_size: int | None = None
     allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How v is stored. `dtype`: a safetensors dtype, None for the working precision of the donors, which is exact.
+    `rank`: matrices as factors of that rank; `density`: each tensor as that share of its elements, the largest.
+    `max_shard_size`: of a file, in bytes; None keeps the donors' own files. `format`: "peft", or None for ours.
+    `error`: matrices as factors of the least rank with that relative error."""
+
+    dtype: str | None = None
+    rank: int | None = None
+    density: float | None = None
+    max_shard_size: int | None = None
+    format: str | None = None
+    error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold: of what later versions know only what is set."""
+        own = asdict(self)
+        return {key: value for key, value in own.items() if value is not None or key not in ("format", "error")}
 
 
 @dataclass
