@@ -130,7 +130,25 @@ def write_patterns(directory: Path, dtype: Any) -> dict[str, str]:
             for spec in specs:
                 write_exactly(file.fileno(), spec.offset, weights[: spec.numel].clone())
         paths[name] = str(directory / name)
-    return paths
+    return paths | {name: write_adapter(directory / name, seed) for seed, name in enumerate(("first", "second"))}
+
+
+def write_adapter(directory: Path, seed: int) -> str:
+    """A LoRA adapter of the siblings' matrix."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"lora_A": (4, 256), "lora_B": (256, 4)}
+    tensors = {
+        f"base_model.model.model.layers.0.mlp.{name}.weight": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["mlp"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(said))
+    return str(directory)
 
 
 def points_of_all_methods(paths: dict[str, str]) -> Iterator[Any]:
@@ -141,6 +159,8 @@ def points_of_all_methods(paths: dict[str, str]) -> Iterator[Any]:
     for facts in FACTS:
         if facts.one_vector:
             terms: tuple[Term, ...] = (Term(0.4, Vector(paths["plus"], paths["target"])),)
+        elif facts.low_rank:
+            terms = (Term(0.7, Vector(paths["first"])), Term(-1.3, Vector(paths["second"])))
         else:
             terms = (Term(0.7, one), Term(-1.3, other))
         density = 0.5 if "density" in facts.parameters else 1.0

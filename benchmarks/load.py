@@ -147,9 +147,10 @@ def _merge(place: Path, made: dict[str, Path], watch: Watch) -> None:
     from rvdist.merge.roster import Roster
     from rvdist.merge.worker import MergeWorker
     from rvdist.weights import compat
+    from rvdist.weights.checkpoint.beside import carry_over, write_index
     from rvdist.weights.checkpoint.journal import Written
     from rvdist.weights.checkpoint.source import open_source
-    from rvdist.weights.checkpoint.staging import Staging, carry_over, write_index
+    from rvdist.weights.checkpoint.staging import Staging
 
     point = WeightPoint(str(made["target"]), (Term(1.0, Vector(str(made["plus"]), str(made["minus"]))),))
     with watch():
