@@ -233,12 +233,19 @@ def gcs_servers() -> frozenset[int]:
 def _children(name: str, alive: bool = False) -> frozenset[int]:
     found = set()
     for children in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):
+        with suppress(OSError):  # a thread that has ended
             for pid in children.read_text().split():
-                status = Path(f"/proc/{pid}/stat").read_text()
+                status = _status(pid)
                 if f"({name}) " in status and not (alive and f"({name}) Z" in status):
                     found.add(int(pid))
     return frozenset(found)
+
+
+def _status(pid: str) -> str:
+    """Of a process; empty where it has ended, which says nothing of those beside it."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text()
+    return ""
 
 
 def shut_down() -> None:

@@ -24,12 +24,17 @@ from rvdist.core.errors import Failed
 def children(pid):
     """The processes that one has begun, or was given."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        yield from map(int, (task / "children").read_text().split())
+        with contextlib.suppress(OSError):  # a thread that has ended
+            yield from map(int, (task / "children").read_text().split())
 
 
 def descendants(pid):
     """The same by name."""
-    return {Path(f"/proc/{child}/comm").read_text().strip(): child for child in children(pid)}
+    found = {}
+    for child in children(pid):
+        with contextlib.suppress(OSError):  # one that has ended
+            found[Path(f"/proc/{child}/comm").read_text().strip()] = child
+    return found
 
 
 def wait_for(condition, seconds=240):

@@ -177,6 +177,6 @@ lora = {"enable_lora": True, "max_lora_rank": 64} if adapter else {}
 llm = LLM(model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, dtype="float32", **lora)
 params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
 request = LoRARequest("a", 1, adapter) if adapter else None
-(answer,) = llm.generate([{"prompt_token_ids": list(range(3, 40))}], params, lora_request=request)
+(answer,) = llm.generate([{"prompt_token_ids": list(range(3, 40))}], params, lora_request=request, use_tqdm=False)
 print(json.dumps([next(iter(one.values())).logprob for one in answer.prompt_logprobs[1:]]))
 """
