@@ -23,7 +23,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rvdist.core.config import Config
-from rvdist.core.errors import BadInput, Failed, as_ours
+from rvdist.core.errors import BadInput, sentence_at_the_end
 from rvdist.core.foreign import parse_json, parse_yaml
 from rvdist.core.point import layer_count
 from rvdist.core.regular import open_regular, read_regular
@@ -346,15 +346,8 @@ def main() -> None:
     parser.add_argument("path", help="a directory, or org/name@revision")
     parser.add_argument("--json", action="store_true", help="print what is found as JSON")
     arguments = parser.parse_args()
-    try:
+    with sentence_at_the_end():
         facts = inspect(arguments.path)
-    except (BadInput, Failed, OSError) as error:
-        ours = as_ours(error)
-        print(f"rvdist: {printable(str(ours))}", file=sys.stderr)
-        sys.exit(2 if isinstance(ours, BadInput) else 1)
-    except KeyboardInterrupt:
-        print("rvdist: interrupted", file=sys.stderr)
-        sys.exit(130)
     if arguments.json:
         print(json.dumps(facts, indent=2, default=str))
     else:

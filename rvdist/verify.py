@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rvdist.core.errors import BadInput, Failed, as_ours
+from rvdist.core.errors import BadInput, Failed, sentence_at_the_end
 from rvdist.core.text import printable
 from rvdist.weights.checkpoint.directory import Checkpoint, open_checkpoint
 from rvdist.weights.checkpoint.journal import MANIFEST, Manifest
@@ -160,15 +160,8 @@ def main() -> None:
     parser.add_argument("--model", action="store_true", help="compare names and shapes with transformers' model")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     arguments = parser.parse_args()
-    try:
+    with sentence_at_the_end():
         verdict = verify(arguments.path, arguments.model)
-    except (BadInput, Failed, OSError) as error:
-        ours = as_ours(error)
-        print(f"rvdist: {printable(str(ours))}", file=sys.stderr)
-        sys.exit(2 if isinstance(ours, BadInput) else 1)
-    except KeyboardInterrupt:
-        print("rvdist: interrupted", file=sys.stderr)
-        sys.exit(130)
     if arguments.json:
         print(json.dumps(asdict(verdict), indent=2))
     else:

@@ -1,6 +1,9 @@
 """What stops a run, in one sentence. `launch` turns it into an exit status, without a traceback."""
 
 import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rvdist.core.text import printable
 
@@ -32,3 +35,17 @@ def as_ours(error: Exception) -> Exception:
             f"{error.filename}: cannot be read or written ({error.strerror}); name another place, or mend what it is"
         )
     return error
+
+
+@contextmanager
+def sentence_at_the_end() -> Iterator[None]:
+    """Ends a small command, one without a run directory, at what stops it: in one sentence, by its status."""
+    try:
+        yield
+    except (BadInput, Failed, OSError) as error:
+        ours = as_ours(error)
+        print(f"rvdist: {printable(str(ours))}", file=sys.stderr)
+        sys.exit(2 if isinstance(ours, BadInput) else 1)
+    except KeyboardInterrupt:
+        print("rvdist: interrupted", file=sys.stderr)
+        sys.exit(130)

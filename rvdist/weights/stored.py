@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rvdist.core.errors import BadInput
 from rvdist.weights.arithmetic.blocks import PackedFiles
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import TensorSpec
@@ -46,8 +47,8 @@ class Operand:
 
     def factors(self, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """left [rows, r] and right [r, columns] in fp64, whose product is the matrix of this number in a tensor that is
-        stored as factors. Raises as `read` does."""
-        raise NotImplementedError
+        stored as factors. Raises as `read` does, and BadInput where it is not."""
+        raise BadInput(f"{self.checkpoint.path}: holds tensor {name} not as two factors, and a method asks for these")
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that elements of a tensor are read in."""

@@ -1,10 +1,12 @@
 """Computed tensors: equal to whole-tensor references, and the same bits for every range."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
 from adapters import RANK, close, differences, factors, write_adapter
+from checkpoints import write_checkpoint
 from safetensors.torch import save_file
 
 from rvdist.core.errors import BadInput
@@ -51,6 +53,13 @@ def test_factors_are_those_of_what_is_read(tmp_path, across, dtype):
         left, right = operand.factors(name, 0)
         assert left.dtype == right.dtype == torch.float64 and left.shape[1] == RANK
         assert close(read(path, name), left @ right)
+
+
+def test_what_is_not_stored_as_factors_has_none(tmp_path):
+    directory = write_checkpoint(tmp_path / "plain", {"x": torch.zeros(2, 2)})
+    refused = pytest.raises(BadInput, match=f"{directory}: holds tensor x not as two factors")
+    with closing(open_operand(open_source(str(directory)))) as plain, refused:
+        plain.factors("x", 0)
 
 
 def test_products_do_not_depend_on_threads():
