@@ -1,4 +1,6 @@
-"""python benchmarks/matrices.py ROWS COLUMNS [METHOD …]: what methods that see matrices take for one, by one core.
+"""What methods that see matrices take for one, by one core.
+
+    python benchmarks/matrices.py ROWS COLUMNS [METHOD …]
 
 Two vectors of random numbers in bf16, by chunks as a worker reads them; the factors of two adapters of rank 64; and
 LAPACK's singular values of one such matrix in fp32, which is what the papers' code asks for at least once. Each in a
@@ -8,8 +10,8 @@ benchmarks/README.md.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +28,7 @@ from rvdist.weights.arithmetic.registry import build
 from rvdist.weights.values import AT_ONCE
 
 RANK = 64  # of an adapter
+DENSE, FACTORED, SVD = ("iso_c", "tsv_m"), ("core_space", "core_space_iso"), "svd"
 
 
 def resident(what: str) -> int:
@@ -81,9 +84,9 @@ def main(rows: int, columns: int, wanted: Sequence[str]) -> None:
         memory = f"{nbytes >> 20} MiB"
         print(f"| {rows} × {columns} | one `torch.linalg.svd`, fp32 | {seconds} | {memory} | | 1 |", flush=True)
 
-    works = {name: partial(row, name) for name in ("iso_c", "tsv_m")}
-    works |= {name: partial(row, name, 2 * RANK) for name in ("core_space", "core_space_iso")}
-    works["svd"] = whole
+    works = {name: partial(row, name) for name in DENSE}
+    works |= {name: partial(row, name, 2 * RANK) for name in FACTORED}
+    works[SVD] = whole
     for name in wanted or works:
         child = get_context("fork").Process(target=works[name])
         child.start()
@@ -93,4 +96,11 @@ def main(rows: int, columns: int, wanted: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int)
+    parser.add_argument("columns", type=int)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join((*DENSE, *FACTORED, SVD))}; all")
+    given = parser.parse_args()
+    if unknown := set(given.methods).difference((*DENSE, *FACTORED, SVD)):
+        parser.error(f"not measured here: {', '.join(sorted(unknown))}")
+    main(given.rows, given.columns, given.methods)
