@@ -19,7 +19,13 @@ import numpy as np
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector, WeightPoint, layer_count
-from rvdist.weights.architecture import Finding, compare_configs, compare_tokenizers, judge_parts
+from rvdist.weights.architecture import (
+    Finding,
+    compare_adapter_tokens,
+    compare_configs,
+    compare_tokenizers,
+    judge_parts,
+)
 from rvdist.weights.checkpoint import mxfp4
 from rvdist.weights.checkpoint.adapter import EMBEDDING
 from rvdist.weights.checkpoint.bound import bind
@@ -42,6 +48,7 @@ _UNMERGED = (
     "an adapter stands there beside what it adapts, and is not merged: name it by itself as vector.path (verl saves it "
     "in actor/lora_adapter), or merge it by peft's merge_and_unload"
 )
+_LACKS, _UNION = ", and so does the output's tokenizer", "; tokenizer=union gives it these"
 Coefficient = Callable[[str], float]  # m of a tensor
 REFUSED_DISTANCE = 0.9
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 16, 64 * 1024
@@ -101,9 +108,12 @@ def check(
             raise BadInput(f"the mask {term.mask} leaves no tensor of {base.path}; widen include, exclude or layers")
         findings = [_judge_coverage(base, plus, minus if term.vector.minus else None, coefficient)]
         for donor in (plus, minus):
-            if not is_adapter(donor):
-                findings.append(compare_configs(base, donor))
-                findings += [] if remapped else [compare_tokenizers(base.beside, donor.beside)]
+            if is_adapter(donor):
+                findings += [] if remapped else [compare_adapter_tokens(base, donor, coefficient)]
+                continue
+            findings.append(compare_configs(base, donor))
+            way_out = _LACKS + _UNION * (not isinstance(donor, Difference))
+            findings += [] if remapped else [compare_tokenizers(base.beside, donor.beside, way_out=way_out)]
         for said, refused in findings:
             exceptions += said
             refusals += refused

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Mask
-from rvdist.weights.checkpoint.difference import Difference, Whole, is_adapter
+from rvdist.weights.checkpoint.difference import Whole, is_adapter
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.tied import heads_of, is_embedding, is_head, is_tied
 
@@ -54,7 +54,7 @@ def _require_both(base: Checkpoint, mask: Mask, embedding: str, heads: Sequence[
 def _require_one_matrix(base: Checkpoint, donor: Checkpoint, coefficient: Callable[[str], float]) -> None:
     """What an adapter adds to a head alone cannot be written where the head is the embedding, nor can an embedding that
     was trained as a copy beside a head that stayed."""
-    if not isinstance(donor, Difference) or not is_adapter(donor):
+    if not is_adapter(donor):
         return
     copied = any(is_head(name) and name not in donor.tensors for name in donor.forms)  # the embedding, stored twice
     for name in filter(coefficient, [name for name in donor.forms if name in donor.tensors]):

@@ -180,7 +180,7 @@ def added_tokens(place: Path) -> Asked:
 )  # fmt: skip
 def added_tokens_kept(place: Path) -> Asked:
     weights = two_tokens_more(place)
-    notes = [rf"{EMBEDDING}: its first {ROWS} rows get the vector", "2 tokens are not in both the target and plus"]
+    notes = [rf"{EMBEDDING}: its first {ROWS} rows get the vector", "plus has 2 tokens that the target lacks"]
     return ask(place, Right(merged(weights), notes=notes), compat=KEEP)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from rvdist.core.regular import read_regular
 from rvdist.weights.checkpoint.directory import Checkpoint
@@ -111,8 +112,8 @@ class Difference(Checkpoint):
             self.base.require_unchanged()
 
 
-def is_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether it is a LoRA adapter: beside its weights stand neither a model's config nor a tokenizer."""
+def is_adapter(checkpoint: Checkpoint) -> TypeGuard[Difference]:
+    """Whether it is a LoRA adapter: beside its weights stands no model's config, and perhaps a tokenizer."""
     return isinstance(checkpoint, Difference) and checkpoint.kind == "adapter"
 
 

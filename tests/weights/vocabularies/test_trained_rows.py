@@ -3,9 +3,11 @@ writes, to the bit; and the recording is what peft makes, where that is installe
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from adapters import write_adapter
 from alone import planned, write
 from checkpoints import load_checkpoint
 from points import read_point
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from trained_rows import EMBEDDING, HEAD, KINDS, RECORDED, train, write_base, write_tokenizer
 
 from rvdist.core.errors import BadInput
-from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.point import Mask, Term, Vector, WeightPoint
 from rvdist.core.vocabulary import Vocabulary
 from rvdist.weights import compat
 
@@ -78,6 +80,7 @@ def test_a_base_that_was_resized_gets_them_without_another_vocabulary(tmp_path, 
     save_file(stored, tmp_path / "base/model.safetensors")
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"vocab_size": 15}))
+    write_tokenizer(tmp_path / "base", tmp_path / "base")
     write({tmp_path / "out": WeightPoint(point.base, point.terms)})
     found = load_checkpoint(tmp_path / "out")
     assert all(torch.equal(found[name], torch.tensor(own)) for name, own in WHOLE[kind]["merged"].items())
@@ -130,6 +133,63 @@ def test_an_adapter_that_needs_its_base_and_has_no_rows_is_added_as_without_the_
     assert found[EMBEDDING].shape[0] == 15
     assert {name for name in plain if not torch.equal(found[name], plain[name])} == {EMBEDDING}
     assert not torch.equal(plain[up := "model.layers.0.mlp.up_proj.weight"], load_checkpoint(tmp_path / "base")[up])
+
+
+def spare_rows(place, config, tensors):
+    """A base with three rows to spare, and an adapter whose tokenizer has tokens for two of them."""
+    kind = "rows that a base has to spare"
+    write_base(place / "base", kind)
+    prefix = "base_model.model."
+    write_adapter(place / "adapter", {prefix + name: tensor for name, tensor in tensors.items()}, r=2, **config)
+    write_tokenizer(place / "base", place / "adapter")
+    names = (str(place / "base"), str(place / "adapter"))
+    return WeightPoint(names[0], (Term(1.0, Vector(names[1])),)), Vocabulary("union", names)
+
+
+UP = {
+    "model.layers.0.mlp.up_proj.lora_A.weight": torch.eye(2, 4),
+    "model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(6, 2),
+}
+ADAPTS_EMBEDDING = {
+    "model.embed_tokens.lora_embedding_A": torch.ones(2, 16), "model.embed_tokens.lora_embedding_B": torch.ones(4, 2)
+}  # fmt: skip
+TWO_ROWS = {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 4)}
+SPARE = {
+    "rows": ({"trainable_token_indices": [3, 13]}, TWO_ROWS),
+    "the whole": ({"modules_to_save": ["embed_tokens"]}, {EMBEDDING: torch.ones(16, 4)}),
+    "factors": ({}, ADAPTS_EMBEDDING),
+}
+
+
+@pytest.mark.parametrize("kind", SPARE)
+def test_rows_of_tokens_that_the_target_lacks_are_refused_with_a_way_out_that_works(tmp_path, kind):
+    """Its tokenizer would make other ids of a prompt that has these tokens, and the rows were trained for nothing."""
+    config, tensors = SPARE[kind]
+    point, union = spare_rows(tmp_path, config, tensors | UP)
+    new = "'<new>'" if kind == "rows" else "'<more>', '<new>'"
+    said = rf"adapter: changes rows of {EMBEDDING} for tokens that the target's tokenizer lacks \({new}\).*union"
+    with pytest.raises(BadInput, match=said) as refused:
+        planned({tmp_path / "out": point})
+    assert ("merge_and_unload" in str(refused.value)) == (kind == "factors")
+    masked = WeightPoint(point.base, (Term(1.0, point.terms[0].vector, Mask(exclude=(EMBEDDING,))),))
+    _, sources = planned({tmp_path / "out": masked})
+    assert any("has 2 tokens that the target's lacks" in said for said in compat.check(masked, sources).exceptions)
+    if kind != "factors":
+        write({tmp_path / "out": replace(point, vocabulary=union)})
+        assert load_checkpoint(tmp_path / "out")[EMBEDDING][13].tolist() == [1.0] * 4
+
+
+def test_tokens_that_an_adapter_has_no_rows_for_are_a_note_and_others_ids_a_refusal(tmp_path):
+    point, _ = spare_rows(tmp_path, {}, UP)
+    _, sources = planned({tmp_path / "out": point})
+    notes = compat.check(point, sources).exceptions
+    assert any("beside adapter has 2 tokens that the target's lacks ('<more>', '<new>')" in said for said in notes)
+    shutil.copy(tmp_path / "base/tokenizer.json", tmp_path / "adapter/tokenizer.json")
+    assert not any("that the target" in said for said in compat.check(point, sources).exceptions)
+    file = tmp_path / "adapter/tokenizer.json"
+    file.write_text(file.read_text().replace('"<s>"', '"<t>"'))
+    with pytest.raises(BadInput, match="adapter: its tokenizer differs from the target's .*compat.force=true"):
+        compat.check(point, sources)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
