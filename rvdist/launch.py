@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rvdist.core import private_ray, session, text
+from rvdist.core import cluster, private_ray, session, text
 from rvdist.core.config import Config
 from rvdist.core.ends import KEPT, Watch, leave
 from rvdist.core.errors import BadInput, Failed, as_ours
@@ -64,9 +64,12 @@ def main() -> None:
         status = 2 if refused and not multirun.RayLauncher.done else 1
         for name, failure in failures:
             log.fail(f"{name}{_sentence(failure)}", status)
+        if private_ray.is_guest():
+            cluster.disconnect()
         sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    private_ray.say_farewell()
     os._exit(0)  # the interpreter would take a second and a half to take apart what it holds
 
 
@@ -90,6 +93,7 @@ def _take(log: Log) -> list[tuple[str, Exception]]:
 
     try:
         multirun.register()
+        private_hydra.compose_once()
         if not unfinished:
             sys.argv[1:] = [_quote_for_hydra(_quote(argument)) for argument in sys.argv[1:]]
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()

@@ -89,3 +89,31 @@ def test_where_there_is_no_cluster_it_is_said_at_once(place, started):
 def test_a_cluster_that_a_command_has_for_itself_is_no_other_commands():
     assert is_ours("/tmp/rayab_d12x4/r/session_2026-01-01_00-00-00_000000_1")
     assert not is_ours("/tmp/ray/session_2026-01-01_00-00-00_000000_1") and not is_ours("")
+
+
+LEAVING = """
+import os, sys
+import ray
+from rvdist.core import cluster, private_ray
+
+class Holder:
+    def hold(self):
+        pass
+
+assert not private_ray.is_guest()
+cluster.connect(sys.argv[1])
+assert private_ray.is_guest()
+holder = ray.remote(num_cpus=1)(Holder).remote()  # all that the cluster has
+ray.get(holder.hold.remote(), timeout=60)
+private_ray.leave_last()
+private_ray.say_farewell()
+os._exit(7)
+"""
+
+
+@pytest.mark.heavy
+def test_who_leaves_last_of_all_leaves_nothing_behind(place, started):
+    for _ in range(2):
+        command = [sys.executable, "-c", LEAVING, started.read_text()]
+        done = subprocess.run(command, cwd=place, env=asked(place), capture_output=True, text=True, timeout=240)
+        assert (done.returncode, done.stderr) == (7, "")

@@ -47,6 +47,7 @@ NEEDED = (
 )
 _PATIENCE = 90.0  # seconds for a raylet of our own to register
 _FAREWELL = 10.0, 30.0  # seconds for Ray to end by itself, and after that
+_WORD = 0.05  # seconds in which it says that we leave
 hear: Callable[[str], None] | None = None  # is told what Ray says of workers that died
 
 
@@ -264,6 +265,29 @@ def shut_down() -> None:
         over.result()
     else:
         atexit.unregister(ray.shutdown)  # it would wait as well
+
+
+def is_guest() -> bool:
+    """Whether we are connected to a cluster that this process did not start."""
+    known = vital()
+    return known is not None and known.gcs is not None
+
+
+def leave_last() -> None:
+    """What is done at the exit is left to `say_farewell`: Ray would sleep for half a second."""
+    import ray
+
+    atexit.unregister(ray.shutdown)
+
+
+def say_farewell() -> None:
+    """Leaves the cluster of others, if there is one, as the last that a process does before `os._exit`. Once Ray's core
+    has said it, it waits a quarter of a second for threads of its own; whoever lets go of an actor then is ended by
+    it."""
+    if is_guest():
+        over = Future[None]()
+        threading.Thread(target=_settle, args=(over, sys.modules["ray"].shutdown, ()), daemon=True).start()
+        wait([over], _WORD)
 
 
 @lru_cache(maxsize=1)

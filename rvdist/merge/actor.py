@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rvdist.merge.plan import Output, Unit, UnitDone
+from rvdist.merge.private_torch import begin_to_load
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import Written
 from rvdist.weights.checkpoint.staging import Probe
@@ -45,6 +46,9 @@ class Hello:
 
 class WorkerActor:
     """A worker that is made of nothing, so that its process begins while the driver makes ready what `hello` takes."""
+
+    def __init__(self) -> None:
+        begin_to_load()
 
     def hello(
         self,

@@ -59,7 +59,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str], log: L
     timing = LoggedTiming(log)
     timing.add("imports", seconds_since_process_start())
     job = Job(settings, directory, " ".join(["python -m rvdist.launch", *command]), timing, log)
-    with closing(Warm()) as warm:
+    with closing(Warm(outlived=False)) as warm:
         (ended,) = run_jobs([job], warm, last=True)
     if ended.error:
         raise ended.error

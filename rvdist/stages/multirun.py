@@ -67,7 +67,7 @@ class RayLauncher(Launcher):
         setup_globals()
         timing = LoggedTiming(RayLauncher.log)
         if RayLauncher._warm is None:
-            RayLauncher._warm = Warm()
+            RayLauncher._warm = Warm(outlived=False)
             timing.add("imports", seconds_since_process_start())
         composed = [
             self._compose(number, overrides, timing) for number, overrides in enumerate(job_overrides, initial_job_idx)

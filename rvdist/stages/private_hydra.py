@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,12 +25,16 @@ from rvdist.core.private import Library
 
 HYDRA = Library("hydra-core", "1.3.8")
 _DIRNAME = "hydra._internal.config_loader_impl:get_overrides_dirname"
+_LOADER = "hydra._internal.config_loader_impl:ConfigLoaderImpl"
+_AS_A_RUN = "hydra.mode=RUN"  # what Hydra adds to the command line of a run
 NEEDED = (
     "hydra._internal.core_plugins:__path__",
     "hydra.core.plugins:Plugins.register",
     "hydra.core.utils:JobReturn._return_value",
     "hydra.core.override_parser.overrides_parser:OverridesParser.parse_override",
     _DIRNAME,
+    f"{_LOADER}.load_configuration(validate_sweep_overrides)",
+    "hydra._internal.hydra:Hydra.get_mode",
 )
 PLUGINS = "hydra._internal.core_plugins"  # Hydra takes a plugin from its own packages only
 
@@ -41,6 +47,36 @@ def register(name: str, module: str, launcher: type[Launcher], settings: type) -
     setattr(import_module(PLUGINS), name, sys.modules[module])
     ConfigStore.instance().store(group="hydra/launcher", name=name, node=settings)
     Plugins.instance().register(launcher)
+
+
+def compose_once() -> None:
+    """A patch, for good: Hydra composes what a command line says to see whether it is a sweep, and where it is none
+    anew, with its mode set. That is set in the first then. Raises Failed where Hydra has not what we know of it."""
+    HYDRA.require(*NEEDED)
+    loader = HYDRA.get(_LOADER)
+    load = loader.load_configuration
+    seen: dict[tuple[str | None, tuple[str, ...]], DictConfig] = {}
+
+    def take(
+        self: ConfigLoader,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        if not validate_sweep_overrides:  # it looks for the mode
+            with suppress(Exception):  # of a sweep, as a rule
+                config: DictConfig = load(self, config_name, overrides, RunMode.RUN, from_shell)
+                seen[config_name, (*overrides, _AS_A_RUN)] = config
+                return config
+        elif run_mode == RunMode.RUN and (found := seen.pop((config_name, tuple(overrides)), None)) is not None:
+            found.hydra.mode = RunMode.RUN
+            found.hydra.overrides.hydra.append(_AS_A_RUN)
+            return found
+        return load(self, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)  # type: ignore[no-any-return]
+
+    loader.load_configuration = take
 
 
 def result_of(job: JobReturn) -> Any:

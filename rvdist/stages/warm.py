@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from rvdist.core import cluster
+from rvdist.core import cluster, private_ray
 from rvdist.core.config import ClusterConfig
 from rvdist.core.errors import BadInput, Failed
 from rvdist.core.timing import Timing
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 class Warm:
-    """Nothing is started before it is asked for; `close` ends what was.
+    """Nothing is started before it is asked for; `close` ends what was. Where it is not `outlived`, the process ends
+    after it, and is to leave a cluster that is not ours by itself.
 
     Ray takes seconds to start: `begin` lets it do so while the caller does something else. Its thread lives until
     `close`: the kernel ends Ray's processes with the thread that started them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outlived: bool = True) -> None:
+        self._outlived = outlived
         self._settings: ClusterConfig | None = None
         self._resources: Future[cluster.Resources] = Future()
         self._over = threading.Event()
@@ -101,6 +103,10 @@ class Warm:
         else:
             self._resources.set_result(resources)
             self._over.wait()
-        if ours and "ray" in sys.modules:
-            with timing.phase("ray_shutdown"):
-                cluster.disconnect()
+        if not ours or "ray" not in sys.modules:
+            return
+        if not self._outlived and private_ray.is_guest():
+            private_ray.leave_last()
+            return
+        with timing.phase("ray_shutdown"):
+            cluster.disconnect()

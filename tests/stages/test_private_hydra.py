@@ -45,6 +45,43 @@ def hydra():
     GlobalHydra.instance().clear()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [[], ["target=a", "alpha=0.5"], ["method=ties", "hydra.job.name=x", "++engine.args={seed: 1}"], ["hydra.mode=RUN"]],
+)
+def test_a_run_is_composed_once(hydra, monkeypatch, line):
+    loader, asked = type(hydra.config_loader), [*dict.fromkeys([*line, "hydra.mode=RUN"])]
+    right = hydra.compose_config("config", asked, RunMode.RUN)
+    read = []
+    load = loader._load_configuration_impl
+    monkeypatch.setattr(
+        loader, "_load_configuration_impl", lambda *args, **more: read.append(args) or load(*args, **more)
+    )
+    monkeypatch.setattr(loader, "load_configuration", loader.load_configuration)
+    private_hydra.compose_once()
+    says = "hydra.mode=RUN" in line
+    assert hydra.get_mode("config", list(line)) == (RunMode.RUN if says else None)
+    made = hydra.compose_config("config", asked, RunMode.RUN)
+    assert len(read) == 1 + says
+    assert OmegaConf.to_container(made) == OmegaConf.to_container(right)  # what time it is, either asks for itself
+    assert OmegaConf.to_yaml(made) == OmegaConf.to_yaml(right)
+    assert OmegaConf.get_type(made, "vector") is OmegaConf.get_type(right, "vector")
+    assert OmegaConf.is_struct(made) == OmegaConf.is_struct(right)
+
+
+def test_a_sweep_and_what_is_refused_are_composed_as_hydra_does(hydra, monkeypatch):
+    loader = type(hydra.config_loader)
+    monkeypatch.setattr(loader, "load_configuration", loader.load_configuration)
+    private_hydra.compose_once()
+    assert hydra.get_mode("config", ["alpha=1,2", "hydra.mode=MULTIRUN"]) == RunMode.MULTIRUN
+    assert hydra.get_mode("config", ["alpha=1,2"]) is None
+    assert hydra.get_mode("config", ["merge.workers=many"]) is None
+    with pytest.raises(HydraException, match="Error merging override merge.workers=many"):
+        hydra.compose_config("config", ["merge.workers=many", "hydra.mode=RUN"], RunMode.RUN)
+    swept = hydra.compose_config("config", ["alpha=1,2", "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    assert swept.hydra.mode == RunMode.MULTIRUN
+
+
 @pytest.mark.parametrize("jobs", SWEEPS.values(), ids=SWEEPS)
 def test_a_job_is_what_hydra_composes(hydra, jobs):
     loader = hydra.config_loader

@@ -1,0 +1,27 @@
+"""What we take from torch beyond its public interface: the names of its libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+
+LIBRARIES = ("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch_python.so", os.RTLD_LOCAL)  # as torch loads them
+
+
+def begin_to_load() -> None:
+    """Has the system load torch's libraries in a thread, which is a fifth of what importing torch takes and needs no
+    Python: it goes on beside other imports. What cannot be loaded so is left to torch."""
+    threading.Thread(target=_load, name="rvdist-torch", daemon=True).start()
+
+
+def _load() -> None:
+    found = find_spec("torch")  # imports nothing
+    if found is None or found.origin is None:
+        return
+    dlopen = ctypes.CDLL(None).dlopen  # ctypes' own keeps Python waiting
+    dlopen.argtypes, dlopen.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    for name, scope in LIBRARIES:
+        dlopen(os.fsencode(Path(found.origin).parent / "lib" / name), os.RTLD_NOW | scope)
