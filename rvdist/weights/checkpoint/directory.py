@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rvdist.core.errors import BadInput, Failed
@@ -29,6 +30,13 @@ _WHOLE = "model.safetensors"
 _MODELS = (_WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
+_UNPICKLE = (  # of a model, or of a training by Lightning, whose names begin with the attribute that held the model
+    'python -c "import os, sys, torch; from safetensors.torch import save_file; '
+    "s = torch.load(sys.argv[1], 'cpu', weights_only=False); s = s.get('state_dict', s.get('model', s)); "
+    "n = os.path.commonprefix([*s]).rfind('.') + 1; os.makedirs('OUT'); "
+    "save_file({k[n:]: v.contiguous().clone() for k, v in s.items()}, 'OUT/model.safetensors')\" {quoted}, "
+    "and copy config.json and the tokenizer there"
+)
 _BESIDE_WEIGHTS = r"(?:optimizer|scheduler|scaler|rng_state|training_args|data|extra_state)[\d_]*\."
 _FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them
     (r".+\.gguf", "GGUF weights, llama.cpp's and mostly quantised", _SAVE.format("'{path}', gguf_file='{file}'")),
@@ -46,8 +54,9 @@ _FOREIGN = (  # what weights in other formats are called, what they are, and wha
         "a part of a ZeRO checkpoint of DeepSpeed",
         "python '{path}/../zero_to_fp32.py' '{path}/..' OUT --safe_serialization",
     ),
+    (rf"(?!{_BESIDE_WEIGHTS}).+\.(?:pt|pth|ckpt)", "pickled weights, which can run code when opened", _UNPICKLE),
     (
-        rf"(?!{_BESIDE_WEIGHTS}).+\.(?:bin|pt|pth|ckpt)",
+        rf"(?!{_BESIDE_WEIGHTS}).+\.bin",
         "pickled weights, which can run code when opened",
         _SAVE.format("'{path}', dtype='auto'"),
     ),
@@ -262,6 +271,7 @@ def _refuse_foreign(path: Path, names: Collection[str]) -> None:
         for file in sorted(names):
             if re.fullmatch(pattern, file):
                 convert = command.replace("{path}", str(path)).replace("{file}", file)
+                convert = convert.replace("{quoted}", quote(str(path / file)))
                 raise BadInput(f"{path}: holds {what} ({file}); take a safetensors revision, or convert it: {convert}")
 
 

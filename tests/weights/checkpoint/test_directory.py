@@ -1,8 +1,11 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
-from checkpoints import tensors, write_checkpoint
+import torch
+from checkpoints import load_checkpoint, tensors, write_checkpoint
 
 from rvdist.core.errors import BadInput
 from rvdist.weights.checkpoint.digest import checkpoint_digest, file_digest
@@ -81,6 +84,31 @@ def test_weights_in_another_format_are_refused_with_what_converts_them(tmp_path,
     if not file.endswith(".py"):
         with pytest.raises(BadInput, match=said):
             open_checkpoint(tmp_path / file)
+
+
+class Settings:
+    """What a training keeps beside weights, which torch makes only where it is trusted."""
+
+
+@pytest.mark.parametrize(("within", "prefix"), [("state_dict", "model."), ("model", "module.model."), (None, "")])
+def test_the_line_that_converts_a_training_s_pickle_works_as_it_stands(tmp_path, within, prefix):
+    """As Lightning, or a loop of one's own, saves a model: a tied head, a transposed matrix, names with a prefix."""
+    model = tensors(0)
+    model |= {"lm_head.weight": model["model.embed_tokens.weight"], "model.turned": torch.arange(6).view(2, 3).T}
+    state = {prefix + name: tensor for name, tensor in model.items()}
+    saved = {within: state, "epoch": 1, "hyper_parameters": Settings()} if within else state
+    (place := tmp_path / "it's $HOME").mkdir()
+    torch.save(saved, place / "epoch=0-step=10.ckpt")
+    for named in (place, place / "epoch=0-step=10.ckpt"):
+        with pytest.raises(BadInput, match="which can run code when opened") as caught:
+            open_source(str(named))
+    command = str(caught.value).partition("convert it: ")[2].partition(", and copy config.json")[0]
+    assert command.startswith("python -c")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, env=environment, check=True)
+    open_source(str(tmp_path / "OUT"))
+    found = load_checkpoint(tmp_path / "OUT")
+    assert found.keys() == model.keys() and all(torch.equal(found[name], own) for name, own in model.items())
 
 
 def test_a_file_in_place_of_its_directory(tmp_path):
