@@ -117,6 +117,7 @@ def prepare(job: Job, known: Known) -> Prepared:
             _require_plain(index.sources[base], settings)
         used = {source for point in index.notes for source in point.sources()} | set(vector.sources() if vector else ())
         sources = {name: source for name, source in index.sources.items() if name in used}
+    _require_apart(job.directory, sources, [*outputs, *([stored.directory] if stored else [])])
     with job.timing.phase("plan"):
         config.require_resources(settings)
         written = _to_write(job, settings, sources, outputs, known)
@@ -348,11 +349,31 @@ def _require_kept(job: Job, outputs: Collection[Path], saved: config.Saved | Non
             )
 
 
+def _require_apart(run: Path, sources: Mapping[str, Checkpoint], outputs: Iterable[Path]) -> None:
+    """What a run writes of itself is no part of a model: its config.yaml would go into outputs with the target's."""
+    within = {_real(run), *_real(run).parents}
+    for name, source in sources.items():
+        if not within.isdisjoint(_places(source)):
+            raise BadInput(
+                f"hydra.run.dir: {run} is in the directory of the source {name}, or is it; choose one outside of it"
+            )
+    for output in outputs:
+        if not discards(output) and _real(output) in within:
+            raise BadInput(
+                f"hydra.run.dir: {run} is in the output {output}, or is it, and that appears whole or not at all; "
+                "choose one outside of it"
+            )
+
+
+def _places(source: Checkpoint) -> set[Path]:
+    """The directories where it lies."""
+    return {_real(source.path), *(_real((source.path / file).parent) for file in source.files)}
+
+
 def require_no_source(settings: Config, outputs: Collection[Path], sources: Mapping[str, Checkpoint]) -> None:
     """Overwriting must never replace what is being read, be it by another job."""
     for (name, source), output in product(sources.items(), outputs if settings.overwrite else ()):
-        places = {_real(source.path), *(_real((source.path / file).parent) for file in source.files)}
-        if any(_real(output) in (path, *path.parents) for path in places):
+        if any(_real(output) in (path, *path.parents) for path in _places(source)):
             raise BadInput(
                 f"output: {output} is or holds the source {name}, which would be lost; choose another output"
             )
