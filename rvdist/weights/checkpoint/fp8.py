@@ -27,6 +27,10 @@ _SUFFIX, _OF_TENSORS = "_scale_inv", "_scale"
 _SCALES = ("F32", "BF16", "F16")
 _OF_ACTIVATIONS = re.compile(r"(.+)[._](?:activation|input|output)_scale|(?:.*\.)?(?:q|k|v|kv)_scale")
 _PACKED = re.compile(r"(.+\.)?(qweight|qzeros|weight_packed)")
+_KNOWN = (
+    "of quantised weights fp8 with scales of blocks or matrices, compressed-tensors' symmetric fp8, int8 and int4, and "
+    "gpt-oss' MXFP4 are known"
+)
 _WAY_OUT = "convert it to bfloat16 first, or take the revision that it was quantised from"
 
 Codes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -199,7 +203,7 @@ def _scales_activations(spec: TensorSpec, scales: Mapping[str, TensorSpec]) -> b
 
 
 def _refuse(checkpoint: Checkpoint, what: str) -> NoReturn:
-    raise BadInput(f"{checkpoint.path}: {what}, and only fp8 with scales of blocks or matrices is known; {_WAY_OUT}")
+    raise BadInput(f"{checkpoint.path}: {what}; {_KNOWN}; {_WAY_OUT}")
 
 
 def unpack(raw: Codes, bits: int, skip: int, count: int) -> Codes:
