@@ -7,10 +7,16 @@ mapping: `--json` prints it, and the tree shows the same. Exit status 0 shown, 1
 
 from __future__ import annotations
 
+import sys
+
+from rvdist.core.early import end_quietly
+
+if __name__ == "__main__":
+    end_quietly()
+
 import argparse
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress

@@ -8,16 +8,22 @@ standard error, nothing written); 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from rvdist.core.early import as_usual, end_quietly
+
+if __name__ == "__main__" or Path(sys.argv[0]).name == "rvdist":  # as it is installed
+    end_quietly()
+
 import atexit
 import difflib
 import functools
 import gc
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -111,6 +117,7 @@ def _up_or_down(what: str) -> NoReturn:
     """A Ray that stays up between commands, or its end."""
     from rvdist.core import upkeep
 
+    as_usual()
     try:
         print(upkeep.up("rvdist.merge.ready") if what == "up" else upkeep.down())
     except (BadInput, Failed) as error:

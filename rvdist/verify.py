@@ -8,10 +8,16 @@ transformers: a small checkpoint is read in a second.
 
 from __future__ import annotations
 
+import sys
+
+from rvdist.core.early import end_quietly
+
+if __name__ == "__main__":
+    end_quietly()
+
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
