@@ -7,9 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from zoo import ZOO
+from safetensors.torch import load_file
+from zoo import ZOO, make
 
 HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_donors_of_a_family_differ_in_every_tensor(kind, tmp_path):
+    """What does not differ, no α moves: of that the test below would say nothing."""
+    family = make(kind, tmp_path)
+    plus, minus = (load_file(path / "model.safetensors") for path in (family.plus, family.minus))
+    assert [name for name, tensor in plus.items() if tensor.equal(minus[name])] == []
 
 
 @pytest.mark.slow
