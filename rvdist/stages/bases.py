@@ -5,13 +5,14 @@ point, which is read from its own sources, as to any other.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from rvdist.core.cluster import blind_nodes
-from rvdist.core.errors import BadInput
+from rvdist.core.errors import BadInput, Failed
 from rvdist.core.point import WeightPoint
 from rvdist.merge.plan import build_plan
 from rvdist.stages.job import Prepared
@@ -25,7 +26,9 @@ from rvdist.weights.checkpoint.journal import MANIFEST, is_complete
 from rvdist.weights.checkpoint.remapped import Remapped
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.stacked import Stacked
+from rvdist.weights.checkpoint.staging import Busy, is_being_written
 
+_TICK = 0.5  # seconds between looks at what another run writes
 _CARD = "The base of weight points, as a checkpoint that engines can start on. It may be deleted.\n"
 
 
@@ -37,7 +40,8 @@ class Bases:
         self._written: list[tuple[Checkpoint, Checkpoint]] = []  # as they are read and written
 
     def of(self, prepared: Prepared, point: WeightPoint) -> Checkpoint:
-        """That of `point`. Raises BadInput where not every node sees it, and what a merge raises."""
+        """That of `point`, which is waited for where another run is writing it. Raises BadInput where not every node
+        sees it, and what a merge raises."""
         base = prepared.sources[point.base]
         if point.vocabulary is None and (_is_startable(base) or prepared.settings.engine.replay is not None):
             return base
@@ -62,11 +66,26 @@ def _write(prepared: Prepared, point: WeightPoint, warm: Warm) -> Checkpoint:
     plan = build_plan({Path(): unchanged}, prepared.sources, settings.output_format)
     directory = (prepared.cache / "bases" / plan.digests[0][0]).absolute()
     nodes = warm.resources().nodes  # while Ray is imported, it cannot be asked anything
-    if directory.exists():
-        require_as_written(directory, plan.digests[0][0], base)
-    else:
-        one = replace(prepared, settings=settings, written={directory: unchanged})
-        merge_together([one], {unchanged: _CARD}, warm, are_merged_alone([one]))
+    one = replace(prepared, settings=settings, written={directory: unchanged})
+    while not directory.exists():
+        if is_being_written(directory):
+            prepared.say(f"{directory}: another run is writing it, for engines to start on; waiting for that")
+            while is_being_written(directory):
+                time.sleep(_TICK)
+            continue
+        try:
+            merge_together([one], {unchanged: _CARD}, warm, are_merged_alone([one]))
+        except (BadInput, Failed) as error:
+            if isinstance(error, Busy) or directory.exists():  # another was a moment earlier
+                time.sleep(_TICK)
+                continue
+            kind = BadInput if isinstance(error, BadInput) else Failed
+            raise kind(str(error).replace("choose another output", "set cache.dir to another directory")) from None
+        prepared.say(
+            f"{directory}: a copy of {base.path} for engines to start on, {open_source(str(directory)).nbytes:,} bytes;"
+            " it is kept for other runs, and may be deleted when none runs"
+        )
+    require_as_written(directory, plan.digests[0][0], base)
     if len(nodes) > 1 and (blind := blind_nodes(directory / "config.json")):
         raise BadInput(
             f"{directory}: engines start on it, and {', '.join(blind)} does not see it; set cache.dir to a directory "

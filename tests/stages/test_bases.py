@@ -1,7 +1,11 @@
 """Scoring points whose base engines do not start on, as with the tokens of several models: in place as when written."""
 
+import fcntl
 import json
+import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,10 +14,14 @@ from fp8 import BLOCK, quantize
 from moved import move
 from safetensors.torch import save_file
 
+from rvdist.core.config import BenchmarksConfig, CacheConfig, Config, SweepConfig, VectorConfig
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Term, Vector, WeightPoint
+from rvdist.core.timing import Timing
 from rvdist.core.vocabulary import Vocabulary
-from rvdist.stages.bases import require_as_written
+from rvdist.stages.bases import Bases, require_as_written
+from rvdist.stages.job import Job
+from rvdist.stages.prepare import Known, prepare
 from rvdist.weights.checkpoint.journal import Manifest
 from rvdist.weights.checkpoint.source import open_source
 from rvdist.weights.checkpoint.vocabulary import remap
@@ -168,3 +176,67 @@ def test_what_engines_start_on_is_as_it_was_written_or_refused(tmp_path):
     (out / "model.safetensors").write_bytes(b"")
     with pytest.raises(BadInput, match="is not as it was written; delete it"):
         require_as_written(out, plan, base)
+
+
+class OneNode:
+    """What is up, where all there is to know is that it is one machine."""
+
+    nodes = ("here",)
+
+    def resources(self):
+        return self
+
+    def cool(self):
+        pass
+
+
+def prepared(place, cache):
+    """A sweep of a quantised target, all that can be refused being refused."""
+    if not (place / "fp8").exists():
+        write_fp8(place / "fp8")
+    settings = Config(
+        target=str(place / "fp8"),
+        vector=VectorConfig(str(POCKET / "grpo"), str(POCKET / "sft")),
+        dtype="bfloat16",
+        sweep=SweepConfig([0.5]),
+        benchmarks=BenchmarksConfig(["pocket_sums"], limit=2),
+        cache=CacheConfig(str(cache)),
+    )
+    return prepare(Job(settings, place / "run", "", Timing()), Known())
+
+
+def base_of(one):
+    return Bases(OneNode()).of(one, one.arms[0].point)
+
+
+def test_a_copy_that_another_run_writes_is_waited_for(tmp_path, capsys):
+    """One that died of it is not; nor is one that ended in the meantime."""
+    one = prepared(tmp_path, tmp_path / "cache")
+    first = base_of(one).path
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"a copy of {tmp_path / 'fp8'} for engines to start on" in said and "may be deleted when none runs" in said
+    whole = (first / "model.safetensors").read_bytes()
+    for finishes in (True, False):
+        moved = first.rename(tmp_path / "moved")
+        (partial := first.with_name(f"{first.name}.partial")).mkdir(0o700)
+        lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(base_of, prepared(tmp_path, tmp_path / "cache"))
+            while "another run is writing it" not in (said := " ".join(capsys.readouterr().out.split())):
+                assert not waiting.done(), waiting.result()
+                time.sleep(0.01)
+            if finishes:
+                shutil.copytree(moved, first)
+                shutil.rmtree(partial)
+            os.close(lock)
+            assert waiting.result().path == first
+        assert (first / "model.safetensors").read_bytes() == whole and not partial.exists()
+        shutil.rmtree(moved)
+
+
+def test_where_no_copy_can_be_made_it_is_the_cache_that_is_to_be_changed(tmp_path):
+    one = prepared(tmp_path, tmp_path / "cache")
+    (tmp_path / "cache" / "bases").symlink_to("bases")
+    with pytest.raises(BadInput, match="cache/bases/.*: cannot be created .*; set cache.dir to another directory"):
+        base_of(one)

@@ -44,6 +44,25 @@ _REPLACED = "replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
+class Busy(BadInput):
+    """Another process is writing the output."""
+
+
+def is_being_written(output: Path) -> bool:
+    """Whether a process holds the lock of this output under construction."""
+    try:
+        lock = os.open(output.with_name(f"{output.name}.partial") / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def discards(output: Path) -> bool:
     """Whether an output is /dev/null or stands under it: everything is computed and digested, nothing is kept."""
     return DISCARD in (output, *output.parents)
@@ -75,8 +94,8 @@ class Staging:
 
     `claims` is what an interrupted run of the same plan has journalled with the same `key`; what any other run left
     behind is cleared, and `restarted` says so. Whoever writes into it must see `probe`.
-    Raises BadInput when the output exists (unless `overwrite`), another process is writing it, or others can. This and
-    every method raises Failed where nothing can be written.
+    Raises BadInput when the output exists (unless `overwrite`) or others can write it, Busy when another process does.
+    This and every method raises Failed where nothing can be written.
     """
 
     def __init__(self, output: Path, plan: str, overwrite: bool = False, key: bytes = b"") -> None:
@@ -180,7 +199,7 @@ class Staging:
         except (BlockingIOError, FileNotFoundError):
             pass
         os.close(descriptor)
-        raise BadInput(f"{self.output}: is being written by another run; wait for it or choose another output")
+        raise Busy(f"{self.output}: is being written by another run; wait for it or choose another output")
 
     def allocate(self, name: str, header: bytes, size: int) -> None:
         """Makes a weight file of its final size with its header in place, so that a full disk is found first.
