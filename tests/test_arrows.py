@@ -45,8 +45,12 @@ BORDERS = {
     "report.statistics": {"matplotlib", "rich", "jinja2", "rvdist.weights"},
     "stages": {"torch", "vllm"},
 }
-# What one module of a part may know across its border: the row of facts that it makes a method from.
-THROUGH = {"weights.arithmetic.registry": ("core.method.MethodSpec",)}
+# What one module of a part may know across its border: the row of facts that it makes a method from, and what a
+# directory without room ends in.
+THROUGH = {
+    "weights.arithmetic.registry": ("core.method.MethodSpec",),
+    "weights.arithmetic.aside": ("core.errors.Failed",),
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

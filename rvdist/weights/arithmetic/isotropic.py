@@ -52,4 +52,4 @@ class IsoC(Matrices):
 
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
-        return held(shape, itemsize, 2)
+        return held(shape, itemsize)

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from rvdist.weights.arithmetic.aside import Aside
 from rvdist.weights.arithmetic.method import Place
 from rvdist.weights.arithmetic.symmetric import eigh, give_back, one_thread_of_blas
 
@@ -127,19 +128,19 @@ class Matrix:
 
     def largest(self) -> list[float]:
         """The largest magnitude in each; NaN where there is one."""
-        found: list[list[torch.Tensor]] = [
-            [one.abs().max() for one in terms] for _, terms in self._read(range(self._rows))
-        ]
-        return [float(torch.stack(each).max()) for each in zip(*found, strict=True)]
+        # not as tensors: each would stand in the way where a chunk's memory is free for the next
+        found = [[float(one.abs().max()) for one in terms] for _, terms in self._read(range(self._rows))]
+        most: list[float] = torch.tensor(found, dtype=torch.float64).amax(0).tolist()
+        return most
 
-    def blocks(self, columns: range | None = None) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    def blocks(self, columns: range | None = None, share: int = 1) -> Iterator[tuple[slice, list[torch.Tensor]]]:
         """Some columns of each, (k, w) in fp64, and which of `columns` they are, which are all unless it is turned: the
-        same ones at every call."""
+        same ones at every call. Held at a time are so many bytes as a panel has, or this share of them, 1 / `share`."""
         side, length = self.shape
         columns = range(length) if columns is None else columns
         count, itemsize = self._probe()
         width = max(1, _BLOCK // (side * count))
-        at_once = _PANEL // (side * count * itemsize) // width * width or width
+        at_once = _PANEL // share // (side * count * itemsize) // width * width or width
         own = [columns[begin : begin + at_once] for begin in range(0, len(columns), at_once)]
         ranges = [(some, range(side)) if self.turned else (range(side), some) for some in own]
         for some, panel in zip(own, self._panels(ranges), strict=True):
@@ -211,15 +212,12 @@ def _take(panel: torch.Tensor, elements: torch.Tensor, start: int, width: int, c
         elements = elements[taken:]
 
 
-def spectrum(
-    side: int, blocks: Iterable[torch.Tensor], largest: float, beside: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def spectrum(side: int, blocks: Iterable[torch.Tensor], largest: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The singular values of a matrix (k, l), smallest first, and the left singular vectors as columns (k, r): fp64,
     those r that are not none. It is given by blocks of its columns, and by its largest magnitude. Takes 16·k² bytes, of
-    which it leaves half; the other half may be that of a symmetric matrix (k, k), which is the same afterwards."""
-    gram = torch.empty(side, side, dtype=torch.float64) if beside is None else beside
+    which it leaves half."""
+    gram = torch.empty(side, side, dtype=torch.float64)
     tiles = [slice(start, min(start + _TILE, side)) for start in range(0, side, _TILE)]
-    middles = [] if beside is None else [beside[own, own].clone() for own in tiles]
     for own in tiles:
         gram[own, : own.stop] = 0
     scale = _power(largest)
@@ -229,9 +227,6 @@ def spectrum(
             gram[own, : own.stop].addmm_(wide[own], wide[: own.stop].T)
         del block, wide  # before LAPACK takes its share
     squares, vectors = eigh(gram)
-    for own, middle in zip(tiles, middles, strict=False):
-        gram[own, : own.start] = gram[: own.start, own].T
-        gram[own, own] = middle
     least = float(squares[-1].clamp(min=0)) * LEAST**2
     first = int((squares <= least).sum())
     return squares[first:].sqrt() / scale, vectors[:, first:]
@@ -243,6 +238,13 @@ def inverse_root(values: torch.Tensor, vectors: torch.Tensor, factor: float = 1.
     return vectors @ vectors.T
 
 
+def mirror(square: torch.Tensor) -> torch.Tensor:
+    """Makes one that is symmetric but for rounding so to the bit: below the diagonal's tiles what is above."""
+    for start in range(0, len(square), _TILE):
+        square[start : start + _TILE, :start] = square[:start, start : start + _TILE].T
+    return square
+
+
 def times_inverse_root(matrix: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> None:
     """Multiplies in place by (M·Mᵀ)^(−1/2) from the right, by what `spectrum` found of M, which it overwrites."""
     vectors.mul_(values.rsqrt())
@@ -251,11 +253,25 @@ def times_inverse_root(matrix: torch.Tensor, values: torch.Tensor, vectors: torc
         torch.mm(own @ vectors, vectors.T, out=own)
 
 
-def of_columns(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`spectrum` of the transpose of a matrix that is held in fp64, of columns of about length 1."""
-    width = max(1, _BLOCK // max(1, columns.shape[1]))
-    starts = range(0, columns.shape[0], width)
-    return spectrum(columns.shape[1], (columns[start : start + width].T for start in starts), 1.0)
+def of_rows(matrix: Aside) -> tuple[torch.Tensor, torch.Tensor]:
+    """`spectrum` of a matrix that is aside, of rows of about length 1."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        whole = matrix.read()  # which is gone when they are
+        width = max(1, _BLOCK // len(whole))
+        for start in range(0, whole.shape[1], width):
+            yield whole[:, start : start + width]
+
+    return spectrum(matrix.rows, blocks(), 1.0)
+
+
+def product(turned: Aside, matrix: torch.Tensor) -> Aside:
+    """The product of the transpose of a matrix that is aside with another one, aside."""
+    whole = turned.read()
+    found = Aside(whole.shape[1], matrix.shape[1])
+    for start in range(0, whole.shape[1], _TILE):
+        found.append(whole[:, start : start + _TILE].T @ matrix)
+    return found
 
 
 def _power(largest: float) -> float:
@@ -263,12 +279,12 @@ def _power(largest: float) -> float:
     return 2.0 ** -max(-1000, min(1000, math.frexp(largest)[1]))
 
 
-def held(shape: Sequence[int], itemsize: int, squares: int) -> int:
-    """About how many bytes are held at most for a matrix: so many squares of the smaller side in fp64 while it is
-    decomposed, and one less, or one at least, beside panels."""
+def held(shape: Sequence[int], itemsize: int) -> int:
+    """About how many bytes are held at most for a matrix: two squares of the smaller side in fp64 while it is
+    decomposed, or one beside panels."""
     one, square = shape[-2] * shape[-1], min(shape[-2:]) ** 2 * 8
     blocks, slack = min(4 * _BLOCK, 4 * one) * 8, min(_SLACK, 8 * one * itemsize)
-    return max(squares * square, max(1, squares - 1) * square + min(2 * _PANEL, 16 * one)) + blocks + slack
+    return square + max(square, min(2 * _PANEL, 16 * one)) + blocks + slack
 
 
 def panel_held(shape: Sequence[int], itemsize: int) -> int:

@@ -19,10 +19,11 @@ or among those of U and V, are left out; the paper's code takes arbitrary ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from rvdist.weights.arithmetic.aside import Aside
 from rvdist.weights.arithmetic.matrices import (
     Change,
     Chunks,
@@ -30,9 +31,11 @@ from rvdist.weights.arithmetic.matrices import (
     Matrix,
     held,
     inverse_root,
+    mirror,
     no_number,
     nothing,
-    of_columns,
+    of_rows,
+    product,
     spectrum,
     times_inverse_root,
 )
@@ -56,46 +59,61 @@ class TsvM(Matrices):
         """What the tasks' matrices come to: all of them together, each `alone`, and the largest magnitude of each."""
         side, _ = tasks.shape
         kept = side // len(alone)
-        left = torch.empty(kept * len(alone), side, dtype=torch.float64).T  # takes memory as it is filled
-        values, parts, rank = [], [], 0
+        left = Aside(kept * len(alone), side)  # Uᵀ
+        values, parts = [], []
         for matrix, most in zip(alone, largest, strict=True):
             sizes, vectors = spectrum(side, (block for _, (block,) in matrix.blocks()), most)
-            first = max(0, len(sizes) - kept)  # the smallest come first
-            values.append(sizes[first:])
-            parts.append(slice(rank, rank + len(values[-1])))
-            rank = parts[-1].stop
-            left[:, parts[-1]] = vectors[:, first:]
+            first, begin = max(0, len(sizes) - kept), left.rows  # the smallest come first
+            left.append(vectors[:, first:].T)
             del vectors
+            values.append(sizes[first:])
+            parts.append(slice(begin, left.rows))
+        rank = left.rows
         if not rank:
             return nothing
-        left = left[:, :rank]
         weights = torch.cat([alpha * own for alpha, own in zip(alphas, values, strict=True)])
         inverse = torch.cat(values).reciprocal_()
 
-        def right(differences: Sequence[torch.Tensor]) -> torch.Tensor:
-            """Vᵀ in these columns."""
+        def right(directions: torch.Tensor, differences: Sequence[torch.Tensor]) -> torch.Tensor:
+            """Vᵀ in these columns, of Uᵀ."""
             found = torch.empty(rank, differences[0].shape[1], dtype=torch.float64)
             for difference, own in zip(differences, parts, strict=True):
-                torch.mm(left[:, own].T, difference, out=found[own])
+                torch.mm(directions[own], difference, out=found[own])
             return found.mul_(inverse[:, None])
 
-        core = inverse_root(*of_columns(left))
-        found = spectrum(rank, (right(blocks) for _, blocks in tasks.blocks()), 1.0, beside=core)
-        times_inverse_root(core.mul_(weights), *found)
-        del found
-        way = left @ core
+        def all_right() -> Iterator[torch.Tensor]:
+            directions = left.read()  # which is gone when they are
+            for _, blocks in tasks.blocks(share=2):  # beside two squares
+                yield right(directions, blocks)
+
+        root = Aside(rank, rank)
+        root.append(mirror(inverse_root(*of_rows(left))))
+        found = spectrum(rank, all_right(), 1.0)
+        core = root.read().mul_(weights)
+        times_inverse_root(core, *found)
+        del root, found
+        way = product(left, core)
         del core
 
         def fill(rows: range, columns: range, out: torch.Tensor) -> None:
-            if tasks.turned:
-                for own, blocks in tasks.blocks(columns):
-                    out[:, own] = way @ right(blocks)
+            if not tasks.turned:
+                some = way.read()[rows.start : rows.stop].clone()
+                directions = left.read()
+                factors = [(some[:, own] * inverse[own]) @ directions[own] for own in parts]
+                del some, directions
+                tasks.multiply(factors, columns, out)
                 return
-            some = way[rows.start : rows.stop]
-            tasks.multiply([(some[:, own] * inverse[own]) @ left[:, own].T for own in parts], columns, out)
+            directions, cuts = left.read(), []
+            for own, blocks in tasks.blocks(columns):
+                out[:rank, own] = right(directions, blocks)
+                cuts.append(own)
+            del directions
+            back = way.read()
+            for own in cuts:
+                out[:, own] = back @ out[:rank, own].contiguous()
 
         return fill
 
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
-        return held(shape, itemsize, 3)
+        return held(shape, itemsize)

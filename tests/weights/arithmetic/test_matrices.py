@@ -1,6 +1,9 @@
 """Methods that see matrices, against the papers' formulas in numpy's fp64 on whole tensors; by reader and merges."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import replace
 
@@ -21,7 +24,7 @@ from rvdist.merge.actor import WorkerSettings
 from rvdist.merge.driver import merge
 from rvdist.merge.plan import build_plan
 from rvdist.weights import rows
-from rvdist.weights.arithmetic import matrices
+from rvdist.weights.arithmetic import aside, matrices
 from rvdist.weights.arithmetic.method import Place, combine
 from rvdist.weights.arithmetic.registry import build
 from rvdist.weights.checkpoint.source import open_source
@@ -123,6 +126,24 @@ def test_panels_do_not_matter(spec, shape, monkeypatch):
             assert np.array_equal(change(spec, vectors, (0.5, -0.3), shape, chunk), found), "chunks do not matter"
 
 
+@pytest.mark.parametrize("shape", [(30, 101), (101, 30), (2, 20, 50), (700, 40), (1, 40)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_waits_in_a_file_is_what_waits_in_memory(count, shape, monkeypatch):
+    """To the bit, by a panel and by many, also where vectors share their directions or have few."""
+    generator = np.random.default_rng(10)
+    vectors = [generator.standard_normal(shape) for _ in range(count - 1)]
+    vectors.append(generator.standard_normal((*shape[:-1], 1)) * np.ones(shape))
+    alphas = (0.5, -0.3, 0.9)[:count]
+    monkeypatch.setattr(matrices, "_TILE", 9)
+    for nbytes in (64 << 20, 3000):
+        monkeypatch.setattr(matrices, "_PANEL", nbytes)
+        monkeypatch.setattr(aside, "_LARGE", 8 << 20)
+        wanted = change(MethodSpec("tsv_m"), vectors, alphas, shape)
+        monkeypatch.setattr(aside, "_LARGE", 0)
+        assert np.array_equal(change(MethodSpec("tsv_m"), vectors, alphas, shape), wanted)
+        assert wanted.any() == (count <= min(shape[-2:]))
+
+
 def memory_taken(method, vectors, shape, end=1, pairs=()):
     """Bytes at most while a method computes elements up to `end` from these vectors, or from factors, beside what was
     there before."""
@@ -156,6 +177,51 @@ def test_no_matrix_is_held_beside_what_is_added(spec):
     method, shape = build(spec), (512, 8192)
     vectors = [torch.randn(512 * 8192, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
     assert memory_taken(method, vectors, shape) <= 112 << 20 < method.bytes_held(shape, 0, 4)
+
+
+@pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
+def test_two_squares_are_held(spec, monkeypatch):
+    """Beside panels that are small here, and what the C library keeps, for all of what is added: TSV-M has four."""
+    monkeypatch.setattr(matrices, "_PANEL", 1 << 20)
+    monkeypatch.setattr(matrices, "_BLOCK", 1 << 17)
+    monkeypatch.setattr(matrices, "_TILE", 64)
+    shape = (1100, 1200)
+    vectors = [torch.randn(1100 * 1200, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
+    taken = memory_taken(build(spec), vectors, shape, math.prod(shape)) / (8 * 1100**2)
+    assert taken < 3.4
+
+
+def test_chunks_leave_no_holes_in_memory():
+    """Where a chunk was is the next one's place: all of these have 256 MiB. In a process where nothing is free yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 128 << 20
+
+
+HOLES = """
+import torch
+from peaks import peak_while
+from rvdist.weights.arithmetic.matrices import Matrix
+from rvdist.weights.arithmetic.method import Place
+
+half = torch.ones(1 << 20).bfloat16()
+
+def chunks(start, stop):
+    other = torch.zeros(len(half))
+    for begin in range(start, stop, len(half)):
+        own = min(len(half), stop - begin)
+        yield [half[:own].float().sub_(other[:own]) for _ in range(2)]
+
+place = Place("w", 1 << 25, shape=(256, 1 << 17), alphas=(1.0, 1.0))
+matrix = Matrix(place, chunks, 0, lambda differences: differences)
+print(max(peak_while(lambda: matrix.largest()) for _ in range(3)))
+assert matrix.largest() == [1.0, 1.0]
+"""
 
 
 @pytest.mark.parametrize("spec", METHODS, ids=lambda spec: spec.name)
