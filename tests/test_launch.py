@@ -118,6 +118,7 @@ def test_a_different_tokenizer(place):
         (merge("output="), "output: is empty; give a value, or leave it out"),
         (merge("vector.plus="), "vector.plus: is empty"),
         (merge("cache.dir="), "cache.dir: is empty"),
+        (merge("engine=replay"), "engine.replay: is not set; give a run directory of ours"),
         (
             ("target=family/target", "vectors=[{plus: '', minus: family/sft}]", "output=out"),
             "vectors[0].plus: is empty",

@@ -141,8 +141,7 @@ class Evaluator:
 
     def _open_recording(self, prepared: Prepared) -> Recording:
         path = _path(prepared.settings.engine.replay)
-        if not path:
-            raise BadInput("engine.replay is not set; give a run directory of ours, or one of lm-eval's samples")
+        assert path
         if path not in self._recordings:
             with prepared.timing.phase("replay"):
                 self._recordings[path] = Recording(path)

@@ -190,7 +190,7 @@ def test_our_run_scores_as_it_did_and_nothing_is_cached(place, rescored, run):
     [
         (["engine.replay=run"], " lacks answers to 600 of the 600 documents .*nothing of these weights"),
         (["engine.replay=logged", "arms=[{name:a,alpha:0},{name:b,alpha:0}]"], "of one model, and there are 2 arms"),
-        ([], " is not set; give a run directory of ours"),
+        ([], ": is not set; give a run directory of ours"),
     ],
 )
 def test_what_lacks_is_refused_before_anything_starts(place, run, setting, said):

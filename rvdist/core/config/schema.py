@@ -344,12 +344,18 @@ def stages(config: Config) -> list[str]:
     return chosen
 
 
+_EMPTY = {  # set to nothing by an option of its group, for the user to fill
+    "engine.replay": "is not set; give a run directory of ours, or one of lm-eval's samples",
+}
+
+
 def require_filled(config: Any, prefix: str = "") -> None:
     """Raises BadInput for a text that is set to nothing, which mostly is a shell's variable that has no value."""
     for one in fields(config):
         value = getattr(config, one.name)
         if value == "" and one.default != "":
-            raise BadInput(f"{prefix}{one.name}: is empty; give a value, or leave it out")
+            key = prefix + one.name
+            raise BadInput(f"{key}: {_EMPTY.get(key, 'is empty; give a value, or leave it out')}")
         for number, inner in enumerate(value if isinstance(value, list) else [value]):
             if is_dataclass(inner):
                 require_filled(inner, f"{prefix}{one.name}{f'[{number}]' if inner is not value else ''}.")
