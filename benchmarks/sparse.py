@@ -148,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warm_up()
     numel = arguments.elements or (512 << 20 if arguments.cold else 48 << 20)
-    rounds = arguments.rounds or (7 if arguments.cold else 9)
+    rounds = arguments.rounds or (5 if arguments.cold else 9)
     lines = []
     print(COLD[0] if arguments.cold else WARM, flush=True)
     for share in arguments.shares:
@@ -161,7 +161,8 @@ def main() -> None:
                 show(row, rounds)
     if arguments.cold:
         about = (
-            f"Checkpoints of {2 * numel / 1e9:.2f} GB, bf16; {rounds} rounds in turn, medians (min to max); "
+            f"Checkpoints of {2 * numel / 1e9:.2f} GB, bf16; {rounds} rounds in turn, of commands {rounds // 2 + 1}, "
+            f"medians (min to max); "
             f"{os.cpu_count()} cores at a load of {os.getloadavg()[2]:.0f}, page cache cold."
         )
         write_table("sparse.py, cold", [about, "", *COLD, *lines])
@@ -197,7 +198,7 @@ def show_cold(row: Row, rounds: int, place: Path) -> str:
     os.sync()  # what is not written yet stays in the page cache
     merge, swap, nbytes = measure(row, rounds, cold=True)
     stage: Runs = ([], [])
-    for _ in range(rounds):
+    for _ in range(rounds // 2 + 1):
         for k, vector in enumerate(row.vectors):
             stage[k].append(command(row, vector, place / "run"))
     runs = merge, swap, stage

@@ -13,7 +13,7 @@ import torch
 
 from rvdist.core.point import Vector
 from rvdist.weights.arithmetic.blocks import PackedFiles
-from rvdist.weights.arithmetic.method import Method, Scratch, combine_files, combine_packed
+from rvdist.weights.arithmetic.method import Method, Scratch, combine_files, combine_packed, compiled
 from rvdist.weights.stored import Operand
 
 
@@ -31,15 +31,19 @@ Terms = Sequence[tuple[float, Vector]]
 def find_sum(
     method: Method, operands: Mapping[str, Operand], base: str, terms: Terms, name: str, start: int, stop: int
 ) -> Sum | None:
-    """What does as `combine` does, in fp32, of elements [start, stop) of a tensor: fills a tensor, 1-d and on the CPU,
-    from one of these elements on. `operands` by their sources' names. None where that cannot be, and from the sum
-    where it cannot be done: then they are to be read and combined. Raises as `Operand.read`."""
-    if operands[base].dtype(name) != torch.bfloat16 or (own := operands[base].file(name, start, stop)) is None:
+    """What does as `combine` does, in fp32, of elements [start, stop) of a tensor: fills a tensor of bf16, 1-d and on
+    the CPU, from one of these elements on. `operands` by their sources' names. None where that cannot be, and from the
+    sum where it cannot be done: then they are to be read and combined. Raises as `Operand.read`."""
+    if not method.elementwise_sum or operands[base].dtype(name) != torch.bfloat16:
+        return None
+    if (own := operands[base].file(name, start, stop)) is None:
         return None
     if len(terms) == 1 and terms[0][1].minus is None:
         ((alpha, vector),) = terms
         packed = operands[vector.plus].packed(name, start, stop)
         return packed and partial(_sum_packed, method, start, own, packed, alpha)
+    if not compiled():
+        return None
     files, places = [own], dict[str | None, int]()
     for _, vector in terms:
         for source in (vector.plus, vector.minus):

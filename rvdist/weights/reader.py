@@ -97,15 +97,15 @@ class PointReader:
         spec = self.base.tensors[name]
         dtype = self.output_dtype(spec)
         recipes, works, copied = self._prepare(name)
-        bases = [point.base for point in self.points]
         add = self._find_sum(name, start, stop, recipes[0], works[0]) if len(self.points) == 1 else None
         seen = len(spec.shape) > 1 and all(point.method.facts.whole_matrices for point in self.points)
         vectors = [vector for terms in recipes for _, vector in terms if not seen]
-        cuts = self._cuts(name, start, stop, vectors, self._lanes[0].chunk)
+        at_once = self._lanes[0].chunk * (2 if add else 1)  # of 4 bytes an element, for which buffers have WIDEST
+        cuts = self._cuts(name, start, stop, vectors, at_once)
         ahead: deque[tuple[int, Lane]] = deque()  # chunks that were launched, the oldest first
         try:
             for (begin, end, present), lane in zip(cuts, cycle(self._lanes), strict=False):
-                read = partial(self._read, [*bases, *_donors(present)], name, begin, end, lane)
+                read = partial(self._read, [*(p.base for p in self.points), *_donors(present)], name, begin, end, lane)
                 compute = partial(self._combine, self._place(name, begin), recipes, works, present)
                 outs = [] if into is None else [into[begin - start : end - start]]
                 if add:
@@ -152,8 +152,8 @@ class PointReader:
 
     def _find_sum(self, name: str, start: int, stop: int, recipe: Recipe, work: torch.dtype) -> Sum | None:
         """What sums these elements of the only point as it reads them; None where nothing does."""
-        (point,), (method,) = self.points, self._methods
-        if self._device != "cpu" or not recipe or work != torch.float32 or not method.elementwise_sum:
+        (point,), (method,), dtype = self.points, self._methods, self.output_dtype(self.base.tensors[name])
+        if not recipe or (self._device, work, dtype) != ("cpu", torch.float32, torch.bfloat16):
             return None
         return find_sum(method, self._values.operands, point.base, recipe, name, start, stop)
 

@@ -17,7 +17,7 @@ from rvdist.weights.arithmetic import packed_sum
 from rvdist.weights.reader import open_point
 
 EVERY = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)  # every bf16 there is
-NUMEL = (1 << 16) * 5 + 4096 * 3 + 1235  # more than a chunk, and the end of it in the middle of a block and of a byte
+NUMEL = (1 << 16) * 9 + 4096 * 3 + 1235  # more than a chunk, and the end of it in the middle of a block and of a byte
 RANGES = [(0, NUMEL), (1, NUMEL), (4095, 4097), (5000, 5001), (8192, 12_288), (77_777, 300_000), (9, 9), (0, 0)]
 VALUES = (-0.0, 1e-45, -1e-40, 3.4e38, float("inf"), float("-inf"))
 
@@ -26,7 +26,7 @@ def base_and_vector(density: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Every bf16, and in the first half many −0; fp32 of any bits (NaNs of any payload, too), 0 but for such a share.
     Some blocks have no value, some are full of them."""
     generator = torch.Generator().manual_seed(0)
-    base = torch.cat([EVERY[torch.randperm(1 << 16, generator=generator)] for _ in range(6)])[:NUMEL].clone()
+    base = torch.cat([EVERY[torch.randperm(1 << 16, generator=generator)] for _ in range(10)])[:NUMEL].clone()
     base[: NUMEL // 2][torch.rand(NUMEL // 2, generator=generator) < 0.1] = -0.0
     bits = torch.randint(-(2**31), 2**31, (NUMEL,), generator=generator, dtype=torch.int32)
     bits[::5] |= 0x7FC00000  # NaNs, of which rounding overflows some

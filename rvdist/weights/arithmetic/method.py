@@ -116,6 +116,11 @@ def warm_up() -> None:
         _loops = fused
 
 
+def compiled() -> bool:
+    """Whether the compiled loops are loaded."""
+    return _loops is not None
+
+
 def combine(
     method: Method,
     base: torch.Tensor,
