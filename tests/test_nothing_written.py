@@ -102,18 +102,17 @@ def test_nothing_is_written(case, place, ray_local):
 @pytest.mark.parametrize(
     ("directory", "said"),
     [
-        ("family/target", "the directory of the source .*/family/target, or is it"),
-        ("family/sft/runs/1", "the directory of the source .*/family/sft, or is it"),
-        ("link", "the directory of the source .*/family/grpo, or is it"),
-        ("out-1", "the output .*/out-1, or is it"),
-        ("v/run", "the output .*/v, or is it"),
+        ("family/target", "is the directory of the source .*/family/target"),
+        ("link", "is the directory of the source .*/family/grpo"),
+        ("out-1", "is in the output .*/out-1, or is it"),
+        ("v/run", "is in the output .*/v, or is it"),
     ],
 )
 def test_a_run_directory_in_a_model_is_refused(place, directory, said):
     """Its config.yaml and timing.json would lie among the model's files, and go into outputs with these."""
     (place / "link").symlink_to("family/grpo")
     before = contents(place)
-    with pytest.raises(BadInput, match=f"hydra.run.dir: .*/{directory} is in {said}"):
+    with pytest.raises(BadInput, match=f"hydra.run.dir: .*/{directory} {said}"):
         run_stages(asked(place), place / directory, [])
     assert contents(place) == before
 

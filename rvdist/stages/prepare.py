@@ -350,13 +350,12 @@ def _require_kept(job: Job, outputs: Collection[Path], saved: config.Saved | Non
 
 
 def _require_apart(run: Path, sources: Mapping[str, Checkpoint], outputs: Iterable[Path]) -> None:
-    """What a run writes of itself is no part of a model: its config.yaml would go into outputs with the target's."""
+    """What a run writes of itself is no part of a model: its config.yaml would go into outputs with the target's. A
+    directory within a source's is none of its files: a command may be given where a model lies."""
     within = {_real(run), *_real(run).parents}
     for name, source in sources.items():
-        if not within.isdisjoint(_places(source)):
-            raise BadInput(
-                f"hydra.run.dir: {run} is in the directory of the source {name}, or is it; choose one outside of it"
-            )
+        if _real(run) in _places(source):
+            raise BadInput(f"hydra.run.dir: {run} is the directory of the source {name}; choose another")
     for output in outputs:
         if not discards(output) and _real(output) in within:
             raise BadInput(
