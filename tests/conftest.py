@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -43,7 +44,11 @@ def part(item: pytest.Item) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What is fast needs neither Ray nor vLLM: there, and in the processes it starts, importing them fails."""
+    """What is fast needs neither Ray nor vLLM: there, and in the processes it starts, importing them fails. What is
+    started in the background or by nohup ignores signals, which its own commands must not inherit."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
     if (config.getoption("part") or "").startswith("fast"):
         sys.path.insert(0, str(_WITHOUT))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_WITHOUT), os.environ.get("PYTHONPATH")]))

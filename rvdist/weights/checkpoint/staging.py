@@ -51,7 +51,8 @@ class Busy(BadInput):
 def is_being_written(output: Path) -> bool:
     """Whether a process holds the lock of this output under construction."""
     try:
-        lock = os.open(output.with_name(f"{output.name}.partial") / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        place = output.with_name(f"{output.name}.partial") / _LOCK
+        lock = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
