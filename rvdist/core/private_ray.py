@@ -47,7 +47,7 @@ NEEDED = (
 )
 _PATIENCE = 90.0  # seconds for a raylet of our own to register
 _FAREWELL = 10.0, 30.0  # seconds for Ray to end by itself, and after that
-_WORD = 0.05  # seconds in which it says that we leave
+_WORD = 0.02  # seconds in which it says that we leave
 hear: Callable[[str], None] | None = None  # is told what Ray says of workers that died
 
 

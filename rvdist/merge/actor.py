@@ -6,12 +6,14 @@ Imports torch where it runs: the driver has no need of it.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rvdist.merge import private_torch
 from rvdist.merge.plan import Output, Unit, UnitDone
-from rvdist.merge.private_torch import begin_to_load
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.journal import Written
 from rvdist.weights.checkpoint.staging import Probe
@@ -45,10 +47,12 @@ class Hello:
 
 
 class WorkerActor:
-    """A worker that is made of nothing, so that its process begins while the driver makes ready what `hello` takes."""
+    """A worker that is made of nothing, so that its process begins while the driver makes ready what `hello` takes. It
+    begins to import what it needs before Ray brings it that."""
 
     def __init__(self) -> None:
-        begin_to_load()
+        gc.set_threshold(100_000)  # modules are many, cycles are few: a sixth of the imports
+        threading.Thread(target=_import, daemon=True).start()
 
     def hello(
         self,
@@ -63,7 +67,6 @@ class WorkerActor:
         (None: as the bases are)."""
         import ray
 
-        gc.set_threshold(100_000)  # modules are many, cycles are few: a sixth of the imports
         from rvdist.merge.worker import MergeWorker
 
         self._worker = MergeWorker(outputs, sources, dtype, settings.threads, settings.device, settings.direct_io)
@@ -78,3 +81,10 @@ class WorkerActor:
     def sync(self) -> None:
         """Makes durable what it wrote; see `MergeWorker.sync`."""
         self._worker.sync()
+
+
+def _import() -> None:
+    """What goes wrong is for `hello` to meet."""
+    with suppress(Exception):
+        private_torch.load()
+        import rvdist.merge.worker  # noqa: F401

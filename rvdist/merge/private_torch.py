@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 LIBRARIES = ("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch_python.so", os.RTLD_LOCAL)  # as torch loads them
 
 
-def begin_to_load() -> None:
-    """Has the system load torch's libraries in a thread, which is a fifth of what importing torch takes and needs no
-    Python: it goes on beside other imports. What cannot be loaded so is left to torch."""
-    threading.Thread(target=_load, name="rvdist-torch", daemon=True).start()
-
-
-def _load() -> None:
+def load() -> None:
+    """Has the system load torch's libraries, which is a fifth of what importing torch takes and needs no Python: other
+    threads go on beside it. What cannot be loaded so is left to torch."""
     found = find_spec("torch")  # imports nothing
     if found is None or found.origin is None:
         return
