@@ -85,8 +85,7 @@ def main() -> None:
             if place.exists():
                 continue
             if arguments.holes:
-                shapes.write_checkpoint(place, shapes.QWEN_7B, 4, None, CONFIG_7B)
-                tell_apart(place, seed)
+                shapes.write_checkpoint(place, shapes.QWEN_7B, 4, seed, CONFIG_7B, holes=True)
             else:
                 shapes.write_checkpoint(place, shapes.QWEN_1_5B, 3, seed, merge.CONFIG)
     files = [file for one in (target, plus, minus) for file in sorted(one.glob("*.safetensors"))]
@@ -135,14 +134,6 @@ def main() -> None:
     subprocess.run(["sh", "-c", f"rm -rf {out}*"], check=True)
     nbytes = sum(file.stat().st_size for file in files)
     report(arguments.name, nbytes, runs, os.getloadavg()[2], "cold" if arguments.cold else "warm")
-
-
-def tell_apart(place: Path, number: int) -> None:
-    """Gives the first elements of each file values of its own: donors that are equal are compared to their end."""
-    for file in place.glob("*.safetensors"):
-        with file.open("r+b") as stream:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-            stream.write((0x3C01 + number).to_bytes(2, "little") * 4096)
 
 
 def evict(files: list[Path]) -> None:

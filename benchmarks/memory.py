@@ -65,9 +65,9 @@ def main() -> None:
         ("DeepSeek-V3, bf16", shapes.DEEPSEEK_V3, 163, "plan"),
     ):
         donors = {}
-        for part in ("target", "plus", "minus"):
+        for seed, part in enumerate(("target", "plus", "minus")):
             donors[part] = work / name / part
-            nbytes = shapes.write_checkpoint(donors[part], shape, shards, None, {"model_type": "of-holes"})
+            nbytes = shapes.write_checkpoint(donors[part], shape, shards, seed, {"model_type": "of-holes"}, holes=True)
         command = command_of(donors, work, stages)
         on = ["merge.workers=2"] if stages == "merge" else ["cluster.nodes=8", "merge.workers=64"]
         print(f"{name}: {nbytes / 1e9:.0f} GB each, {stages}", flush=True)
@@ -118,11 +118,11 @@ def across_layouts(work: Path, imports: int) -> None:
         ("Qwen3-235B", (4096, 1536, 128), False, ("fused", "one by one")),
         ("DeepSeek-V3", (7168, 2048, 64), False, ("one by one", "fused")),
     ):
-        sources = {}
-        for part in ("target", "plus", "minus"):
+        sources, config = {}, {"model_type": "gpt_oss"} if biased else {}
+        for seed, part in enumerate(("target", "plus", "minus")):
             shape = shapes.mixture(layouts[part == "target"], *sizes, biased)
             sources[part] = work / name / part
-            nbytes = shapes.write_checkpoint(sources[part], shape, 4, None, {"model_type": "gpt_oss"} if biased else {})
+            nbytes = shapes.write_checkpoint(sources[part], shape, 4, seed, config, holes=True)
         subprocess.run([*command_of(sources, work, "merge"), "merge.workers=2"], check=True)
         rows.append([name, f"{nbytes / 1e9:.1f} GB × 3", *layouts, *measured(work, imports)])
         shutil.rmtree(work / name)
@@ -139,9 +139,10 @@ def across_vocabularies(work: Path, imports: int) -> None:
     shape = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (rows, width)) | {
         "model.norm.weight": (width,)
     }
-    for part, left in (("target", 0), ("plus", 1), ("minus", 1)):
+    config = {"model_type": "llama", "vocab_size": rows}
+    for seed, (part, left) in enumerate((("target", 0), ("plus", 1), ("minus", 1))):
         sources[part] = work / "vocabularies" / part
-        nbytes = shapes.write_checkpoint(sources[part], shape, 1, None, {"model_type": "llama", "vocab_size": rows})
+        nbytes = shapes.write_checkpoint(sources[part], shape, 1, seed, config, holes=True)
         tokens = [f"t{number}" for number in range(left * rows // 5, left * rows // 5 + rows)]
         chance.shuffle(tokens)
         model = {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []}

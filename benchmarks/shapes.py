@@ -100,11 +100,14 @@ LLAMA_405B = llama(16384, 126, 53248, 1024, 128256)
 DEEPSEEK_V3 = deepseek_v3()
 
 
-def write_checkpoint(path: Path, shapes: Shapes, shards: int, seed: int | None, config: Mapping[str, object]) -> int:
-    """Writes a bf16 checkpoint and returns its bytes. With a `seed`, siblings: one block of random weights plus noise
-    of that seed (none of 0), repeated, since only how many bytes there are matters; without one, files of holes."""
+def write_checkpoint(
+    path: Path, shapes: Shapes, shards: int, seed: int, config: Mapping[str, object], holes: bool = False
+) -> int:
+    """Writes a bf16 checkpoint and returns its bytes. Those of several seeds are siblings: one block of random weights
+    plus noise of the seed (none of 0), repeated, since only how many bytes there are matters. Of `holes` are all but
+    the first elements of each file, the seed's own: files that are equal would be compared to their end."""
     path.mkdir(parents=True)
-    block = _block_of_weights(seed) if seed is not None else None
+    block = torch.full((4096,), 0.001 * (1 + seed)).bfloat16() if holes else _block_of_weights(seed)
     weight_map = {}
     total = 0
     groups = _groups(shapes, shards)
@@ -118,7 +121,9 @@ def write_checkpoint(path: Path, shapes: Shapes, shards: int, seed: int | None, 
             for spec in placed:
                 weight_map[spec.name] = file
                 total += spec.nbytes
-                for begin in range(0, spec.numel, block.numel()) if block is not None else ():
+                if holes and spec is not placed[0]:
+                    continue
+                for begin in (0,) if holes else range(0, spec.numel, block.numel()):
                     piece = block[: min(block.numel(), spec.numel - begin)]
                     write_exactly(opened.fileno(), spec.offset + 2 * begin, piece)
     if shards > 1:

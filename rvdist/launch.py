@@ -30,6 +30,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -136,7 +137,8 @@ def run(composed: DictConfig, log: Log) -> float | None:
         assert isinstance(config, Config)
         from rvdist.stages.jobs import run_stages
 
-        return run_stages(config, directory, sys.argv[1:], log)
+        several = HydraConfig.get().mode == RunMode.MULTIRUN  # by Hydra's own launcher, one after the other
+        return run_stages(config, directory, sys.argv[1:], log, outlived=several)
     finally:
         remove_empty(directory)
 

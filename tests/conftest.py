@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -144,3 +145,21 @@ def ray_local():
     cluster.connect("local", namespace="rvdist-tests")
     yield
     cluster.disconnect()
+
+
+@pytest.fixture
+def mount() -> Generator[Callable[..., Path]]:
+    """`mount(place, *options)`; skips the test where that is not permitted."""
+    mounted = []
+
+    def mount_it(place: Path, *options: str) -> Path:
+        place.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount_it
+    for place in mounted:
+        subprocess.run(["umount", "-q", "-l", str(place)], check=False)

@@ -33,6 +33,19 @@ def test_it_says_how_it_is_called(file, tmp_path):
     assert (child.exitcode, said[:6]) == (0, "usage:"), said
 
 
+def test_checkpoints_of_holes_differ_from_their_beginning(tmp_path, monkeypatch):
+    """Where two donors are equal, a command compares them to their end."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS[0].parent))
+    shapes = import_module("shapes")
+    sizes = {"a": (8192, 64), "b": (7,), "c": (8192, 64)}
+    for seed in range(3):
+        shapes.write_checkpoint(tmp_path / str(seed), sizes, 2, seed, {}, holes=True)
+    for file in (tmp_path / "0").glob("*.safetensors"):
+        alike = [tmp_path / str(seed) / file.name for seed in range(3)]
+        assert len({place.read_bytes()[:1024] for place in alike}) == 3
+        assert all(place.stat().st_blocks * 512 <= 16384 < place.stat().st_size for place in alike)
+
+
 def run(file, arguments, out):
     """`python FILE ARGUMENTS…`, in a process that has imported much of what it imports."""
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT)

@@ -24,14 +24,10 @@ from types import FrameType
 from typing import NoReturn
 
 from rvdist.core import cluster
+from rvdist.core.early import SAID
 from rvdist.core.private_ray import Vital
 
 KEPT = "what is done is kept, and the same command goes on from there"
-_SAID = {
-    signal.SIGINT: "interrupted",
-    signal.SIGTERM: "terminated (SIGTERM)",
-    signal.SIGHUP: "ended with its terminal (SIGHUP)",
-}
 _TICK = 0.1  # seconds between looks
 _GRACE = 7.0  # seconds that a signal leaves for stopping what runs
 _ENDING = 2.0  # seconds for what is killed to be gone
@@ -64,7 +60,7 @@ class Watch:
         atexit.register(end_descendants)
         self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in _SAID:
+        for number in SAID:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self._raise)
         api = ctypes.pythonapi
@@ -105,10 +101,10 @@ class Watch:
         with self._hearing:
             with suppress(BlockingIOError):
                 for number in os.read(self._woken, 64):
-                    if self.status is None and not self._over and number in _SAID:
+                    if self.status is None and not self._over and number in SAID:
                         self.status, self._deadline = 128 + number, time.monotonic() + _GRACE
                         cluster.said()
-                        self._tell(f"{_SAID[signal.Signals(number)]}; {KEPT}", self.status)
+                        self._tell(f"{SAID[signal.Signals(number)]}; {KEPT}", self.status)
             self._over |= last
 
     def _is_ours_to_miss(self) -> bool:
@@ -157,7 +153,7 @@ class Watch:
 
 
 def _let_pass() -> None:
-    for number in _SAID:
+    for number in SAID:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)  # what is started from here on would inherit SIG_IGN
 

@@ -48,8 +48,11 @@ if TYPE_CHECKING:
 Group = list[Prepared]
 
 
-def run_stages(settings: Config, directory: Path, command: Sequence[str], log: Log | None = None) -> float | None:
-    """Runs the stages of one job and writes its run directory. Returns the mean primary score, if any.
+def run_stages(
+    settings: Config, directory: Path, command: Sequence[str], log: Log | None = None, outlived: bool = True
+) -> float | None:
+    """Runs the stages of one job and writes its run directory. Returns the mean primary score, if any. Not `outlived`,
+    the process ends after it.
 
     Everything that can be refused is refused before anything is written, and what is wrong with keys, sources and tasks
     before Ray is waited for.
@@ -59,7 +62,7 @@ def run_stages(settings: Config, directory: Path, command: Sequence[str], log: L
     timing = LoggedTiming(log)
     timing.add("imports", seconds_since_process_start())
     job = Job(settings, directory, " ".join(["python -m rvdist.launch", *command]), timing, log)
-    with closing(Warm(outlived=False)) as warm:
+    with closing(Warm(outlived)) as warm:
         (ended,) = run_jobs([job], warm, last=True)
     if ended.error:
         raise ended.error

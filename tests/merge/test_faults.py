@@ -104,24 +104,6 @@ def goes_on(run, out, right, **paths):
     assert digests(out) == right
 
 
-@pytest.fixture
-def mount():
-    """`mount(place, *options)`; skips the test where that is not permitted."""
-    mounted = []
-
-    def mount_it(place, *options):
-        place.mkdir(exist_ok=True)
-        done = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-        mounted.append(place)
-        return place
-
-    yield mount_it
-    for place in mounted:
-        subprocess.run(["umount", "-q", "-l", str(place)], check=False)
-
-
 def command(place, mark, *arguments, hold=0.0, **joining):
     """The command in a process group of its own, in small units, standing still for `hold` seconds at every batch."""
     script = place / "command.py"

@@ -32,10 +32,10 @@ _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
 _UNPICKLE = (  # of a model, or of a training by Lightning, whose names begin with the attribute that held the model
     'python -c "import os, sys, torch; from safetensors.torch import save_file; '
-    "s = torch.load(sys.argv[1], 'cpu', weights_only=False); s = s.get('state_dict', s.get('model', s)); "
+    "s = torch.load(sys.argv[1], 'cpu', weights_only=True); s = s.get('state_dict', s.get('model', s)); "
     "n = os.path.commonprefix([*s]).rfind('.') + 1; os.makedirs('OUT'); "
     "save_file({k[n:]: v.contiguous().clone() for k, v in s.items()}, 'OUT/model.safetensors')\" {quoted}, "
-    "and copy config.json and the tokenizer there"
+    "and copy config.json and the tokenizer there; torch names what else is in it, and makes none of that"
 )
 _BESIDE_WEIGHTS = r"(?:optimizer|scheduler|scaler|rng_state|training_args|data|extra_state)[\d_]*\."
 _FOREIGN = (  # what weights in other formats are called, what they are, and what makes safetensors of them

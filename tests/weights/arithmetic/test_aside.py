@@ -31,17 +31,12 @@ def large(request, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def full(tmp_path, monkeypatch):
+def full(tmp_path, monkeypatch, mount):
     """A temporary directory of 64 KiB, and every matrix is large."""
-    place = tmp_path / "full"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
+    place = mount(tmp_path / "full", "-t", "tmpfs", "-o", "size=64k", "tmpfs")
     monkeypatch.setattr(aside, "_LARGE", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(place))
-    yield place
-    subprocess.run(["umount", "-q", "-l", str(place)], check=False)
+    return place
 
 
 def test_it_comes_back_as_it_was(large, tmp_path):

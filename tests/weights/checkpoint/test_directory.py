@@ -86,8 +86,20 @@ def test_weights_in_another_format_are_refused_with_what_converts_them(tmp_path,
             open_checkpoint(tmp_path / file)
 
 
-class Settings:
-    """What a training keeps beside weights, which torch makes only where it is trusted."""
+class Hostile:
+    """Leaves a file called `ran` where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def convert(refusal, place):
+    """Runs the line that a refusal gives, in `place`."""
+    command = refusal.partition("convert it: ")[2].partition(", and copy config.json")[0]
+    assert command.startswith("python -c")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    line = command.replace("python", sys.executable, 1)
+    return subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("within", "prefix"), [("state_dict", "model."), ("model", "module.model."), (None, "")])
@@ -96,19 +108,26 @@ def test_the_line_that_converts_a_training_s_pickle_works_as_it_stands(tmp_path,
     model = tensors(0)
     model |= {"lm_head.weight": model["model.embed_tokens.weight"], "model.turned": torch.arange(6).view(2, 3).T}
     state = {prefix + name: tensor for name, tensor in model.items()}
-    saved = {within: state, "epoch": 1, "hyper_parameters": Settings()} if within else state
+    saved = {within: state, "epoch": 1, "hyper_parameters": {"lr": 0.1}} if within else state
     (place := tmp_path / "it's $HOME").mkdir()
     torch.save(saved, place / "epoch=0-step=10.ckpt")
     for named in (place, place / "epoch=0-step=10.ckpt"):
         with pytest.raises(BadInput, match="which can run code when opened") as caught:
             open_source(str(named))
-    command = str(caught.value).partition("convert it: ")[2].partition(", and copy config.json")[0]
-    assert command.startswith("python -c")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, env=environment, check=True)
+    done = convert(str(caught.value), tmp_path)
+    assert done.returncode == 0, done.stderr
     open_source(str(tmp_path / "OUT"))
     found = load_checkpoint(tmp_path / "OUT")
     assert found.keys() == model.keys() and all(torch.equal(found[name], own) for name, own in model.items())
+
+
+def test_the_line_that_converts_a_training_s_pickle_runs_nothing_that_is_in_it(tmp_path):
+    torch.save({"state_dict": tensors(0), "hyper_parameters": Hostile()}, tmp_path / "last.ckpt")
+    with pytest.raises(BadInput) as caught:
+        open_source(str(tmp_path))
+    done = convert(str(caught.value), tmp_path)
+    assert done.returncode != 0 and "mkdir" in done.stderr
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "OUT").exists()
 
 
 def test_a_file_in_place_of_its_directory(tmp_path):
