@@ -37,6 +37,13 @@ FLAGS = {
     "mergekit, `--async-write --write-threads 2`": ASYNC,
     "mergekit, these and `-j 2 --lazy-unpickle`": (*ASYNC, "-j", "2", "--lazy-unpickle"),
 }
+POCKET = Path(__file__).parent.parent / "rvdist" / "pocket"
+NOTHING = [
+    f"target={POCKET}/target",
+    f"vector.plus={POCKET}/grpo",
+    f"vector.minus={POCKET}/sft",
+    f"output={os.devnull}",
+]
 CONFIG_7B = merge.CONFIG | {
     "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
     "vocab_size": 152064, "tie_word_embeddings": False,
@@ -125,6 +132,7 @@ def main() -> None:
                 evict(files)
             if name in (UP, ON_RAY):
                 subprocess.run([*door, "up"], check=True, stdout=subprocess.DEVNULL)
+                subprocess.run([*command, *NOTHING], check=True, stdout=subprocess.DEVNULL)  # waits until all is up
             try:
                 runs[name].append(merge.measure(command))
             finally:
