@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import POCKET, launch, load_checkpoint
+from checkpoints import POCKET, launch, load_checkpoint, near, tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from rvdist.launch import _quote_for_hydra as readable
@@ -285,6 +285,22 @@ def test_a_plan_foretells_what_falls_to_each_node(place):
     ]
     assert [(row[1], row[2]) for row in rows] == [("1", "2"), ("2", "2"), ("3", "1")]
     assert sum(int(row[3]) for row in rows) == int(re.search(r"(\d+) files", done.stdout)[1]) > 2
+
+
+def test_a_plan_foretells_what_matrices_take_beside_memory(tmp_path):
+    """Of TSV-M, and where: what `TMPDIR` says, whatever is there."""
+    base = tensors(0) | {"model.wide": torch.randn(1100, 1200).bfloat16()}
+    for seed, name in enumerate(("target", "sft", "one", "other")):
+        write_checkpoint(tmp_path / name, near(base, seed))
+    vectors = "vectors=[{plus: one, minus: sft}, {plus: other, minus: sft}]"
+    asked = ("target=target", vectors, "method=tsv_m", "output=out", "stages=[plan]", "cache.dir=cache")
+    done = launch(*asked, cwd=tmp_path, TMPDIR=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"a worker takes [\d.]+ MiB for a matrix of tensor model.wide \(1100 × 1200\)\n"
+        rf"  and up to 18.5 MiB of its temporary directory \({tmp_path}/none here\)\n",
+        done.stdout,
+    )
 
 
 def test_a_plan_has_a_worker_even_where_there_are_fewer_cores_than_its_threads(place):

@@ -17,7 +17,7 @@ from rvdist.merge.plan import Plan
 from rvdist.stages.job import Prepared
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.fp8 import Scaled
-from rvdist.weights.rows import matrix_memory
+from rvdist.weights.rows import matrix_memory, matrix_room
 
 if TYPE_CHECKING:
     from rvdist.evaluate.foresight import Load, Memory
@@ -41,6 +41,11 @@ def print_plan(prepared: Prepared, plan: Plan) -> None:
             if nbytes:
                 sides = " × ".join(map(str, shape))
                 prepared.say(f"  a worker takes {nbytes / 2**20:,.1f} MiB for a matrix of tensor {name} ({sides})")
+            if nbytes := matrix_room(point, prepared.sources):
+                from rvdist.weights.arithmetic import aside
+
+                where = f"its temporary directory ({aside.directory()} here)"
+                prepared.say(f"  and up to {nbytes / 2**20:,.1f} MiB of {where}")
         prepared.say(f"  {len(layout.files)} files, {len(layout.tensors)} tensors each")
     prepared.say(f"reads {plan.bytes_read:,} bytes, writes {plan.bytes_written:,}, in {len(plan.units)} units")
     if plan.outputs:

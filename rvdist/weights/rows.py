@@ -4,6 +4,7 @@ sources have all of it; a matrix and what it is decomposed by fit into memory.""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from rvdist.core.errors import BadInput
 from rvdist.core.point import Vector, WeightPoint, layer_count
@@ -11,6 +12,9 @@ from rvdist.weights.checkpoint.difference import Difference, Dora, LowRank
 from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.header import ITEMSIZE, TensorSpec
 from rvdist.weights.checkpoint.layouts import form_of
+
+if TYPE_CHECKING:
+    from rvdist.weights.arithmetic.matrices import Matrices
 
 LONGEST = 128 * 1024  # elements of a row
 
@@ -37,6 +41,15 @@ def require_rows(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> None:
                     )
 
 
+def matrix_room(point: WeightPoint, sources: Mapping[str, Checkpoint]) -> int:
+    """How many bytes of the temporary directory a worker takes at most for a matrix of the point."""
+    if not point.method.facts.whole_matrices:
+        return 0
+    method = _matrices(point)
+    seen = ((spec.shape, len(changing)) for _, spec, changing in _changed(point, sources) if len(spec.shape) > 1)
+    return max((method.bytes_aside(shape, count) for shape, count in seen), default=0)
+
+
 def matrix_memory(
     point: WeightPoint, sources: Mapping[str, Checkpoint], dtype: str | None = None
 ) -> tuple[int, str, tuple[int, ...]]:
@@ -45,11 +58,7 @@ def matrix_memory(
     None for the base's own."""
     if not point.method.facts.whole_matrices:
         return 0, "", ()
-    from rvdist.weights.arithmetic.matrices import Matrices
-    from rvdist.weights.arithmetic.registry import build
-
-    method = build(point.method)
-    assert isinstance(method, Matrices)
+    method = _matrices(point)
     most: tuple[int, str, tuple[int, ...]] = (0, "", ())
     for name, spec, changing in _changed(point, sources):
         if len(spec.shape) < 2:
@@ -63,6 +72,15 @@ def matrix_memory(
         nbytes = method.bytes_held(spec.shape, rank, 8 if wide else 4)
         most = max(most, (nbytes, name, spec.shape))
     return most
+
+
+def _matrices(point: WeightPoint) -> Matrices:
+    from rvdist.weights.arithmetic.matrices import Matrices
+    from rvdist.weights.arithmetic.registry import build
+
+    method = build(point.method)
+    assert isinstance(method, Matrices)
+    return method
 
 
 def require_memory(point: WeightPoint, sources: Mapping[str, Checkpoint], limit: int, dtype: str | None = None) -> None:

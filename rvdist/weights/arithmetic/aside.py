@@ -1,7 +1,8 @@
 """Matrices that wait outside memory while others are worked on.
 
-One that is large waits in a file of the temporary directory (`TMPDIR`) that has no name, so that it is gone with the
-process, however that ends. It is written and read by plain calls: mapped, its pages would be this process's again.
+One that is large waits in a file of the temporary directory that has no name, so that it is gone with the process,
+however that ends. It is written and read by plain calls: mapped, its pages would be this process's again. Where
+`TMPDIR` is set, no other directory is taken: Python passes over one that is full, missing or read-only without a word.
 """
 
 from __future__ import annotations
@@ -15,6 +16,18 @@ import torch
 from rvdist.core.errors import Failed
 
 _LARGE = 8 << 20  # bytes of a matrix that are more than memory is spared for
+_AT_ONCE = 2  # that wait in a directory for one worker, at most
+
+
+def directory() -> str:
+    """Where matrices wait."""
+    return os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
+
+
+def room(rows: int, columns: int) -> int:
+    """Bytes of the directory that matrices of this shape take at most, for each worker."""
+    nbytes = 8 * rows * columns
+    return _AT_ONCE * nbytes if nbytes > _LARGE else 0
 
 
 class Aside:
@@ -23,11 +36,10 @@ class Aside:
 
     def __init__(self, rows: int, columns: int) -> None:
         self._columns, self._parts = columns, list[tuple[int, int]]()  # of each how many rows, and the sum of its words
-        self._directory, self._nbytes = "", 8 * rows * columns
+        self._directory, self._nbytes = directory(), 8 * rows * columns
         self._file: io.BytesIO | io.FileIO = io.BytesIO()
         if self._nbytes > _LARGE:
             try:
-                self._directory = tempfile.gettempdir()
                 self._file = tempfile.TemporaryFile(buffering=0, dir=self._directory)  # noqa: SIM115
             except OSError as error:
                 raise self._failed(f"takes no file ({error.strerror})") from None
@@ -67,10 +79,10 @@ class Aside:
         return sum(count for count, _ in self._parts)
 
     def _failed(self, why: str) -> Failed:
-        place = self._directory or os.environ.get("TMPDIR") or "/tmp"
         return Failed(
-            f"{place}: {why}; a matrix of {self._nbytes / 2**20:,.0f} MiB is to wait there while another is used; "
-            "set TMPDIR to a directory that takes it, and the same command goes on from what is done"
+            f"{self._directory}: {why}; up to {_AT_ONCE * self._nbytes / 2**20:,.1f} MiB of matrices are to wait there "
+            "for each worker; set TMPDIR to a directory that takes them (for a Ray that is up already, where it is "
+            "started), and the same command goes on from what is done"
         )
 
     def __del__(self) -> None:

@@ -103,6 +103,11 @@ class Matrices(ABC):
         """About how much memory a tensor takes at most, `itemsize` that of the working dtype, and `rank` that of all
         vectors together which are stored as factors."""
 
+    @staticmethod
+    def bytes_aside(shape: Sequence[int], count: int) -> int:
+        """How much of the temporary directory a tensor that `count` vectors change takes at most."""
+        return 0
+
 
 def nothing(rows: range, columns: range, out: torch.Tensor) -> None:
     """A change by none."""

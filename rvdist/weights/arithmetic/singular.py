@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rvdist.weights.arithmetic.aside import Aside
+from rvdist.weights.arithmetic.aside import Aside, room
 from rvdist.weights.arithmetic.matrices import (
     Change,
     Chunks,
@@ -117,3 +117,8 @@ class TsvM(Matrices):
     @staticmethod
     def bytes_held(shape: Sequence[int], rank: int, itemsize: int) -> int:
         return held(shape, itemsize)
+
+    @staticmethod
+    def bytes_aside(shape: Sequence[int], count: int) -> int:
+        side = min(shape[-2:])
+        return room(side // count * count, side)

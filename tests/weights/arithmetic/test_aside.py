@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from rvdist.merge.plan import build_plan
 from rvdist.weights.arithmetic import aside
 from rvdist.weights.arithmetic.aside import Aside
 from rvdist.weights.checkpoint.source import open_source
+from rvdist.weights.rows import matrix_room
 
 ROWS = torch.arange(3000, dtype=torch.float64).view(30, 100).sqrt()
 
@@ -27,7 +28,7 @@ ROWS = torch.arange(3000, dtype=torch.float64).view(30, 100).sqrt()
 @pytest.fixture(params=[8 << 20, 0], ids=["in memory", "in a file"])
 def large(request, monkeypatch, tmp_path):
     monkeypatch.setattr(aside, "_LARGE", request.param)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def full(tmp_path, monkeypatch, mount):
     """A temporary directory of 64 KiB, and every matrix is large."""
     place = mount(tmp_path / "full", "-t", "tmpfs", "-o", "size=64k", "tmpfs")
     monkeypatch.setattr(aside, "_LARGE", 0)
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("TMPDIR", str(place))
     return place
 
 
@@ -86,7 +87,7 @@ def test_nothing_is_left_of_a_process_that_is_killed(tmp_path):
 @pytest.mark.parametrize("lose", [lambda file: os.pwrite(file, bytes(4096), 8192), lambda file: os.ftruncate(file, 99)])
 def test_what_a_disk_has_lost_is_noticed(lose, monkeypatch, tmp_path):
     monkeypatch.setattr(aside, "_LARGE", 0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     matrix = Aside(30, 100)
     matrix.append(ROWS)
     lose(matrix._file.fileno())
@@ -95,12 +96,14 @@ def test_what_a_disk_has_lost_is_noticed(lose, monkeypatch, tmp_path):
 
 
 def test_a_directory_that_takes_no_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(Failed, match=rf"^{tmp_path}/none: takes no file \(No such file or directory\); .*set TMPDIR"):
+    """No other one is taken in its place."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    said = r"takes no file \(No such file or directory\); up to 30.5 MiB of matrices are to wait there"
+    with pytest.raises(Failed, match=rf"^{tmp_path}/none: {said} .*set TMPDIR"):
         Aside(2000, 1000)
 
 
-def test_a_directory_without_room_ends_a_merge_in_one_sentence(full, tmp_path):
+def test_a_directory_without_room_ends_a_merge_in_one_sentence(full, tmp_path, monkeypatch):
     """And the same one goes on where there is some."""
     base = tensors(0)
     target, minus, plus, other = (
@@ -115,12 +118,33 @@ def test_a_directory_without_room_ends_a_merge_in_one_sentence(full, tmp_path):
         merge(plan, sources, defaultdict(str), WorkerSettings(1, alone=True))
         return {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.safetensors")}
 
-    (full / "other").write_bytes(bytes(48 << 10))
-    with pytest.raises(Failed, match=rf"^{full}: has no room \(No space left on device\); a matrix .*set TMPDIR to a"):
+    (full / "other").write_bytes(bytes(64 << 10))
+    with pytest.raises(Failed, match=rf"^{full}: has no room \(No space left on device\); up to 0.0 MiB .*set TMPDIR"):
         run("out")
     assert not (tmp_path / "out").exists()
     assert [file.name for file in full.iterdir()] == ["other"]
-    tempfile.tempdir = str(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     found = run("out")
     aside._LARGE = 8 << 20
     assert found == run("in memory") and found
+
+
+def test_what_a_plan_foretells_of_the_temporary_directory(mount, tmp_path, monkeypatch):
+    """A worker takes that much of it, and no more."""
+    base = tensors(0)
+    target, minus, *donors = (
+        str(write_checkpoint(tmp_path / f"checkpoint{k}", near(base, k) if k else base)) for k in range(4)
+    )
+    point = WeightPoint(target, tuple(Term(0.5, Vector(donor, minus)) for donor in donors), MethodSpec("tsv_m"))
+    sources = {source: open_source(source) for source in point.sources()}
+    assert matrix_room(point, sources) == 0, "memory is spared for these"
+    monkeypatch.setattr(aside, "_LARGE", 0)
+    foretold = matrix_room(point, sources)
+    assert foretold == 16 * 48 * 48
+    pages = 2 * -(-foretold // 2 // os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PAGE_SIZE")  # of two files
+    for size, ends in ((pages, nullcontext()), (pages // 2, pytest.raises(Failed, match="has no room"))):
+        place = mount(tmp_path / f"of {size}", "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+        monkeypatch.setenv("TMPDIR", str(place))
+        with ends:
+            plan = build_plan({tmp_path / f"out{size}": point}, sources)
+            merge(plan, sources, defaultdict(str), WorkerSettings(1, alone=True))
