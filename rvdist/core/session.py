@@ -26,6 +26,7 @@ _PREFIX, _INNER, _LOCK = "ray", "r", "lock"
 _NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
 _SOCKET = len(f"/{_PREFIX}12345678/{_INNER}/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _LONGEST = 107 - _SOCKET  # bytes of the directory under which Ray can have its sockets
+_ROOM = 16 << 20  # bytes: with less, Ray may end while it starts, and does not say of what
 _NEW = 60.0  # seconds for which one without a holder may be about to get one
 _PATIENCE = 1.0  # seconds in which what still writes in it ends
 MARK = "RVDIST_RAY"  # in the environment of all that Ray starts: the directory
@@ -72,6 +73,7 @@ class SessionDirectory:
         _sweep(above)
         try:
             above.mkdir(parents=True, exist_ok=True)
+            _require_room(above)
             self._path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
             self._lock = open(self._path / _LOCK, "wb")  # noqa: SIM115  # held as long as it is ours
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -143,6 +145,17 @@ def _above() -> Path:
             "set RAY_TMPDIR to a shorter directory, such as /tmp"
         )
     return Path("/tmp")
+
+
+def _require_room(above: Path) -> None:
+    """Raises BadInput where a file system is as good as full."""
+    said = os.statvfs(above)
+    left = said.f_bavail * said.f_frsize
+    if said.f_blocks and left < _ROOM:
+        raise BadInput(
+            f"{above}: has {left / 2**20:.1f} MiB left, and Ray's files are to have {_ROOM / 2**20:.0f} MiB; make room "
+            "there, or set RAY_TMPDIR to a directory that has some"
+        )
 
 
 def _sweep(above: Path) -> None:

@@ -46,6 +46,17 @@ def test_ray_has_room_for_its_sockets(monkeypatch, tmp_path):
         SessionDirectory()
 
 
+def test_a_directory_that_is_full_is_told_before_ray_starts(mount, monkeypatch, tmp_path):
+    """Its GCS would end after a minute, and nobody could say of what."""
+    monkeypatch.setenv("RAY_TMPDIR", str(mount(tmp_path / "full", "-t", "tmpfs", "-o", "size=64k", "tmpfs")))
+    monkeypatch.setattr(session, "_LONGEST", 200)
+    with pytest.raises(
+        BadInput, match=rf"^{tmp_path}/full: has 0.1 MiB left, and Ray's files .*; make room there, or set"
+    ):
+        SessionDirectory()
+    assert not list((tmp_path / "full").iterdir())
+
+
 def test_what_a_killed_command_left_is_removed_by_the_next(short, monkeypatch):
     names = {}
     for name, mode in (("left", 0o700), ("young", 0o700), ("held", 0o700), ("open", 0o755)):
