@@ -27,7 +27,9 @@ _MOST_JSON = 64 << 20  # bytes
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # what stands beside weights and belongs to them
 _WHOLE = "model.safetensors"
-_MODELS = (_WHOLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_MODELS = (_WHOLE, INDEX, "pytorch_model.bin", _BIN_INDEX)
+_SHARD = re.compile(r"pytorch_model-\d+-of-\d+\.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVE = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained({}).save_pretrained('OUT')\""
 _UNPICKLE = (  # of a model, or of a training by Lightning, whose names begin with the attribute that held the model
@@ -54,12 +56,7 @@ _FOREIGN = (  # what weights in other formats are called, what they are, and wha
         "a part of a ZeRO checkpoint of DeepSpeed",
         "python '{path}/../zero_to_fp32.py' '{path}/..' OUT --safe_serialization",
     ),
-    (rf"(?!{_BESIDE_WEIGHTS}).+\.(?:pt|pth|ckpt)", "pickled weights, which can run code when opened", _UNPICKLE),
-    (
-        rf"(?!{_BESIDE_WEIGHTS}).+\.bin",
-        "pickled weights, which can run code when opened",
-        _SAVE.format("'{path}', dtype='auto'"),
-    ),
+    (rf"(?!{_BESIDE_WEIGHTS}).+\.(?:pt|pth|ckpt|bin)", "pickled weights, which can run code when opened", _UNPICKLE),
 )
 
 
@@ -159,7 +156,8 @@ def shard_names(count: int, stem: str = "model") -> list[str]:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads and checks every header of the checkpoint in the directory `path`. Raises BadInput."""
     if path.is_file():
-        _refuse_foreign(path.parent, [path.name])
+        if path.name not in _MODELS and not _SHARD.fullmatch(path.name):
+            _refuse_foreign(path.parent, [path.name])
         raise BadInput(f"{path}: is a file; give the directory that holds it")
     if not path.is_dir():
         raise BadInput(f"{path}: no such checkpoint directory; check the path")
@@ -188,7 +186,7 @@ def assemble(
                 "read; delete what is stale, the index with its shards or that file"
             )
         expected = None  # of an older save, whose shards are gone: transformers reads the whole file, too
-    files = sorted(set(expected.values())) if expected is not None else _weight_files(path, names)
+    files = sorted(set(expected.values())) if expected is not None else _weight_files(path, names, hub)
 
     tensors: dict[str, TensorSpec] = {}
     metadata: dict[str, dict[str, str]] = {}
@@ -265,17 +263,22 @@ def _is_weight_file(file: str, suffix: str) -> bool:
     return file == Path(file).name and file.endswith(suffix) and len(file) < 256 and "\0" not in file
 
 
-def _refuse_foreign(path: Path, names: Collection[str]) -> None:
+def _refuse_foreign(path: Path, names: Collection[str], hub: Hub | None = None) -> None:
     """Raises BadInput where weights are in another format, which it names, with what converts them."""
     for pattern, what, command in _FOREIGN:
         for file in sorted(names):
             if re.fullmatch(pattern, file):
+                if hub:
+                    raise BadInput(
+                        f"{hub}: holds {what} ({file}); take a safetensors revision, or download it whole (hf download "
+                        f"{quote(hub.repository)} --revision {hub.commit} --local-dir DIR) and give DIR"
+                    )
                 convert = command.replace("{path}", str(path)).replace("{file}", file)
                 convert = convert.replace("{quoted}", quote(str(path / file)))
                 raise BadInput(f"{path}: holds {what} ({file}); take a safetensors revision, or convert it: {convert}")
 
 
-def _weight_files(path: Path, names: Collection[str]) -> list[str]:
+def _weight_files(path: Path, names: Collection[str], hub: Hub | None) -> list[str]:
     files = sorted(name for name in names if name.endswith(".safetensors"))
     if _WHOLE in files:
         return [_WHOLE]
@@ -283,5 +286,11 @@ def _weight_files(path: Path, names: Collection[str]) -> list[str]:
         return files
     if files:
         raise BadInput(f"{path}: has {len(files)} safetensors files and no {INDEX}; download the index")
-    _refuse_foreign(path, names)
+    shards = sorted(filter(_SHARD.fullmatch, names))
+    if shards and _BIN_INDEX not in names:
+        raise BadInput(
+            f"{path}: has {len(shards)} pickled shards ({shards[0]}) and no {_BIN_INDEX}; download the index, "
+            "with which they are read as they stand"
+        )
+    _refuse_foreign(path, names, hub)
     raise BadInput(f"{path}: has no safetensors weights; check the path")

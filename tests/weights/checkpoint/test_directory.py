@@ -67,8 +67,7 @@ def test_a_hub_name_that_cannot_be_had_is_one_sentence():
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("pytorch_model.bin", "pickled weights.*save_pretrained"),
-        ("pytorch_model-00001-of-00002.bin", "pickled weights.*save_pretrained"),
+        ("model.bin", "pickled weights.*save_file"),
         ("model-Q4_K_M.gguf", "GGUF weights.*gguf_file='model-Q4_K_M.gguf'.*save_pretrained"),
         ("__0_0.distcp", "distributed checkpoint.*accelerate merge-weights"),
         ("llama.nemo", "NeMo archive.*convert_"),
@@ -84,6 +83,26 @@ def test_weights_in_another_format_are_refused_with_what_converts_them(tmp_path,
     if not file.endswith(".py"):
         with pytest.raises(BadInput, match=said):
             open_checkpoint(tmp_path / file)
+
+
+def test_pickled_shards_without_their_index(tmp_path):
+    """transformers reads none of them without it, and with it we do; the same of one of them that is given alone."""
+    state, listed = tensors(0), {}
+    for number, names in enumerate((list(state)[:4], list(state)[4:]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: state[name] for name in names}, tmp_path / file)
+        listed |= dict.fromkeys(names, file)
+    sentence = r"has 2 pickled shards \(pytorch_model-00001-of-00002.bin\) and no pytorch_model.bin.index.json; down"
+    with pytest.raises(BadInput, match=f"^{tmp_path}: {sentence}") as caught:
+        open_source(str(tmp_path))
+    assert "python" not in str(caught.value)
+    for file in ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin"):
+        (tmp_path / file).touch()
+        with pytest.raises(BadInput, match=f"{file}: is a file; give the directory that holds it"):
+            open_source(str(tmp_path / file))
+        (tmp_path / "pytorch_model.bin").unlink(missing_ok=True)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    assert open_source(str(tmp_path)).tensors.keys() == state.keys()
 
 
 class Hostile:

@@ -335,6 +335,17 @@ def test_an_index_may_not_name_what_is_not_there(hub, published):
         open_source("org/name")
 
 
+def test_pickled_weights_are_to_be_downloaded_whole(hub, published):
+    """Then they are read as they stand; what would convert them needs them, too."""
+    (published / INDEX).unlink()
+    for file in published.glob("*.safetensors"):
+        file.rename(published / f"pytorch_{file.stem}.bin")
+    (published / "pytorch_model.bin.index.json").write_text("{}")
+    hub.publish("org/name", published)
+    with pytest.raises(BadInput, match=r"^org/name@\w+: .*\(hf download org/name --revision \w+ --local-dir DIR\)"):
+        open_source("org/name")
+
+
 def test_a_token_is_shown_to_the_hub_alone(hub, published, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     read_all(by_ranges(open_source("org/name"), {SHARD: 1 << 30}))
