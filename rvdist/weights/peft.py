@@ -15,10 +15,12 @@ from rvdist.core.errors import BadInput
 from rvdist.weights.anatomy.kind import in_order, kind_of
 from rvdist.weights.checkpoint.adapter import PREFIX
 from rvdist.weights.checkpoint.directory import Checkpoint
+from rvdist.weights.checkpoint.private_transformers import renames_in_memory
 
 LEFT_OUT = "left_out"  # the form of a tensor that is not held, or is 0
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl")  # whose matrices are Conv1D's
-_NO_LINEAR = re.compile(r"(?:.*\.)?(?:experts\..*|(?:gate|router)\.weight)")  # of mixtures: parameters of their own
+# Of mixtures: parameters of their own.
+_NO_LINEAR = re.compile(r"(?:.*\.)?(?:experts\..*|(?:gate|router|router\.layer)\.weight)")
 
 
 def is_held(name: str, shape: tuple[int, ...]) -> bool:
@@ -34,11 +36,23 @@ def factor_names(name: str) -> tuple[str, str]:
 
 
 def require_linear(donor: Checkpoint) -> None:
-    """Raises BadInput for a model whose files have matrices the other way round than LoRA's factors make them."""
+    """Raises BadInput for a model whose files have matrices the other way round than LoRA's factors make them, or under
+    other names than its modules have, by which peft and vLLM look for factors."""
     if (kind := donor.config.get("model_type")) in _TRANSPOSED:
         raise BadInput(
             f"{donor.path}: is a {kind}, which stores its matrices transposed, and vector.format=peft knows linear "
             "layers only; store the vector without it"
+        )
+    names = [name for name, spec in donor.tensors.items() if is_held(name, spec.shape)]
+    needed = []
+    for pattern, replacement in renames_in_memory(donor.config):
+        renamed = [re.sub(pattern, replacement, name) for name in names]
+        needed += [f'["{pattern}","{replacement}"]'] * (renamed != names)
+        names = renamed
+    if needed:
+        raise BadInput(
+            f"{donor.path}: is a {kind}, whose modules are called otherwise than the tensors of its files, by which "
+            f"peft would not find them; set vector.rename='[{','.join(needed)}]'"
         )
 
 

@@ -214,6 +214,7 @@ class RequantizingReader(PointReader):
         ):
             matrix = values.reshape(-1, width), before.reshape(-1, width), codes.reshape(-1, width)
             results.append(requantize(*matrix, scales, *form, surveyed[k] if surveyed else None))
+            self.nonfinite[k] += int(results[-1][1].isfinite().logical_not().sum())  # for which their dtype has no room
         return results
 
     def _computed(self, name: str, begin: int, end: int) -> list[Floats]:
@@ -273,13 +274,15 @@ def _sizes(values: Floats) -> Floats:
 
 
 def scale_of(largest: torch.Tensor, kind: Kind, dtype: torch.dtype, power_of_two: bool = False) -> torch.Tensor:
-    """The scale of blocks whose largest element, in size, is this; or the next power of two."""
+    """The scale of blocks whose largest element, in size, is this; or the next power of two. Where `dtype` rounds it to
+    0, the least that it has."""
     scale = largest / kind.largest
     if power_of_two:
         fraction, exponent = torch.frexp(scale)
         exponent = torch.where(fraction == 0.5, exponent - 1, exponent)
         scale = torch.where(scale > 0, torch.ldexp(torch.ones_like(scale), exponent), scale)
-    return scale.to(dtype)
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    return torch.where((scale > 0) & (scale.to(dtype) == 0), torch.tensor(least, dtype=dtype), scale.to(dtype))
 
 
 def encode(values: Floats, kind: Kind) -> Codes:

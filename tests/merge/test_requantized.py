@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from alone import write
-from checkpoints import load_checkpoint, near
+from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 from fp8 import BLOCK, dequantized, digests, quantized, weights_of, write_fp8, write_mixed, written_back
 from points import shifted
 from safetensors.torch import load_file, save_file
@@ -66,6 +66,23 @@ def test_an_fp8_target_that_nothing_touches_is_the_same_bytes(tmp_path):
         for name, tensor in load_checkpoint(paths["target"]).items():
             found = load_checkpoint(tmp_path / out)[name]
             assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+
+
+def test_scales_for_which_their_dtype_has_no_room_are_neither_zero_nor_infinite(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = quantized(tensors(0), BLOCK)
+    weights |= {each: tensor.half() for each, tensor in weights.items() if each.endswith("_scale_inv")}
+    values = {each: tensor.float() for each, tensor in dequantized(weights, BLOCK).items()}
+    rest = 1e-6 * torch.randn(values[name].shape, generator=torch.Generator().manual_seed(0))
+    donors = {"plus": values, "minus": values | {name: rest}, "huge": values | {name: values[name] + 1e9}}
+    paths = {role: write_checkpoint(tmp_path / role, one) for role, one in donors.items()}
+    paths["target"] = write_fp8(tmp_path / "target", weights, BLOCK)
+    write({tmp_path / "small": shifted(paths, -1.0)})
+    found = dequantized(load_checkpoint(tmp_path / "small"), BLOCK)[name]
+    assert float((found - rest).abs().max()) < 1e-8 + 0.07 * float(rest.abs().max())
+    told = ["target=target", "vector.plus=plus", "vector.minus=huge", "compat.force=true", "output=out"]
+    done = launch(*told, cwd=tmp_path)
+    assert done.returncode and f"tensor {name} would be infinite" in done.stderr and not (tmp_path / "out").exists()
 
 
 def tiny_llama(place, seed, base=None):

@@ -2,12 +2,13 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from checkpoints import load_checkpoint, near, tensors, write_checkpoint
+from checkpoints import launch, load_checkpoint, near, tensors, write_checkpoint
 from safetensors.torch import load_file
 from test_store import load, relative_error, store, wide
 
@@ -115,6 +116,37 @@ def test_what_cannot_be_an_adapter(family, tmp_path):
     ):
         with pytest.raises(BadInput, match=reason):
             config.vector_to_save(Config(target="t", vector=VectorConfig("p", "m", save="v", **changes)))
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Gemma3", "Mistral3", "GraniteMoe"])
+def test_modules_are_called_as_transformers_has_them_in_memory(tmp_path, kind):
+    """Files of models with a tower call them otherwise, and routers of Granite's mixtures are none."""
+    import transformers
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    patches = vision | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    towers = {
+        "Qwen2_5_VL": vision | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+        "Gemma3": patches,
+        "Mistral3": patches | {"head_dim": 16},
+    }
+    text = LAYERS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+    parts = {"text_config": text if kind == "Qwen2_5_VL" else LAYERS, "vision_config": towers.get(kind)}
+    settings = getattr(transformers, f"{kind}Config")(**parts if kind in towers else LAYERS | {"num_local_experts": 2})
+    model = getattr(transformers, f"{kind}For{'ConditionalGeneration' if kind in towers else 'CausalLM'}")(settings)
+    model.save_pretrained(tmp_path / "minus")
+    for parameter in model.parameters():
+        parameter.data += 0.02
+    model.save_pretrained(tmp_path / "plus")
+    told = ["vector.plus=plus", "vector.minus=minus", "vector.save=a", "vector.format=peft", "vector.rank=2"]
+    done = launch(*told, cwd=tmp_path)
+    if kind in towers:
+        assert done.returncode == 2 and "called otherwise than" in done.stderr
+        done = launch(*told, shlex.split(done.stderr.partition("set ")[2])[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = set(json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"])
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert said - {"lm_head"} == linear - {"lm_head"}  # which some tie
 
 
 LAYERS = {
