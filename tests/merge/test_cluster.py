@@ -213,7 +213,7 @@ def test_what_a_node_does_not_see_is_done_by_others(nodes, family, right, tmp_pa
         jobs = [
             job(family, tmp_path / "out", workers=4, together=4),
             job(family, tmp_path / "elsewhere" / "out", workers=4, together=4),
-            job(family, tmp_path / "never", workers=4) | lost,
+            job(family, tmp_path / "never", workers=4, together=99) | lost,  # ends before a unit is done, or never
         ]
         done, unseen, nowhere = Run(nodes, tmp_path, *jobs, pace=0.05).results()
     finally:
@@ -225,7 +225,7 @@ def test_what_a_node_does_not_see_is_done_by_others(nodes, family, right, tmp_pa
     assert by_file[hidden].isdisjoint(joined)
     assert unseen["error"] == "BadInput"
     assert f"elsewhere/out.partial: is not visible on node {joined.pop()[:8]}" in unseen["sentence"]
-    assert nowhere["error"] == "BadInput"
+    assert nowhere["error"] == "BadInput", nowhere
     assert f"plus/{hidden}: it changed or was truncated, or no node can see it" in nowhere["sentence"]
     assert not list(tmp_path.glob("**/*.partial")), "bad input leaves nothing"
 
