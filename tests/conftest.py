@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -163,3 +164,30 @@ def mount() -> Generator[Callable[..., Path]]:
     yield mount_it
     for place in mounted:
         subprocess.run(["umount", "-q", "-l", str(place)], check=False)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A small ext4 that can break down."""
+
+    place: Path
+    image: Path
+
+    def stop(self) -> None:
+        """It takes nothing any more, as after errors: what was not synced is lost."""
+        subprocess.run(["mount", "-o", "remount,abort", str(self.place)], check=True)
+
+    def begin_again(self) -> None:
+        """After a stop."""
+        subprocess.run(["umount", str(self.place)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(self.image), str(self.place)], check=True)
+
+
+@pytest.fixture
+def disk(mount: Callable[..., Path], tmp_path: Path) -> Disk:
+    """Skips the test where there can be none."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4 << 20))
+    if not shutil.which("mkfs.ext4") or subprocess.run(["mkfs.ext4", "-q", str(image)], check=False).returncode:
+        pytest.skip("no ext4 can be made here")
+    return Disk(mount(tmp_path / "disk", "-o", "loop", str(image)), image)

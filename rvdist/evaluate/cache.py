@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -194,11 +195,23 @@ class SampleCache:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
             is_full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL or error.args[:1] == (errno.ENOSPC,)
-            way = "make room there, and the same command goes on" if is_full else "move it away"
+            why, way = str(error), "make room there, and the same command goes on" if is_full else "move it away"
+            if not is_full and (said := _no_file(self._path.absolute())):  # SQLite says that it cannot open one
+                why, way = said, "mend that, and the same command goes on"
             raise Failed(
-                f"{self._path}: the sample cache cannot be used ({error}); {way}, or set cache.dir to another "
+                f"{self._path}: the sample cache cannot be used ({why}); {way}, or set cache.dir to another "
                 "directory or cache.samples=false"
             ) from None
+
+
+def _no_file(path: Path) -> str:
+    """Why no file can be made beside this one; empty where one can."""
+    above = next(place for place in path.parents if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            return ""
+    except OSError as error:
+        return f"{above}: no file can be made there ({error.strerror})"
 
 
 def _parse_answers(answers: Any, truncated: Any, seconds: Any, asked: Sequence[Request] | None) -> Answered:

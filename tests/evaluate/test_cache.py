@@ -327,3 +327,16 @@ def test_people_can_ask_it(tmp_path):
     SampleCache(tmp_path).write([("k", "digest", "sums", COMPLETIONS)])
     row = sqlite3.connect(Path(tmp_path) / FILE).execute("SELECT point, task, json_array_length(answers) FROM slices")
     assert row.fetchone() == ("digest", "sums", 2)
+
+
+def test_a_directory_in_which_nothing_can_be_written_is_named(disk):
+    """On a disk that became read-only for errors, while the cache was open; what was kept is read there, too."""
+    cache = SampleCache(disk.place / "cache")
+    cache.write([("one", "point", "task", COMPLETIONS)])
+    disk.stop()
+    said = r"the sample cache cannot be used \({}: no file can be made there \(Read-only file system\)\); mend that, "
+    with pytest.raises(Failed, match=said.format(disk.place / "cache")):
+        cache.write([("other", "point", "task", COMPLETIONS)])
+    assert cache.read(["one", "other"]) == {"one": COMPLETIONS}
+    with pytest.raises(Failed, match=said.format(disk.place)):
+        SampleCache(disk.place / "new")
