@@ -55,7 +55,7 @@ READERS = {
     "a card": ("licence", "vector", "README.md"),
     "rates of merges": ("rate", "rates.json", None),
     "rates of engines": ("speeds", "remembered", "speeds.json"),
-    "what vLLM chose": ("chosen", "remembered", "engines.json"),
+    "what vLLM chose": ("chosen", "remembered", "engines/a.json"),
     "a key": ("key", "keys", f"key-{os.geteuid()}"),
     "a sample cache": ("cache", "cache", "samples.sqlite"),
 }  # fmt: skip
@@ -146,7 +146,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(POCKET / "target", place / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
     (place / "remembered").mkdir()
     (place / "remembered" / "speeds.json").write_text('{"rates": {"H100": [1.0, 1.0]}, "lengths": {"a": 1.0}}')
-    (place / "remembered" / "engines.json").write_text('{"a": {"runner": "b"}}')
+    (place / "remembered" / "engines").mkdir()
+    (place / "remembered" / "engines" / "a.json").write_text('{"runner": "b"}')
     (place / "rates.json").write_text('{"cpu": {"bytes_per_second": 1.0, "anonymous_bytes": 1}}')
     (place / "keys").mkdir()
     (place / "cache").mkdir()

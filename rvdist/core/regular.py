@@ -51,14 +51,24 @@ def read_regular(path: Path, most: int) -> bytes:
     return content
 
 
-def write_regular(path: Path, text: str) -> None:
+def write_regular(path: Path, text: str, durable: bool = False) -> None:
     """Writes a small file and the directories that it needs, never through a link. Not at once: whoever reads it must
-    tell a part of it from the whole, and nothing else is left where this ends in the middle. Raises OSError."""
+    tell a part of it from the whole, and nothing else is left where this ends in the middle. `durable`: it is on disk
+    when this returns, and so are its directory and that one's name. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = Handle(path.parent.resolve())
     try:
         with open(handle.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
             file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            above = Handle(handle.path.parent)
+            for directory in (handle, above):
+                with suppress(OSError):  # not every file system can
+                    os.fsync(directory.descriptor)
+            above.close()
     finally:
         handle.close()
 

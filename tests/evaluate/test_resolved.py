@@ -1,5 +1,6 @@
 """What vLLM chose where cached answers were made."""
 
+import json
 import sqlite3
 import sys
 from contextlib import closing
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rvdist.core.errors import Failed
 from rvdist.core.log import Log
 from rvdist.core.point import WeightPoint
 from rvdist.core.timing import Timing
@@ -32,10 +34,40 @@ def test_what_was_chosen_first_is_kept(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": []}', "[" * 100_000])
 def test_a_damaged_file_says_nothing_and_is_replaced(tmp_path, content):
-    (tmp_path / "engines.json").write_text(content)
+    (tmp_path / "engines.json").write_text(content)  # as versions before kept those of all
     assert recall(tmp_path, "x") == {}
     remember(tmp_path, "y", CHOSEN)
     assert recall(tmp_path, "y") == CHOSEN
+    (tmp_path / "engines/y.json").write_text(content.replace("[]", "{"))
+    assert recall(tmp_path, "y") == {}
+    remember(tmp_path, "y", CHOSEN)
+    assert recall(tmp_path, "y") == CHOSEN
+    (tmp_path / "engines.json").write_text(json.dumps({"z": CHOSEN}))
+    assert recall(tmp_path, "z") == CHOSEN
+
+
+def test_what_one_command_keeps_another_does_not_lose(tmp_path):
+    """One that is killed in the middle, and one that reads in the middle of it: a file of all was written anew."""
+    remember(tmp_path, "one", CHOSEN)
+    kept = {path: path.stat() for path in tmp_path.rglob("*.json")}
+    remember(tmp_path, "other", CHOSEN)
+    assert kept and all(path.stat() == status for path, status in kept.items())
+
+
+def test_what_an_engine_chose_is_durable_before_the_first_answer(disk):
+    """Without it the answers, which are durable, were not found again after a power cut."""
+    cache = disk.place / "cache"
+    assert answered(cache, CHOSEN)[0] == [0, 1]
+    disk.stop()
+    disk.begin_again()
+    assert answered(cache, CHOSEN)[0] == []
+
+
+def test_answers_that_would_not_be_found_again_are_not_kept(tmp_path):
+    (tmp_path / "engines").write_text("in the way")
+    with pytest.raises(Failed, match=r"engines/\w+.json: cannot be written .*answers in the sample cache are not"):
+        answered(tmp_path, CHOSEN)
+    assert not keys_of(tmp_path)
 
 
 class Engines:

@@ -45,6 +45,8 @@ def _make(handle: Handle, name: str) -> bytes:
             os.fsync(descriptor)
         with suppress(FileNotFoundError):  # another process was faster
             os.rename(temporary, name, src_dir_fd=handle.descriptor, dst_dir_fd=handle.descriptor)
+        with suppress(OSError):  # not every file system can; what it seals is durable, and nothing without it
+            os.fsync(handle.descriptor)
     finally:
         for other in os.listdir(handle.descriptor):  # of processes that were killed, or come too late
             if other.startswith(f".{name}-"):

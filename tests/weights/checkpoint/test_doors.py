@@ -214,6 +214,14 @@ def test_a_key_is_this_user_s_alone(tmp_path):
     assert len(owner_key(tmp_path / "key")) == 32
 
 
+def test_a_key_is_durable_before_anything_is_sealed_with_it(disk):
+    """A merge was begun anew where a power cut took the key, and left the journal."""
+    key = owner_key(disk.place / "cache")
+    disk.stop()
+    disk.begin_again()
+    assert owner_key(disk.place / "cache") == key
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("/dev/zero", p)])
 def test_only_regular_files_are_read(make, tmp_path):
     make(tmp_path / "config.json")
