@@ -129,6 +129,10 @@ def answer(
             names = {point: asked.name for point, asked in points.items()}
             with FleetView(total, cached, names, log, file) as view:
                 fleet.answer(todo, requests, keep, view.show)
+            for point in points:
+                if left[point]:  # refused: what is wrong there may be of a source that is another by now
+                    for source in points[point].sources:
+                        source.require_unchanged()
             return Collected(answered, fleet, 0.0 if was_up else fleet.seats.first_up or 0.0, cached)
 
 

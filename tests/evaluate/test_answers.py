@@ -83,3 +83,19 @@ def test_a_source_that_changes_between_two_answers_ends_the_run_and_leaves_the_c
     if cached:
         with closing(SampleCache(paths / "cache")) as cache:
             assert cache._connection.execute("SELECT count(*) FROM slices").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_point_that_is_refused_for_what_stands_in_a_source_s_place_is_not_said_to_be_unsound(paths, changed):
+    """Where the source is what it was, the point alone has no answers."""
+    point = WeightPoint(str(paths / "target"), (Term(1.0, Vector(str(paths / "plus"), str(paths / "minus"))),))
+    sources = [open_source(name) for name in point.sources()]
+    asking = Asking("serving", "[]", SimpleNamespace(versions={"t": "1"}), None, {"t": [Generate("one", 8)]})
+    engines = SimpleNamespace(seats=SimpleNamespace(resolved={}, first_up=0.0))
+    engines.answer = lambda *given: replace(paths / "plus/model.safetensors") if changed else None
+    answering, asked = Answering(1, lambda: engines), {point: Asked("digest", "p", sources)}
+    if changed:
+        with pytest.raises(BadInput, match="plus/model.safetensors: changed while it was being read"):
+            answer(asking, asked, answering, Timing(), Log())
+    else:
+        assert answer(asking, asked, answering, Timing(), Log()).answers == {}
