@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from rvdist.weights.checkpoint.directory import Checkpoint
 from rvdist.weights.checkpoint.staging import Staging
 
 _AHEAD = 2  # units given to a worker at a time, so that it never waits for the driver
+_MOMENT = 3.0  # seconds that an interrupt leaves for making durable what was written
 _PATIENCE = 1.0  # seconds without an answer, after which it is seen again which nodes are alive
 
 
@@ -102,6 +104,9 @@ class Crew:
             self._heard = time.monotonic()
             while self._roster.is_left or any(not task.is_hello for task in self._running.values()):
                 self._step()
+        except KeyboardInterrupt:
+            self._keep()
+            raise
         finally:
             for worker in self._workers:
                 ray.kill(worker.actor)
@@ -230,8 +235,30 @@ class Crew:
                 return
             idle = False
         if worker.unsynced and (is_due(worker.unsynced, worker.synced) or not worker.running):
-            wrote, worker.unsynced, worker.synced = worker.unsynced, [], time.monotonic()
-            self._running[worker.actor.sync.remote()] = _Task(worker, wrote=wrote)
+            self._sync(worker)
+
+    def _sync(self, worker: _Worker) -> None:
+        """Asks a worker to make durable what it wrote, after the units that it was given before."""
+        wrote, worker.unsynced, worker.synced = worker.unsynced, [], time.monotonic()
+        self._running[worker.actor.sync.remote()] = _Task(worker, wrote=wrote)
+
+    def _keep(self) -> None:
+        """Makes durable and journals what was written, as far as workers come to it in a moment: one that is at a long
+        unit does not."""
+        import ray
+
+        until = time.monotonic() + _MOMENT
+        for worker in self._workers:
+            if worker.unsynced:
+                self._sync(worker)
+        while any(task.wrote for task in self._running.values()):
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                return
+            task = self._running.pop(ready[0])
+            with suppress(ray.exceptions.RayError, BadInput, Failed):  # what is lost is done again
+                ray.get(ready[0])
+                self._accounts.journal(task.wrote)
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:
         self._accounts.count(unit, done, str(worker.node))

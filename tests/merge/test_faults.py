@@ -136,6 +136,22 @@ def telling(self, written):
 Staging.journal = telling
 main()
 """
+AT_WORK = """
+import signal, time
+from rvdist.launch import main
+from rvdist.merge import accounts, plan
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+plan.UNIT_BYTES, counted, count = 64 << 10, [], accounts.Accounts.count
+def telling(self, *given):
+    count(self, *given)
+    counted.append(given)
+    if len(counted) == 5:
+        print("counted", flush=True)
+        time.sleep(60)
+accounts.Accounts.count = telling
+main()
+"""
 
 
 def processes(mark):
@@ -207,6 +223,30 @@ def test_the_command_is_killed_and_interrupted_and_goes_on(resumed):
     for name, file in weight_map.items():
         with safe_open(place / "out" / file, "pt") as opened:
             assert opened.get_slice(name).get_shape() == list(target[name].shape)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_workers_wrote_before_an_interrupt_is_kept(tmp_path, number, status):
+    """Also what they had not made durable when it came."""
+    arguments = [f"target={POCKET / 'target'}", f"vector.plus={POCKET / 'grpo'}", f"vector.minus={POCKET / 'sft'}"]
+    arguments += ["output=out", "merge.workers=1", "hydra.run.dir=run", "cache.dir=cache"]
+    package = str(Path(crew.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package, **forked.ray()}
+    command = [sys.executable, "-c", AT_WORK, *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True) as running:
+        assert "counted\n" in iter(running.stdout.readline, "")
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == status and errors.endswith(f"; {KEPT}\n") and errors.count("\n") == 1, errors
+    kept = journalled(tmp_path / "out.partial")
+    assert kept >= 4, "all but the one that was being counted"
+    done = subprocess.run(
+        [sys.executable, "-c", AT_WORK.replace("== 5", "< 0"), *arguments], cwd=tmp_path, env=environment, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    written = json.loads((tmp_path / "run/timing.json").read_text())["bytes_written"]
+    assert written <= open_source(str(tmp_path / "out")).nbytes - kept * (60 << 10)
 
 
 def part_of(mark, name):
