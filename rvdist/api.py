@@ -113,14 +113,15 @@ def merge(
 
     `dtype`: of floating-point tensors, bfloat16, float16 or float32 (default, and target: the base's own).
     `max_shard_size`: bytes, or a text such as 5GB (default: the base's own files). `workers`: default as many as there
-    are cores or GPUs. `device`: cpu or cuda. `address`: of a Ray cluster; "local", the default, starts one for this
-    call, unless the process is connected to one already: then that is used and left as it is. `console`: where progress
-    is shown (default: nowhere). `settings`: every other key, as docs/configuration.md has them; what is given here goes
-    before them, and keys that describe points are not looked at.
+    are cores or GPUs; of up to 64 GiB these are threads of this process (docs/merge.md), a number has them on Ray.
+    `device`: cpu or cuda. `address`: of a Ray cluster; "local", the default, starts one for this call where one is
+    needed, unless the process is connected to one already: then that is used and left as it is. `console`: where
+    progress is shown (default: nowhere). `settings`: every other key, as docs/configuration.md has them; what is given
+    here goes before them, and keys that describe points are not looked at.
 
     Raises BadInput for what cannot be merged, before anything is written; Failed where the merge could not be finished.
     """
-    given = settings or Config()
+    given = _given(points, settings)
     outputs: dict[Path, WeightPoint] = {}
     for place, point in points.items():
         directory = Path(place).absolute()
@@ -175,7 +176,7 @@ def evaluate(
     then the same call goes on with what was answered; and where a point has no score, since its weights or answers are
     not numbers: `directory` has the others' by then.
     """
-    given = settings or Config()
+    given = _given(points, settings)
     if isinstance(tasks, str):
         raise BadInput(f"tasks: {tasks!r} is one name, and a list of names is asked for; give [{tasks!r}]")
     if not points:
@@ -232,6 +233,19 @@ def _scored_arms(directory: Path) -> list[str]:
         ) from None
     except (ValueError, TypeError, LookupError, RecursionError, BadInput) as error:
         raise BadInput(f"{file}: is not the summary of a run ({reason(error)}); evaluate again") from None
+
+
+def _given(points: object, settings: Config | None) -> Config:
+    """The settings, or those by default. Raises BadInput for what of both the types rule out."""
+    if not isinstance(points, Mapping) or not all(isinstance(name, str | Path) for name in points):
+        raise BadInput("points: give a dictionary, of each point by its directory or name: {NAME: WeightPoint(…)}")
+    for name, point in points.items():
+        terms = point.terms if isinstance(point, WeightPoint) else None
+        if not isinstance(terms, tuple) or not all(isinstance(term, Term) for term in terms):
+            raise BadInput(f"points: {name}: is no WeightPoint with a tuple of Terms: WeightPoint(BASE, (Term(…),))")
+    if not isinstance(settings, Config | None):
+        raise BadInput("settings: give a Config of rvdist.api, such as Config(engine=EngineConfig(count=1))")
+    return settings or Config()
 
 
 def _without_points(settings: Config) -> Config:

@@ -44,6 +44,7 @@ from rvdist.stages.job import remove_empty
 
 _HERE = Path(__file__).resolve().parent
 _BAD_INPUT = (BadInput, HydraException, OmegaConfBaseException)
+_UNSCORED = "the jobs are done, but the sweeper asks for their scores; set benchmarks.tasks, or leave hydra/sweeper out"
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 
@@ -68,7 +69,7 @@ def main() -> None:
         leave(130)
     if failures:
         refused = all(isinstance(failure, _BAD_INPUT) for _, failure in failures)
-        status = 2 if refused and not multirun.RayLauncher.done else 1
+        status = 2 if refused and not multirun.RayLauncher.scores else 1
         for name, failure in failures:
             log.fail(f"{name}{_sentence(failure)}", status)
         if private_ray.is_guest():
@@ -91,12 +92,14 @@ def _take(log: Log) -> list[tuple[str, Exception]]:
     def job(composed: DictConfig) -> float | None:
         """Hydra reports an exception in lines of its own and ends a sweep with it: keep it from Hydra."""
         try:
-            return run(composed, log)
+            score = run(composed, log)
         except Exception as error:
             if os.environ.get("RVDIST_TRACEBACK"):
                 raise
-            failures.append(("", as_ours(error)))
+            failures.append((_job_of_several(), as_ours(error)))
             return None
+        multirun.RayLauncher.scores.append(score)
+        return score
 
     try:
         multirun.register()
@@ -107,8 +110,10 @@ def _take(log: Log) -> list[tuple[str, Exception]]:
     except Exception as error:
         if os.environ.get("RVDIST_TRACEBACK"):
             raise
-        if not unfinished and not multirun.RayLauncher.failures:  # else it is a sweeper's, and follows from them
-            failures.append(("", as_ours(error)))
+        if not unfinished and not failures and not multirun.RayLauncher.failures:  # else it follows from them
+            scores = multirun.RayLauncher.scores
+            unscored = isinstance(error, ValueError) and scores and set(scores) == {None}
+            failures.append(("", Failed(_UNSCORED) if unscored else as_ours(error)))
     finally:
         multirun.RayLauncher.close()
     return failures + multirun.RayLauncher.failures
@@ -143,6 +148,15 @@ def run(composed: DictConfig, log: Log) -> float | None:
         remove_empty(directory)
 
 
+def _job_of_several() -> str:
+    """The name of the job that Hydra's own launcher runs; empty where there is but one."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return ""
+    own = private_hydra.swept(sys.argv[1:], hydra_config.overrides.task)
+    return multirun.name_of(hydra_config.job.num, " ".join(own))
+
+
 def _quote(argument: str) -> str:
     """`output=out/{alpha}` and `engine.args={seed: 1}` as Hydra wants them. In its grammar the braces of a placeholder
     would open a dictionary."""
@@ -161,7 +175,12 @@ def _quote_for_hydra(argument: str) -> str:
     quote = '"' if "'" in value else "'"
     quoted = f"{key}={quote}{value}{quote}"
     try:
-        private_hydra.parse_override(argument)
+        override = private_hydra.parse_override(argument)
+        if private_hydra.is_glob(override) and key in _keys() and not (CONF / key).is_dir():
+            raise BadInput(
+                f"{key}: glob() chooses from a group, such as method, and {key} is none; name its values: "
+                f"{key}=ONE,OTHER with -m" + (f", or a pattern without -m: \"{key}='models/*'\"" * (key == "target"))
+            )
         return argument
     except HydraException as error:
         if value[:1] not in "[{('\"" and not {",", quote} & {*value}:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -109,6 +110,16 @@ def test_a_different_tokenizer(place):
         (merge("merge.workers=0"), "merge.workers: 0"),
         (merge("merge.threads=0"), "merge.threads: 0"),
         (merge("stages=[plan]", "cluster.nodes=-1"), "cluster.nodes: -1"),
+        (merge("engine.count=0"), "engine.count: 0 is not a number of them; give at least 1"),
+        (merge("engine.cpu_threads=0"), "engine.cpu_threads: 0"),
+        (merge("engine.tensor_parallel_size=0"), "engine.tensor_parallel_size: 0"),
+        (merge("engine.max_model_len=0"), "engine.max_model_len: 0"),
+        (merge("engine.max_num_seqs=-1"), "engine.max_num_seqs: -1"),
+        (merge("engine.kv_cache_gib=0"), "engine.kv_cache_gib: 0 is not a size"),
+        (merge("engine.gpu_memory_utilization=2"), "engine.gpu_memory_utilization: 2 is not a share"),
+        (merge("cluster.timeout=-1"), "cluster.timeout: -1 is not a time"),
+        (merge("benchmarks.tasks=[pocket_sums]", "benchmarks.limit=0"), "benchmarks.limit: 0"),
+        (merge("benchmarks.num_fewshot=-1"), "benchmarks.num_fewshot: -1 is not a number of them; give at least 0"),
         ((*VECTOR, "output=out"), "target is not set; give target=DIRECTORY"),
         (("target=family/target",), "nothing to do"),
         (merge("output=family/target"), "family/target: already exists"),
@@ -334,6 +345,39 @@ def test_a_multirun_over_alpha(place):
     done = launch("-m", *merge("alpha=0.5,1", "output=out/{target}-{alpha}", "merge.workers=1"), cwd=place)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (place / "out").iterdir()) == ["target-0.5", "target-1"]
+
+
+@pytest.mark.parametrize("launcher", ["rvdist_ray", "basic"])
+def test_a_multirun_of_which_a_part_is_bad_input(place, launcher):
+    more = ("output=parts/{alpha}", f"hydra/launcher={launcher}", "hydra.sweep.dir=parts/runs")
+    done = launch("-m", "target=family/target", *VECTOR, "alpha=0.5,oops", *more, cwd=place)
+    assert done.returncode == 1 and (place / "parts/0.5/rvdist.json").exists()
+    assert done.stderr == "rvdist: job 1 (alpha=oops): alpha: 'oops' is not a finite number\n"
+    shutil.rmtree(place / "parts")
+    done = launch("-m", "target=family/target", *VECTOR, "alpha=never", *more, cwd=place)
+    assert done.returncode == 2 and done.stderr == "rvdist: job 0: alpha: 'never' is not a finite number\n"
+    assert not (place / "parts/0.5").exists()
+
+
+@pytest.mark.parametrize("launcher", ["rvdist_ray", "basic"])
+def test_a_multirun_over_nothing(place, launcher):
+    sentence = refused(place, "-m", "target=glob(family/*)", *VECTOR, f"hydra/launcher={launcher}", "output=out")
+    assert "target: glob() chooses from a group, such as method, and target is none" in sentence
+    if launcher != "basic":
+        done = launch("-m", *merge("method=glob(x*)", "hydra.sweep.dir=no_job"), cwd=place)
+        assert done.returncode == 2 and done.stderr.startswith("rvdist: -m: what is swept has no value"), done.stderr
+
+
+def test_a_sweeper_that_asks_for_scores_where_there_are_none(place):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    sweep = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "hydra.sweep.dir=optuna")
+    given = ("target=family/target", *VECTOR, "alpha=interval(-1,2)", "method=choice(linear)", "output=/dev/null")
+    done = launch("-m", *given, *sweep, cwd=place)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "rvdist: the jobs are done, but the sweeper"
+    )
+    assert len(re.findall(r"^[01] +(?:alpha=\S+ method=linear|method=linear alpha=\S+) ", done.stdout, re.M)) == 2
+    shutil.rmtree(place / "optuna")
 
 
 def test_help_and_the_composed_configuration(place):

@@ -19,6 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rvdist.core.config import Config
+from rvdist.core.errors import BadInput
 from rvdist.core.log import Log, LoggedTiming
 from rvdist.core.table import Cells, print_table
 from rvdist.core.timing import Timing, seconds_since_process_start
@@ -44,13 +45,18 @@ def register() -> None:
     private_hydra.register(NAME, __name__, RayLauncher, LauncherConfig)
 
 
+def name_of(number: int, own: str) -> str:
+    """What stands before the sentence of a job that failed; `own` is what sets it apart."""
+    return f"job {number} ({own}): " if own else f"job {number}: "
+
+
 class RayLauncher(Launcher):
-    """Of all jobs so far `failures` are those of some, by name, which Hydra is not told: it would end the sweep. What
-    happens is told in `log`, the command's."""
+    """Of all jobs so far `failures` are those of some, by name, which Hydra is not told: it would end the sweep; so are
+    `scores`, also of jobs that Hydra's own launcher runs. What happens is told in `log`, the command's."""
 
     log: ClassVar[Log]
     failures: ClassVar[list[tuple[str, Exception]]] = []
-    done: ClassVar[int] = 0
+    scores: ClassVar[list[float | None]] = []  # of those that are done
     _warm: ClassVar[Warm | None] = None
     _models: ClassVar[dict[str, Model]] = {}  # what all jobs so far scored, by what they differ in besides α
 
@@ -64,6 +70,8 @@ class RayLauncher(Launcher):
         from rvdist.stages.jobs import run_jobs
         from rvdist.stages.warm import Warm
 
+        if not job_overrides:
+            raise BadInput("-m: what is swept has no value, so there is no job; say which there are: KEY=ONE,OTHER")
         setup_globals()
         timing = LoggedTiming(RayLauncher.log)
         if RayLauncher._warm is None:
@@ -81,18 +89,18 @@ class RayLauncher(Launcher):
             RayLauncher.log.release()
             for run in runs:
                 remove_empty(run.directory)
-        everywhere = set.intersection(*(set(overrides) for overrides in job_overrides))
+        typed = list(self._config.hydra.overrides.task)
         rows: list[Cells] = []
         jobs = zip(job_overrides, composed, directories, strict=True)
         for number, (overrides, (returned, job), directory) in enumerate(jobs, initial_job_idx):
             returned.status = JobStatus.COMPLETED
-            own = " ".join(override for override in overrides if override not in everywhere)
+            own = " ".join(private_hydra.swept(typed, overrides))
             match job if isinstance(job, Exception) else ended[job].error or ended[job].objective:
                 case Exception() as failure:
-                    RayLauncher.failures.append((f"job {number} ({own}): ", failure))
+                    RayLauncher.failures.append((name_of(number, own), failure))
                     rows.append([str(number), own, "failed"])
                 case score:
-                    RayLauncher.done += 1
+                    RayLauncher.scores.append(score)
                     returned.return_value = score
                     shown = "" if score is None else f"{score:.4f}"
                     rows.append([str(number), own, shown, str(directory)])

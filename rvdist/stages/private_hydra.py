@@ -13,9 +13,10 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -138,6 +139,22 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, one) or (isinstance(value, list) and all(isinstance(part, one) for part in value))
 
 
-def parse_override(argument: str) -> None:
+def parse_override(argument: str) -> Override:
     """Raises HydraException for what is no KEY=VALUE of Hydra's grammar."""
-    OverridesParser.create().parse_override(argument)
+    return OverridesParser.create().parse_override(argument)
+
+
+def is_glob(override: Override) -> bool:
+    """Whether it stands for the options of a group that match."""
+    return override.value_type is ValueType.GLOB_CHOICE_SWEEP
+
+
+def swept(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Of a job's overrides those whose keys the command line, as it was typed, does not give one value for all jobs."""
+    fixed = set()
+    for argument in typed:
+        with suppress(HydraException):  # of flags
+            override = parse_override(argument)
+            if not override.is_sweep_override():
+                fixed.add(override.get_key_element())
+    return [override for override in overrides if override.partition("=")[0] not in fixed]

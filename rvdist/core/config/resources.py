@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 from rvdist.core.config.schema import Config
@@ -21,25 +22,39 @@ def cache_directory(config: Config) -> Path:
 
 
 def require_resources(config: Config) -> None:
-    """Raises BadInput unless there can be so many nodes and workers, such a device and such shares of it."""
+    """Raises BadInput unless there can be so many nodes, workers, engines and documents, such times, and such shares of
+    a device."""
+    for key, count, least in (
+        ("engine.count", config.engine.count, 1),
+        ("engine.cpu_threads", config.engine.cpu_threads, 1),
+        ("engine.tensor_parallel_size", config.engine.tensor_parallel_size, 1),
+        ("engine.max_model_len", config.engine.max_model_len, 1),
+        ("engine.max_num_seqs", config.engine.max_num_seqs, 1),
+        ("engine.slice_size", config.engine.slice_size, 1),
+        ("engine.readers", config.engine.readers, 1),
+        ("merge.workers", config.merge.workers, 1),
+        ("merge.threads", config.merge.threads, 1),
+        ("cluster.nodes", config.cluster.nodes, 1),
+        ("benchmarks.limit", config.benchmarks.limit, 1),
+        ("benchmarks.num_fewshot", config.benchmarks.num_fewshot, 0),
+    ):
+        if count is not None and not (isinstance(count, Integral) and int(count) >= least):
+            raise BadInput(f"{key}: {count!r} is not a number of them; give at least {least}")
     each, part = ranks(config), config.engine.gpus
     share = config.merge.gpus_per_worker
-    for key, count in (
-        ("engine.slice_size", config.engine.slice_size),
-        ("engine.readers", config.engine.readers),
-        ("merge.workers", config.merge.workers),
-        ("merge.threads", config.merge.threads),
-        ("cluster.nodes", config.cluster.nodes),
-    ):
-        if count is not None and count < 1:
-            raise BadInput(f"{key}: {count} is not a number of them; give at least 1")
     for key, seconds in (
         ("engine.timeout", config.engine.timeout),
         ("merge.timeout", config.merge.timeout),
         ("engine.start_timeout", config.engine.start_timeout),
+        ("cluster.timeout", config.cluster.timeout),
     ):
         if seconds is not None and not 0 < seconds < math.inf:
             raise BadInput(f"{key}: {seconds:g} is not a time; give seconds above 0, or leave it out")
+    cache, memory = config.engine.kv_cache_gib, config.engine.gpu_memory_utilization
+    if cache is not None and not 0 < cache < math.inf:
+        raise BadInput(f"engine.kv_cache_gib: {cache:g} is not a size; give GiB above 0, or leave it out")
+    if not 0 < memory <= 1:
+        raise BadInput(f"engine.gpu_memory_utilization: {memory:g} is not a share; give a number above 0, at most 1")
     if not 0 < share <= 1:
         raise BadInput(f"merge.gpus_per_worker: {share} is not a share of one GPU; give a number above 0, at most 1")
     if not 0 < part <= 1:
