@@ -263,8 +263,10 @@ class _Index:
         if saved.directory in outputs:
             raise BadInput(f"vector.save: {saved.directory} is an output of the merge too; choose another directory")
         donors = {source: open_source(source, saved.vector.rename) for source in saved.vector.sources()}
-        if saved.vector.minus and is_adapter(donors[saved.vector.plus]):
-            donors[saved.vector.plus] = lay_out(donors[saved.vector.plus], donors[saved.vector.minus])
+        plus, minus = saved.vector.plus, saved.vector.minus
+        if minus:
+            own, base = (plus, minus) if is_adapter(donors[plus]) else (minus, plus)
+            donors[own] = lay_out(donors[own], donors[base])
         self.sources |= donors
         self._laid_out |= donors  # the vector is stored as they are
         alone = WeightPoint(saved.vector.plus, (Term(1.0, saved.vector),))

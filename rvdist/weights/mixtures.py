@@ -20,6 +20,7 @@ _TO_ONE_LAYOUT = {
     "adapter": "merge it into its base with peft's merge_and_unload and use the result as vector.plus",
     "vector": "save it again from donors that are in the target's layout",
 }
+_BESIDE = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
 
 
 def require_one_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
@@ -27,6 +28,7 @@ def require_one_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
     of each other: what the vector says of them would be skipped."""
     base, *donors = checkpoints
     for one, other in ((base, donors[0]), (base, donors[1]), (donors[0], donors[1])):
+        _require_one_way(one, other, mask)
         count = layer_count(one.tensors | other.tensors)
         ours, theirs = (layouts(n for n in c.tensors if mask.coefficient(n, count)) for c in (one, other))
         for group in sorted(ours.keys() & theirs.keys()):
@@ -39,6 +41,23 @@ def require_one_layout(checkpoints: Sequence[Checkpoint], mask: Mask) -> None:
                 f"{other.path}: stores its experts {layout_called(its)} ({its_name}) where {one.path} stores them "
                 f"{layout_called(own)} ({name}); {way_out}, or leave the experts out by vector.mask.exclude"
             )
+
+
+def _require_one_way(one: Checkpoint, other: Checkpoint, mask: Mask) -> None:
+    """Raises BadInput for fused experts of which a tensor of another shape shows that the two have them transposed, and
+    that the one which is alike in shape is not alike."""
+    count = layer_count(one.tensors)
+    for name, spec in one.tensors.items():
+        stem, dot, last = name.rpartition(".")
+        beside = f"{stem}{dot}{_BESIDE.get(last)}"
+        if beside in one.tensors and {name, beside} <= other.tensors.keys() and mask.coefficient(name, count):
+            own, its = one.tensors[beside].shape, other.tensors[beside].shape
+            if len(own) == 3 and own != its == (own[0], own[2], own[1]) and spec.shape == other.tensors[name].shape:
+                raise BadInput(
+                    f"{other.path}: has the matrices of {beside} transposed to those of {one.path}, {list(its)} where "
+                    f"that has {list(own)}, and so those of {name}; {_TO_ONE_LAYOUT['checkpoint']}, or leave the "
+                    "experts out by vector.mask.exclude"
+                )
 
 
 def check_patterns(base: Checkpoint, donors: Sequence[Checkpoint], mask: Mask) -> Iterator[str]:

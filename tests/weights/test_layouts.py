@@ -74,6 +74,36 @@ def test_all_pairs_are_the_merge_in_one_layout(tmp_path: Path, donors: str, targ
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize(("masked", "sizes"), [("down_proj", (14, 7)), ("gate_up_proj", (7, 7))])
+def test_matrices_that_another_tensor_shows_to_be_transposed_are_refused(
+    tmp_path: Path, masked: str, sizes: tuple[int, int]
+) -> None:
+    """As Qwen3-VL's are to Qwen3's: of some sizes one of the two tensors has the same shape either way."""
+    base = canonical(0, False, *sizes)
+    across = {
+        name: tensor.transpose(1, 2).contiguous() if tensor.dim() == 3 else tensor
+        for name, tensor in stored(base, "fused").items()
+    }
+    own = str(write_checkpoint(tmp_path / "target", across))
+    paths = [str(write_checkpoint(tmp_path / name, stored(near(base, k), "fused"))) for k, name in enumerate("pm")]
+    for mask in (Mask(), Mask(exclude=(f".*{masked}",))):
+        with pytest.raises(BadInput, match=f"p: has the matrices of .*{masked} transposed to those of .*target"):
+            opened_and_checked(WeightPoint(own, (Term(0.5, Vector(*paths), mask),)))
+
+
+def test_a_vector_of_donors_in_two_layouts_is_stored_in_that_of_the_first(tmp_path: Path) -> None:
+    base = canonical(0, False)
+    minus = near(base, 2)
+    for name, weights, layout in (("plus", near(base, 1), "fused"), ("minus", minus, "w1"), ("same", minus, "fused")):
+        write_checkpoint(tmp_path / name, stored(weights, layout))
+    for name, save in (("minus", "one"), ("same", "other")):
+        told = ["vector.plus=plus", f"vector.minus={name}", f"vector.save={save}"]
+        done = launch(*told, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, other = (load_checkpoint(tmp_path / save) for save in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_gate_and_up_that_may_lie_either_way_are_not_guessed(tmp_path: Path) -> None:
     """Transposed and with biases as gpt-oss's, of a model that does not say it is one: halves look alike."""
     weights = canonical(0, True)
