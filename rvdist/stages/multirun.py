@@ -8,6 +8,7 @@ engines stay up; `close` ends them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -57,6 +58,7 @@ class RayLauncher(Launcher):
     log: ClassVar[Log]
     failures: ClassVar[list[tuple[str, Exception]]] = []
     scores: ClassVar[list[float | None]] = []  # of those that are done
+    _sweep: ClassVar[Path | None] = None  # its directory
     _warm: ClassVar[Warm | None] = None
     _models: ClassVar[dict[str, Model]] = {}  # what all jobs so far scored, by what they differ in besides α
 
@@ -73,6 +75,7 @@ class RayLauncher(Launcher):
         if not job_overrides:
             raise BadInput("-m: what is swept has no value, so there is no job; say which there are: KEY=ONE,OTHER")
         setup_globals()
+        RayLauncher._sweep = Path(self._config.hydra.sweep.dir).absolute()
         timing = LoggedTiming(RayLauncher.log)
         if RayLauncher._warm is None:
             RayLauncher._warm = Warm(outlived=False)
@@ -165,7 +168,11 @@ class RayLauncher(Launcher):
 
     @classmethod
     def close(cls) -> None:
-        """Ends what stayed up."""
+        """Ends what stayed up. A sweep that left nothing of its own leaves nothing of Hydra's."""
         if cls._warm is not None:
             cls._warm.close()
             cls._warm = None
+        with suppress(OSError):
+            if cls._sweep and [file.name for file in cls._sweep.iterdir()] == ["multirun.yaml"]:
+                (cls._sweep / "multirun.yaml").unlink()
+                remove_empty(cls._sweep)

@@ -18,6 +18,7 @@ from rvdist.weights.nonfinite import tell_nonfinite
 from rvdist.weights.stored import Operand
 
 _SYNC_BYTES = 1 << 30  # written before they are made durable and journalled
+_OVERFLOWS = "the donors are finite, and their difference overflows"
 _SYNC_SECONDS = 30.0  # after which less is, too
 _KEPT = "what was durable before is kept, and the same command goes on from there"
 
@@ -47,10 +48,10 @@ class Writer:
                 for donor, part in zip(self._donors, parts, strict=True)
                 if name in donor.checkpoint.tensors  # a factor of one is not
             ]
-            why = " and ".join(filter(None, suspects)) or "the donors are finite, and their difference overflows"
+            found = " and ".join(filter(None, suspects))
             raise BadInput(
-                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number: {why}; get a "
-                "sound copy, or store it in a wider vector.dtype"
+                f"{self._staging.output}: tensor {name} of the vector would be infinite or not a number: "
+                + (f"{found}; get a sound copy" if found else f"{_OVERFLOWS}; store it in a wider vector.dtype")
             )
 
     def write(self, parts: Sequence[TensorSpec], chunks: Iterator[Sequence[torch.Tensor]]) -> None:

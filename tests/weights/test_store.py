@@ -335,12 +335,20 @@ def test_what_is_not_a_number_is_not_stored(family, tmp_path, storage):
     weights = load_checkpoint(paths["plus"])
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     paths["plus"] = write_checkpoint(tmp_path / "nan", weights)
-    with pytest.raises(
-        BadInput,
-        match=r"up_proj.weight of the vector would be .*nan/model.safetensors \(plus\) has 1 value",
-    ):
+    said = r"up_proj.weight of the vector would be .*nan/model.safetensors \(plus\) has 1 value.*; get a sound copy$"
+    with pytest.raises(BadInput, match=said):
         store(paths, tmp_path / "v", storage)
     assert not (tmp_path / "v").exists() and not (tmp_path / "v.partial").exists()
+
+
+def test_a_difference_for_which_its_dtype_has_no_room_is_not_stored(family, tmp_path):
+    paths = family()
+    weights = load_checkpoint(paths["plus"])
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e30
+    paths["plus"] = write_checkpoint(tmp_path / "huge", weights)
+    with pytest.raises(BadInput, match="the donors are finite, and their difference overflows; store it in a wider"):
+        store(paths, tmp_path / "v", Storage("F16"))
+    assert store(paths, tmp_path / "v", Storage("BF16"))["storage"]["dtype"] == "BF16"
 
 
 def test_stored_vectors_and_adapters_can_be_stored_again(family, tmp_path):
