@@ -225,6 +225,7 @@ def test_the_command_is_killed_and_interrupted_and_goes_on(resumed):
             assert opened.get_slice(name).get_shape() == list(target[name].shape)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_workers_wrote_before_an_interrupt_is_kept(tmp_path, number, status):
     """Also what they had not made durable when it came."""

@@ -124,7 +124,9 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
             if len(content) > _MOST:
                 raise ValueError(_TOO_MUCH)
         rows = _parquet(content, fields) if ".parquet" in path.suffixes else _json(content)
-    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zlib.error, MemoryError) as error:
+    except MemoryError:
+        raise BadInput(f"{path}: unpacks to more than there is memory for; is it another benchmark's file?") from None
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read ({reason(error)}); is it a whole file, named for its format?") from None
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{path}: holds no rows; one JSON object a line, or a list of them, is expected")
@@ -174,7 +176,8 @@ def _parquet(content: bytes, fields: Sequence[str]) -> object:
     ]
     rows: list[object] = []
     seen = 0
-    for batch in file.iter_batches(batch_size=_BATCH, columns=[name for name in fields if name in names]):
+    columns = [name for name in fields if name in names]
+    for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):  # which would read ahead
         seen += batch.nbytes
         if seen > _MOST:  # a value that stands once in the file may stand in every row
             raise ValueError(_TOO_MUCH)
