@@ -92,7 +92,7 @@ UNDISTURBED = {
 def run(tmp_path, faults, count=2, **limits):
     """What a fleet of fakes answers, and the fleet."""
     limits = {"timeout": 60.0, "start_timeout": 60.0, "pauses": (0.1, 0.1)} | limits
-    fleet = Fleet("base", (str(tmp_path), faults), count, cpus=0.1, actor=Fake, **limits)
+    fleet = Fleet("base", (str(tmp_path), faults), count, cpus=0.0, actor=Fake, **limits)
     try:
         return {piece: found.answers for piece, found in fleet.answer(SLICES, REQUESTS).items()}, fleet
     finally:
@@ -152,7 +152,7 @@ def test_a_fleet_that_is_stopped_holds_nothing_of_rays(ray_local, tmp_path):
 
 
 def test_a_slice_on_which_two_engines_raise_is_named_after_all_else_is_answered(ray_local, tmp_path):
-    fleet, kept = Fleet("base", (str(tmp_path), {"at8-of-0": ("raise", 2)}), 2, cpus=0.1, actor=Fake), {}
+    fleet, kept = Fleet("base", (str(tmp_path), {"at8-of-0": ("raise", 2)}), 2, cpus=0.0, actor=Fake), {}
     with pytest.raises(Failed, match=r"2 engines failed on each .*: t 8 to 11; the last of t 8: .*out of memory"):
         fleet.answer(
             SLICES, REQUESTS, lambda came: kept.update({piece: found.answers for piece, found in came.items()})
@@ -204,7 +204,7 @@ def test_what_an_engine_fails_of_is_said_with_the_end_of_its_log(ray_local, tmp_
 
             module.Engine = start
 
-    fleet = Fleet("base", EngineSettings(), 1, cpus=0.1, actor=Failing, pauses=())
+    fleet = Fleet("base", EngineSettings(), 1, cpus=0.0, actor=Failing, pauses=())
     with pytest.raises(Failed, match=r"RuntimeError: NCCL error; its log ends: .*card 3 fell off the bus \(/.*\.err"):
         fleet.answer(SLICES, REQUESTS)
     fleet.stop()
@@ -270,7 +270,7 @@ def test_engines_that_hold_their_next_slice_lose_nothing(ray_local, tmp_path, ki
     """While one answers it has its next slice already; should it fail, both go back, and one is to blame."""
     requests = {"t": [Generate(f"{k}", 8) for k in range(80)]}
     slices, fleet = cut(BASE, requests, 2), None
-    fleet = Fleet("base", (str(tmp_path), {"at40": (kind, 1)}), 2, cpus=0.1, actor=Fake, pauses=(0.1,))
+    fleet = Fleet("base", (str(tmp_path), {"at40": (kind, 1)}), 2, cpus=0.0, actor=Fake, pauses=(0.1,))
     ahead = []
     try:
         found = fleet.answer(

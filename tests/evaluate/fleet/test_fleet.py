@@ -138,7 +138,8 @@ def test_an_engine_that_dies_and_one_that_cannot_be_had_change_nothing(warm, alo
     warm.cool()
     fleet = Fleet(TARGET.base, SETTINGS, count=3, cpus=1.0)
     while fleet.seats.started < 2:
-        ready, _ = ray.wait(fleet.seats.pending, num_returns=1)
+        ready, _ = ray.wait(fleet.seats.pending, num_returns=1, timeout=300)
+        assert ready, "no room for the second engine"
         fleet.seats.hear(ready[0])
     kept, seen, killed = {}, [], []
 
@@ -199,7 +200,7 @@ def test_an_engine_need_not_tell(ray_local):
         def answer(self, piece, requests):
             return Answered(tuple(Completion("x", "stop", 3, 2) for _ in requests), 0, 0.1), 0.0
 
-    fleet = Fleet("base", None, count=2, cpus=0.1, actor=Silent)
+    fleet = Fleet("base", None, count=2, cpus=0.0, actor=Silent)
     requests, seen = {"t": [Generate("abc", 8)] * 40}, []
     assert len(fleet.answer(cut(WeightPoint("base"), requests, 4), requests, watch=seen.append)) == 10
     fleet.stop()
