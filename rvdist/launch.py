@@ -153,7 +153,7 @@ def _job_of_several() -> str:
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         return ""
-    own = private_hydra.swept(sys.argv[1:], hydra_config.overrides.task)
+    (own,) = private_hydra.swept(sys.argv[1:], hydra_config.overrides.task)
     return multirun.name_of(hydra_config.job.num, " ".join(own))
 
 

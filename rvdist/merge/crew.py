@@ -255,10 +255,10 @@ class Crew:
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=max(0.0, until - time.monotonic()))
             if not ready:
                 return
-            task = self._running.pop(ready[0])
-            with suppress(ray.exceptions.RayError, BadInput, Failed):  # what is lost is done again
-                ray.get(ready[0])
-                self._accounts.journal(task.wrote)
+            if wrote := self._running.pop(ready[0]).wrote:
+                with suppress(ray.exceptions.RayError, BadInput, Failed):  # what is lost is done again
+                    ray.get(ready[0])
+                    self._accounts.journal(wrote)
 
     def _account(self, worker: _Worker, unit: Unit, done: UnitDone) -> None:
         self._accounts.count(unit, done, str(worker.node))

@@ -92,12 +92,12 @@ class RayLauncher(Launcher):
             RayLauncher.log.release()
             for run in runs:
                 remove_empty(run.directory)
-        typed = list(self._config.hydra.overrides.task)
+        swept = private_hydra.swept(self._config.hydra.overrides.task, *job_overrides)
         rows: list[Cells] = []
-        jobs = zip(job_overrides, composed, directories, strict=True)
+        jobs = zip(swept, composed, directories, strict=True)
         for number, (overrides, (returned, job), directory) in enumerate(jobs, initial_job_idx):
             returned.status = JobStatus.COMPLETED
-            own = " ".join(private_hydra.swept(typed, overrides))
+            own = " ".join(overrides)
             match job if isinstance(job, Exception) else ended[job].error or ended[job].objective:
                 case Exception() as failure:
                     RayLauncher.failures.append((name_of(number, own), failure))

@@ -149,12 +149,13 @@ def is_glob(override: Override) -> bool:
     return override.value_type is ValueType.GLOB_CHOICE_SWEEP
 
 
-def swept(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Of a job's overrides those whose keys the command line, as it was typed, does not give one value for all jobs."""
+def swept(typed: Sequence[str], *jobs: Sequence[str]) -> list[list[str]]:
+    """Of the overrides of each job those whose keys the command line, as it was typed, does not give one value for all
+    jobs."""
     fixed = set()
     for argument in typed:
         with suppress(HydraException):  # of flags
             override = parse_override(argument)
             if not override.is_sweep_override():
                 fixed.add(override.get_key_element())
-    return [override for override in overrides if override.partition("=")[0] not in fixed]
+    return [[override for override in own if override.partition("=")[0] not in fixed] for own in jobs]

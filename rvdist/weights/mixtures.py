@@ -49,7 +49,9 @@ def _require_one_way(one: Checkpoint, other: Checkpoint, mask: Mask) -> None:
     count = layer_count(one.tensors)
     for name, spec in one.tensors.items():
         stem, dot, last = name.rpartition(".")
-        beside = f"{stem}{dot}{_BESIDE.get(last)}"
+        if last not in _BESIDE:
+            continue
+        beside = f"{stem}{dot}{_BESIDE[last]}"
         if beside in one.tensors and {name, beside} <= other.tensors.keys() and mask.coefficient(name, count):
             own, its = one.tensors[beside].shape, other.tensors[beside].shape
             if len(own) == 3 and own != its == (own[0], own[2], own[1]) and spec.shape == other.tensors[name].shape:
